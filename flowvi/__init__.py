@@ -1,0 +1,1 @@
+"""flowvi: normalizing-flow guides for arbitrary Bayesian models."""

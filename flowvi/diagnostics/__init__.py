@@ -1,0 +1,36 @@
+"""What log weights and draws say about a fit: plain arrays in, frozen records out."""
+
+from flowvi.diagnostics.importance import (
+    MIN_DRAWS,
+    Bound,
+    Bounds,
+    Estimate,
+    Psis,
+    as_chains,
+    elbo,
+    gap,
+    iw_bounds,
+    khat_threshold,
+    log_evidence,
+    psis,
+)
+from flowvi.diagnostics.observe import VERDICTS
+from flowvi.diagnostics.verdict import Diagnosis, diagnose
+
+__all__ = [
+    "MIN_DRAWS",
+    "VERDICTS",
+    "Bound",
+    "Bounds",
+    "Diagnosis",
+    "Estimate",
+    "Psis",
+    "as_chains",
+    "diagnose",
+    "elbo",
+    "gap",
+    "iw_bounds",
+    "khat_threshold",
+    "log_evidence",
+    "psis",
+]

@@ -1,0 +1,192 @@
+"""Importance weights: k-hat, evidence and bounds, each with its uncertainty.
+
+Log weights are log p(x, z) - log q(z) of independent draws z ~ q. A weight of
+zero (-inf) is a draw outside the support of p; NaN and +inf are refused.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy.special import logsumexp
+
+MIN_DRAWS = 100
+# Log weights that differ by less are equal: single precision cannot tell them apart.
+ROUNDING = 1e-3
+# Random partitions over which a bound is averaged; more change only the last digit.
+PARTITIONS = 32
+
+
+class Estimate(NamedTuple):
+    """A number and its standard error."""
+
+    value: float
+    se: float
+
+
+class Psis(NamedTuple):
+    """Smoothed, normalised log weights (S), and the shape of their right tail."""
+
+    log_weights: np.ndarray
+    khat: float
+
+
+class Bound(NamedTuple):
+    """Importance-weighted bound with K particles."""
+
+    particles: int
+    bound: float
+    se: float
+
+
+class Bounds(tuple[Bound, ...]):
+    """One importance-weighted bound per number of particles."""
+
+    def __str__(self) -> str:
+        rows = [f"{'particles':>9}  {'bound':>12}"]
+        for particles, bound, se in self:
+            if math.isnan(bound):
+                rows.append(f"{particles:9d}  {'-':>12}  needs at least {particles} draws")
+            elif math.isnan(se):
+                rows.append(f"{particles:9d}  {bound:12.4f}  +- unknown, for want of draws")
+            else:
+                rows.append(f"{particles:9d}  {bound:12.4f}  +- {se:.2g}")
+        return "\n".join(rows)
+
+
+def as_chains(log_weights: ArrayLike) -> np.ndarray:
+    """Check log weights once and bring them to (chain, draw); (S) is one chain."""
+    log_w = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
+    if log_w.ndim > 2:
+        raise ValueError(f"Log weights have shape (draw) or (chain, draw); got {log_w.shape}.")
+    chains, draws = log_w.shape
+    if draws < MIN_DRAWS:
+        raise ValueError(
+            f"A diagnosis needs >= {MIN_DRAWS} draws in each chain; got {draws} in each of "
+            f"{chains}. Draw more, for example fit.draw(4000)."
+        )
+    wrong = int(np.sum(np.isnan(log_w) | (log_w == np.inf)))
+    if wrong:
+        raise ValueError(
+            f"{wrong} of {log_w.size} log weights are NaN or +inf. A draw outside the support "
+            "has log weight -inf; anything else is an error of the model or the guide."
+        )
+    if not np.isfinite(log_w).any():
+        raise ValueError(
+            "Every log weight is -inf: no draw has positive density under the model. "
+            "Check the model's supports and the start of the fit."
+        )
+    return log_w
+
+
+def khat_threshold(draws: int) -> float:
+    """Largest k-hat at which S draws carry a mean: min(1 - 1 / log10 S, 0.7).
+
+    References:
+        Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed
+        importance sampling", JMLR 25(72), section 3.2.4.
+    """
+    return min(1.0 - 1.0 / math.log10(draws), 0.7)
+
+
+def psis(log_w: np.ndarray) -> Psis:
+    """Smooth the largest weights by a generalised Pareto fit to their tail.
+
+    k-hat is -inf, and nothing is smoothed, where the weights of the tail are
+    equal to rounding: they are bounded, as when the guide equals the target.
+    It is +inf where a handful of draws carries all the weight.
+
+    Args:
+        log_w: Log weights, (S).
+
+    References:
+        Vehtari et al. (2024), JMLR 25(72). The fit is ArviZ's `psislw`.
+    """
+    tail = math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w))))
+    top = np.sort(log_w)[-tail:]
+    if top[-1] - top[0] <= ROUNDING:
+        return Psis(log_w - logsumexp(log_w), -math.inf)
+    # ArviZ takes seconds to import.
+    import arviz as az
+
+    with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
+        smooth, khat = az.psislw(log_w)
+    return Psis(np.asarray(smooth), math.inf if np.isnan(khat) else float(khat))
+
+
+def log_evidence(log_w: np.ndarray) -> Estimate:
+    r"""Importance-sampling estimate of the log evidence.
+
+    .. math:: \log \hat p(x) = \log \tfrac{1}{S} \sum_s w_s
+
+    From the weights as they are, not smoothed: their mean is unbiased for the
+    evidence, whatever the guide. The error is by the delta method, sd(w) /
+    (mean(w) sqrt(S)); it is itself unreliable where k-hat is too large.
+
+    Args:
+        log_w: Log weights, (S).
+    """
+    value = logsumexp(log_w) - math.log(len(log_w))
+    return Estimate(float(value), _standard_error(np.exp(log_w - value)))
+
+
+def elbo(log_w: np.ndarray) -> Estimate:
+    """Mean of the log weights; -inf if the guide leaves the target's support."""
+    return Estimate(float(log_w.mean()), _standard_error(log_w))
+
+
+def gap(log_w: np.ndarray) -> Estimate:
+    r"""Estimate of KL(q || p) from log weights (S): log evidence minus ELBO.
+
+    The two are estimated from the same draws, and the error of their
+    difference is far smaller than that of either when q is close to p.
+    """
+    evidence, bound = log_evidence(log_w).value, elbo(log_w).value
+    return Estimate(evidence - bound, _standard_error(np.exp(log_w - evidence) - log_w))
+
+
+def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
+    r"""Importance-weighted bounds from one set of draws.
+
+    .. math:: L_K = E \log \tfrac{1}{K} \sum_{k=1}^K w_k \le \log p(x)
+
+    Each is a mean over disjoint blocks of K draws, averaged over random
+    partitions into blocks: unbiased for L_K, hence a lower bound in
+    expectation. The standard error is that of one partition, so it can only
+    be too large. It is NaN where there is one block; both are NaN where there
+    are fewer than K draws.
+
+    Args:
+        log_w: Log weights, (S).
+        particles: Numbers of particles K.
+
+    References:
+        Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519.
+    """
+    for count in particles:
+        if count < 1:
+            raise ValueError(f"particles must be at least 1; got {count}.")
+    return Bounds(_iw_bound(log_w, int(count)) for count in particles)
+
+
+def _iw_bound(log_w: np.ndarray, particles: int) -> Bound:
+    blocks = len(log_w) // particles
+    if blocks == 0:
+        return Bound(particles, math.nan, math.nan)
+    rng = np.random.default_rng(0)
+    means, variances = [], []
+    for _ in range(1 if particles == 1 else PARTITIONS):
+        parts = rng.permutation(log_w)[: blocks * particles].reshape(blocks, particles)
+        values = logsumexp(parts, axis=1) - math.log(particles)
+        means.append(values.mean())
+        variances.append(_standard_error(values) ** 2)
+    return Bound(particles, float(np.mean(means)), float(np.sqrt(np.mean(variances))))
+
+
+def _standard_error(values: np.ndarray) -> float:
+    """Standard error of the mean; NaN for one value and for infinite ones."""
+    if len(values) < 2 or not np.isfinite(values).all():
+        return math.nan
+    return float(values.std(ddof=1) / math.sqrt(len(values)))

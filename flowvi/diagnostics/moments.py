@@ -1,0 +1,121 @@
+"""Means and standard deviations of the same draws under two weightings, and by restart."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+COLUMNS = 256  # scalars compared at a time, to bound memory
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Plain draws against the same draws reweighted; one entry per scalar, (P).
+
+    Attributes:
+        labels: Names of the scalars, such as ``theta[3]``.
+        shift, shift_se: Reweighted minus plain mean, in reweighted sds.
+        stretch, stretch_se: Log of reweighted over plain sd.
+        rhat: R-hat of the restarts' plain draws, 1 where they agree.
+        rhat_weighted: The same after each restart is reweighted on its own.
+        skipped: Names of which some scalar is not finite.
+    """
+
+    labels: tuple[str, ...]
+    shift: np.ndarray
+    shift_se: np.ndarray
+    stretch: np.ndarray
+    stretch_se: np.ndarray
+    rhat: np.ndarray
+    rhat_weighted: np.ndarray
+    skipped: tuple[str, ...]
+
+
+def compare(
+    weights: np.ndarray, inside: np.ndarray, values: Mapping[str, np.ndarray]
+) -> Comparison:
+    """Compare every scalar that varies under equal weights and under the given ones.
+
+    Args:
+        weights: Normalised weights, (chain, draw).
+        inside: Whether a draw has positive density; others are left out, (chain, draw).
+        values: Arrays (chain, draw, ...) by name.
+    """
+    labels: list[str] = []
+    skipped: dict[str, None] = {}
+    columns = [np.empty((6, 0))]
+    for name, indices, x in _blocks(values):
+        x = np.where(inside[..., None], x, 0.0)
+        finite = np.isfinite(x).all((0, 1))
+        if not finite.all():
+            skipped[name] = None
+        with np.errstate(invalid="ignore"):  # inf - inf, in columns that are left out
+            varies = finite & (np.ptp(x[inside], 0) > 1e-8 * np.abs(x[inside]).max(0))
+        labels += [name + index for index, kept in zip(indices, varies, strict=True) if kept]
+        columns.append(_columns(weights, inside, x[..., varies]))
+    shift, shift_se, stretch, stretch_se, rhat, rhat_weighted = np.concatenate(columns, axis=1)
+    return Comparison(
+        tuple(labels),
+        shift,
+        shift_se,
+        stretch,
+        stretch_se,
+        rhat,
+        rhat_weighted,
+        tuple(skipped),
+    )
+
+
+def _blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Name, indices such as "[3]" and columns (chain, draw, <= COLUMNS) of every array."""
+    for name, array in values.items():
+        flat = array.reshape(*array.shape[:2], -1)
+        shape = array.shape[2:]
+        indices = [str(list(map(int, i))).replace(" ", "") for i in np.ndindex(shape)]
+        indices = indices if shape else [""]
+        for start in range(0, flat.shape[-1], COLUMNS):
+            block = slice(start, start + COLUMNS)
+            yield name, indices[block], flat[..., block].astype(np.float64)
+
+
+def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """The numbers of a Comparison, (6, P), for x of shape (chain, draw, P)."""
+    before = inside / inside.sum()
+    flat = x.reshape(weights.size, x.shape[-1])
+    with np.errstate(divide="ignore", invalid="ignore"):  # a sd of 0: the shift is inf or NaN
+        mean, variance, to_mean, to_sd = _moments(before.ravel(), flat)
+        new_mean, new_variance, to_new_mean, to_new_sd = _moments(weights.ravel(), flat)
+        sd = np.sqrt(new_variance)
+        return np.stack(
+            [
+                (new_mean - mean) / sd,
+                np.sqrt(((to_new_mean - to_mean) ** 2).sum(0)) / sd,
+                np.log(new_variance / variance) / 2,
+                np.sqrt(((to_new_sd - to_sd) ** 2).sum(0)),
+                _rhat(before, x),
+                _rhat(weights, x),
+            ]
+        )
+
+
+def _moments(weights: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Weighted mean and variance, (P), and the draws' influence on mean and log sd, (S, P).
+
+    The two weightings share their draws: only the difference of the influences gives the
+    standard error of a difference, and it vanishes as the weights become equal.
+    """
+    mean = weights @ x
+    centred = x - mean
+    variance = weights @ centred**2
+    column = weights[:, None]
+    return mean, variance, column * centred, column * (centred**2 / variance - 1) / 2
+
+
+def _rhat(weights: np.ndarray, x: np.ndarray) -> np.ndarray:
+    """sqrt(1 + variance of the chains' means / mean of the chains' variances), (P)."""
+    if len(x) == 1:
+        return np.ones(x.shape[-1])
+    own = weights / weights.sum(1, keepdims=True)
+    means = np.einsum("cd,cdp->cp", own, x)
+    variances = np.einsum("cd,cdp->cp", own, (x - means[:, None]) ** 2)
+    return np.sqrt(1 + means.var(0, ddof=1) / variances.mean(0))

@@ -1,0 +1,177 @@
+"""What is observed on the way to a verdict, each with the sentence that says it.
+
+Every observation is a list of findings, empty where there is nothing to say.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from scipy.special import logsumexp
+
+from flowvi.diagnostics.importance import ROUNDING, gap, log_evidence
+from flowvi.diagnostics.moments import Comparison
+
+VERDICTS = TRUST, RESAMPLE, DISTRUST = ("trust", "trust the resampled draws", "do not trust")
+
+# The largest error of a mean, in posterior sds, and of a sd, relative, that "trust" allows.
+TOLERANCE = 0.15
+# KL(q || p) moves a mean by at most sqrt(2 KL) sds (Talagrand; exact for Gaussians), and a
+# sd that is off by 15 % costs more than this.
+MAX_GAP = TOLERANCE**2 / 2
+# A weighted mean is known to 1 / sqrt(ESS) sds; three of these are the tolerance.
+MIN_ESS = (3 / TOLERANCE) ** 2
+# Restarts whose means scatter by about a third of a sd.
+MAX_RHAT = 1.05
+# A restart with less of the best one's evidence has failed: resampling all but drops it.
+MIN_SHARE = 0.01
+# Log evidences of restarts may differ by this much, and by four standard errors.
+MAX_SPREAD = 0.05
+
+
+class Finding(NamedTuple):
+    """An observation: the best verdict that it leaves open, and a sentence."""
+
+    verdict: str
+    reason: str
+
+
+def verdict(found: Sequence[Finding]) -> str:
+    """The best verdict that every finding leaves open."""
+    return max(found, key=_severity, default=Finding(TRUST, "")).verdict
+
+
+def reasons(found: Sequence[Finding]) -> tuple[str, ...]:
+    """The sentences, those that decide first."""
+    return tuple(finding.reason for finding in sorted(found, key=_severity, reverse=True))
+
+
+def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
+    """Restarts worth keeping, (chain), and a word on the others."""
+    evidence = logsumexp(chains, axis=1)
+    kept = evidence > evidence.max() + math.log(MIN_SHARE)
+    if kept.all():
+        return kept, []
+    names = ", ".join(str(chain) for chain in np.flatnonzero(~kept))
+    reason = (
+        f"Restart {names} found less than {MIN_SHARE:.0%} of the best restart's evidence. The "
+        "numbers are those of the others; resampling all but drops its draws."
+    )
+    return kept, [Finding(RESAMPLE, reason)]
+
+
+def weights(log_w: np.ndarray, khat: float, threshold: float) -> list[Finding]:
+    """Weights with a heavy tail, weights of zero, constant weights."""
+    found = []
+    finite = log_w[np.isfinite(log_w)]
+    if khat >= threshold:
+        reason = (
+            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}: a few draws carry the weights, "
+            "so neither resampling nor the evidence can be relied on. The guide is too poor an "
+            "approximation, or the model does not suit the data: try a more flexible guide, more "
+            "steps, or another parametrisation."
+        )
+        found.append(Finding(DISTRUST, reason))
+    if len(finite) < len(log_w):
+        reason = (
+            f"{len(log_w) - len(finite)} of {len(log_w)} draws have weight zero: there the "
+            "model's density is zero or not a number."
+        )
+        found.append(Finding(RESAMPLE, reason))
+    elif np.ptp(finite) <= ROUNDING:
+        found.append(Finding(TRUST, "Weights constant to rounding: the guide q equals p."))
+    return found
+
+
+def evidences(chains: np.ndarray) -> list[Finding]:
+    """Restarts that found different amounts of evidence."""
+    values, errors = np.transpose([log_evidence(chain) for chain in chains])
+    low, high = np.argmin(values), np.argmax(values)
+    spread = values[high] - values[low]
+    if spread <= max(MAX_SPREAD, 4 * math.hypot(errors[low], errors[high])):
+        return []
+    reason = (
+        f"Restarts disagree about the evidence, from {values[low]:.2f} to {values[high]:.2f}: some "
+        "miss a part of the posterior. Use the best one alone, or a more flexible guide."
+    )
+    return [Finding(DISTRUST, reason)]
+
+
+def divergence(log_w: np.ndarray) -> list[Finding]:
+    """Whether KL(q || p) alone bounds the error of every moment."""
+    value, error = gap(log_w)
+    if value + 2 * error <= MAX_GAP:
+        reason = f"KL(q || p) = {value:.2g}: no mean is off by {TOLERANCE} sd."
+        return [Finding(TRUST, reason)]
+    reason = (
+        f"KL(q || p) = {value:.2g}: a mean of the plain draws may be off by up to "
+        f"{math.sqrt(2 * value):.2g} sd. Diagnosing the draws, not only their weights, tells."
+    )
+    return [Finding(RESAMPLE, reason)]
+
+
+def moments(c: Comparison) -> list[Finding]:
+    """Whether plain and reweighted draws have the same means and standard deviations."""
+    found = []
+    if c.skipped:
+        names = ", ".join(f"'{name}'" for name in c.skipped)
+        found.append(Finding(TRUST, f"Not judged, for values that are not finite: {names}."))
+    if not c.labels:
+        return found
+    shift, stretch = np.argmax(np.abs(c.shift)), np.argmax(np.abs(c.stretch))
+    moved = (
+        f"Reweighting moves the mean of {c.labels[shift]} by {c.shift[shift]:+.2g} sd and the sd "
+        f"of {c.labels[stretch]} by a factor of {math.exp(c.stretch[stretch]):.2f}"
+    )
+    mean_error = np.abs(c.shift) + 2 * c.shift_se
+    sd_error = np.expm1(np.abs(c.stretch) + 2 * c.stretch_se)
+    if np.all(mean_error <= TOLERANCE) and np.all(sd_error <= TOLERANCE):
+        return [*found, Finding(TRUST, f"{moved}; no other moves more.")]
+    return [*found, Finding(RESAMPLE, f"{moved}: the plain draws are off.")]
+
+
+def disagreement(c: Comparison) -> list[Finding]:
+    """Restarts that lie in different places, plain or even reweighted."""
+    if not c.labels:
+        return []
+    plain, weighted = np.argmax(c.rhat), np.argmax(c.rhat_weighted)
+    if c.rhat_weighted[weighted] > MAX_RHAT:
+        reason = (
+            f"Restarts differ even when reweighted, R-hat {c.rhat_weighted[weighted]:.2f} "
+            f"({c.labels[weighted]}): they found different parts of the posterior, and how much "
+            "each part holds cannot be told from these draws."
+        )
+        return [Finding(DISTRUST, reason)]
+    if c.rhat[plain] > MAX_RHAT:
+        where = f"R-hat {c.rhat[plain]:.2f} ({c.labels[plain]})"
+        return [Finding(RESAMPLE, f"Restarts differ, {where}, but agree when reweighted.")]
+    return []
+
+
+def effective(ess: float, draws: int) -> list[Finding]:
+    """Too few effective draws for the resampled ones to be of use."""
+    if ess >= MIN_ESS:
+        return []
+    wanted = math.ceil(draws * MIN_ESS / ess / 1000) * 1000
+    reason = (
+        f"Only {ess:.0f} effective draws: resampled means are known to +- {ess**-0.5:.2g} sd. "
+        f"About {wanted} draws would do."
+    )
+    return [Finding(DISTRUST, reason)]
+
+
+def priors(improper: Sequence[str]) -> list[Finding]:
+    """Priors without which there is no evidence."""
+    if not improper:
+        return []
+    names = ", ".join(f"'{name}'" for name in improper)
+    reason = (
+        f"No evidence: the prior of {names} is improper. The ELBO is that of a density without a "
+        "normaliser: it compares guides for this model, and nothing else."
+    )
+    return [Finding(TRUST, reason)]
+
+
+def _severity(finding: Finding) -> int:
+    return VERDICTS.index(finding.verdict)

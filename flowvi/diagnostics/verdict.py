@@ -1,0 +1,126 @@
+"""The verdict: what the plain and the resampled draws of a fit are good for."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from flowvi.diagnostics import observe
+from flowvi.diagnostics.importance import as_chains, elbo, gap, khat_threshold, log_evidence, psis
+from flowvi.diagnostics.moments import compare
+from flowvi.diagnostics.observe import RESAMPLE
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What log weights say about the draws of a fit.
+
+    Attributes:
+        verdict: ``"trust"`` (the plain draws are good as they are), ``"trust
+            the resampled draws"`` or ``"do not trust"``.
+        reasons: The sentences behind the verdict, the weightiest first.
+        khat: Pareto shape of the weights' tail; -inf for bounded weights.
+        khat_threshold: From here on, nothing that rests on the weights holds.
+        ess: Effective number of draws, 1 / sum of squared normalised weights.
+        draws: Number of draws behind the numbers.
+        elbo, elbo_se: Evidence lower bound and its standard error.
+        gap, gap_se: Log evidence minus ELBO: an estimate of KL(q || p).
+        log_evidence, log_evidence_se: NaN where a prior is improper.
+        title: What was fitted, in one line.
+    """
+
+    verdict: str
+    reasons: tuple[str, ...]
+    khat: float
+    khat_threshold: float
+    ess: float
+    draws: int
+    elbo: float
+    elbo_se: float
+    gap: float
+    gap_se: float
+    log_evidence: float
+    log_evidence_se: float
+    title: str = ""
+
+    def __str__(self) -> str:
+        verb = "can be trusted (below" if self.khat < self.khat_threshold else "fail (not below"
+        rows = [
+            ("Pareto k-hat", f"{self.khat:.2f}", f"weights {verb} {self.khat_threshold:.2f})"),
+            ("log evidence", f"{self.log_evidence:.3f}", f"+- {self.log_evidence_se:.2g}"),
+            ("ELBO", f"{self.elbo:.3f}", f"+- {self.elbo_se:.2g}; KL(q || p) {self.gap:.3g}"),
+            ("draws", str(self.draws), f"effective {self.ess:.0f}"),
+        ]
+        if math.isnan(self.log_evidence):
+            rows[1] = ("log evidence", "none", "")
+        lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
+        lines += [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in rows]
+        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+
+
+def diagnose(
+    log_weights: ArrayLike,
+    values: Mapping[str, np.ndarray] | None = None,
+    improper: Sequence[str] = (),
+    title: str = "",
+) -> Diagnosis:
+    """Judge draws by their log weights and by what reweighting does to their moments.
+
+    Resampled draws are trusted when k-hat is below its threshold, 400 draws
+    are effective, and restarts agree once reweighted. Plain draws are trusted
+    when k-hat is below its threshold, restarts agree, and reweighting moves
+    no mean by more than 0.15 sds and no sd by more than 15 %, two standard
+    errors included. Without values, KL(q || p) <= 0.15^2 / 2 stands in for
+    the last. No draws can show a mode that no guide has found.
+
+    Args:
+        log_weights: (draw) or (chain, draw); chains are independent fits.
+        values: Arrays (chain, draw, ...) by name, the latent vector among them.
+        improper: Sites with improper priors: there is no evidence then.
+        title: What was fitted, in one line.
+    """
+    chains = as_chains(log_weights)
+    arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
+    kept, found = observe.restarts(chains)
+    chains = chains[kept]
+    log_w = chains.ravel()
+    smooth, khat = psis(log_w)
+    threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
+    ess = float(1 / np.sum(weights**2))
+
+    found += [*observe.weights(log_w, khat, threshold), *observe.evidences(chains)]
+    if khat < threshold and arrays:
+        arrays = {name: array[kept] for name, array in arrays.items()}
+        comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays)
+        found += [*observe.moments(comparison), *observe.disagreement(comparison)]
+    elif khat < threshold:
+        found += observe.divergence(log_w)
+    if observe.verdict(found) == RESAMPLE:
+        found += observe.effective(ess, log_w.size)
+    found += observe.priors(improper)
+
+    return Diagnosis(
+        observe.verdict(found),
+        observe.reasons(found),
+        khat,
+        threshold,
+        ess,
+        log_w.size,
+        *elbo(log_w),
+        *gap(log_w),
+        *((math.nan, math.nan) if improper else log_evidence(log_w)),
+        title=title,
+    )
+
+
+def _by_chain(name: str, array: np.ndarray, log_weights: ArrayLike) -> np.ndarray:
+    """Bring values (draw, ...) or (chain, draw, ...) to the latter."""
+    leading = np.shape(log_weights)
+    if np.shape(array)[: len(leading)] != leading:
+        raise ValueError(
+            f"Values of '{name}' must begin with the shape {leading} of the log weights; "
+            f"got {np.shape(array)}."
+        )
+    return np.asarray(array)[None] if len(leading) == 1 else np.asarray(array)

@@ -1,0 +1,221 @@
+"""The table of draws: all that is known of a fit once the guide has been called."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+from torch import Tensor
+
+from flowvi import diagnostics
+from flowvi.diagnostics import Bounds, Diagnosis
+from flowvi.guides import Guide
+from flowvi.target import Target
+
+
+@dataclass(frozen=True, eq=False)
+class Draws:
+    """Independent draws of one or several guides; the chain axis is the guides.
+
+    Attributes:
+        z: Unconstrained draws, (chain, draw, D).
+        log_p: Log density of the target at z, Jacobian included; -inf where
+            it is zero or not a number. (chain, draw).
+        log_q: Log density of the guide at z, (chain, draw).
+        values: Latents, then deterministics, named and constrained as in the
+            model, each (chain, draw, *shape).
+        target: Where names, dims and data come from.
+        meta: JSON-able facts about the fit.
+    """
+
+    z: np.ndarray
+    log_p: np.ndarray
+    log_q: np.ndarray
+    values: dict[str, np.ndarray]
+    target: Target
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def log_weights(self) -> np.ndarray:
+        """Log p - log q, (chain, draw). Resampled draws have none."""
+        if self.resampled:
+            raise ValueError(
+                "These draws were resampled and weigh the same. diagnose(draws) tells what their "
+                "weights were; the weights themselves are with the original draws."
+            )
+        return self.log_p - self.log_q
+
+    @property
+    def resampled(self) -> bool:
+        """Whether `resample` made these draws."""
+        return bool(self.meta.get("resampled", False))
+
+    @property
+    def title(self) -> str:
+        """What was fitted, in one line."""
+        words = {"guide": "{} guide", "objective": "{}", "steps": "{} steps"}
+        parts = [word.format(self.meta[key]) for key, word in words.items() if key in self.meta]
+        return f"{self.target.name}: {', '.join(parts)}" if parts else self.target.name
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        if name not in self.values:
+            raise KeyError(f"No value named '{name}'; choose from {', '.join(self.values)}.")
+        return self.values[name]
+
+    def __len__(self) -> int:
+        return self.log_p.size
+
+    def __str__(self) -> str:
+        chains, draws, dim = self.z.shape
+        kind = "resampled draws" if self.resampled else "draws"
+        lines = [self.title, f"  {chains} x {draws} {kind} in {dim} dimensions"]
+        for name, value in self.values.items():
+            row = f"  {name:<16} {value.shape[2:]!s:<10}"
+            if value.ndim == 2:
+                row += f" mean {value.mean():.4g}, sd {value.std():.4g}"
+            lines.append(row.rstrip())
+        return "\n".join(lines)
+
+
+def draw(
+    target: Target,
+    guides: Sequence[Guide],
+    n: int,
+    seed: int = 0,
+    meta: dict[str, Any] | None = None,
+) -> Draws:
+    """Draw from each guide and evaluate the target there.
+
+    The caller's random number generators are left as they were.
+
+    Args:
+        target: What the guides approximate.
+        guides: Independent fits, one for each chain.
+        n: Draws from each guide.
+        seed: Seed of the draws.
+        meta: JSON-able facts about the fit, kept with the draws.
+    """
+    if n < 1:
+        raise ValueError(f"n must be at least 1; got {n}.")
+    devices = [target.device] if target.device.type == "cuda" else []
+    with torch.no_grad(), torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        chains = [_chain(target, guide, n) for guide in guides]
+    z, log_p, log_q = (np.stack(column) for column in list(zip(*chains, strict=True))[:3])
+    values = {name: np.stack([chain[3][name] for chain in chains]) for name in chains[0][3]}
+    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
+    # A draw that cannot be scored has weight zero.
+    log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
+    log_q[~np.isfinite(log_q)] = 0.0
+    return Draws(z, log_p, log_q, values, target, dict(meta or {}))
+
+
+def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
+    """Resample by Pareto-smoothed importance weights: draws of p, if k-hat allows.
+
+    Stratified, with replacement. All chains are pooled into one, because
+    their weights are on one scale: a guide that found little of the posterior
+    contributes little. The diagnosis of the original draws stays with the
+    result, and `diagnose` returns it.
+
+    Args:
+        draws: Draws of a fit, not resampled yet.
+        seed: Seed of the resampling.
+        n: Draws wanted; as many as there are without it.
+
+    References:
+        Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+    """
+    diagnosis = diagnose(draws)
+    if diagnosis.khat >= diagnosis.khat_threshold:
+        warnings.warn(
+            f"Pareto k-hat {diagnosis.khat:.2f} is not below {diagnosis.khat_threshold:.2f}: the "
+            "resampled draws are no better than the guide.",
+            stacklevel=2,
+        )
+    weights = np.exp(diagnostics.psis(draws.log_weights.ravel()).log_weights)
+    rows = _stratified(weights, n or len(draws), np.random.default_rng(seed))
+
+    def pick(array: np.ndarray) -> np.ndarray:
+        return array.reshape(-1, *array.shape[2:])[rows][None]
+
+    return Draws(
+        pick(draws.z),
+        pick(draws.log_p),
+        pick(draws.log_q),
+        {name: pick(value) for name, value in draws.values.items()},
+        draws.target,
+        {**draws.meta, "resampled": True, "diagnosis": asdict(diagnosis)},
+    )
+
+
+def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
+    """Say whether draws can be trusted.
+
+    Args:
+        draws: Draws of a fit, or log weights as an array, (draw) or (chain,
+            draw). For resampled draws, the diagnosis of the original ones.
+    """
+    if not isinstance(draws, Draws):
+        return diagnostics.diagnose(draws)
+    if draws.resampled:
+        facts = draws.meta["diagnosis"]
+        return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"])})
+    diagnosis = diagnostics.diagnose(
+        draws.log_weights,
+        {**draws.values, "unconstrained z": draws.z},
+        draws.target.improper,
+        draws.title,
+    )
+    return replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+
+
+def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 1000)) -> Bounds:
+    """Importance-weighted bounds on the log evidence, with standard errors.
+
+    Args:
+        draws: Draws of a fit, or log weights as an array.
+        particles: Numbers of particles K. Where there are fewer draws than K
+            the bound is NaN.
+    """
+    if isinstance(draws, Draws) and draws.target.improper:
+        names = ", ".join(f"'{name}'" for name in draws.target.improper)
+        raise ValueError(
+            f"The prior of {names} is improper, so there is no evidence to bound. Compare guides "
+            "by diagnose(draws).elbo, or give a proper prior."
+        )
+    log_weights = draws.log_weights if isinstance(draws, Draws) else draws
+    return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def _chain(
+    target: Target, guide: Guide, n: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
+    """Draws of one guide: z, log_p, log_q and values."""
+    z, log_p, log_q, values = zip(*_chunks(target, guide, n), strict=True)
+    named = {name: _joined([chunk[name] for chunk in values]) for name in values[0]}
+    return _joined(z), _joined(log_p), _joined(log_q), named
+
+
+def _chunks(
+    target: Target, guide: Guide, n: int
+) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
+    for start in range(0, n, target.chunk()):
+        z, log_q = guide.sample((min(target.chunk(), n - start),))
+        yield z, target.log_prob(z), log_q, target.constrain(z)
+
+
+def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
+    return torch.cat(list(chunks)).cpu().numpy()
+
+
+def _stratified(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+    """Indices drawn in proportion to the weights, one from each n-th of their sum, shuffled."""
+    heights = np.cumsum(weights)
+    points = (np.arange(n) + rng.random(n)) / n
+    # Below the top even after rounding; then no weight of zero is ever hit.
+    points = np.minimum(points, np.nextafter(1.0, 0.0)) * heights[-1]
+    return rng.permutation(np.searchsorted(heights, points, side="right"))

@@ -1,0 +1,135 @@
+"""Affine layers: shift and scale, coordinate by coordinate or by a triangular matrix."""
+
+import torch
+from torch import Tensor, nn
+from torch.linalg import solve_triangular
+
+from flowvi.flows.layer import Layer
+from flowvi.flows.nets import Amortised
+
+
+class Diagonal(Layer):
+    r"""Shift and scale every coordinate.
+
+    .. math:: y = o + r \odot (m + e^{s} \odot x), \qquad
+        \log|\det \partial y / \partial x| = \sum_i s_i + \log r_i
+
+    The shift m and log-scale s are trained and may depend on the context. The
+    origin o and widths r are constants, 0 and 1 until `set_` is called: m and
+    s are then measured in units of the target's own scale, so that one step
+    size suits them all. Both directions cost O(D).
+
+    Args:
+        dim: Length D of the vector.
+        context_dim: Length C of the context; 0 for an unconditional layer.
+    """
+
+    origin: Tensor
+    width: Tensor
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.params = Amortised(torch.zeros(2 * dim), context_dim)
+        self.register_buffer("origin", torch.zeros(dim))
+        self.register_buffer("width", torch.ones(dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.params(context).chunk(2, dim=-1)
+        y = self.origin + self.width * (shift + log_scale.exp() * x)
+        return y, self._ladj(log_scale).expand(y.shape[:-1])
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.params(context).chunk(2, dim=-1)
+        x = ((y - self.origin) / self.width - shift) * (-log_scale).exp()
+        return x, -self._ladj(log_scale).expand(x.shape[:-1])
+
+    @torch.no_grad()
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        r"""Become the diagonal Gaussian nearest to N(loc, L L^T).
+
+        Nearest in KL(q || p): the scales are :math:`\Lambda_{ii}^{-1/2}`, with
+        :math:`\Lambda` the precision matrix, not the marginal scales.
+
+        Args:
+            loc: Mean, (D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D).
+        """
+        identity = torch.eye(len(loc), dtype=scale_tril.dtype, device=scale_tril.device)
+        precision = solve_triangular(scale_tril, identity, upper=False).square().sum(0)
+        _reset(self.params)
+        self.origin.copy_(loc)
+        self.width.copy_(precision.rsqrt())
+
+    def _ladj(self, log_scale: Tensor) -> Tensor:
+        return log_scale.sum(-1) + self.width.log().sum()
+
+
+class Triangular(Layer):
+    r"""Shift, and multiply by a lower triangular matrix with a positive diagonal.
+
+    With U strictly lower triangular,
+
+    .. math:: y = o + R \, (m + e^{s} \odot (x + U x)), \qquad
+        \log|\det \partial y / \partial x| = \sum_i s_i + \log R_{ii}.
+
+    U, the shift m and the log-scale s are trained; m and s may depend on the
+    context. The origin o and lower triangular frame R are constants, 0 and I
+    until `set_` is called: training then starts from the identity in
+    coordinates in which the target is about standard. Both directions cost
+    O(D^2): a product forwards, a triangular solve backwards.
+
+    Args:
+        dim: Length D of the vector.
+        context_dim: Length C of the context; 0 for an unconditional layer.
+    """
+
+    origin: Tensor
+    frame: Tensor
+
+    def __init__(self, dim: int, context_dim: int = 0) -> None:
+        super().__init__()
+        self.params = Amortised(torch.zeros(2 * dim), context_dim)
+        self.lower = nn.Parameter(torch.zeros(dim, dim))
+        self.register_buffer("origin", torch.zeros(dim))
+        self.register_buffer("frame", torch.eye(dim))
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.params(context).chunk(2, dim=-1)
+        t = shift + log_scale.exp() * (x + x @ self.lower.tril(-1).mT)
+        y = self.origin + t @ self.frame.mT
+        return y, self._ladj(log_scale).expand(y.shape[:-1])
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        shift, log_scale = self.params(context).chunk(2, dim=-1)
+        t = _solve(self.frame, y - self.origin, unit=False)
+        x = _solve(self.lower, (t - shift) * (-log_scale).exp(), unit=True)
+        return x, -self._ladj(log_scale).expand(x.shape[:-1])
+
+    @torch.no_grad()
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Become x -> loc + L x.
+
+        Args:
+            loc: Shift, (D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D).
+        """
+        _reset(self.params)
+        self.lower.zero_()
+        self.origin.copy_(loc)
+        self.frame.copy_(scale_tril.tril())
+
+    def _ladj(self, log_scale: Tensor) -> Tensor:
+        return log_scale.sum(-1) + self.frame.diagonal().log().sum()
+
+
+def _solve(lower: Tensor, y: Tensor, *, unit: bool) -> Tensor:
+    """Solve L x = y for every vector; with `unit`, L has ones on its diagonal."""
+    # One matrix against all vectors: with leading dimensions the matrix would be copied for each.
+    rows = y.reshape(-1, y.shape[-1])
+    x = solve_triangular(lower.mT, rows, upper=True, left=False, unitriangular=unit)
+    return x.reshape(y.shape)
+
+
+def _reset(params: Amortised) -> None:
+    for p in params.parameters():
+        p.zero_()

@@ -1,0 +1,49 @@
+"""What a flow is made of: the contract of a layer, and layers one after the other."""
+
+from collections.abc import Iterable
+from typing import cast
+
+from torch import Tensor, nn
+
+
+class Layer(nn.Module):
+    """A bijection of R^D, applied to the last dimension.
+
+    A layer keeps nothing between calls: what it returns depends on its
+    arguments and parameters alone. A fresh layer is the identity, up to the
+    order of the coordinates.
+
+    A conditional layer takes a context, (*B, C), whose rows B are the last
+    dimensions before D: x is (*S, *B, D). A layer built without a context
+    ignores the one it is given, so both kinds can stand in one chain.
+    """
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map base to target. (..., D) -> (..., D), log|det dy/dx| (...)."""
+        raise NotImplementedError
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map target to base. (..., D) -> (..., D), log|det dx/dy| (...)."""
+        raise NotImplementedError(f"{type(self).__name__} has no inverse; use gradient='total'.")
+
+
+class Chain(Layer):
+    """Layers applied one after the other; their log determinants add up."""
+
+    def __init__(self, layers: Iterable[Layer]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = x.new_zeros(x.shape[:-1])
+        for layer in self.layers:
+            x, ladj = layer(x, context)
+            total = total + ladj
+        return x, total
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        total = y.new_zeros(y.shape[:-1])
+        for layer in reversed(self.layers):
+            y, ladj = cast(Layer, layer).inverse(y, context)
+            total = total + ladj
+        return y, total

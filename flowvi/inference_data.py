@@ -1,0 +1,228 @@
+"""Draws as ArviZ InferenceData, ready for NetCDF."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from flowvi._version import __version__
+from flowvi.diagnostics import MIN_DRAWS
+from flowvi.draws import Draws, diagnose
+from flowvi.target import Target
+
+if TYPE_CHECKING:
+    import arviz as az
+    import xarray as xr
+
+Arrays = Mapping[str, np.ndarray]
+
+SAMPLE = ("chain", "draw")
+STATS = {
+    "log_p": "log joint density of model and data, log Jacobian included",
+    "log_q": "log density of the guide",
+    "log_weight": "log_p - log_q; without constant if a prior is improper",
+}
+
+
+def to_inference_data(
+    draws: Draws,
+    *,
+    prior: int = 0,
+    predictive: bool = False,
+    log_likelihood: bool = True,
+    seed: int = 0,
+) -> az.InferenceData:
+    """Bring draws into ArviZ's groups.
+
+    posterior (latents and deterministics) and sample_stats always; observed
+    and constant data, pointwise log likelihood where the model has them. Names
+    that a file cannot hold are changed, and kept as the attribute
+    ``original_name``. Every group carries the verdict and its numbers.
+
+    Args:
+        draws: Draws of a fit, plain or resampled.
+        prior: Draws wanted from the prior and the prior predictive.
+        predictive: Whether to simulate data for every draw.
+        log_likelihood: Whether to evaluate it for every draw and observation.
+        seed: Seed of the prior and the predictive draws.
+    """
+    # ArviZ takes seconds to import.
+    import arviz as az
+
+    target = draws.target
+    groups: dict[str, Arrays] = {"posterior": draws.values, "sample_stats": _stats(draws)}
+    if predictive:
+        groups["posterior_predictive"] = _predictive(draws, seed)
+    if log_likelihood:
+        groups["log_likelihood"] = _log_likelihood(draws)
+    if prior:
+        groups |= _prior(target, prior, seed)
+    data = {"observed_data": target.observed, "constant_data": target.constants}
+    for name, tensors in data.items():
+        groups[name] = _arrays(tensors)
+
+    names = [name for arrays in groups.values() for name in arrays]
+    labels, attrs = Labels(target.dims, target.coords, names), attributes(draws)
+    datasets: dict[str, Any] = {
+        group: labels.dataset(arrays, () if group in data else SAMPLE, attrs)
+        for group, arrays in groups.items()
+        if arrays
+    }
+    return az.InferenceData(**datasets)
+
+
+def attributes(draws: Draws) -> dict[str, str | int | float]:
+    """Attributes by ArviZ's conventions: who made the draws, how, and what they are worth."""
+    facts: dict[str, Any] = {
+        "created_at": datetime.now(UTC).isoformat(),
+        "creation_library": "flowvi",
+        "creation_library_version": __version__,
+        "creation_library_language": "Python",
+        "inference_library": "flowvi",
+        "inference_library_version": __version__,
+        "modeling_interface": "flowvi",
+        "model": draws.target.name,
+        **{key: value for key, value in draws.meta.items() if key != "diagnosis"},
+    }
+    if "seconds" in draws.meta:
+        facts["sampling_time"] = draws.meta["seconds"]
+    if draws.resampled or draws.log_p.shape[1] >= MIN_DRAWS:
+        facts |= asdict(diagnose(draws))
+    else:
+        facts["verdict"] = f"not judged: fewer than {MIN_DRAWS} draws"
+    return {key: _storable(value) for key, value in facts.items()}
+
+
+class Labels:
+    """Names of variables and dims that xarray and NetCDF accept, the same in every group.
+
+    A dim has one size and is no variable's name; where a model's dims break
+    this, the axis is called ``<variable>_dim_<axis>``, ArviZ's default.
+
+    Args:
+        dims: For each variable, the names of its axes.
+        coords: Labels along dims.
+        variables: Names of all variables of all groups.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, Sequence[str | None]],
+        coords: Mapping[str, Sequence[Any]],
+        variables: Iterable[str],
+    ) -> None:
+        self.dims = dims
+        self.coords = coords
+        self.names: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.labels: dict[str, np.ndarray] = {}
+        for name in variables:
+            if name not in self.names:
+                self.names[name] = _unused(_saveable(name), {*self.names.values(), *SAMPLE})
+
+    def dataset(self, arrays: Arrays, lead: Sequence[str], attrs: Mapping[str, Any]) -> xr.Dataset:
+        """A group whose variables all begin with the lead dims."""
+        import xarray as xr
+
+        variables: dict[str, xr.Variable] = {}
+        coords: dict[str, np.ndarray] = {}
+        for name, array in arrays.items():
+            own = self._axes(name, array.shape[len(lead) :])
+            notes = {} if name == self.names[name] else {"original_name": name}
+            if name in STATS:
+                notes |= {"description": STATS[name], "space": "unconstrained, Jacobian included"}
+            variables[self.names[name]] = xr.Variable((*lead, *own), array, notes)
+            coords |= {dim: np.arange(size) for dim, size in zip(lead, array.shape, strict=False)}
+            coords |= {dim: self.labels[dim] for dim in own}
+        return xr.Dataset(variables, coords, attrs)
+
+    def _axes(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Names for the axes of a variable."""
+        axes: list[str] = []
+        given = [*self.dims.get(name, ())]
+        for axis, size in enumerate(shape):
+            dim = given[axis] if axis < len(given) else None
+            default = f"{self.names[name]}_dim_{axis}"
+            known = self.coords.get(dim, ()) if dim else ()
+            chosen = _saveable(dim or default)
+            if chosen in axes or not self._fits(chosen, size):
+                chosen = default
+            while chosen in axes or not self._fits(chosen, size):
+                chosen += "_"
+            self.sizes[chosen] = size
+            labels = _coordinate(known) if len(known) == size else np.arange(size)
+            self.labels.setdefault(chosen, labels)
+            axes.append(chosen)
+        return axes
+
+    def _fits(self, dim: str, size: int) -> bool:
+        taken = {*self.names.values(), *SAMPLE}
+        return dim not in taken and self.sizes.get(dim, size) == size
+
+
+def _log_likelihood(draws: Draws) -> Arrays:
+    """Pointwise log likelihood of every observed site, (chain, draw, *rows)."""
+    target = draws.target
+    z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device).flatten(0, 1)
+    with torch.no_grad():
+        chunks = [_arrays(target.log_likelihood(part)) for part in z.split(target.chunk())]
+    joined = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
+    return _by_chain(joined, draws)
+
+
+def _prior(target: Target, n: int, seed: int) -> dict[str, Arrays]:
+    """Draws from the prior and the data that they predict, as one chain."""
+    simulated = {name: value[None] for name, value in target.prior(n, seed).items()}
+    return {
+        "prior": {n: v for n, v in simulated.items() if n not in target.observed},
+        "prior_predictive": {n: v for n, v in simulated.items() if n in target.observed},
+    }
+
+
+def _predictive(draws: Draws, seed: int) -> Arrays:
+    """Data simulated for every draw, (chain, draw, *shape)."""
+    latents = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in draws.target.sites}
+    return _by_chain(draws.target.predictive(latents, seed), draws)
+
+
+def _stats(draws: Draws) -> Arrays:
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q}
+    return stats if draws.resampled else {**stats, "log_weight": draws.log_weights}
+
+
+def _by_chain(arrays: Arrays, draws: Draws) -> Arrays:
+    return {n: a.reshape(*draws.log_p.shape, *a.shape[1:]) for n, a in arrays.items()}
+
+
+def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
+    return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
+
+
+def _saveable(name: str) -> str:
+    return name.replace("/", "_")
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _coordinate(labels: Sequence[Any]) -> np.ndarray:
+    """Labels as one array of numbers, or else of strings."""
+    if all(isinstance(label, (int, float)) for label in labels):
+        return np.asarray(labels)
+    return np.asarray([str(label) for label in labels])
+
+
+def _storable(value: Any) -> str | int | float:
+    """What a NetCDF attribute can hold: numbers and strings; the rest as JSON."""
+    if isinstance(value, bool):
+        return int(value)
+    return value if isinstance(value, (str, int, float)) else json.dumps(value)

@@ -1,0 +1,292 @@
+"""Where a fit starts: candidate Gaussians, and the best of them refined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+from torch.linalg import solve_triangular
+
+from flowvi.target import Target
+
+Say = Callable[[str], None]
+
+HESSIAN_LIMIT = 2000
+PATH_POINTS = 6
+LBFGS_STEPS = 300
+NEWTON_STEPS = 12
+REFINE_STEPS = 40
+REFINE_ROUNDS = 8
+JUDGE_DRAWS = 400
+
+
+@dataclass(frozen=True)
+class Gaussian:
+    """A normal density on R^D and how good it is.
+
+    Args:
+        loc: Mean, (D).
+        scale_tril: Lower triangular L with covariance L L^T, (D, D).
+        name: Where it came from.
+        elbo: Its evidence lower bound, on draws that judged all candidates alike.
+    """
+
+    loc: Tensor
+    scale_tril: Tensor
+    name: str
+    elbo: float = -math.inf
+
+
+def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussian:
+    """Find a normal density with a high ELBO, without a step size to choose.
+
+    Candidates are narrow normals at start points, and Laplace approximations
+    along and at the end of L-BFGS paths to a mode: where the density has no
+    mode, as in a centred hierarchy, an earlier point of the path wins. The
+    best ELBO on common draws is refined by `refine`.
+
+    Args:
+        target: The log density.
+        seed: Of the start points and draws.
+        diagonal: Restrict the covariance to a diagonal.
+        say: Takes a sentence about every decision.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    judge = torch.randn(
+        JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
+    groups = [_best(target, group, judge) for group in candidates(target, generator)]
+    found = sorted((g for g in groups if math.isfinite(g.elbo)), key=lambda g: -g.elbo)
+    if not found:
+        raise ValueError(
+            f"The log density of {target.name} is not finite around any start point; "
+            "rescale the data or narrow the priors."
+        )
+    if diagonal:
+        found = [score(target, _diagonal(g), judge) for g in found]
+    # The best start need not lead to the best Gaussian: a narrow mode flatters its neighbourhood.
+    tried = [refine(target, g, generator, judge, diagonal, rounds=2) for g in found]
+    best = max(tried, key=lambda g: g.elbo)
+    refined = refine(target, best, generator, judge, diagonal, rounds=REFINE_ROUNDS)
+    say(f"start: {best.name}, the best of {len(found)} starts")
+    say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
+    return refined
+
+
+def _best(target: Target, group: Sequence[Gaussian], judge: Tensor) -> Gaussian:
+    scored = [score(target, g, judge) for g in group]
+    return max(scored, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
+
+
+def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaussian]]:
+    """Normals to start from: for each start point, guesses of several kinds."""
+    identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
+    for i, z in enumerate(target.starts(generator)):
+        path = ascend(target, z)
+        group = [
+            Gaussian(z, identity, f"standard normal at start {i}"),
+            Gaussian(z, 0.1 * identity, f"narrow normal at start {i}"),
+            Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
+        ]
+        if target.dim <= HESSIAN_LIMIT:
+            few = path[:-1] if target.dim <= 100 else []
+            for k, point in enumerate(_thinned(few, PATH_POINTS)):
+                group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
+            group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
+        yield group
+
+
+def ascend(target: Target, start: Tensor) -> list[Tensor]:
+    """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
+    path: list[Tensor] = []
+
+    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = value_and_score(target, start.new_tensor(x))
+        if not (value.isfinite() and gradient.isfinite().all()):
+            return 1e30, np.zeros_like(x)
+        return -value.item(), -gradient.cpu().numpy().astype(np.float64)
+
+    def keep(x: np.ndarray) -> None:
+        path.append(start.new_tensor(x))
+
+    minimize(
+        objective,
+        start.cpu().numpy().astype(np.float64),
+        jac=True,
+        method="L-BFGS-B",
+        callback=keep,
+        options={"maxiter": LBFGS_STEPS, "maxcor": 20},
+    )
+    return path or [start]
+
+
+def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
+    r"""The normal with precision :math:`|-\nabla^2 \log p(z)|` and its Newton step's mean.
+
+    Absolute eigenvalues make it a density where the log density is not concave.
+    """
+    values, vectors = torch.linalg.eigh(-_hessian(target, z))
+    size = values.abs().clamp_min(1e-12 * values.abs().max().item() + 1e-300)
+    _, gradient = value_and_score(target, z)
+    covariance = (vectors / size) @ vectors.mT
+    step = covariance @ gradient
+    # A step beyond the region that the curvature describes is cut to its edge.
+    length = (step @ ((vectors * size) @ (vectors.mT @ step))).clamp_min(0).sqrt()
+    step = step / (length / math.sqrt(len(z))).clamp_min(1.0)
+    return Gaussian(z + step, _factor(covariance), name)
+
+
+def refine(
+    target: Target,
+    start: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    diagonal: bool,
+    rounds: int,
+) -> Gaussian:
+    r"""Raise a normal's ELBO by natural-gradient steps on path gradients.
+
+    In its own coordinates, z = m + L eps, the path gradient of the ELBO at a
+    draw is :math:`h = L^T \nabla \log p(z) + \epsilon`. The step is
+
+    .. math:: m \mathrel{+}= \rho L\, E[h], \qquad
+        L \leftarrow L (I + \rho\, \mathrm{tril}'(E[h \epsilon^T])),
+
+    tril' with half the diagonal: at rho = 1 a Newton step on a Gaussian target,
+    and without noise once the target is reached. Rounds with falling rho
+    are kept as long as each improves the ELBO on the judging draws.
+
+    References:
+        Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: the path gradient.
+        Tan (2021), "Analytic natural gradient updates for Cholesky factor in
+        Gaussian variational approximation", arXiv:2109.00375: the step.
+    """
+    best, current = start, start
+    draws = int(np.clip(2 * target.dim, 64, 512)) // 2
+    for round_ in range(rounds):
+        rate = 0.5 * 0.6**round_
+        for _ in range(REFINE_STEPS):
+            current = _natural_step(target, current, rate, draws, generator, diagonal)
+        current = score(target, replace(current, name=start.name), judge)
+        gain = current.elbo - best.elbo
+        if gain > 0:
+            best = current
+        elif not math.isfinite(current.elbo) or gain < -1.0:
+            current = best
+        if round_ >= 2 and gain < 1e-3:
+            break
+    return best
+
+
+def _natural_step(
+    target: Target,
+    g: Gaussian,
+    rate: float,
+    pairs: int,
+    generator: torch.Generator,
+    diagonal: bool,
+) -> Gaussian:
+    half = torch.randn(
+        pairs, target.dim, generator=generator, dtype=g.loc.dtype, device=g.loc.device
+    )
+    eps = torch.cat([half, -half])
+    log_p, gradient = value_and_score(target, g.loc + eps @ g.scale_tril.mT)
+    good = log_p.isfinite() & gradient.isfinite().all(-1)
+    if good.sum() < len(eps) / 2:
+        return replace(g, scale_tril=0.5 * g.scale_tril)
+    eps, h = eps[good], gradient[good] @ g.scale_tril + eps[good]
+    # A single draw far out in a steep wall must not decide the step.
+    norm = h.norm(dim=-1, keepdim=True)
+    h = h * (10 * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
+    shift, spread = h.mean(0), (h.mT @ eps / len(eps)).tril()
+    spread = spread.diagonal().diag() if diagonal else spread
+    shift = rate * shift / (rate * shift.norm() / math.sqrt(target.dim)).clamp_min(1.0)
+    spread = rate * (spread.tril(-1) + 0.5 * spread.diagonal().diag())
+    spread = spread / (2 * torch.linalg.matrix_norm(spread) / math.sqrt(target.dim)).clamp_min(1.0)
+    factor = spread.tril(-1) + spread.diagonal().exp().diag()
+    return replace(
+        g, loc=g.loc + g.scale_tril @ shift, scale_tril=(g.scale_tril @ factor).tril()
+    )
+
+
+def score(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
+    """The same Gaussian with its ELBO on given noise, (S, D)."""
+    with torch.no_grad():
+        log_p = evaluate(target, g.loc + eps @ g.scale_tril.mT)
+    entropy = 0.5 * len(g.loc) * math.log(2 * math.pi * math.e) + g.scale_tril.diagonal().log().sum()
+    return replace(g, elbo=float(log_p.mean() + entropy))
+
+
+def evaluate(target: Target, z: Tensor) -> Tensor:
+    """The log density of many points, in chunks that fit memory. (S, D) -> (S)."""
+    with torch.no_grad():
+        return torch.cat([target.log_prob(part) for part in z.split(target.chunk())])
+
+
+def value_and_score(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+    """The log density and its gradient, (*S, D) -> (*S), (*S, D)."""
+    with torch.enable_grad():
+        z = z.detach().requires_grad_()
+        log_p = target.log_prob(z)
+        (gradient,) = torch.autograd.grad(log_p.sum(), z)
+    return log_p.detach(), gradient
+
+
+def _newton(target: Target, z: Tensor, name: str) -> Gaussian:
+    """Laplace's approximation after the Newton steps that L-BFGS left undone."""
+    value, _ = value_and_score(target, z)
+    found = laplace(target, z, name)
+    for _ in range(NEWTON_STEPS):
+        tries = torch.stack([z + t * (found.loc - z) for t in (1.0, 0.5, 0.1, 0.01)])
+        higher, _ = value_and_score(target, tries)
+        best = int(higher.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
+        if not higher[best] > value + 1e-6 * (1 + value.abs()):
+            break
+        z, value = tries[best], higher[best]
+        found = laplace(target, z, name)
+    return replace(found, loc=z)
+
+
+def _hessian(target: Target, z: Tensor) -> Tensor:
+    """Second derivatives by central differences of the gradient, with two sets of step sizes."""
+    step = 1e-4 * z.abs().clamp_min(1.0)
+    for _ in range(2):
+        shifts = step.diag()
+        points = torch.cat([z + shifts, z - shifts])
+        parts = [value_and_score(target, p)[1] for p in points.split(max(2, target.chunk()))]
+        up, down = torch.cat(parts).nan_to_num(0.0, 0.0, 0.0).chunk(2)
+        hessian = (up - down) / (2 * step[:, None])
+        hessian = 0.5 * (hessian + hessian.mT)
+        # The second time in units of the density's own width.
+        step = 1e-3 / hessian.diagonal().abs().clamp(1e-20, 1e20).sqrt()
+    return hessian
+
+
+def _factor(covariance: Tensor) -> Tensor:
+    """A Cholesky factor, with as little added to the diagonal as it takes."""
+    scale = covariance.diagonal().sqrt()
+    correlation = covariance / scale[:, None] / scale
+    identity = torch.eye(len(scale), dtype=scale.dtype, device=scale.device)
+    for jitter in (0.0, 1e-12, 1e-9, 1e-6, 1e-3):
+        factor, info = torch.linalg.cholesky_ex(correlation + jitter * identity)
+        if info == 0:
+            break
+    return scale[:, None] * factor
+
+
+def _diagonal(g: Gaussian) -> Gaussian:
+    """The diagonal Gaussian nearest in KL(q || p): scales from the precision's diagonal."""
+    identity = torch.eye(len(g.loc), dtype=g.loc.dtype, device=g.loc.device)
+    precision = solve_triangular(g.scale_tril, identity, upper=False).square().sum(0)
+    return replace(g, scale_tril=precision.rsqrt().diag())
+
+
+def _thinned(path: list[Tensor], n: int) -> list[Tensor]:
+    if len(path) <= n:
+        return path
+    return [path[int(i)] for i in np.linspace(0, len(path) - 1, n)]

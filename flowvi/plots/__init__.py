@@ -1,0 +1,7 @@
+"""Pictures of a fit: each function returns the matplotlib axes that it drew on."""
+
+from flowvi.plots.khat import plot_khat
+from flowvi.plots.loss import plot_loss
+from flowvi.plots.pair import plot_pair
+
+__all__ = ["plot_khat", "plot_loss", "plot_pair"]

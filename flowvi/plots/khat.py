@@ -1,0 +1,52 @@
+"""The tail of the importance weights."""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from flowvi.diagnostics import as_chains, khat_threshold, log_evidence, psis
+from flowvi.draws import Draws
+from flowvi.plots.theme import BLUE, GREY, ORANGE, new_axes, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
+    """The largest weights, and the generalised Pareto tail that is fitted to them.
+
+    Args:
+        draws: Draws of a fit, not resampled, or an array of log weights.
+        ax: Axes to draw on; a new figure without them.
+    """
+    log_w = as_chains(draws.log_weights if isinstance(draws, Draws) else draws).ravel()
+    smooth, khat = psis(log_w)
+    threshold = khat_threshold(len(log_w))
+    order = np.argsort(log_w)[::-1][: np.isfinite(log_w).sum()]
+    rank = np.arange(1, len(order) + 1)
+    tail = slice(math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w)))))
+    raw = log_w[order] - log_evidence(log_w).value
+    # Smoothing leaves the smallest weight alone: it ties the two scales together.
+    fitted = smooth[order] - smooth[order[-1]] + raw[-1]
+    good = khat < threshold
+    with style():
+        ax = ax or new_axes((4.8, 3.6))
+        ax.loglog(rank, np.exp(raw), ".", ms=3, color=GREY, label="weights")
+        ax.loglog(
+            rank[tail],
+            np.exp(fitted[tail]),
+            color=BLUE if good else ORANGE,
+            lw=1.6,
+            label="generalised Pareto tail",
+        )
+        ax.axhline(1, color=GREY, lw=0.6, ls=":")
+        ax.set_ylim(max(np.exp(raw[-1]), 1e-4) / 2, 2 * np.exp(raw[0]))
+        word = "below" if good else "not below"
+        ax.set_title(f"Pareto k-hat {khat:.2f}, {word} {threshold:.2f}")
+        ax.set(xlabel="rank of the draw", ylabel="weight / mean weight")
+        ax.legend(loc="lower left")
+    return ax

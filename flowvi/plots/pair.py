@@ -1,0 +1,117 @@
+"""Marginals and pairs of scalars."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowvi.draws import Draws
+from flowvi.plots.theme import BLUE, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DEFAULT_SCALARS, MAX_SCALARS = 6, 12
+
+
+def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
+    """Marginals on the diagonal, pairs of scalars below it.
+
+    Args:
+        draws: Draws of a fit, plain or resampled.
+        names: What to show: values ("theta") or elements ("theta[3]", or by
+            its label, "theta[London]"). Without names, the model's scalars,
+            then the first elements of its vectors, six in all.
+
+    Returns:
+        Axes, (scalars, scalars); those above the diagonal are switched off.
+    """
+    columns = _scalars(draws, names)
+    labels, size = list(columns), len(columns)
+    with style():
+        import matplotlib.pyplot as plt
+
+        side = max(1.5 * size, 3.0)
+        figure, axes = plt.subplots(
+            size, size, figsize=(side, side), squeeze=False, layout="constrained"
+        )
+        for i, row in enumerate(labels):
+            for j, column in enumerate(labels):
+                ax = axes[i, j]
+                if j > i:
+                    ax.set_axis_off()
+                    continue
+                if i == j:
+                    _marginal(ax, columns[row])
+                else:
+                    _joint(ax, columns[column], columns[row])
+                ax.set_xlabel(column if i == size - 1 else "")
+                ax.set_ylabel(row if j == 0 < i else "")
+                ax.tick_params(labelbottom=i == size - 1, labelleft=j == 0 < i)
+        figure.suptitle(draws.title, fontsize=9)
+    return np.asarray(axes)
+
+
+def _scalars(draws: Draws, names: Sequence[str] | None) -> dict[str, np.ndarray]:
+    """Columns to show, by label."""
+    if names is None:
+        scalars_first = sorted(draws.values, key=lambda name: draws[name].ndim > 2)
+        every = (element for name in scalars_first for element in _elements(draws, name))
+        varying = ((label, x) for _, label, x in every if np.isfinite(x).all() and np.ptp(x) > 0)
+        return dict(itertools.islice(varying, DEFAULT_SCALARS))
+    columns: dict[str, np.ndarray] = {}
+    for name in names:
+        value = name if name in draws.values else name.partition("[")[0]
+        wanted = {
+            label: x for index, label, x in _elements(draws, value) if name in (value, index, label)
+        }
+        if not wanted:
+            raise KeyError(f"'{value}' has shape {draws[value].shape[2:]}; it has no '{name}'.")
+        columns |= wanted
+    if len(columns) > MAX_SCALARS:
+        raise ValueError(
+            f"The names stand for {len(columns)} scalars; a pair plot shows {MAX_SCALARS} at most. "
+            "Name some elements, for example 'theta[0]'."
+        )
+    return columns
+
+
+def _elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
+    """Every scalar of a value: its name by index, its name by label, its draws."""
+    value = draws[name]
+    axes = [draws.target.coords.get(dim) for dim in draws.target.dims.get(name, ())]
+    if value.ndim == 2:
+        yield name, name, value.ravel()
+        return
+    for index in np.ndindex(value.shape[2:]):
+        labels = [str(i if axis is None else axis[i]) for i, axis in zip(index, axes, strict=True)]
+        plain = ", ".join(map(str, index))
+        yield f"{name}[{plain}]", f"{name}[{', '.join(labels)}]", value[(..., *index)].ravel()
+
+
+def _marginal(ax: Axes, x: np.ndarray) -> None:
+    low, high = _limits(x)
+    ax.hist(x, bins=40, range=(low, high), color=BLUE, alpha=0.75, density=True)
+    ax.set(xlim=(low, high), yticks=[])
+    ax.spines["left"].set_visible(False)
+    ax.locator_params(axis="x", nbins=3)
+
+
+def _joint(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
+    extent = (*_limits(x), *_limits(y))
+    inside = (x >= extent[0]) & (x <= extent[1]) & (y >= extent[2]) & (y <= extent[3])
+    ax.hexbin(
+        x[inside], y[inside], gridsize=28, extent=extent, cmap="Blues", mincnt=1, lw=0.1, bins="log"
+    )
+    ax.set(xlim=extent[:2], ylim=extent[2:])
+    ax.locator_params(nbins=3)
+
+
+def _limits(x: np.ndarray) -> tuple[float, float]:
+    """The central 99 %, and a little more."""
+    low, high = np.quantile(x, (0.005, 0.995))
+    margin = 0.05 * (high - low) or 1.0
+    return float(low - margin), float(high + margin)

@@ -1,0 +1,7 @@
+"""A model, captured as a log density on R^D."""
+
+from flowvi.target.base import ModelError, Site, Target
+from flowvi.target.density import from_density
+from flowvi.target.pyro_model import from_pyro
+
+__all__ = ["ModelError", "Site", "Target", "from_density", "from_pyro"]

@@ -1,0 +1,133 @@
+"""A log density written by hand, as a target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from flowvi.target.base import Facts, ModelError, Site, Target
+from flowvi.target.bijections import bijection
+from flowvi.target.program import CaptureError, Density, capture
+from flowvi.target.tape import LatentValueRead, RandomNumber
+
+TRIES = 40
+POINTS = 3
+
+
+def from_density(
+    log_prob: Callable[[dict[str, Tensor]], Tensor], sites: Mapping[str, Site]
+) -> Target:
+    """Make a target of a differentiable log density on named, constrained values.
+
+    Args:
+        log_prob: Takes a dict of one value a site, each of its site's shape, and returns
+            the log density there, (), up to a constant. Jacobians are added by flowvi.
+        sites: Name -> `Site(shape, support)`.
+
+    Raises:
+        ModelError: The density cannot be evaluated or captured.
+    """
+    return _Plain(log_prob, dict(sites)).target()
+
+
+class _Plain:
+    """One density on its way to a target."""
+
+    def __init__(
+        self, log_prob: Callable[[dict[str, Tensor]], Tensor], sites: dict[str, Site]
+    ) -> None:
+        if not sites:
+            raise ModelError("from_density needs at least one site, such as {'mu': flowvi.Site()}.")
+        self.log_prob, self.sites = log_prob, sites
+        self.name = getattr(log_prob, "__name__", type(log_prob).__name__)
+        self.slices: dict[str, slice] = {}
+        self.shapes: dict[str, torch.Size] = {}
+        self.transforms = {}
+        start = 0
+        for name, site in sites.items():
+            try:
+                self.transforms[name] = bijection(site.support)
+            except NotImplementedError:
+                raise ModelError(
+                    f"Site '{name}' has support {site.support!r}, which no smooth bijection maps "
+                    "to R^n; parametrise it by unconstrained values."
+                ) from None
+            shape = self.transforms[name].inverse_shape(torch.Size(site.shape))
+            self.shapes[name] = shape
+            self.slices[name] = slice(start, start + shape.numel())
+            start += shape.numel()
+        self.dim = start
+
+    def target(self) -> Target:
+        points = self._points()
+        try:
+            batched = capture(self._density, points, [], self.name)
+        except LatentValueRead as error:
+            raise ModelError(
+                f"{self.name} reads a value that depends on its argument into Python: {error}. "
+                "Use torch.where for a choice, and tensors instead of numbers."
+            ) from None
+        except RandomNumber as error:
+            raise ModelError(
+                f"{self.name} draws random numbers: {error}. A density must not; draw them "
+                "before, as data."
+            ) from None
+        except CaptureError as error:
+            raise ModelError(str(error)) from None
+        dims = {
+            name: site.dims or tuple(f"{name}_dim_{i}" for i in range(len(site.shape)))
+            for name, site in self.sites.items()
+        }
+        facts = Facts(self.name, self.sites, self.slices, dims=dims)
+        return Target(
+            facts, Density(batched, True), self._values, self._inverse, None, points
+        )
+
+    def _values(self, z: Tensor) -> dict[str, Tensor]:
+        return {
+            name: self.transforms[name](z[self.slices[name]].reshape(self.shapes[name]))
+            for name in self.sites
+        }
+
+    def _density(self, z: Tensor) -> Tensor:
+        values, ladj = {}, z.new_zeros(())
+        for name, transform in self.transforms.items():
+            u = z[self.slices[name]].reshape(self.shapes[name])
+            values[name] = transform(u)
+            ladj = ladj + transform.log_abs_det_jacobian(u, values[name]).sum()
+        log_p = self.log_prob(values)
+        if not isinstance(log_p, Tensor) or log_p.shape != ():
+            came = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
+            raise ModelError(
+                f"{self.name} must return the log density of one point, a tensor of shape (); "
+                f"got {came}. Add .sum() if it returned one value a row of the data."
+            )
+        return log_p + ladj
+
+    def _inverse(self, flat: Tensor) -> Tensor:
+        pieces, start = [], 0
+        for name, site in self.sites.items():
+            size = torch.Size(site.shape).numel()
+            value = flat[start : start + size].reshape(site.shape)
+            pieces.append(self.transforms[name].inv(value).reshape(-1))
+            start += size
+        return torch.cat(pieces)
+
+    def _points(self) -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        found = []
+        for i in range(TRIES):
+            noise = torch.randn(self.dim, generator=generator, dtype=torch.float64)
+            z = (noise * (2.0 if i % 2 else 0.5) * (1 - i / TRIES)).to(torch.get_default_dtype())
+            if self._density(z).isfinite():
+                found.append(z.detach())
+            if len(found) == POINTS:
+                break
+        if not found:
+            raise ModelError(
+                f"{self.name} is not finite at any of {TRIES} points near the centre of the "
+                "supports; check the supports of the sites and the scale of the data."
+            )
+        return torch.stack(found)

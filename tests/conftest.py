@@ -1,0 +1,29 @@
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyro
+import pytest
+import torch
+
+REPOSITORY = Path(__file__).parents[1]
+
+
+@pytest.fixture(autouse=True)
+def reproducible() -> Iterator[None]:
+    """Double precision, a fixed seed and an empty parameter store for every test."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    torch.manual_seed(0)
+    pyro.clear_param_store()
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """Folder of the benchmark posteriors and targets: FLOWVI_SHARED, or beside the repository."""
+    folder = Path(os.environ.get("FLOWVI_SHARED", REPOSITORY.parent / "shared"))
+    if not (folder / "posteriors").is_dir():
+        pytest.skip(f"no reference posteriors in {folder}; set FLOWVI_SHARED to their folder")
+    return folder

@@ -1,0 +1,132 @@
+"""Plots draw what they are given, on the axes they are given, and change nothing else."""
+
+import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+import pytest
+import torch
+
+from flowvi.draws import Draws, draw, resample
+from flowvi.guides import MeanField
+from flowvi.plots import plot_khat, plot_loss, plot_pair
+from flowvi.target import Site, from_density
+
+mpl.use("Agg")
+
+
+@pytest.fixture(autouse=True)
+def same_style():
+    """The user's style is as it was, and no figure is left open."""
+    before = dict(mpl.rcParams)
+    yield
+    plt.close("all")
+    assert dict(mpl.rcParams) == before
+
+
+@pytest.fixture
+def draws():
+    target = from_density(
+        lambda v: -(v["mu"] ** 2 + (v["theta"] ** 2).sum() + v["tau"] ** 2) / 2,
+        {"mu": Site(), "theta": Site(shape=(9,), dims=("city",)), "tau": Site()},
+    )
+    target.coords["city"] = [f"c{i}" for i in range(9)]
+    q = MeanField(11)
+    q.start(torch.full((11,), 0.1), torch.eye(11))
+    return draw(target, [q, q], 300)
+
+
+def history(steps=500):
+    rng = np.random.default_rng(0)
+    at = np.arange(steps)
+    bound = -30 - 1000 * np.exp(-at / 20) - 0.1 * rng.gamma(1.0, size=steps)
+    return {"bound": bound, "stage": np.where(at < 200, "gaussian", "flow")}
+
+
+def shown(axes):
+    """Labels of the columns of a pair plot."""
+    return [ax.get_xlabel() for ax in axes[-1]]
+
+
+def test_loss_marks_stages_and_ignores_the_first_steps():
+    record = history()
+    record["bound"][0] = -1e9
+    record["bound"][50:55] = np.nan
+
+    ax = plot_loss(record)
+
+    ax.figure.canvas.draw()
+    bottom, top = ax.get_ylim()
+    assert [text.get_text().strip() for text in ax.texts] == ["gaussian", "flow"]
+    assert -2000 < bottom < -31 and -30.1 < top < -29
+    assert len(ax.get_yticks()) >= 3
+
+
+def test_loss_draws_on_the_axes_it_is_given():
+    _, ax = plt.subplots()
+
+    assert plot_loss({"bound": [-3.0]}, ax) is ax
+
+
+@pytest.mark.parametrize("bound", [np.full(50, -7.0), np.zeros(2), -(np.arange(1e4) ** 3)])
+def test_loss_of_any_shape_is_drawn(bound):
+    plot_loss({"bound": bound}).figure.canvas.draw()
+
+
+def test_loss_without_a_finite_bound_is_refused():
+    with pytest.raises(ValueError, match="no finite value"):
+        plot_loss({"bound": [np.nan, -np.inf]})
+
+
+def test_pair_takes_scalars_first_and_six_in_all(draws):
+    axes = plot_pair(draws)
+
+    axes[0, 0].figure.canvas.draw()
+    assert shown(axes) == ["mu", "tau", *(f"theta[c{i}]" for i in range(4))]
+    assert not axes[0, 1].axison
+
+
+def test_pair_finds_elements_by_index_and_label(draws):
+    assert shown(plot_pair(draws, ["theta[2]", "theta[c7]", "tau"])) == [
+        "theta[c2]",
+        "theta[c7]",
+        "tau",
+    ]
+
+
+def test_pair_of_resampled_draws_is_drawn(draws):
+    plot_pair(resample(draws), ["mu"])[0, 0].figure.canvas.draw()
+
+
+@pytest.mark.parametrize(
+    ("names", "error", "message"),
+    [
+        (["nu"], KeyError, "choose from mu, theta, tau"),
+        (["theta[9]"], KeyError, r"'theta' has shape \(9,\)"),
+    ],
+)
+def test_pair_names_what_it_cannot_find(draws, names, error, message):
+    with pytest.raises(error, match=message):
+        plot_pair(draws, names)
+
+
+def test_pair_refuses_more_than_it_can_show(draws):
+    many = Draws(draws.z, draws.log_p, draws.log_q, {"x": np.zeros((2, 300, 40))}, draws.target)
+
+    with pytest.raises(ValueError, match="40 scalars; a pair plot shows 12"):
+        plot_pair(many, ["x"])
+
+
+def test_khat_shows_the_number_and_its_threshold(draws):
+    title = plot_khat(draws).get_title(loc="left")
+
+    assert title.startswith("Pareto k-hat") and "below" in title
+
+
+@pytest.mark.parametrize("spread", [0.0, 0.5, 3.0, 300.0])
+def test_khat_of_any_weights_is_drawn(spread):
+    log_w = spread * np.random.default_rng(0).normal(size=1000)
+    log_w[:3] = -np.inf
+    _, ax = plt.subplots()
+
+    assert plot_khat(log_w, ax) is ax
+    ax.figure.canvas.draw()
