@@ -1,1 +1,38 @@
 """flowvi: normalizing-flow guides for arbitrary Bayesian models."""
+
+from flowvi._version import __version__
+from flowvi.checkpoint import load
+from flowvi.draws import Draws, bounds, diagnose, resample
+from flowvi.fit import Fit, Step, fit
+from flowvi.flows import FLOWS
+from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
+from flowvi.inference_data import to_inference_data
+from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi
+from flowvi.target import ModelError, Site, Target, from_density, from_pyro
+
+__all__ = [
+    "FLOWS",
+    "GUIDES",
+    "OBJECTIVES",
+    "Draws",
+    "Fit",
+    "FlowGuide",
+    "FullRank",
+    "MeanField",
+    "ModelError",
+    "Site",
+    "Step",
+    "Target",
+    "__version__",
+    "bounds",
+    "diagnose",
+    "elbo",
+    "fit",
+    "from_density",
+    "from_pyro",
+    "iwelbo",
+    "load",
+    "renyi",
+    "resample",
+    "to_inference_data",
+]

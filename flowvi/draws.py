@@ -166,7 +166,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"])})
     diagnosis = diagnostics.diagnose(
         draws.log_weights,
-        {**draws.values, "unconstrained z": draws.z},
+        {**draws.values, **_coordinates(draws)},
         draws.target.improper,
         draws.title,
     )
@@ -189,6 +189,14 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
         )
     log_weights = draws.log_weights if isinstance(draws, Draws) else draws
     return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
+    """The unconstrained coordinates of each site; those of heavy-tailed values have moments."""
+    columns = {name: draws.z[..., part] for name, part in draws.target.slices.items()}
+    return {
+        f"unconstrained {name}": z[..., 0] if z.shape[-1] == 1 else z for name, z in columns.items()
+    }
 
 
 def _chain(

@@ -22,7 +22,7 @@ from flowvi._version import __version__
 from flowvi.draws import Draws, draw
 from flowvi.guides import Guide, make_guide
 from flowvi.init import Gaussian, best_gaussian
-from flowvi.objectives import OBJECTIVES, Renyi, elbo
+from flowvi.objectives import OBJECTIVES, Estimate, ForwardKL, LogDensity, Renyi, elbo
 from flowvi.schedule import Average, Guard, decayed
 from flowvi.target import Target
 
@@ -33,6 +33,9 @@ TRIAL_STEPS = 60
 JUDGE_DRAWS = 2000
 LAST_PART = 0.2
 SINGLE_THREAD_BELOW = 2_000_000
+
+
+Objective = Renyi | ForwardKL
 
 
 class Step(NamedTuple):
@@ -106,7 +109,7 @@ class Fit:
 def fit(
     target: Target,
     guide: str | Guide = "auto",
-    objective: Renyi | str | None = None,
+    objective: Objective | str | None = None,
     *,
     steps: int | None = None,
     lr: float | None = None,
@@ -168,7 +171,7 @@ def fit(
 
 @dataclass(frozen=True)
 class _Settings:
-    objective: Renyi
+    objective: Objective
     steps: int
     lr: float | None
     repeats: int
@@ -311,8 +314,9 @@ class _Run:
 
     def _bound(self, repeats: int) -> Tensor:
         batch = self._batch()
-        estimate = self.settings.objective(
-            lambda z: self.target.log_prob(z, batch), self.guide, repeats=(repeats,)
+        objective = self.settings.objective
+        estimate = _estimate(
+            objective, lambda z: self.target.log_prob(z, batch), self.guide, repeats
         )
         return estimate.bound.mean()
 
@@ -327,16 +331,16 @@ class _Run:
     def _judge(self) -> float:
         """The bound on fresh draws, the same noise for all that are judged."""
         objective = self.settings.objective
-        chunk = max(1, self.target.chunk() // objective.particles)
-        left = max(1, JUDGE_DRAWS // objective.particles)
+        chunk = max(1, self.target.chunk() // _particles(objective))
+        left = max(1, JUDGE_DRAWS // _particles(objective))
         total, count = 0.0, left
         state = torch.get_rng_state()
         torch.manual_seed(self.settings.seed + 7919)
         with torch.no_grad():
             while left > 0:
                 now = min(chunk, left)
-                values = objective(self.target.log_prob, self.guide, repeats=(now,)).bound
-                total, left = total + float(values.sum()), left - now
+                values = _estimate(objective, self.target.log_prob, self.guide, now).bound
+                total, left = total + now * float(values.mean()), left - now
         torch.set_rng_state(state)
         return total / count
 
@@ -381,7 +385,7 @@ def _result(target: Target, runs: list[_Run], settings: _Settings, seconds: floa
         "guide": runs[0].name,
         "objective": describe(settings.objective),
         "steps": settings.steps,
-        "particles": settings.repeats * settings.objective.particles,
+        "particles": settings.repeats * _particles(settings.objective),
         "lr": [r.lr for r in runs],
         "seed": settings.seed,
         "restarts": len(runs),
@@ -394,8 +398,10 @@ def _result(target: Target, runs: list[_Run], settings: _Settings, seconds: floa
     return Fit(target, [r.guide for r in runs], [r.bound for r in runs], history, log, meta)
 
 
-def describe(objective: Renyi) -> str:
+def describe(objective: Objective) -> str:
     """An objective in the words of the literature."""
+    if isinstance(objective, ForwardKL):
+        return f"forward KL ({len(objective.z)} draws)"
     if objective.alpha == 1.0:
         kind = "total" if objective.gradient == "total" else "STL"
         return f"ELBO ({kind})"
@@ -403,25 +409,41 @@ def describe(objective: Renyi) -> str:
     return f"{name} (K = {objective.particles}, {objective.gradient})"
 
 
-def _objective(objective: Renyi | str | None, particles: int | None) -> Renyi:
+def _objective(objective: Objective | str | None, particles: int | None) -> Objective:
     if objective is None:
         return elbo(particles or PARTICLES)
     if isinstance(objective, str):
         if objective not in OBJECTIVES:
             choices = ", ".join(OBJECTIVES)
             raise ValueError(f"No objective named '{objective}'; choose from {choices}.")
-        made: Renyi = OBJECTIVES[objective]()
-        return made
+        if objective == "forward_kl":
+            raise ValueError(
+                "forward_kl needs draws to fit to: pass objective=OBJECTIVES['forward_kl'](z)."
+            )
+        return OBJECTIVES[objective]()
     return objective
 
 
-def _repeats(objective: Renyi, particles: int | None) -> int:
-    return max(1, (particles or PARTICLES) // objective.particles)
+def _repeats(objective: Objective, particles: int | None) -> int:
+    return max(1, (particles or PARTICLES) // _particles(objective))
+
+
+def _particles(objective: Objective) -> int:
+    """Draws inside one estimate that the guide makes."""
+    return objective.particles if isinstance(objective, Renyi) else 1
+
+
+def _estimate(
+    objective: Objective, log_p: LogDensity, guide: Guide, repeats: int
+) -> Estimate:
+    if isinstance(objective, ForwardKL):
+        return objective(log_p, guide)
+    return objective(log_p, guide, repeats=(repeats,))
 
 
 def _check(
     target: Target,
-    objective: Renyi,
+    objective: Objective,
     steps: int | None,
     lr: float | None,
     particles: int | None,
@@ -435,11 +457,11 @@ def _check(
         raise ValueError(f"lr must be a positive number; got {lr}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
-    if not isinstance(objective, Renyi):
+    if not isinstance(objective, Renyi | ForwardKL):
         raise ValueError(
-            f"fit maximises a bound such as elbo() or iwelbo(16); got {type(objective).__name__}."
+            f"objective must be one such as elbo() or iwelbo(16); got {type(objective).__name__}."
         )
-    if target.subsampled and objective.alpha < 1:
+    if target.subsampled and isinstance(objective, Renyi) and objective.alpha < 1:
         plate = next(iter(target.subsampled))
         raise ValueError(
             f"{describe(objective)} over global latents needs every row in each weight, but plate "

@@ -20,8 +20,12 @@ HESSIAN_LIMIT = 2000
 PATH_POINTS = 6
 LBFGS_STEPS = 300
 NEWTON_STEPS = 12
-REFINE_STEPS = 40
-REFINE_ROUNDS = 8
+SMALL = 50
+REFINE_STEPS = 10
+TRY_ROUNDS = 8
+REFINE_ROUNDS = 30
+FIRST_RATE = 0.5
+LAST_RATE = 0.01
 JUDGE_DRAWS = 400
 
 
@@ -60,8 +64,11 @@ def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussi
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    groups = [_best(target, group, judge) for group in candidates(target, generator)]
-    found = sorted((g for g in groups if math.isfinite(g.elbo)), key=lambda g: -g.elbo)
+    groups = [[score(target, g, judge) for g in group] for group in candidates(target, generator)]
+    # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
+    # where the density is unbounded: of each start, the normal that knows nothing of modes is
+    # tried beside the best of those that do.
+    found = [g for group in groups for g in (group[0], _best(group[1:])) if math.isfinite(g.elbo)]
     if not found:
         raise ValueError(
             f"The log density of {target.name} is not finite around any start point; "
@@ -69,18 +76,16 @@ def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussi
         )
     if diagonal:
         found = [score(target, _diagonal(g), judge) for g in found]
-    # The best start need not lead to the best Gaussian: a narrow mode flatters its neighbourhood.
-    tried = [refine(target, g, generator, judge, diagonal, rounds=2) for g in found]
+    tried = [refine(target, g, generator, judge, diagonal, rounds=TRY_ROUNDS) for g in found]
     best = max(tried, key=lambda g: g.elbo)
     refined = refine(target, best, generator, judge, diagonal, rounds=REFINE_ROUNDS)
-    say(f"start: {best.name}, the best of {len(found)} starts")
+    say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return refined
 
 
-def _best(target: Target, group: Sequence[Gaussian], judge: Tensor) -> Gaussian:
-    scored = [score(target, g, judge) for g in group]
-    return max(scored, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
+def _best(group: Sequence[Gaussian]) -> Gaussian:
+    return max(group, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
 
 
 def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaussian]]:
@@ -89,8 +94,8 @@ def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaus
     for i, z in enumerate(target.starts(generator)):
         path = ascend(target, z)
         group = [
-            Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(z, 0.1 * identity, f"narrow normal at start {i}"),
+            Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
         if target.dim <= HESSIAN_LIMIT:
@@ -130,13 +135,16 @@ def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
 
     Absolute eigenvalues make it a density where the log density is not concave.
     """
-    values, vectors = torch.linalg.eigh(-_hessian(target, z))
-    size = values.abs().clamp_min(1e-12 * values.abs().max().item() + 1e-300)
+    precision = -_hessian(target, z)
+    width = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
+    # In units of each coordinate's own width, or wide ones would drown in narrow ones' rounding.
+    values, vectors = torch.linalg.eigh(width[:, None] * precision * width)
+    size = values.abs().clamp_min(1e-10)
     _, gradient = value_and_score(target, z)
-    covariance = (vectors / size) @ vectors.mT
+    covariance = width[:, None] * ((vectors / size) @ vectors.mT) * width
     step = covariance @ gradient
     # A step beyond the region that the curvature describes is cut to its edge.
-    length = (step @ ((vectors * size) @ (vectors.mT @ step))).clamp_min(0).sqrt()
+    length = (step @ gradient).clamp_min(0).sqrt()
     step = step / (length / math.sqrt(len(z))).clamp_min(1.0)
     return Gaussian(z + step, _factor(covariance), name)
 
@@ -159,26 +167,29 @@ def refine(
 
     tril' with half the diagonal: at rho = 1 a Newton step on a Gaussian target,
     and without noise once the target is reached. Rounds with falling rho
-    are kept as long as each improves the ELBO on the judging draws.
+    are kept if they improve the ELBO on the judging draws.
 
     References:
         Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: the path gradient.
         Tan (2021), "Analytic natural gradient updates for Cholesky factor in
         Gaussian variational approximation", arXiv:2109.00375: the step.
     """
-    best, current = start, start
-    draws = int(np.clip(2 * target.dim, 64, 512)) // 2
-    for round_ in range(rounds):
-        rate = 0.5 * 0.6**round_
+    best = current = start if math.isfinite(start.elbo) else score(target, start, judge)
+    pairs = int(np.clip(2 * target.dim, 64, 512)) // 2
+    rate, stale = FIRST_RATE, 0
+    for _ in range(rounds):
         for _ in range(REFINE_STEPS):
-            current = _natural_step(target, current, rate, draws, generator, diagonal)
-        current = score(target, replace(current, name=start.name), judge)
+            current = _natural_step(target, current, rate, pairs, generator, diagonal)
+        current = score(target, current, judge)
         gain = current.elbo - best.elbo
+        rate *= 0.85
         if gain > 0:
             best = current
-        elif not math.isfinite(current.elbo) or gain < -1.0:
-            current = best
-        if round_ >= 2 and gain < 1e-3:
+        elif not gain > -1.0:
+            # Thrown off, or not finite: back to the best, with smaller steps.
+            current, rate = best, 0.5 * rate
+        stale = 0 if gain > 1e-3 else stale + 1
+        if stale == 3 or rate < LAST_RATE:
             break
     return best
 
@@ -216,10 +227,10 @@ def _natural_step(
 
 def score(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
     """The same Gaussian with its ELBO on given noise, (S, D)."""
-    with torch.no_grad():
-        log_p = evaluate(target, g.loc + eps @ g.scale_tril.mT)
-    entropy = 0.5 * len(g.loc) * math.log(2 * math.pi * math.e) + g.scale_tril.diagonal().log().sum()
-    return replace(g, elbo=float(log_p.mean() + entropy))
+    log_p = evaluate(target, g.loc + eps @ g.scale_tril.mT)
+    log_q = -0.5 * (eps.square().sum(-1) + len(g.loc) * math.log(2 * math.pi))
+    log_q = log_q - g.scale_tril.diagonal().log().sum()
+    return replace(g, elbo=float((log_p - log_q).mean()))
 
 
 def evaluate(target: Target, z: Tensor) -> Tensor:
@@ -241,7 +252,7 @@ def _newton(target: Target, z: Tensor, name: str) -> Gaussian:
     """Laplace's approximation after the Newton steps that L-BFGS left undone."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)
-    for _ in range(NEWTON_STEPS):
+    for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2):
         tries = torch.stack([z + t * (found.loc - z) for t in (1.0, 0.5, 0.1, 0.01)])
         higher, _ = value_and_score(target, tries)
         best = int(higher.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())

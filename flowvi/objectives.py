@@ -197,7 +197,7 @@ def iwelbo(particles: int = 16, gradient: Gradient = "dreg") -> Renyi:
     return Renyi(0.0, particles, gradient)
 
 
-def renyi(alpha: float, particles: int = 16, gradient: Gradient = "dreg") -> Renyi:
+def renyi(alpha: float = 0.5, particles: int = 16, gradient: Gradient = "dreg") -> Renyi:
     """The Rényi bound of order alpha, between the ELBO (1) and the IW-ELBO (0)."""
     return Renyi(alpha, particles, gradient)
 

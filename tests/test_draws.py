@@ -132,9 +132,11 @@ def test_resampling_keeps_rows_together(target):
 
     better = resample(draws, n=300)
 
-    rows = {tuple(z): log_p for z, log_p in zip(draws.z.reshape(-1, 3), draws.log_p.flat)}
+    rows = {
+        tuple(z): log_p for z, log_p in zip(draws.z.reshape(-1, 3), draws.log_p.flat, strict=True)
+    }
     assert better.z.shape == (1, 300, 3)
-    assert all(rows[tuple(z)] == p for z, p in zip(better.z[0], better.log_p[0]))
+    assert all(rows[tuple(z)] == p for z, p in zip(better.z[0], better.log_p[0], strict=True))
     np.testing.assert_allclose(better["s"], np.exp(better.z[..., 0]))
 
 
@@ -197,6 +199,16 @@ def test_verdict_names_the_value_that_is_off(target):
 
     assert diagnosis.verdict == "trust the resampled draws"
     assert "mean of x[1]" in diagnosis.reasons[0]
+
+
+def test_verdict_names_the_coordinate_that_is_off(target):
+    """A shift of log s that s shares: the larger one is named, and by its site."""
+    q = guide()
+    q.start(torch.tensor([-0.3, 1.0, 1.0]), torch.diag(torch.tensor([0.5, 1.0, 1.0])))
+
+    diagnosis = diagnose(draw(target, [q], 4000))
+
+    assert "mean of unconstrained s by" in diagnosis.reasons[0]
 
 
 def test_arrays_are_as_good_as_draws(target):

@@ -99,7 +99,7 @@ def test_attributes_survive_a_file(reopened):
     assert "Jacobian" in reopened.sample_stats["log_p"].attrs["space"]
 
 
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore:Passing a dict or None as alias_mapping")  # ArviZ's plots
 def test_arviz_works_on_it(reopened):
     summary = az.summary(reopened)
     loo = az.loo(reopened)
@@ -149,6 +149,7 @@ def awkward(values, dims, coords):
     target = SimpleNamespace(
         name="awkward",
         sites=dict.fromkeys(values),
+        slices={},
         dims=dims,
         coords=coords,
         observed={},

@@ -14,21 +14,25 @@ class Comparison:
 
     Attributes:
         labels: Names of the scalars, such as ``theta[3]``.
+        skipped: Names of which some scalar is not finite.
         shift, shift_se: Reweighted minus plain mean, in reweighted sds.
         stretch, stretch_se: Log of reweighted over plain sd.
+        ess_mean, ess_sd: Effective draws for the reweighted mean and sd: how many
+            independent draws of the target would know them as well.
         rhat: R-hat of the restarts' plain draws, 1 where they agree.
         rhat_weighted: The same after each restart is reweighted on its own.
-        skipped: Names of which some scalar is not finite.
     """
 
     labels: tuple[str, ...]
+    skipped: tuple[str, ...]
     shift: np.ndarray
     shift_se: np.ndarray
     stretch: np.ndarray
     stretch_se: np.ndarray
+    ess_mean: np.ndarray
+    ess_sd: np.ndarray
     rhat: np.ndarray
     rhat_weighted: np.ndarray
-    skipped: tuple[str, ...]
 
 
 def compare(
@@ -43,7 +47,7 @@ def compare(
     """
     labels: list[str] = []
     skipped: dict[str, None] = {}
-    columns = [np.empty((6, 0))]
+    columns = [np.empty((8, 0))]
     for name, indices, x in _blocks(values):
         x = np.where(inside[..., None], x, 0.0)
         finite = np.isfinite(x).all((0, 1))
@@ -53,17 +57,7 @@ def compare(
             varies = finite & (np.ptp(x[inside], 0) > 1e-8 * np.abs(x[inside]).max(0))
         labels += [name + index for index, kept in zip(indices, varies, strict=True) if kept]
         columns.append(_columns(weights, inside, x[..., varies]))
-    shift, shift_se, stretch, stretch_se, rhat, rhat_weighted = np.concatenate(columns, axis=1)
-    return Comparison(
-        tuple(labels),
-        shift,
-        shift_se,
-        stretch,
-        stretch_se,
-        rhat,
-        rhat_weighted,
-        tuple(skipped),
-    )
+    return Comparison(tuple(labels), tuple(skipped), *np.concatenate(columns, axis=1))
 
 
 def _blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
@@ -79,7 +73,7 @@ def _blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], 
 
 
 def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarray:
-    """The numbers of a Comparison, (6, P), for x of shape (chain, draw, P)."""
+    """The numbers of a Comparison, (8, P), for x of shape (chain, draw, P)."""
     before = inside / inside.sum()
     flat = x.reshape(weights.size, x.shape[-1])
     with np.errstate(divide="ignore", invalid="ignore"):  # a sd of 0: the shift is inf or NaN
@@ -92,6 +86,8 @@ def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarr
                 np.sqrt(((to_new_mean - to_mean) ** 2).sum(0)) / sd,
                 np.log(new_variance / variance) / 2,
                 np.sqrt(((to_new_sd - to_sd) ** 2).sum(0)),
+                _effective(to_new_mean, weights),
+                _effective(to_new_sd, weights),
                 _rhat(before, x),
                 _rhat(weights, x),
             ]
@@ -109,6 +105,17 @@ def _moments(weights: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
     variance = weights @ centred**2
     column = weights[:, None]
     return mean, variance, column * centred, column * (centred**2 / variance - 1) / 2
+
+
+def _effective(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Effective draws behind a weighted mean whose draws have the given influence, (P).
+
+    The variance that one independent draw of the target would have, over that which all the
+    weighted draws have. Unlike 1 / sum w^2, it sees heavy weights where they matter.
+    """
+    squares = influence**2
+    per_weight = np.divide(squares, weights.reshape(-1, 1), where=squares > 0, out=squares * 0)
+    return per_weight.sum(0) / squares.sum(0)
 
 
 def _rhat(weights: np.ndarray, x: np.ndarray) -> np.ndarray:

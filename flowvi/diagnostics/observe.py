@@ -20,8 +20,13 @@ TOLERANCE = 0.15
 # KL(q || p) moves a mean by at most sqrt(2 KL) sds (Talagrand; exact for Gaussians), and a
 # sd that is off by 15 % costs more than this.
 MAX_GAP = TOLERANCE**2 / 2
-# A weighted mean is known to 1 / sqrt(ESS) sds; three of these are the tolerance.
+# A weighted mean is known to 1 / sqrt(ESS) sds, a Gaussian's sd to 1 / sqrt(2 ESS); three of
+# these are the tolerance.
 MIN_ESS = (3 / TOLERANCE) ** 2
+MIN_ESS_SD = MIN_ESS / 2
+# Below this divergence there is next to nothing to correct, so heavy-tailed weights are no
+# reason for distrust. Well below MAX_GAP: part of such a tail goes unseen.
+FLAT_GAP = 0.005
 # Restarts whose means scatter by about a third of a sd.
 MAX_RHAT = 1.05
 # A restart with less of the best one's evidence has failed: resampling all but drops it.
@@ -61,18 +66,10 @@ def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     return kept, [Finding(RESAMPLE, reason)]
 
 
-def weights(log_w: np.ndarray, khat: float, threshold: float) -> list[Finding]:
-    """Weights with a heavy tail, weights of zero, constant weights."""
+def weights(log_w: np.ndarray) -> list[Finding]:
+    """Weights of zero, constant weights."""
     found = []
     finite = log_w[np.isfinite(log_w)]
-    if khat >= threshold:
-        reason = (
-            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}: a few draws carry the weights, "
-            "so neither resampling nor the evidence can be relied on. The guide is too poor an "
-            "approximation, or the model does not suit the data: try a more flexible guide, more "
-            "steps, or another parametrisation."
-        )
-        found.append(Finding(DISTRUST, reason))
     if len(finite) < len(log_w):
         reason = (
             f"{len(log_w) - len(finite)} of {len(log_w)} draws have weight zero: there the "
@@ -122,7 +119,7 @@ def moments(c: Comparison) -> list[Finding]:
     shift, stretch = np.argmax(np.abs(c.shift)), np.argmax(np.abs(c.stretch))
     moved = (
         f"Reweighting moves the mean of {c.labels[shift]} by {c.shift[shift]:+.2g} sd and the sd "
-        f"of {c.labels[stretch]} by a factor of {math.exp(c.stretch[stretch]):.2f}"
+        f"of {c.labels[stretch]} by {math.expm1(c.stretch[stretch]):+.1%}"
     )
     mean_error = np.abs(c.shift) + 2 * c.shift_se
     sd_error = np.expm1(np.abs(c.stretch) + 2 * c.stretch_se)
@@ -149,16 +146,45 @@ def disagreement(c: Comparison) -> list[Finding]:
     return []
 
 
-def effective(ess: float, draws: int) -> list[Finding]:
-    """Too few effective draws for the resampled ones to be of use."""
-    if ess >= MIN_ESS:
+def effective(ess: float, draws: int, c: Comparison | None) -> list[Finding]:
+    """Too few effective draws, for some mean or sd, for resampled draws to be of use."""
+    needs = [(MIN_ESS / ess, ess, "")]
+    if c is not None and c.labels:
+        kinds = (("mean", c.ess_mean, MIN_ESS), ("sd", c.ess_sd, MIN_ESS_SD))
+        for kind, values, least in kinds:
+            i = np.argmin(values)
+            needs.append((least / values[i], values[i], f" for the {kind} of {c.labels[i]}"))
+    factor, worst, what = max(needs)
+    if factor <= 1:
         return []
-    wanted = math.ceil(draws * MIN_ESS / ess / 1000) * 1000
+    wanted = math.ceil(draws * factor / 1000) * 1000
+    reason = f"Only {worst:.0f} effective draws{what}: resample from about {wanted} draws."
+    return [Finding(DISTRUST, reason)]
+
+
+def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str) -> list[Finding]:
+    """Weights with a heavy tail, which matter unless all the weights are nearly equal."""
+    if khat < threshold:
+        return []
+    if so_far == TRUST and flat(log_w):
+        reason = (
+            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, but the weights hardly vary: "
+            f"KL(q || p) = {gap(log_w).value:.2g}. Resampling would not improve the draws."
+        )
+        return [Finding(TRUST, reason)]
     reason = (
-        f"Only {ess:.0f} effective draws: resampled means are known to +- {ess**-0.5:.2g} sd. "
-        f"About {wanted} draws would do."
+        f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}: a few draws carry the weights, so "
+        "neither resampling nor the evidence can be relied on. The guide is too poor an "
+        "approximation, or the model does not suit the data: try a more flexible guide, more "
+        "steps, or another parametrisation."
     )
     return [Finding(DISTRUST, reason)]
+
+
+def flat(log_w: np.ndarray) -> bool:
+    """Whether the weights vary so little that there is next to nothing to correct."""
+    value, error = gap(log_w)
+    return value + 2 * error <= FLAT_GAP
 
 
 def priors(improper: Sequence[str]) -> list[Finding]:

@@ -46,9 +46,10 @@ class Diagnosis:
     title: str = ""
 
     def __str__(self) -> str:
-        verb = "can be trusted (below" if self.khat < self.khat_threshold else "fail (not below"
+        good = self.khat < self.khat_threshold
+        weights = "weights can be trusted (below" if good else "heavy-tailed weights (not below"
         rows = [
-            ("Pareto k-hat", f"{self.khat:.2f}", f"weights {verb} {self.khat_threshold:.2f})"),
+            ("Pareto k-hat", f"{self.khat:.2f}", f"{weights} {self.khat_threshold:.2f})"),
             ("log evidence", f"{self.log_evidence:.3f}", f"+- {self.log_evidence_se:.2g}"),
             ("ELBO", f"{self.elbo:.3f}", f"+- {self.elbo_se:.2g}; KL(q || p) {self.gap:.3g}"),
             ("draws", str(self.draws), f"effective {self.ess:.0f}"),
@@ -68,12 +69,14 @@ def diagnose(
 ) -> Diagnosis:
     """Judge draws by their log weights and by what reweighting does to their moments.
 
-    Resampled draws are trusted when k-hat is below its threshold, 400 draws
-    are effective, and restarts agree once reweighted. Plain draws are trusted
-    when k-hat is below its threshold, restarts agree, and reweighting moves
-    no mean by more than 0.15 sds and no sd by more than 15 %, two standard
-    errors included. Without values, KL(q || p) <= 0.15^2 / 2 stands in for
-    the last. No draws can show a mode that no guide has found.
+    Plain draws are trusted when reweighting moves no mean by more than 0.15
+    sds and no sd by more than 15 %, two standard errors included, and k-hat
+    vouches for the weights, or KL(q || p) <= 0.005 makes them nearly equal.
+    Without values, KL(q || p) <= 0.15^2 / 2 stands in for the moments.
+    Resampled draws are trusted when k-hat is below its threshold, and 400
+    draws are effective for every mean and 200 for every sd. Restarts must
+    agree on the evidence and, for either, on the moments. No draws can show a
+    mode that no guide has found.
 
     Args:
         log_weights: (draw) or (chain, draw); chains are independent fits.
@@ -90,15 +93,18 @@ def diagnose(
     threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
     ess = float(1 / np.sum(weights**2))
 
-    found += [*observe.weights(log_w, khat, threshold), *observe.evidences(chains)]
-    if khat < threshold and arrays:
-        arrays = {name: array[kept] for name, array in arrays.items()}
-        comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays)
-        found += [*observe.moments(comparison), *observe.disagreement(comparison)]
-    elif khat < threshold:
-        found += observe.divergence(log_w)
+    found += [*observe.weights(log_w), *observe.evidences(chains)]
+    comparison = None
+    if khat < threshold or observe.flat(log_w):
+        if arrays:
+            arrays = {name: array[kept] for name, array in arrays.items()}
+            comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays)
+            found += [*observe.moments(comparison), *observe.disagreement(comparison)]
+        else:
+            found += observe.divergence(log_w)
+    found += observe.tail(log_w, khat, threshold, observe.verdict(found))
     if observe.verdict(found) == RESAMPLE:
-        found += observe.effective(ess, log_w.size)
+        found += observe.effective(ess, log_w.size, comparison)
     found += observe.priors(improper)
 
     return Diagnosis(

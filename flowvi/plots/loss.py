@@ -50,12 +50,13 @@ def plot_loss(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
         ax.fill_between(steps[at], low, high, color=BLUE, alpha=0.2, lw=0, label="80 % of steps")
         ax.plot(steps[at], middle, color=BLUE, lw=1.4, label="running median")
         # The first steps of a bad start are off by millions; they are not the story.
-        bottom = min(float(middle[len(middle) // 50 :].min()), level - noise)
+        bottom = min(float(middle[len(middle) // 50 :].min()), level - 2 * noise)
         top = max(float(high.max()), level + noise / 2)
         ticks = _ticks(level, noise, bottom, top)
         ax.set_yticks(ticks, [_number(tick, level, noise) for tick in ticks])
         ax.set(xlim=(0, len(bound)), ylim=(bottom, top), xlabel="step", ylabel="bound (nats)")
-        _mark_stages(ax, history)
+        if "stage" in history:
+            _mark_stages(ax, np.asarray(history["stage"]).astype(str).tolist())
         ax.legend(loc="lower right")
     return ax
 
@@ -70,9 +71,9 @@ def _running_quantiles(y: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _ticks(level: float, noise: float, bottom: float, top: float) -> list[float]:
-    """The final level, and distances of 1, 3, 10, 30 ... from it, well apart on the scale."""
-    unit = 10 ** math.floor(math.log10(noise))
-    steps = [unit * m * 10.0**e for e in range(40) for m in (1, 3)]
+    """The final level, and distances of 1, 2, 5, 10 ... from it, well apart on the scale."""
+    unit = 10 ** (math.floor(math.log10(noise)) - 1)
+    steps = [unit * m * 10.0**e for e in range(40) for m in (1, 2, 5)]
     gap = (math.asinh((top - level) / noise) - math.asinh((bottom - level) / noise)) / 9
     ticks = [level]
     for sign, limit in ((-1, level - bottom), (1, top - level)):
@@ -87,13 +88,12 @@ def _ticks(level: float, noise: float, bottom: float, top: float) -> list[float]
 
 def _number(tick: float, level: float, noise: float) -> str:
     """A tick's label, as fine as its distance from the level asks for."""
-    distance = max(abs(tick - level), noise) if tick != level else noise
+    distance = max(abs(tick - level), noise)
     return f"{tick:.{min(max(math.ceil(-math.log10(distance)) + 1, 0), 6)}f}"
 
 
-def _mark_stages(ax: Axes, history: Mapping[str, ArrayLike]) -> None:
+def _mark_stages(ax: Axes, stages: list[str]) -> None:
     """A line where each stage begins, and its name where there is room."""
-    stages = [str(stage) for stage in np.atleast_1d(np.asarray(history.get("stage", ())))]
     starts = [i for i, stage in enumerate(stages) if i == 0 or stage != stages[i - 1]]
     for start, end in zip(starts, [*starts[1:], len(stages)], strict=True):
         if start:

@@ -87,7 +87,9 @@ def _elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
         yield name, name, value.ravel()
         return
     for index in np.ndindex(value.shape[2:]):
-        labels = [str(i if axis is None else axis[i]) for i, axis in zip(index, axes, strict=True)]
+        labels = [
+            str(i if axis is None else axis[i]) for i, axis in itertools.zip_longest(index, axes)
+        ]
         plain = ", ".join(map(str, index))
         yield f"{name}[{plain}]", f"{name}[{', '.join(labels)}]", value[(..., *index)].ravel()
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import opt_einsum
 import pyro
 import torch
 from torch import Tensor, fx
@@ -14,27 +16,17 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-aten = torch.ops.aten
+from flowvi.target import rules
+from flowvi.target.memory import Memory, geometry_of, positions, size_of, storage_key
+from flowvi.target.rules import aten
 
-# Frames below these folders, or in these files of the standard library, are not the user's.
+# Frames in these folders are not the user's.
 LIBRARIES = tuple(
-    f"{Path(file).parent}/" for file in (torch.__file__, pyro.__file__, str(Path(__file__).parent))
+    f"{Path(file).parent}/"
+    for file in (torch.__file__, pyro.__file__, opt_einsum.__file__, str(Path(__file__).parent))
 )
-STANDARD = ("contextlib.py", "functools.py")
-IDENTITIES = {
-    aten.alias.default,
-    aten.lift_fresh.default,
-    aten.lift_fresh_copy.default,
-    aten.clone.default,
-    aten.contiguous.default,
-}
-BY_POSITION = {
-    aten.index.Tensor,
-    aten.index_put.default,
-    aten.index_put_.default,
-    aten.masked_select.default,
-}
-CHECKS = {aten._linalg_check_errors.default, aten._assert_async.default, aten._assert_async.msg}
+STANDARD = f"{Path(contextlib.__file__).parent}/"
+DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
 class LatentValueRead(Exception):
@@ -47,34 +39,6 @@ class RandomNumber(Exception):
 
 class Unrecordable(Exception):
     """An operation has no functional form that the tape knows."""
-
-
-class _Storage:
-    """What the tape knows about one tracked piece of memory.
-
-    `owner` is the geometry of the first tensor seen on it; `views` maps each
-    geometry to the node that holds its current value; `flat` is the node of
-    the whole memory as a vector, present once something wrote into it.
-    """
-
-    def __init__(self, owner: tuple[Any, ...], node: fx.Node) -> None:
-        self.owner = owner
-        self.views = {owner: node}
-        self.flat: fx.Node | None = None
-
-
-def _geometry(t: Tensor) -> tuple[Any, ...]:
-    return (t.storage_offset(), tuple(t.shape), tuple(t.stride()), t.dtype)
-
-
-def _storage_key(t: Tensor) -> int:
-    return int(t.untyped_storage()._cdata)
-
-
-def _flat_index(geometry: tuple[Any, ...], size: int) -> Tensor:
-    """Positions in the flat memory of every element of a view."""
-    offset, shape, stride, _ = geometry
-    return torch.arange(size).as_strided(shape, stride, offset).reshape(-1)
 
 
 class Tape(TorchDispatchMode):
@@ -95,13 +59,12 @@ class Tape(TorchDispatchMode):
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.random: str | None = None
-        self._keep: list[Tensor] = []
-        self._storages: dict[int, _Storage] = {}
+        self.memory = Memory()
         self._constants: dict[tuple[Any, ...], tuple[fx.Node, Tensor]] = {}
         self._constant_storages: dict[int, list[str]] = {}
         self._seen: dict[Any, fx.Node] = {}
         for i, t in enumerate(inputs):
-            self._track(t, self.graph.placeholder(f"x{i}"))
+            self.memory.track(t, self.graph.placeholder(f"x{i}"))
 
     def finish(self, outputs: Any) -> fx.GraphModule:
         """Close the graph with the given outputs (a tree of tensors)."""
@@ -117,18 +80,16 @@ class Tape(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if torch.Tag.nondeterministic_seeded in func.tags:
-            self.random = self.random or f"{_name(func)} at {user_line()}"
-        written = _written(func, args, kwargs)
+        if rules.is_random(func, kwargs):
+            self.random = self.random or f"{rules.name_of(func)} at {user_line()}"
+        written = rules.written(func, args, kwargs)
         for t in written:
             self._protect_constants(t)
-        if not self._depends((args, kwargs)):
-            return func(*args, **kwargs)
-        if func in CHECKS:
+        if not self._depends((args, kwargs)) or func in rules.CHECKS:
             return func(*args, **kwargs)
         if self._reads_latent(func, args):
-            raise LatentValueRead(f"{_name(func)} at {user_line()}")
-        func, args = _static_positions(func, args)
+            raise LatentValueRead(f"{rules.name_of(func)} at {user_line()}")
+        func, args = rules.static_positions(func, args)
         if written:
             return self._record_write(func, args, kwargs, written)
         out = func(*args, **kwargs)
@@ -136,8 +97,7 @@ class Tape(TorchDispatchMode):
         return out
 
     def _depends(self, tree: Any) -> bool:
-        tensors = (t for t in tree_flatten(tree)[0] if isinstance(t, Tensor))
-        return any(_storage_key(t) in self._storages for t in tensors)
+        return any(t in self.memory for t in tree_flatten(tree)[0] if isinstance(t, Tensor))
 
     def _reads_latent(self, func: OpOverload, args: Any) -> bool:
         """Whether the result is a number in Python, or a shape, that depends on an input."""
@@ -146,7 +106,7 @@ class Tape(TorchDispatchMode):
         if torch.Tag.dynamic_output_shape not in func.tags:
             return False
         # Positions given by constants are as static as a slice.
-        return func not in BY_POSITION or any(
+        return func not in rules.BY_POSITION or any(
             t.dtype in (torch.bool, torch.uint8) and self._depends(t)
             for t in tree_flatten(args[1])[0]
             if isinstance(t, Tensor)  # an absent index is None
@@ -154,81 +114,69 @@ class Tape(TorchDispatchMode):
 
     def _record(self, func: OpOverload, operands: Any, out: Any) -> None:
         args, kwargs = operands
-        if func in IDENTITIES:
-            self._track(out, args[0])
-        elif func in (aten.view.default, aten._unsafe_view.default, aten.reshape.default):
-            self._track(out, self._call(torch.reshape, (args[0], tuple(args[1])), {}))
-        elif func is aten.linalg_cholesky_ex.default:
-            # A failed factorisation raises outside of a graph; inside, it must not pass as a number.
-            pair = self._call(func, args, kwargs)
-            self._track(out[0], self._call(_nan_if_failed, (pair,), {}))
-            self._track(out[1], self._call(_second, (pair,), {}))
+        if func in rules.IDENTITIES:
+            self.memory.track(out, args[0])
+        elif func in rules.RESHAPES:
+            self.memory.track(out, self._call(torch.reshape, (args[0], tuple(args[1])), {}))
         elif isinstance(out, Tensor):
-            self._track(out, self._call(func, args, kwargs))
+            self.memory.track(out, self._call(func, args, kwargs))
         elif isinstance(out, (tuple, list)):
             whole = self._call(func, args, kwargs)
             for i, t in enumerate(out):
+                failing = i == 0 and func is aten.linalg_cholesky_ex.default
+                part = (rules.nan_if_failed, (whole,)) if failing else (rules.item, (whole, i))
                 if isinstance(t, Tensor):
-                    self._track(t, self._call(_item, (whole, i), {}))
+                    self.memory.track(t, self._call(*part, {}))
         else:
-            raise Unrecordable(f"{_name(func)} returns {type(out).__name__} at {user_line()}")
+            raise Unrecordable(
+                f"{rules.name_of(func)} returns {type(out).__name__} at {user_line()}"
+            )
 
     def _record_write(
         self, func: OpOverload, args: Any, kwargs: Any, written: list[Tensor]
     ) -> Any:
         target = written[0]
         if len(written) > 1:
-            raise Unrecordable(f"{_name(func)} writes to several tensors at {user_line()}")
-        new_args, new_kwargs = tree_map(self._operand, (args, kwargs))
-        before = self._flat_node(target)
-        geometry, size = _geometry(target), target.untyped_storage().nbytes()
-        size //= target.element_size()
-        value = self._functional(func, new_args, new_kwargs, target)
-        index = self._constant(_flat_index(geometry, size))
+            raise Unrecordable(f"{rules.name_of(func)} writes to several tensors at {user_line()}")
+        before, geometry = self._flat_node(target), geometry_of(target)
+        operands = tree_map(self._operand, (args, kwargs))
+        value = self._functional(func, *operands)
+        index = self._constant(positions(target, geometry))
         out = func(*args, **kwargs)
-        if torch.is_tensor(out) and _geometry(out) != geometry:
-            raise Unrecordable(f"{_name(func)} resizes its argument at {user_line()}")
-        value = self._call(_as_shape, (value, tuple(target.shape), self._dtype(target.dtype)), {})
-        entry = self._storages[_storage_key(target)]
-        entry.flat = self._call(_put, (before, index, value), {})
-        entry.views = {geometry: value}
-        self._keep.append(target)
+        if isinstance(out, Tensor) and geometry_of(out) != geometry:
+            raise Unrecordable(f"{rules.name_of(func)} resizes its argument at {user_line()}")
+        like = (tuple(target.shape), self._dtype(target.dtype), target.device)
+        value = self._call(rules.as_shape, (value, *like), {})
+        self.memory.write(target, value, self._call(rules.put, (before, index, value), {}))
         return out
 
-    def _functional(self, func: OpOverload, args: Any, kwargs: Any, target: Tensor) -> fx.Node:
+    def _functional(self, func: OpOverload, args: Any, kwargs: Any) -> Any:
         """The value that a writing operation would have written, without the write."""
-        name, overload = func._schema.name.split("::")[1], func._overloadname
-        if name == "copy_":
+        if func._schema.name in ("aten::copy_", "aten::fill_"):
             return args[1]
-        if name == "zero_":
-            return self._call(torch.zeros_like, (args[0],), {})
-        kwargs = {k: v for k, v in kwargs.items() if k != "out"}
-        packet = getattr(aten, name[:-1] if name.endswith("_") else name, None)
-        overload = "default" if overload in ("", "out") else overload.removesuffix("_out")
-        functional = getattr(packet, overload, None) if packet is not None else None
-        if functional is None or functional._schema.is_mutable:
-            raise Unrecordable(f"{_name(func)} at {user_line()}")
-        return self._call(functional, args, kwargs)
+        if func._schema.name == "aten::zero_":
+            return 0
+        functional = rules.functional(func)
+        if functional is None:
+            raise Unrecordable(f"{rules.name_of(func)} at {user_line()}")
+        outs = {a.name for a in func._schema.arguments if a.is_out}
+        return self._call(functional, args, {k: v for k, v in kwargs.items() if k not in outs})
 
     def _flat_node(self, t: Tensor) -> fx.Node:
         """The whole memory behind t as one vector, starting to track it if need be."""
-        key = _storage_key(t)
-        size = t.untyped_storage().nbytes() // t.element_size()
-        entry = self._storages.get(key)
-        if entry is None:
+        size = size_of(t)
+        block = self.memory.block(t)
+        if block is None:
             whole = t.detach().as_strided((size,), (1,), 0)
-            node = self._constant(whole.clone())
-            entry = self._storages[key] = _Storage(_geometry(whole), node)
-            entry.flat = node
-            self._keep.append(t)
-        elif entry.flat is None:
-            geometry = entry.owner
-            if geometry[3] != t.dtype:
+            block = self.memory.track(whole, self._constant(whole.clone()))
+            block.flat = block.views[block.owner]
+        elif block.flat is None:
+            if block.owner[3] != t.dtype:
                 raise Unrecordable(f"A view with another dtype at {user_line()}")
-            index = self._constant(_flat_index(geometry, size))
+            index = self._constant(positions(t, block.owner))
             zeros = self._constant(torch.zeros(size, dtype=t.dtype, device=t.device))
-            entry.flat = self._call(_put, (zeros, index, entry.views[geometry]), {})
-        return entry.flat
+            block.flat = self._call(rules.put, (zeros, index, block.views[block.owner]), {})
+        return block.flat
 
     def _operand(self, x: Any) -> Any:
         """What stands for x in the graph: a node, a constant's node, or x itself."""
@@ -236,22 +184,20 @@ class Tape(TorchDispatchMode):
             return self._dtype(x)
         if not isinstance(x, Tensor):
             return x
-        entry = self._storages.get(_storage_key(x))
-        if entry is None:
+        if x not in self.memory:
             return self._constant(x)
-        geometry = _geometry(x)
-        if geometry not in entry.views:
-            size = x.untyped_storage().nbytes() // x.element_size()
-            index = self._constant(_flat_index(geometry, size))
-            node = self._call(_take, (self._flat_node(x), index, tuple(x.shape)), {})
-            entry.views[geometry] = node
-        return entry.views[geometry]
+        node = self.memory.node(x)
+        if node is None:
+            index = self._constant(positions(x, geometry_of(x)))
+            node = self._call(rules.take, (self._flat_node(x), index, tuple(x.shape)), {})
+            self.memory.track(x, node)
+        return node
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return torch.float64 if self.double and dtype == torch.float32 else dtype
+        return DOUBLE.get(dtype, dtype) if self.double else dtype
 
     def _constant(self, t: Tensor) -> fx.Node:
-        key = (_storage_key(t), *_geometry(t))
+        key = (storage_key(t), *geometry_of(t))
         if key not in self._constants:
             name = f"c{len(self._constants)}"
             held = t.detach()
@@ -262,21 +208,12 @@ class Tape(TorchDispatchMode):
 
     def _protect_constants(self, t: Tensor) -> None:
         """Copy constants out of memory that is about to be written."""
-        key = _storage_key(t)
+        key = storage_key(t)
         for name in self._constant_storages.pop(key, []):
             setattr(self.root, name, getattr(self.root, name).clone())
         self._constants = {
             (object(), *k[1:]) if k[0] == key else k: v for k, v in self._constants.items()
         }
-
-    def _track(self, t: Tensor, node: fx.Node) -> None:
-        self._keep.append(t)
-        geometry = _geometry(t)
-        entry = self._storages.get(_storage_key(t))
-        if entry is None:
-            self._storages[_storage_key(t)] = _Storage(geometry, node)
-        else:
-            entry.views[geometry] = node
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         flat, spec = tree_flatten((args, kwargs))
@@ -315,68 +252,7 @@ def record(
 def user_line() -> str:
     """The innermost line of the call stack that belongs to the user's own code."""
     for frame in reversed(traceback.extract_stack()):
-        if not frame.filename.startswith(LIBRARIES) and Path(frame.filename).name not in STANDARD:
+        standard = f"{Path(frame.filename).parent}/" == STANDARD
+        if not standard and not frame.filename.startswith(LIBRARIES):
             return f'{Path(frame.filename).name}:{frame.lineno} "{frame.line}"'
     return "an unknown line"
-
-
-def _name(func: OpOverload) -> str:
-    return {"_local_scalar_dense": "reading a number (.item(), float(), int(), if)"}.get(
-        name := func._schema.name.split("::")[1], f"'{name}'"
-    )
-
-
-def _static_positions(func: OpOverload, args: Any) -> tuple[OpOverload, Any]:
-    """Write boolean index masks as positions, which `torch.func.vmap` can carry."""
-    if func not in BY_POSITION:
-        return func, args
-    if func is aten.masked_select.default:
-        x, mask = torch.broadcast_tensors(*args)
-        func, args = aten.index.Tensor, (x, [mask])
-    positions: list[Tensor | None] = []
-    for t in args[1]:
-        is_mask = t is not None and t.dtype in (torch.bool, torch.uint8)
-        positions += t.nonzero(as_tuple=True) if is_mask else [t]
-    return func, (args[0], positions, *args[2:])
-
-
-def _written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
-    """Tensors that an operation writes to."""
-    if not func._schema.is_mutable:
-        return []
-    found = []
-    for i, a in enumerate(func._schema.arguments):
-        if a.alias_info is not None and a.alias_info.is_write:
-            value = args[i] if i < len(args) else kwargs.get(a.name)
-            found += [t for t in tree_flatten(value)[0] if isinstance(t, Tensor)]
-    return found
-
-
-# The few functions below stand in recorded graphs; they must work under vmap and autograd.
-
-
-def _item(values: Sequence[Tensor], i: int) -> Tensor:
-    return values[i]
-
-
-def _second(pair: tuple[Tensor, Tensor]) -> Tensor:
-    return pair[1]
-
-
-def _nan_if_failed(pair: tuple[Tensor, Tensor]) -> Tensor:
-    factor, info = pair
-    return torch.where((info == 0)[..., None, None], factor, torch.nan)
-
-
-def _take(flat: Tensor, index: Tensor, shape: tuple[int, ...]) -> Tensor:
-    return flat.index_select(0, index).reshape(shape)
-
-
-def _put(flat: Tensor, index: Tensor, value: Tensor) -> Tensor:
-    return flat.index_put((index,), value.reshape(-1))
-
-
-def _as_shape(value: Any, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    if not isinstance(value, Tensor):
-        return torch.full(shape, value, dtype=dtype)
-    return value.to(dtype).expand(shape)

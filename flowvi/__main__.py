@@ -1,0 +1,5 @@
+"""`python -m flowvi`: the command line."""
+
+from flowvi.cli import main
+
+main(prog_name="flowvi")

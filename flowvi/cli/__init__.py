@@ -1,0 +1,26 @@
+"""The command line: `flowvi COMMAND`, one module for each command."""
+
+import click
+
+from flowvi._version import __version__
+from flowvi.cli.fitting import fit_command
+from flowvi.cli.listing import list_command
+
+__all__ = ["main"]
+
+
+@click.group(
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="""\b
+Examples:
+  flowvi fit models/eight_schools.py --out results/eight_schools
+  flowvi list models
+  flowvi fit --help""",
+)
+@click.version_option(__version__, message="%(prog)s %(version)s")
+def main() -> None:
+    """Fit normalizing-flow guides to Bayesian models, and say whether to trust them."""
+
+
+main.add_command(fit_command)
+main.add_command(list_command)

@@ -1,0 +1,77 @@
+"""Options whose values are names of registries: checked when read, with a word on misspellings."""
+
+import difflib
+import re
+from collections.abc import Iterable
+
+import click
+
+from flowvi.flows import FLOWS
+from flowvi.guides import GUIDES
+from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi
+
+AUTO = "auto"
+# The forward KL needs draws of the posterior, which the command line does not have.
+BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
+CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
+WHOLE = re.compile(r"[+-]?\d+")
+
+
+def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A guide, a flow, or "auto"."""
+    choices = [AUTO, *sorted({*GUIDES, *FLOWS})]
+    if value not in choices:
+        raise click.BadParameter(unknown("guide", value, choices))
+    return value
+
+
+def objective_call(ctx: click.Context, param: click.Parameter, value: str | None) -> Renyi | None:
+    """An objective, written as a name or as a call with plain arguments: "iwelbo(16)"."""
+    try:
+        return None if value is None else objective(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def objective(text: str) -> Renyi:
+    """Read an objective such as "elbo", "iwelbo(16)" or "renyi(0.5, 16)"; nothing is evaluated.
+
+    Raises:
+        ValueError: The text names no bound, or its arguments do not suit it.
+    """
+    call = CALL.fullmatch(text.strip())
+    if call is None:
+        raise ValueError(
+            f"'{text}' is no objective; write a name such as elbo, or a call such as iwelbo(16)."
+        )
+    name = call["name"]
+    if name not in BOUNDS:
+        raise ValueError(unknown("objective", name, BOUNDS))
+    given = (call["arguments"] or "").strip()
+    arguments = [_plain(word.strip()) for word in given.split(",")] if given else []
+    try:
+        made = BOUNDS[name](*arguments)
+    except TypeError:
+        raise ValueError(
+            f"'{text}': {name} takes other arguments; see `flowvi list objectives`."
+        ) from None
+    if not isinstance(made, Renyi) or not isinstance(made.particles, int):
+        raise ValueError(f"'{text}': the number of particles must be a whole number.")
+    return made
+
+
+def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
+    """What to say of a name that is not in a registry."""
+    names = list(choices)
+    close = difflib.get_close_matches(name.lower(), names, n=1)
+    hint = f" Did you mean {close[0]}?" if close else ""
+    return f"No {kind} named '{name}'.{hint} Choose from {', '.join(names)}."
+
+
+def _plain(word: str) -> int | float | str:
+    if WHOLE.fullmatch(word):
+        return int(word)
+    try:
+        return float(word)
+    except ValueError:
+        return word

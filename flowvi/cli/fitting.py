@@ -1,0 +1,174 @@
+"""`flowvi fit`: from a model file to a folder of results."""
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import click
+
+from flowvi.cli import results
+from flowvi.cli.choices import guide_name, objective_call
+from flowvi.cli.model_file import check_path, load_target
+from flowvi.diagnostics import MIN_DRAWS
+from flowvi.draws import diagnose
+from flowvi.fit import Fit, fit
+from flowvi.objectives import Renyi
+from flowvi.target import Target
+
+DISTRUSTED, INTERRUPTED = 3, 130
+MAX_SEED = 2**32 - 1
+
+
+@click.command(
+    "fit",
+    short_help="Fit a model file; write a judged posterior.",
+    epilog="""\b
+Examples:
+  flowvi fit models/eight_schools.py --out results/eight_schools
+  flowvi fit models/garch11.py --data garch.json --out results/garch
+  flowvi fit models/funnel.py --guide realnvp --objective "iwelbo(16)" \\
+      --steps 5000 --restarts 4 --seed 1 --out results/funnel
+
+\b
+Exit codes:
+  0    fitted, and the draws or the resampled draws can be trusted
+  1    the model file, its data or the writing of the results failed
+  2    the command line was wrong; nothing was fitted
+  3    fitted and written, but the verdict is "do not trust"
+  130  interrupted (Ctrl-C); what there was by then is written""",
+)
+@click.argument("model", type=Path, metavar="MODEL.py")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The file that the model's data() reads.",
+)
+@click.option(
+    "--guide",
+    callback=guide_name,
+    default="auto",
+    show_default=True,
+    help="A name from `flowvi list guides` or `flowvi list flows`.",
+)
+@click.option(
+    "--objective",
+    callback=objective_call,
+    metavar="OBJECTIVE",
+    help='elbo (the default), "iwelbo(16)", "renyi(0.5, 16)": see `flowvi list objectives`.',
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Number of steps.  [default: chosen]")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=MIN_DRAWS),
+    default=4000,
+    show_default=True,
+    help="Draws from each restart's guide.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Independent fits, each a chain of the results.",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Of everything random.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
+@click.option(
+    "--out",
+    type=Path,
+    required=True,
+    metavar="DIR",
+    help="Folder of the results; made if needed.",
+)
+@click.pass_context
+def fit_command(
+    ctx: click.Context,
+    model: Path,
+    data: Path | None,
+    guide: str,
+    objective: Renyi | None,
+    steps: int | None,
+    draws: int,
+    restarts: int,
+    seed: int,
+    quiet: bool,
+    out: Path,
+) -> None:
+    """Fit a guide to the model in MODEL.py and write draws, summary and pictures to a folder.
+
+    MODEL.py is run: it defines `model`, a Pyro model, and `data()` or
+    `data(path)`, which returns the tuple of its arguments. The verdict on the
+    result is printed first.
+    """
+    check_path(model)
+    results.check_folder(out)
+    with _plain_warnings(), _interruptible():
+        target = load_target(model, data)
+        fitted = _fit(target, guide, objective, steps, restarts, seed, not quiet)
+        fitted.save(out / results.FIT)
+        verdict = _report(fitted, draws, seed, out, quiet)
+    if fitted.meta["interrupted"]:
+        click.echo("Interrupted: these are the results of the steps until then.", err=True)
+        ctx.exit(INTERRUPTED)
+    if verdict == results.DISTRUST:
+        ctx.exit(DISTRUSTED)
+
+
+def _fit(
+    target: Target,
+    guide: str,
+    objective: Renyi | None,
+    steps: int | None,
+    restarts: int,
+    seed: int,
+    progress: bool,
+) -> Fit:
+    try:
+        return fit(
+            target, guide, objective, steps=steps, restarts=restarts, seed=seed, progress=progress
+        )
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
+
+
+def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
+    """Draw, judge, print and write; returns the verdict."""
+    draws = fitted.draw(n, seed=seed)
+    diagnosis = diagnose(draws)
+    click.echo(str(diagnosis))
+    kept = results.judged(draws, diagnosis, seed)
+    numbers = results.summary(kept)
+    if not quiet:
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
+    for name, what in results.write(fitted, draws, kept, numbers, out):
+        if not quiet:
+            click.echo(f"  {name:<13} {what}")
+    if not quiet:
+        click.echo(f"  {results.FIT + '/':<13} the fitted guide, for flowvi.load")
+    return diagnosis.verdict
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show a warning as one line, without the place in flowvi that raised it."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
+        yield
+
+
+@contextmanager
+def _interruptible() -> Iterator[None]:
+    """Ctrl-C outside of the fit's steps, which return what they have: stop with its exit code."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        click.echo("Interrupted before all results were written.", err=True)
+        click.get_current_context().exit(INTERRUPTED)

@@ -1,0 +1,119 @@
+"""A model file: the user's own code, run only because it was named."""
+
+import difflib
+import importlib.util
+import inspect
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import click
+
+from flowvi.target import ModelError, Target, from_pyro
+
+
+class ModelFileError(click.ClickException):
+    """Something is wrong in the model file or its data; the exit code is 1."""
+
+
+def load_target(path: Path, data: Path | None) -> Target:
+    """Run a model file and capture its model on its data.
+
+    Args:
+        path: A file with `model`, `data` and optionally `coords`.
+        data: What its `data` reads, if it reads a file.
+    """
+    module = _run(path)
+    for name in ("model", "data"):
+        if not callable(getattr(module, name, None)):
+            raise ModelFileError(
+                f"{path} defines no function '{name}'. A model file has a Pyro model named "
+                "model, and data(), which returns its arguments."
+            )
+    arguments = _arguments(module, path, data)
+    _check_call(module, path, arguments)
+    with _blaming(path):
+        target = from_pyro(module.model, *arguments)
+        target.name = path.stem
+        return target.label(getattr(module, "coords", {}))
+
+
+def check_path(path: Path) -> None:
+    """Refuse a path that is no Python file, and name one that may be meant."""
+    if path.is_file() and path.suffix == ".py":
+        return
+    if path.is_dir() or (path.exists() and path.suffix != ".py"):
+        raise click.UsageError(f"{path} is no Python file; give a model file such as models/m.py.")
+    nearby = [*Path("models").glob("*.py"), *path.parent.glob("*.py")]
+    close = difflib.get_close_matches(path.stem, [file.stem for file in nearby], n=1)
+    meant = next((f" Did you mean {f}?" for f in nearby if f.stem in close), "")
+    raise click.UsageError(f"There is no file {path}.{meant}")
+
+
+def _run(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(f"flowvi_model_{path.stem}", path.resolve())
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    with _blaming(path):
+        spec.loader.exec_module(module)
+    return module
+
+
+def _arguments(module: ModuleType, path: Path, data: Path | None) -> tuple[Any, ...]:
+    """What the model is called with."""
+    parameters = inspect.signature(module.data).parameters.values()
+    if data is None and any(p.default is p.empty for p in parameters):
+        raise click.UsageError(f"{path} reads its data from a file: name it with --data FILE.")
+    if data is not None and not parameters:
+        raise click.UsageError(f"{path} brings its own data: leave out --data.")
+    with _blaming(path, f" (reading {data})" if data else ""):
+        arguments = module.data(str(data)) if data else module.data()
+    if not isinstance(arguments, tuple):
+        raise ModelFileError(
+            f"{path}: data() must return the tuple of the model's arguments; got "
+            f"{type(arguments).__name__}. For one argument write `return (y,)`."
+        )
+    return arguments
+
+
+def _check_call(module: ModuleType, path: Path, arguments: tuple[Any, ...]) -> None:
+    signature = inspect.signature(module.model)
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise ModelFileError(
+            f"{path}: data() returns {len(arguments)} values, but model is model{signature}."
+        ) from None
+
+
+@contextmanager
+def _blaming(path: Path, doing: str = "") -> Iterator[None]:
+    """Show what the model file raises with its line, not with flowvi's."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        where = _where(path, error)
+        # An error that never touched the file is flowvi's own; its traceback is wanted.
+        if not where and not isinstance(error, ModelError | ValueError):
+            raise
+        what = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"
+        notes = getattr(error, "__notes__", [])
+        raise ModelFileError(
+            "\n".join([f"{where or path}{doing}", *_indent([what, *notes])])
+        ) from error
+
+
+def _where(path: Path, error: BaseException) -> str:
+    """File, line and code of the innermost place in the model file, if there is one."""
+    file = str(path.resolve())
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f"{path}:{error.lineno}: {(error.text or '').strip()}"
+    frames = [f for f in traceback.extract_tb(error.__traceback__) if f.filename == file]
+    return f"{path}:{frames[-1].lineno}, in {frames[-1].name}: {frames[-1].line}" if frames else ""
+
+
+def _indent(lines: list[str]) -> list[str]:
+    return [f"  {part.rstrip()}" for line in lines for part in line.splitlines()]

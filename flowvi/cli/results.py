@@ -1,0 +1,151 @@
+"""The folder of results: checked before a fit, written file by file after it."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import click
+import numpy as np
+
+from flowvi.diagnostics import VERDICTS, Diagnosis
+from flowvi.draws import Draws, resample
+from flowvi.fit import Fit
+from flowvi.inference_data import to_inference_data
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+TRUST, RESAMPLE, DISTRUST = VERDICTS
+FILES = ("posterior.nc", "resampled.nc", "summary.csv", "loss.png", "pair.png")
+FIT = "fit"
+# The pointwise log likelihood is left out of the files beyond this many numbers (400 MB).
+MAX_LIKELIHOOD = 50_000_000
+QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95}
+TABLE_ROWS = 20
+
+
+class Judged(NamedTuple):
+    """The draws that the verdict recommends, and what to call them."""
+
+    draws: Draws
+    word: str
+
+
+def check_folder(folder: Path) -> None:
+    """Make the folder of results, or say why it cannot be used."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise _refused(f"'{folder}' cannot hold the results: {why}.") from None
+    for name in FILES:
+        if (folder / name).exists() and not (folder / name).is_file():
+            raise _refused(f"'{folder / name}' is in the way: it is not a file.")
+    if (folder / FIT).exists() and not (folder / FIT).is_dir():
+        raise _refused(f"'{folder / FIT}' is in the way: it is not a folder.")
+
+
+def _refused(message: str) -> click.BadParameter:
+    return click.BadParameter(message, param_hint="'--out'")
+
+
+def judged(draws: Draws, diagnosis: Diagnosis, seed: int) -> Judged:
+    """Choose between the draws as they are and the resampled ones."""
+    if diagnosis.verdict == RESAMPLE:
+        return Judged(resample(draws, seed=seed), "resampled")
+    return Judged(draws, "plain" if diagnosis.verdict == TRUST else "untrusted")
+
+
+def summary(kept: Judged) -> pd.DataFrame:
+    """Mean, sd and quantiles of every scalar, and which draws they are of."""
+    import arviz as az
+
+    posterior = to_inference_data(kept.draws, log_likelihood=False)
+    quantiles = {name: partial(np.quantile, q=q) for name, q in QUANTILES.items()}
+    numbers = az.summary(posterior, kind="stats", stat_funcs=quantiles, round_to="none")
+    return numbers.assign(draws=kept.word).rename_axis("name")
+
+
+def table(numbers: pd.DataFrame) -> str:
+    """The first rows of a summary, scalars before elements of vectors, for reading."""
+    names = sorted(numbers.index, key=lambda name: "[" in name)
+    shown, columns = names[:TABLE_ROWS], ["mean", "sd", "5%", "95%"]
+    width = max(map(len, shown))
+    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
+    for name in shown:
+        cells = "".join(f"{numbers.at[name, column]:11.4g}" for column in columns)
+        lines.append(f"{name:<{width}}{cells}")
+    if len(names) > len(shown):
+        lines.append(f"... and {len(names) - len(shown)} more in summary.csv")
+    return "\n".join(lines)
+
+
+def write(
+    fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame, folder: Path
+) -> Iterator[tuple[str, str]]:
+    """Write every file of the results but the fit; yields each one's name and what it holds."""
+    import matplotlib as mpl
+
+    mpl.use("agg")  # files are drawn, no windows
+    _whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
+    yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
+    if kept.draws.resampled:
+        _whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
+        yield "resampled.nc", "the draws to use: resampled by those weights, for ArviZ"
+    else:
+        # One of an earlier fit would pass for this one's.
+        (folder / "resampled.nc").unlink(missing_ok=True)
+    _whole(folder / "summary.csv", numbers.to_csv)
+    yield "summary.csv", f"mean, sd and quantiles of the {kept.word} draws"
+    if np.isfinite(fit.history["bound"]).any():
+        _whole(folder / "loss.png", lambda file: _loss(fit, file))
+        yield "loss.png", "the bound over the steps"
+    _whole(folder / "pair.png", lambda file: _pair(kept.draws, file))
+    yield "pair.png", f"marginals and pairs of the {kept.word} draws"
+
+
+def _whole(path: Path, write: Callable[[Path], object]) -> None:
+    """Write a file whole or not at all: under another name in its folder first."""
+    final = path.resolve()
+    part = final.with_name(f".{os.getpid()}.{final.name}")
+    try:
+        write(part)
+        os.replace(part, final)
+    except OSError as error:
+        raise click.ClickException(f"Could not write {path}: {error}.") from None
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _netcdf(draws: Draws, file: Path) -> None:
+    rows = sum(value.numel() for value in draws.target.observed.values())
+    small = len(draws) * rows <= MAX_LIKELIHOOD
+    to_inference_data(draws, log_likelihood=small).to_netcdf(str(file), engine="h5netcdf")
+
+
+def _loss(fit: Fit, file: Path) -> None:
+    from flowvi.plots import plot_loss
+
+    history = {"bound": fit.history["bound"]}
+    if len(fit.guides) > 1:
+        history["stage"] = np.array([f"restart {r}" for r in fit.history["restart"]])
+    _save(plot_loss(history).figure, file)
+
+
+def _pair(draws: Draws, file: Path) -> None:
+    from flowvi.plots import plot_pair
+
+    _save(plot_pair(draws).flat[0].figure, file)
+
+
+def _save(figure: Any, file: Path) -> None:
+    import matplotlib.pyplot as plt
+
+    figure.savefig(file)
+    plt.close(figure)

@@ -1,0 +1,12 @@
+#!/bin/sh
+# Sets up everything, then lint, format, types and tests; options of pytest may follow.
+set -eu
+cd "$(dirname "$0")/.."
+extra=test
+. scripts/setup.sh
+
+ruff check .
+ruff format --check .
+mypy
+# Small arrays are fastest on one thread; the tests share the processors instead.
+OMP_NUM_THREADS=1 MPLBACKEND=agg python -m pytest -n 2 "$@"

@@ -1,0 +1,327 @@
+"""A fit is reproducible, is never worse than its Gaussian start, and keeps what was computed."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+import flowvi
+from flowvi import init
+from flowvi.schedule import Average, Guard, decayed
+
+
+def correlated_normal() -> flowvi.Target:
+    """A normal with standard deviations from 1e-3 to 1e3 and log evidence 0.7."""
+    scale = torch.tensor([1e-3, 1.0, 1e3])
+    correlation = torch.tensor([[1.0, 0.9, 0.0], [0.9, 1.0, -0.3], [0.0, -0.3, 1.0]])
+    q = MultivariateNormal(torch.tensor([5.0, 0.0, -2e3]), correlation * scale * scale[:, None])
+    return flowvi.from_density(lambda v: q.log_prob(v["x"]) + 0.7, {"x": flowvi.Site((3,))})
+
+
+def banana() -> flowvi.Target:
+    def log_prob(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        x, y = values["x"]
+        return dist.Normal(0.0, 1.0).log_prob(x) + dist.Normal(x**2, 0.3).log_prob(y)
+
+    return flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
+
+
+def test_the_gaussian_start_is_exact_for_a_normal_on_six_decades():
+    target = correlated_normal()
+
+    found = init.best_gaussian(target, 0, False, lambda line: None)
+
+    assert found.elbo == pytest.approx(0.7, abs=1e-6)
+    assert found.loc[2].item() == pytest.approx(-2e3, abs=1.0)
+
+
+@pytest.mark.parametrize("guide", ["auto", "fullrank", "realnvp", "spline"])
+def test_a_fit_of_a_normal_has_its_evidence(guide):
+    fit = flowvi.fit(correlated_normal(), guide, steps=30, progress=False)
+
+    diagnosis = flowvi.diagnose(fit.draw(1000))
+
+    assert diagnosis.elbo == pytest.approx(0.7, abs=1e-4)
+    assert diagnosis.verdict == "trust"
+
+
+@pytest.mark.parametrize("guide", sorted({*flowvi.GUIDES, *flowvi.FLOWS}))
+def test_every_guide_is_at_least_as_good_as_its_gaussian_start(guide):
+    target = banana()
+
+    fit = flowvi.fit(target, guide, steps=40, progress=False)
+
+    line = next(line for line in fit.log if line.startswith("kept"))
+    start = float(line.split("start ")[1].split(",")[0])
+    assert fit.bounds[0] >= start - 1e-3
+
+
+def test_a_flow_fits_what_a_gaussian_cannot():
+    target = banana()
+
+    gaussian = flowvi.fit(target, "fullrank", steps=300, progress=False)
+    flow = flowvi.fit(target, steps=300, progress=False)
+
+    assert gaussian.bounds[0] < -0.5
+    assert -0.05 < flow.bounds[0] < 0.02
+
+
+@pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
+def test_every_objective_fits_by_name(objective):
+    fit = flowvi.fit(banana(), objective=objective, steps=20, progress=False)
+
+    assert math.isfinite(fit.bounds[0])
+    assert len(fit.history["bound"]) == 20
+
+
+def test_given_draws_are_fitted_by_forward_kl():
+    z = torch.randn(500, 2) * torch.tensor([1.0, 2.0])
+    objective = flowvi.OBJECTIVES["forward_kl"](z)
+
+    fit = flowvi.fit(banana(), "meanfield", objective, steps=600, lr=0.1, progress=False)
+
+    torch.testing.assert_close(
+        torch.as_tensor(fit.draw(4000).z[0].std(0)), z.std(0), rtol=0.05, atol=0.0
+    )
+
+
+def test_a_seed_gives_the_same_bits_and_leaves_the_callers_generator_alone():
+    target = banana()
+    before = torch.get_rng_state()
+
+    first, second = (flowvi.fit(target, steps=20, progress=False, seed=3) for _ in range(2))
+
+    assert torch.equal(before, torch.get_rng_state())
+    assert np.array_equal(first.draw(50).z, second.draw(50).z)
+    assert np.array_equal(first.history["bound"], second.history["bound"])
+
+
+def test_restarts_are_chains():
+    fit = flowvi.fit(banana(), steps=10, restarts=3, progress=False)
+
+    draws = fit.draw(20)
+
+    assert draws.z.shape == (3, 20, 2)
+    assert list(np.unique(fit.history["restart"])) == [0, 1, 2]
+    assert not np.array_equal(draws.z[0], draws.z[1])
+
+
+def test_an_interrupt_returns_what_there_is():
+    def interrupt(step: flowvi.Step) -> None:
+        if step.step == 7:
+            raise KeyboardInterrupt
+
+    fit = flowvi.fit(banana(), steps=500, progress=False, callback=interrupt)
+
+    assert fit.meta["interrupted"]
+    assert len(fit.history["bound"]) == 7
+    assert np.isfinite(fit.draw(10).log_p).all()
+
+
+def test_a_callback_sees_every_step_and_can_stop():
+    seen = []
+
+    def stop_at_five(step: flowvi.Step) -> bool:
+        seen.append(step.step)
+        return step.step == 5
+
+    fit = flowvi.fit(banana(), steps=500, progress=False, callback=stop_at_five)
+
+    assert seen == [1, 2, 3, 4, 5]
+    assert any("callback" in line for line in fit.log)
+
+
+def test_parameters_of_the_model_are_trained():
+    """Empirical Bayes: y = theta + noise, so the best prior mean is the mean of y."""
+    y = torch.tensor([1.0, 2.0, 3.0, 4.0])
+
+    def model() -> None:
+        mean = pyro.param("mean", torch.tensor(0.0))
+        with pyro.plate("row", 4):
+            theta = pyro.sample("theta", dist.Normal(mean, 1.0))
+            pyro.sample("y", dist.Normal(theta, 0.5), obs=y)
+
+    target = flowvi.from_pyro(model)
+
+    flowvi.fit(target, "fullrank", steps=400, lr=0.05, progress=False)
+
+    (mean,) = target.parameters()
+    assert mean.item() == pytest.approx(2.5, abs=0.05)
+
+
+def test_minibatches_reach_the_posterior_of_all_rows():
+    generator = torch.Generator().manual_seed(1)
+    y = torch.randn(200, generator=generator) + 1.5
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 10.0))
+        with pyro.plate("row", 200, subsample_size=20) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    target = flowvi.from_pyro(model)
+
+    draws = flowvi.fit(target, "fullrank", steps=300, progress=False).draw(2000)
+
+    sd = 1 / math.sqrt(200 + 0.01)
+    mean = float(y.sum()) * sd**2
+    assert draws["mu"].mean() == pytest.approx(mean, abs=0.2 * sd)
+    assert draws["mu"].std() == pytest.approx(sd, rel=0.2)
+
+
+def test_an_importance_weighted_bound_on_a_subsampled_plate_is_refused():
+    y = torch.ones(10)
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 10, subsample_size=2) as rows:
+            pyro.sample("y", dist.Normal(mu, 1.0), obs=y[rows])
+
+    with pytest.raises(ValueError, match=r"'row' is subsampled.*not be a bound"):
+        flowvi.fit(flowvi.from_pyro(model), objective=flowvi.iwelbo(5), progress=False)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"guide": "nvp"}, "No guide named 'nvp'; choose from .*realnvp"),
+        ({"objective": "elb"}, "No objective named 'elb'; choose from .*elbo"),
+        ({"objective": "forward_kl"}, "forward_kl needs draws"),
+        ({"objective": 3}, "objective must be one such as elbo"),
+        ({"steps": 0}, "steps must be .* at least 1; got 0"),
+        ({"particles": 0}, "particles must be .* at least 1; got 0"),
+        ({"restarts": -1}, "restarts must be .* at least 1; got -1"),
+        ({"lr": float("nan")}, "lr must be a positive number; got nan"),
+        ({"lr": -1.0}, "lr must be a positive number"),
+        ({"seed": -5}, "seed must be .* at least 0; got -5"),
+        ({"guide": flowvi.MeanField(7)}, "D = 7 but .* has D = 2"),
+    ],
+)
+def test_bad_arguments_are_refused_by_name(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        flowvi.fit(banana(), **arguments, progress=False)
+
+
+def test_a_wall_of_infinite_density_is_skipped_and_counted():
+    def log_prob(values: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = values["x"]
+        return torch.where(x < 2.5, dist.Normal(0.0, 1.0).log_prob(x), -torch.inf)
+
+    fit = flowvi.fit(
+        flowvi.from_density(log_prob, {"x": flowvi.Site()}), "fullrank", steps=50, progress=False
+    )
+
+    assert fit.meta["skipped"] == fit.history["skipped"].sum() > 0
+    assert np.isfinite(fit.draw(10).z).all()
+
+
+# The parts.
+
+
+def test_laplace_at_the_mode_of_a_normal_is_the_normal():
+    target = correlated_normal()
+
+    found = init.laplace(target, torch.tensor([5.0, 0.1, -1990.0]), "test")
+
+    expected = torch.tensor([1e-3, 1.0, 1e3])
+    torch.testing.assert_close(found.scale_tril.norm(dim=1), expected, rtol=1e-3, atol=0.0)
+    torch.testing.assert_close(found.loc, torch.tensor([5.0, 0.0, -2e3]), rtol=1e-3, atol=1e-3)
+
+
+def test_the_guard_skips_what_is_not_finite_or_far_too_long():
+    guard = Guard()
+    for _ in range(30):
+        assert guard.admits(0.0, torch.ones(4))[0]
+
+    long = torch.full((4,), 3.0)
+    admitted, norm = guard.admits(0.0, long)
+    assert admitted
+    assert norm == pytest.approx(6.0)
+    assert long.norm().item() == pytest.approx(4.0)
+    assert not guard.admits(0.0, torch.full((4,), 100.0))[0]
+    assert not guard.admits(math.nan, torch.ones(4))[0]
+    assert not guard.admits(0.0, torch.tensor([math.inf]))[0]
+    assert guard.skipped == 3
+
+
+def test_the_step_size_warms_up_and_decays():
+    rates = [decayed(i, 1000, 1.0) for i in range(1000)]
+
+    assert rates[0] == pytest.approx(0.05)
+    assert max(rates) == pytest.approx(1.0)
+    assert rates[-1] == pytest.approx(0.01, abs=1e-4)
+
+
+def test_the_average_is_the_mean():
+    average = Average()
+    vectors = torch.randn(5, 3)
+
+    for v in vectors:
+        average.add(v)
+
+    torch.testing.assert_close(average.mean, vectors.mean(0))
+
+
+# Files.
+
+
+def test_a_saved_fit_draws_the_same(tmp_path):
+    target = banana()
+    fit = flowvi.fit(target, steps=20, restarts=2, progress=False)
+
+    fit.save(tmp_path / "fit")
+    again = flowvi.load(tmp_path / "fit", banana())
+
+    assert np.array_equal(fit.draw(50, seed=1).z, again.draw(50, seed=1).z)
+    assert again.meta == fit.meta
+    assert again.log == fit.log
+    assert np.array_equal(again.history["bound"], fit.history["bound"])
+
+
+def test_a_guide_of_ones_own_is_loaded_into_one_of_the_same_build(tmp_path):
+    target = banana()
+    guide = flowvi.FlowGuide(2, flowvi.FLOWS["realnvp"](2, depth=2, hidden=8))
+    fit = flowvi.fit(target, guide, steps=20, progress=False)
+    fit.save(tmp_path / "fit")
+
+    with pytest.raises(ValueError, match="guide of your own making"):
+        flowvi.load(tmp_path / "fit", target)
+    again = flowvi.load(tmp_path / "fit", target, guide)
+
+    assert np.array_equal(fit.draw(50).z, again.draw(50).z)
+
+
+def _truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:100])
+
+
+@pytest.mark.parametrize(
+    ("harm", "message"),
+    [
+        (lambda f: (f / "fit.json").unlink(), "holds no fit.json"),
+        (lambda f: (f / "fit.json").write_text("{"), "is not the JSON"),
+        (lambda f: (f / "fit.json").write_text('{"format": 99}'), "has format 99"),
+        (lambda f: (f / "guide_0.safetensors").write_bytes(b""), r"empty \(0 bytes\)"),
+        (lambda f: _truncate(f / "guide_0.safetensors"), "not a file that fit.save wrote"),
+        (lambda f: (f / "guide_0.safetensors").unlink(), "is missing"),
+    ],
+)
+def test_a_damaged_folder_is_refused_by_file(tmp_path, harm, message):
+    target = correlated_normal()
+    flowvi.fit(target, "meanfield", steps=2, progress=False).save(tmp_path)
+
+    harm(tmp_path)
+
+    with pytest.raises(ValueError, match=message):
+        flowvi.load(tmp_path, target)
+
+
+def test_a_fit_of_another_model_is_refused_by_site(tmp_path):
+    flowvi.fit(correlated_normal(), "meanfield", steps=2, progress=False).save(tmp_path)
+
+    with pytest.raises(ValueError, match=r"another model: site 'x'"):
+        flowvi.load(tmp_path, banana())

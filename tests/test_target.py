@@ -1,0 +1,155 @@
+"""A target has the density of its model, and gives its values back."""
+
+import copy
+
+import pytest
+import torch
+from reference import log_joint, values_of, with_gradient
+from torch import Tensor
+from zoo import ZOO, Case
+
+from flowvi.target import Target, from_pyro
+
+POINTS = 3
+
+
+def captured(name: str) -> tuple[Case, Target]:
+    case = ZOO[name]()
+    return case, from_pyro(case.model, *case.args, **case.kwargs)
+
+
+def somewhere(target: Target, n: int = POINTS) -> Tensor:
+    """Random points at which the density is finite."""
+    z = 0.7 * torch.randn(20 * n, target.dim, dtype=target.dtype)
+    return z[target.log_prob(z).isfinite()][:n].clone()
+
+
+def value_and_gradient(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+    z = z.detach().clone().requires_grad_()
+    log_p = target.log_prob(z)
+    (gradient,) = torch.autograd.grad(log_p.sum(), z)
+    return log_p.detach(), gradient
+
+
+def close(found: Tensor, expected: Tensor, rtol: float = 1e-6) -> None:
+    torch.testing.assert_close(found, expected, rtol=rtol, atol=rtol)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_density_and_gradient_are_the_model_s(name):
+    case, target = captured(name)
+    z = somewhere(target)
+
+    expected = [with_gradient(lambda z: log_joint(case, target, z), row) for row in z]
+    log_p, gradient = value_and_gradient(target, z)
+
+    assert target.density.batched.how == case.how
+    assert len(z) == POINTS
+    close(log_p, torch.stack([value for value, _ in expected]))
+    close(gradient, torch.stack([g for _, g in expected]))
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_way_of_evaluating_agrees(name):
+    """Rows alone, batches of any shape, and the lowered program that the second call makes."""
+    _, target = captured(name)
+    z = somewhere(target, 4)
+    first = value_and_gradient(target, z)
+
+    second = value_and_gradient(target, z)
+    elsewhere = value_and_gradient(target, z.flip(0) * 0.9)
+    fresh = copy.deepcopy(target)
+    one_by_one = [value_and_gradient(fresh, row) for row in z.flip(0) * 0.9]
+    grid = fresh.log_prob(z.reshape(2, 2, -1)).reshape(-1)
+    without_gradient = [target.log_prob(z.detach()) for _ in range(2)][1]
+
+    for i in range(2):
+        close(second[i], first[i], 1e-10)
+        close(elsewhere[i], torch.stack([row[i] for row in one_by_one]), 1e-10)
+    close(grid.detach(), first[0], 1e-10)
+    close(without_gradient.detach(), first[0], 1e-10)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_values_are_the_model_s_and_map_back(name):
+    case, target = captured(name)
+    z = somewhere(target)
+
+    values = target.constrain(z)
+    z_back = target.unconstrain(values)
+
+    close(z_back, z)
+    assert list(values) == [*target.sites, *target.deterministics]
+    for name, site in target.sites.items():
+        assert values[name].shape == (POINTS, *site.shape)
+        assert site.support.check(values[name]).all() or "a" in target.sites
+    if case.enumerated:
+        return
+    for row, point in enumerate(z):
+        expected = values_of(case, target, point)
+        for name, value in values.items():
+            close(value[row].to(expected[name].dtype), expected[name])
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_every_axis_has_a_name(name):
+    _, target = captured(name)
+    shapes = {n: v.shape[1:] for n, v in target.constrain(somewhere(target)).items()}
+    shapes |= {n: v.shape for n, v in (target.observed | target.constants).items()}
+
+    assert set(target.dims) == set(shapes)
+    for name, shape in shapes.items():
+        assert len(target.dims[name]) == len(set(target.dims[name])) == len(shape)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_rows_of_the_likelihood_sum_to_what_data_add(name):
+    """Joint = prior and factors + rows, by the model's own trace with data masked."""
+    case, target = captured(name)
+    z = somewhere(target)
+
+    rows = target.log_likelihood(z)
+
+    for name, value in rows.items():
+        batch = target.observed[name].shape[: value.dim() - 1]
+        assert value.shape[1:] == batch or target.observed[name].dim() == 0
+    if not rows:
+        assert case.enumerated or not target.observed
+        return
+    expected = torch.stack([_likelihood(case, target, point) for point in z])
+    close(sum(value.reshape(POINTS, -1).sum(-1) for value in rows.values()), expected)
+
+
+def _likelihood(case: Case, target: Target, z: Tensor) -> Tensor:
+    raise NotImplementedError
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_second_derivatives_are_those_of_the_gradient(name):
+    case, target = captured(name)
+    z = somewhere(target, 1)
+    value_and_gradient(target, z)
+    direction = torch.randn_like(z)
+
+    def slope(z: Tensor) -> Tensor:
+        return (value_and_gradient(target, z)[1] * direction).sum()
+
+    z.requires_grad_()
+    (gradient,) = torch.autograd.grad(target.log_prob(z).sum(), z, create_graph=True)
+    (product,) = torch.autograd.grad((gradient * direction).sum(), z)
+    step = 1e-5
+    differences = (slope(z + step * direction) - slope(z - step * direction)) / (2 * step)
+
+    found = (product * direction).sum()
+    torch.testing.assert_close(found, differences.detach(), rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_single_precision_points_give_single_precision_numbers(name):
+    _, target = captured(name)
+    z = somewhere(target)
+
+    log_p, gradient = value_and_gradient(target, z.float())
+
+    assert log_p.dtype == gradient.dtype == torch.float32
+    close(log_p.double(), target.log_prob(z).detach(), 1e-3)

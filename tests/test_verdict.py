@@ -1,0 +1,216 @@
+"""The verdict trusts what is near the target, and never what is far from it."""
+
+import math
+
+import numpy as np
+import pytest
+from normal_weights import gaussian
+from scipy import stats
+
+from flowvi.diagnostics import diagnose
+
+TRUST, RESAMPLE, DISTRUST = "trust", "trust the resampled draws", "do not trust"
+
+
+@pytest.fixture
+def rng():
+    return np.random.default_rng(0)
+
+
+def test_one_draw_with_all_the_weight_is_distrusted():
+    log_w = np.full(200, -np.inf)
+    log_w[17] = 0.0
+
+    d = diagnose(log_w)
+
+    assert d.khat == math.inf
+    assert d.verdict == DISTRUST
+
+
+@pytest.mark.parametrize("spread", [500.0, 5000.0])
+def test_hopeless_weights_are_distrusted_without_a_warning(rng, spread):
+    d = diagnose(spread * rng.normal(size=1000))
+
+    assert d.khat > d.khat_threshold
+    assert d.verdict == DISTRUST
+
+
+def test_perfect_guide_is_trusted(rng):
+    log_w, values = gaussian(rng, evidence=-4.0)
+
+    d = diagnose(log_w + 1e-5 * rng.normal(size=4000), values)
+
+    assert d.verdict == TRUST
+    assert d.khat == -math.inf
+    assert d.log_evidence == pytest.approx(-4.0, abs=1e-5)
+    assert any("constant to rounding" in reason for reason in d.reasons)
+
+
+@pytest.mark.parametrize(
+    ("loc", "scale", "dim", "verdict"),
+    [
+        (0.03, 1.0, 3, TRUST),
+        (0.0, 1.04, 3, TRUST),
+        (0.3, 1.0, 3, RESAMPLE),
+        (0.0, 1.3, 3, RESAMPLE),
+        (3.0, 1.0, 3, DISTRUST),
+        (0.0, 0.5, 10, DISTRUST),
+    ],
+)
+def test_verdict_follows_the_error_of_the_moments(rng, loc, scale, dim, verdict):
+    log_w, values = gaussian(rng, loc, scale, dim=dim)
+
+    d = diagnose(log_w, values)
+
+    assert d.verdict == verdict
+    assert str(d).startswith(f"Verdict: {verdict}\n")
+
+
+@pytest.mark.parametrize("dim", [2, 30])
+def test_trust_is_calibrated(rng, dim):
+    """Over guides of all qualities, "trust" is never given to a moment that is off by 15 %."""
+    trusted = 0
+    for _ in range(60):
+        loc, scale = rng.normal(0.0, 0.15), math.exp(rng.normal(0.0, 0.1))
+        verdict = diagnose(*gaussian(rng, loc, scale, dim=dim)).verdict
+        if verdict == TRUST:
+            trusted += 1
+            assert abs(loc) < 0.15
+            assert abs(math.log(scale)) < math.log(1.15)
+    assert trusted
+
+
+def test_log_weights_alone_are_judged_by_the_divergence(rng):
+    """KL(q || p) <= 0.15^2 / 2 moves no Gaussian mean by 0.15 sd."""
+    near, _ = gaussian(rng, loc=0.05, dim=1)
+    far, _ = gaussian(rng, loc=0.2, dim=1)
+
+    assert diagnose(near).verdict == TRUST
+    assert diagnose(far).verdict == RESAMPLE
+
+
+def test_a_heavy_tail_of_nearly_equal_weights_is_no_reason_for_distrust(rng):
+    """A normal for a Student t with 30 degrees of freedom: infinite variance, KL of 0.001."""
+    z = 1.02 * rng.normal(size=4000)
+    log_w = stats.t.logpdf(z, 30) - stats.norm.logpdf(z, scale=1.02)
+
+    d = diagnose(log_w, {"z": z})
+
+    assert d.khat > 1
+    assert d.verdict == TRUST
+    assert any("hardly vary" in reason for reason in d.reasons)
+
+
+def test_moments_that_rest_on_few_draws_are_too_little_to_resample(rng):
+    """Ten of 4000 draws hold the outskirts; 1 / sum w^2 does not see how much rests on them."""
+    log_w, x = np.zeros(4000), 0.3 * rng.normal(size=4000)
+    log_w[:10], x[:10] = 3.5, 4 * rng.choice([-1, 1], size=10)
+
+    d = diagnose(log_w, {"x": x})
+
+    assert d.khat < d.khat_threshold
+    assert d.ess > 500
+    assert d.verdict == DISTRUST
+    assert any("effective draws for the mean of x" in reason for reason in d.reasons)
+
+
+def test_too_few_effective_draws_are_said_to_be_too_few(rng):
+    log_w, values = gaussian(rng, loc=0.5, draws=500)
+
+    d = diagnose(log_w, values)
+
+    assert d.khat < d.khat_threshold
+    assert d.verdict == DISTRUST
+    assert any("effective draws" in reason for reason in d.reasons)
+
+
+def test_zero_weights_forbid_the_plain_draws(rng):
+    """Half a normal, covered by a normal: half of the draws are outside the support."""
+    z = rng.normal(size=4000)
+    log_w = np.where(z > 0, math.log(2.0), -np.inf)
+
+    d = diagnose(log_w, {"z": z})
+
+    assert d.verdict == RESAMPLE
+    assert abs(d.log_evidence) < 4 * d.log_evidence_se
+    assert d.elbo == -math.inf
+    assert any("weight zero" in reason for reason in d.reasons)
+
+
+def test_restarts_that_agree_are_trusted(rng):
+    sets = [gaussian(rng, 0.02) for _ in range(3)]
+
+    d = diagnose([log_w for log_w, _ in sets], {"x": np.stack([v["x"] for _, v in sets])})
+
+    assert d.verdict == TRUST
+    assert d.draws == 12_000
+
+
+def test_restarts_in_different_modes_are_distrusted(rng):
+    """Each of two guides fits one of two equal modes, and cannot see the other."""
+    log_w = np.full((2, 2000), -math.log(2.0))
+    z = np.array([-6.0, 6.0])[:, None] + rng.normal(size=(2, 2000))
+
+    d = diagnose(log_w, {"z": z})
+
+    assert d.verdict == DISTRUST
+    assert any("R-hat" in reason for reason in d.reasons)
+
+
+def test_restarts_with_different_evidence_are_distrusted(rng):
+    log_w = np.array([0.0, -0.7])[:, None] + 0.1 * rng.normal(size=(2, 2000))
+
+    d = diagnose(log_w)
+
+    assert d.verdict == DISTRUST
+    assert any("disagree about the evidence" in reason for reason in d.reasons)
+
+
+def test_a_restart_that_failed_does_not_spoil_the_evidence(rng):
+    good, values = gaussian(rng, evidence=2.0)
+    bad, far = gaussian(rng, loc=9.0, evidence=2.0)
+
+    d = diagnose([good, bad - 100], {"x": np.stack([values["x"], far["x"]])})
+
+    assert d.verdict == RESAMPLE
+    assert d.log_evidence == pytest.approx(2.0)
+    assert any("Restart 1" in reason for reason in d.reasons)
+
+
+def test_values_that_are_not_finite_are_named(rng):
+    log_w, values = gaussian(rng)
+    broken = np.where(rng.uniform(size=4000) < 0.01, np.nan, 1.0)
+
+    d = diagnose(log_w, {**values, "ratio": broken, "constant": np.ones((4000, 2))})
+
+    assert d.verdict == TRUST
+    assert any("'ratio'" in reason for reason in d.reasons)
+
+
+def test_improper_priors_have_no_evidence(rng):
+    d = diagnose(gaussian(rng)[0], improper=["mu", "tau"])
+
+    assert math.isnan(d.log_evidence) and math.isnan(d.log_evidence_se)
+    assert d.gap == pytest.approx(0.0, abs=1e-9)
+    assert any("'mu', 'tau' is improper" in reason for reason in d.reasons)
+    assert "none" in str(d)
+
+
+@pytest.mark.parametrize(
+    ("log_w", "message"),
+    [
+        (np.zeros(5), ">= 100 draws"),
+        (np.zeros((4000, 1)), "each of 4000"),
+        (np.zeros((2, 3, 100)), "shape"),
+        (np.r_[np.nan, np.inf, np.zeros(200)], "2 of 202 log weights are NaN"),
+        (np.full(200, -np.inf), "Every log weight is -inf"),
+    ],
+)
+def test_impossible_weights_are_refused(log_w, message):
+    with pytest.raises(ValueError, match=message):
+        diagnose(log_w)
+
+
+def test_values_of_another_length_are_refused(rng):
+    with pytest.raises(ValueError, match=r"'x' must begin with the shape \(200,\)"):
+        diagnose(np.zeros(200), {"x": np.zeros(100)})
