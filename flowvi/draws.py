@@ -169,6 +169,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         {**draws.values, **_coordinates(draws)},
         draws.target.improper,
         draws.title,
+        draws.meta.get("missed", ()),
     )
     return replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
 

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowvi._version import __version__
+from flowvi.coverage import missed
 from flowvi.draws import Draws, draw
 from flowvi.guides import Guide, make_guide
 from flowvi.init import Gaussian, best_gaussian
@@ -194,13 +195,18 @@ class _Run:
         self.lr = settings.lr or 0.0
         self.bound = -math.inf
         self.guide: Guide
+        self.missed: list[str] = []
 
     def go(self) -> None:
         """Start, train and choose; an interrupt keeps the best so far."""
-        gaussian = best_gaussian(
+        gaussian, others = best_gaussian(
             self.target, self.settings.seed + self.restart, self.name == "meanfield", self.log.append
         )
         self.guide = self._start(gaussian)
+        self._optimise()
+        self.missed = missed(self.target, self.guide, self.bound, others)
+
+    def _optimise(self) -> None:
         self.trained = [p for p in self.guide.parameters() if p.requires_grad]
         self.trained += [p for p in self.target.parameters() if p.requires_grad]
         if not self.trained:
@@ -392,10 +398,16 @@ def _result(target: Target, runs: list[_Run], settings: _Settings, seconds: floa
         "seconds": seconds,
         "interrupted": any(r.interrupted for r in runs),
         "skipped": int(history["skipped"].sum()),
+        "missed": _missed(runs),
         "flowvi": __version__,
-        "torch": torch.__version__,
+        "torch": str(torch.__version__),
     }
     return Fit(target, [r.guide for r in runs], [r.bound for r in runs], history, log, meta)
+
+
+def _missed(runs: list[_Run]) -> list[str]:
+    """What no restart covers; with several, each may cover what another leaves out."""
+    return runs[0].missed if all(run.missed for run in runs) else []
 
 
 def describe(objective: Objective) -> str:

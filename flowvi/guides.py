@@ -1,13 +1,15 @@
 """Guides: densities on R^D that can be sampled and scored."""
 
 import math
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.distributions import Categorical
 
-from flowvi.flows import FLOWS, Chain, Diagonal, Layer, Triangular
+from flowvi.flows import FLOWS, Base, Chain, Diagonal, Layer, Normal, Triangular
+from flowvi.flows.nets import Amortised
 
 
 class Draw(NamedTuple):
@@ -15,6 +17,21 @@ class Draw(NamedTuple):
 
     z: Tensor
     log_q: Tensor
+
+
+class Strata(NamedTuple):
+    """The same number of samples from every part of a guide, one part after the other.
+
+    Attributes:
+        z: Samples, (N, *S, *B, D), N the number of parts times the draws of each.
+        log_q: Log density under the whole guide, (N, *S, *B).
+        log_share: Log of what each draw counts in an average over the guide,
+            broadcastable to (N, *S, *B); the shares add up to one over N.
+    """
+
+    z: Tensor
+    log_q: Tensor
+    log_share: Tensor
 
 
 class Guide(nn.Module):
@@ -34,6 +51,15 @@ class Guide(nn.Module):
         """Score samples. (*S, *B, D) -> (*S, *B)."""
         raise NotImplementedError
 
+    def strata(self, shape: tuple[int, ...], context: Tensor | None = None) -> Strata:
+        """Draw `shape` samples from every part of the guide; a plain guide is one part."""
+        z, log_q = self.sample(shape, context)
+        return Strata(z, log_q, log_q.new_full((), -math.log(shape[0])))
+
+    def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log density of the part that each draw of `strata` came from, less the whole's."""
+        return z.new_zeros(())
+
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Become the Gaussian N(loc, L L^T), or the nearest one that the guide can be.
 
@@ -45,34 +71,33 @@ class Guide(nn.Module):
 
 
 class Pushforward(Guide):
-    """A standard normal pushed through a flow and then through an affine layer.
+    """Base noise pushed through a flow and then through an affine layer.
 
     Abstract: a guide of this kind adds nothing but its choice of layers.
     """
 
-    zero: Tensor
-
-    def __init__(self, dim: int, flow: Layer, affine: Diagonal | Triangular) -> None:
+    def __init__(
+        self, dim: int, flow: Layer, affine: Diagonal | Triangular, base: Base | None = None
+    ) -> None:
         super().__init__()
         self.dim = dim
+        self.base = Normal(dim) if base is None else base
         self.flow = flow
         self.affine = affine
-        self.register_buffer("zero", torch.zeros(()))
 
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         rows = () if context is None else context.shape[:-1]
-        size = (*shape, *rows, self.dim)
-        eps = torch.randn(size, dtype=self.zero.dtype, device=self.zero.device)
+        eps = self.base.sample((*shape, *rows))
         y, flow_ladj = self.flow(eps, context)
         z, affine_ladj = self.affine(y, context)
-        return Draw(z, _log_normal(eps) - flow_ladj - affine_ladj)
+        return Draw(z, self.base.log_prob(eps) - flow_ladj - affine_ladj)
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         if z.shape[-1] != self.dim:
             raise ValueError(f"z has {z.shape[-1]} columns but the guide has D = {self.dim}.")
         y, affine_ladj = self.affine.inverse(z, context)
         eps, flow_ladj = self.flow.inverse(y, context)
-        return _log_normal(eps) + flow_ladj + affine_ladj
+        return self.base.log_prob(eps) + flow_ladj + affine_ladj
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.affine.set_(loc, scale_tril)
@@ -106,7 +131,7 @@ class FullRank(Pushforward):
 
 
 class FlowGuide(Pushforward):
-    """A standard normal pushed through a flow and then through an affine layer.
+    """Base noise pushed through a flow and then through an affine layer.
 
     The flow works in coordinates in which the target is about standard: `start`
     sets the affine layer and leaves the flow as it is, which is the identity as
@@ -116,13 +141,127 @@ class FlowGuide(Pushforward):
         dim: Length D of the latent vector.
         flow: Layer mapping R^D to R^D.
         affine: The layer after it; a triangular one by default.
+        base: The density before it; the standard normal by default.
     """
 
-    def __init__(self, dim: int, flow: Layer, affine: Diagonal | Triangular | None = None) -> None:
-        super().__init__(dim, flow, Triangular(dim) if affine is None else affine)
+    def __init__(
+        self,
+        dim: int,
+        flow: Layer,
+        affine: Diagonal | Triangular | None = None,
+        base: Base | None = None,
+    ) -> None:
+        super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
 
 
-GUIDES: dict[str, Callable[..., Guide]] = {"fullrank": FullRank, "meanfield": MeanField}
+class MixtureGuide(Guide):
+    r"""A mixture of guides, for posteriors with several modes.
+
+    .. math:: q(z) = \sum_m \pi_m q_m(z), \qquad \pi = \mathrm{softmax}(\lambda)
+
+    The density is exact. `sample` picks a component for each draw, so what it
+    returns has no gradient with respect to the weights. Objectives draw from
+    every component instead, by `strata`: an average over the guide is then
+    :math:`\sum_m \pi_m E_{q_m}[\cdot]`, in which the weights stand openly.
+    Scoring the draws of all M components takes M^2 calls of a component.
+
+    Args:
+        components: The M guides, all of one D and one context.
+        logits: Weights :math:`\lambda` at the start, (M); equal by default.
+        context_dim: Length C of the context that the weights depend on; 0 for none.
+
+    References:
+        Morningstar et al. (2021), "Automatic Differentiation Variational
+        Inference with Mixtures", arXiv:2003.01687: stratified bounds.
+        Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: their path gradients.
+    """
+
+    def __init__(
+        self, components: Iterable[Guide], logits: Tensor | None = None, context_dim: int = 0
+    ) -> None:
+        super().__init__()
+        self.components = nn.ModuleList(components)
+        dims = sorted({part.dim for part in self._parts()})
+        if len(dims) != 1:
+            raise ValueError(f"A mixture needs components of one D; got components of D = {dims}.")
+        self.dim = dims[0]
+        start = torch.zeros(len(self.components)) if logits is None else logits.clone()
+        self.logits = Amortised(start, context_dim)
+
+    def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
+        z = torch.stack([part.sample(shape, context).z for part in self._parts()])
+        which = Categorical(logits=self.logits(context)).sample(shape)
+        index = which[None, ..., None].expand(1, *z.shape[1:])
+        chosen = z.gather(0, index).squeeze(0)
+        return Draw(chosen, self.log_prob(chosen, context))
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return self._mix(self.log_parts(z, context), context)
+
+    def strata(self, shape: tuple[int, ...], context: Tensor | None = None) -> Strata:
+        z = torch.cat([part.sample(shape, context).z for part in self._parts()])
+        share = self.log_weights(context).movedim(-1, 0) - math.log(shape[0])
+        share = share.repeat_interleave(shape[0], dim=0)
+        return Strata(z, self.log_prob(z, context), _between(share, z.dim() - 1))
+
+    def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        scores = self.log_parts(z, context)
+        own = [score.chunk(len(scores))[m] for m, score in enumerate(scores)]
+        return torch.cat(own) - self._mix(scores, context)
+
+    def log_parts(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Score samples under each component. (*S, *B, D) -> (M, *S, *B)."""
+        return torch.stack([part.log_prob(z, context) for part in self._parts()])
+
+    def log_weights(self, context: Tensor | None = None) -> Tensor:
+        """Log weights of the components, (*B, M); (M) without a context."""
+        return torch.log_softmax(self.logits(context), dim=-1)
+
+    def start(self, loc: Tensor, scale_tril: Tensor) -> None:
+        self.start_many([(loc, scale_tril)] * len(self.components))
+
+    def start_many(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
+        """Start every component at a Gaussian of its own, at a mode of the target say.
+
+        Args:
+            starts: Mean (D) and lower triangular L (D, D), one pair for each component.
+        """
+        if len(starts) != len(self.components):
+            raise ValueError(
+                f"A mixture of {len(self.components)} components needs as many starts; "
+                f"got {len(starts)}."
+            )
+        for part, (loc, scale_tril) in zip(self._parts(), starts, strict=True):
+            part.start(loc, scale_tril)
+
+    def _parts(self) -> list[Guide]:
+        return cast(list[Guide], list(self.components))
+
+    def _mix(self, scores: Tensor, context: Tensor | None) -> Tensor:
+        weights = self.log_weights(context).movedim(-1, 0)
+        return torch.logsumexp(_between(weights, scores.dim()) + scores, dim=0)
+
+
+def mixture(
+    dim: int, context_dim: int = 0, components: int = 3, component: str = "realnvp"
+) -> MixtureGuide:
+    """A mixture of guides of one kind.
+
+    Args:
+        dim: Length D of the latent vector.
+        context_dim: Length C of the context; 0 for an unconditional guide.
+        components: Number of components M.
+        component: Name of their kind, for `make_guide`.
+    """
+    parts = [make_guide(component, dim, context_dim) for _ in range(components)]
+    return MixtureGuide(parts, context_dim=context_dim)
+
+
+GUIDES: dict[str, Callable[..., Guide]] = {
+    "fullrank": FullRank,
+    "meanfield": MeanField,
+    "mixture": mixture,
+}
 
 
 def make_guide(name: str, dim: int, context_dim: int = 0) -> Guide:
@@ -141,5 +280,6 @@ def make_guide(name: str, dim: int, context_dim: int = 0) -> Guide:
     raise ValueError(f"No guide named '{name}'; choose from {choices}.")
 
 
-def _log_normal(eps: Tensor) -> Tensor:
-    return -0.5 * (eps.square().sum(-1) + eps.shape[-1] * math.log(2 * math.pi))
+def _between(values: Tensor, dims: int) -> Tensor:
+    """Put sample dimensions of size 1 behind the first: (N, *B) -> (N, 1, ..., *B)."""
+    return values.reshape(len(values), *[1] * (dims - values.dim()), *values.shape[1:])

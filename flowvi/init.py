@@ -46,7 +46,9 @@ class Gaussian:
     elbo: float = -math.inf
 
 
-def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussian:
+def best_gaussian(
+    target: Target, seed: int, diagonal: bool, say: Say
+) -> tuple[Gaussian, list[Gaussian]]:
     """Find a normal density with a high ELBO, without a step size to choose.
 
     Candidates are narrow normals at start points, and Laplace approximations
@@ -59,6 +61,9 @@ def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussi
         seed: Of the start points and draws.
         diagonal: Restrict the covariance to a diagonal.
         say: Takes a sentence about every decision.
+
+    Returns:
+        The best, and what became of the other candidates.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     judge = torch.randn(
@@ -81,7 +86,7 @@ def best_gaussian(target: Target, seed: int, diagonal: bool, say: Say) -> Gaussi
     refined = refine(target, best, generator, judge, diagonal, rounds=REFINE_ROUNDS)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
-    return refined
+    return refined, [g for g in tried if g is not best]
 
 
 def _best(group: Sequence[Gaussian]) -> Gaussian:

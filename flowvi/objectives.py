@@ -22,7 +22,9 @@ class Estimate(NamedTuple):
         bound: Estimate of the bound, (*B). Its value is the bound and its
             gradient is the chosen estimator's, so it can be summed, scaled
             and nested freely.
-        log_w: Detached log weights, (K, *B).
+        log_w: Detached log weights, (K, *B), whose plain mean on the natural
+            scale estimates the evidence: those of a guide's strata carry
+            K times their shares.
     """
 
     bound: Tensor
@@ -43,9 +45,13 @@ class Renyi:
     every kind of gradient. A draw outside the support of p has weight zero, in
     the bound and in the gradient; a NaN makes the whole estimate NaN.
 
+    A mixture is drawn in strata, K from each component m; 1 / K becomes the
+    share :math:`s_k = \pi_m / K` of a draw of component m. The bound holds for
+    any shares, and is tighter than with K draws of the mixture.
+
     Args:
         alpha: Order of the bound, in [0, 1].
-        particles: Number of draws K.
+        particles: Number of draws K from each part of the guide.
         gradient: ``"total"`` differentiates the bound as written. ``"dreg"``
             drops the score of q and reweights what is left; it has the same
             expectation and its variance vanishes as q approaches p. ``"stl"``
@@ -56,6 +62,7 @@ class Renyi:
         Li and Turner (2016), arXiv:1602.02311: general alpha.
         Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: ``"stl"``.
         Tucker et al. (2019), arXiv:1810.04152: ``"dreg"`` in general.
+        Morningstar et al. (2021), arXiv:2003.01687: bounds in strata.
     """
 
     alpha: float = 1.0
@@ -95,36 +102,51 @@ class Renyi:
         Returns:
             Estimate with a bound of shape (*repeats, *B).
         """
-        z, log_q = guide.sample((self.particles, *repeats), context)
+        z, log_q, log_share = guide.strata((self.particles, *repeats), context)
         if self.gradient == "total":
             log_w = log_p(z) - log_q
             _scale_gradient(z, torch.ones_like(log_w), log_w)
-            return Estimate(self.bound(log_w), log_w.detach())
+            return Estimate(self.bound(log_w, log_share), _counted(log_w, log_share))
 
         # q depends on its parameters and on the context; both scores are dropped.
         with frozen(guide):
             path = guide.log_prob(z, None if context is None else context.detach())
         log_joint = log_p(z)
         log_w = (log_joint - log_q).detach()
-        v = self._v(log_w)
+        v = self._v(log_w, log_share.detach())
         # The model's parameters see v; the path through z sees alpha v + (1 - alpha) v^2.
         _scale_gradient(z, self.alpha + (1 - self.alpha) * v, log_w)
-        surrogate = (v * (log_joint - path).masked_fill(log_w.isneginf(), 0.0)).sum(0)
-        return Estimate(self.bound(log_w) + (surrogate - surrogate.detach()), log_w)
+        surrogate = v * (log_joint - path).masked_fill(log_w.isneginf(), 0.0)
+        if self.alpha < 1.0:
+            # A stratum's draws follow q_m, not q: the path accounts for the score of q_m, and
+            # that of q_m / q remains. Its average over the shares is zero; v - s has less noise.
+            excess = v - log_share.detach().exp()
+            surrogate = surrogate + excess * guide.log_part(z.detach(), context)
+        surrogate = surrogate.sum(0)
+        bound = self.bound(log_w, log_share) + (surrogate - surrogate.detach())
+        return Estimate(bound, _counted(log_w, log_share))
 
-    def bound(self, log_w: Tensor) -> Tensor:
-        """Reduce log weights (K, *B) to the bound (*B)."""
+    def bound(self, log_w: Tensor, log_share: Tensor | None = None) -> Tensor:
+        """Reduce log weights (K, *B) to the bound (*B).
+
+        Args:
+            log_w: Log weights, (K, *B).
+            log_share: Log of what each counts, adding up to one; equal by default.
+        """
+        if log_share is None:
+            log_share = log_w.new_full((), -math.log(len(log_w)))
         if self.alpha == 1.0:
-            return log_w.mean(0)
+            return (log_share.exp() * log_w).sum(0)
         order = 1.0 - self.alpha
-        return (torch.logsumexp(order * log_w, dim=0) - math.log(len(log_w))) / order
+        return torch.logsumexp(log_share + order * log_w, dim=0) / order
 
-    def _v(self, log_w: Tensor) -> Tensor:
+    def _v(self, log_w: Tensor, log_share: Tensor) -> Tensor:
         """Derivative of the bound with respect to each log weight, (K, *B)."""
         if self.alpha == 1.0:
-            return torch.full_like(log_w, 1 / len(log_w))  # 0 times minus infinity is NaN.
+            return log_share.exp().expand_as(log_w)  # 0 times minus infinity is NaN.
         # All draws outside the support: the bound is minus infinity, its derivative none.
-        return torch.softmax((1 - self.alpha) * log_w, dim=0).masked_fill(log_w.isneginf(), 0.0)
+        v = torch.softmax(log_share + (1 - self.alpha) * log_w, dim=0)
+        return v.masked_fill(log_w.isneginf(), 0.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,3 +258,8 @@ def _scale_gradient(z: Tensor, factor: Tensor, log_w: Tensor) -> None:
     dead = log_w.isneginf().unsqueeze(-1)
     if z.requires_grad:
         z.register_hook(lambda g: (g * factor.unsqueeze(-1)).masked_fill(dead, 0.0))
+
+
+def _counted(log_w: Tensor, log_share: Tensor) -> Tensor:
+    """Detached log weights that count by their shares: the same ones where these are equal."""
+    return (log_w + (log_share + math.log(len(log_w)))).detach()

@@ -10,7 +10,7 @@ else
     venv=$PWD/.venv
 fi
 
-if [ ! -x "$venv/bin/python" ]; then
+if [ ! -x "$venv/bin/pip" ]; then
     if [ -z "${PYTHON:-}" ]; then
         PYTHON=$(command -v python3.11 || command -v python3 || true)
     fi

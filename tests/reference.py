@@ -1,5 +1,6 @@
 """The log density of a model by Pyro itself: trace, `biject_to`, autograd."""
 
+import dataclasses
 import math
 from typing import Any
 
@@ -7,6 +8,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.distributions.util import scale_and_mask
 from pyro.infer.mcmc.util import initialize_model
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
@@ -15,15 +17,18 @@ from torch.distributions import biject_to
 from zoo import Case
 
 from flowvi.target import Target
-from flowvi.target.bijections import bijection
+from flowvi.target.bijections import bijection_of
 
 # For these torch has no bijection; the Jacobian of ours is then taken by autograd.
-OURS = (
-    constraints.positive_definite,
-    constraints.lower_cholesky,
-    constraints.softplus_lower_cholesky,
-    constraints.unit_lower_cholesky,
-)
+OURS = {
+    type(support)
+    for support in (
+        constraints.positive_definite,
+        constraints.lower_cholesky,
+        constraints.softplus_lower_cholesky,
+        constraints.unit_lower_cholesky,
+    )
+}
 
 
 def log_joint(
@@ -36,6 +41,19 @@ def log_joint(
     handler = _Substitute(target, z, rows or {})
     trace = poutine.trace(handler(model)).get_trace(*_tensors(case.args), **case.kwargs)
     return trace.log_prob_sum() + handler.ladj
+
+
+def log_likelihood(case: Case, target: Target, z: Tensor) -> Tensor:
+    """What the data add to the log joint at one point, without scales."""
+    if case.enumerated:
+        prior = dataclasses.replace(case, model=_Unseen()(case.model))
+        return log_joint(case, target, z) - log_joint(prior, target, z)
+    model = _Substitute(target, z, {})(case.twin or case.model)
+    trace = poutine.trace(model).get_trace(*_tensors(case.args), **case.kwargs)
+    trace.compute_log_prob()
+    data = [site for name, site in trace.nodes.items() if name in target.observed]
+    rows = (scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"]) for site in data)
+    return sum((row.sum() for row in rows), z.new_zeros(()))
 
 
 def values_of(case: Case, target: Target, z: Tensor) -> dict[str, Tensor]:
@@ -54,6 +72,12 @@ def with_gradient(function: Any, z: Tensor) -> tuple[Tensor, Tensor]:
     return value.detach(), gradient
 
 
+class _Unseen(Messenger):
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["is_observed"]:
+            msg["mask"] = False
+
+
 class _Substitute(Messenger):
     def __init__(self, target: Target, z: Tensor, rows: dict[str, Tensor]) -> None:
         super().__init__()
@@ -67,7 +91,7 @@ class _Substitute(Messenger):
         if name in self.target.slices:
             u = self.z[self.target.slices[name]]
             shape = torch.Size((*fn.batch_shape, *fn.event_shape))
-            msg["value"], ladj = _mapped(_support(fn), u, shape)
+            msg["value"], ladj = _mapped(fn, u, shape)
             msg["done"] = True
             self.ladj = self.ladj + ladj
 
@@ -83,31 +107,32 @@ def _support(fn: Any) -> constraints.Constraint:
     return fn.support
 
 
-def _mapped(
-    support: constraints.Constraint, u: Tensor, shape: torch.Size
-) -> tuple[Tensor, Tensor]:
-    if any(type(support) is type(ours) for ours in OURS):
-        transform = bijection(support)
+def _mapped(fn: Any, u: Tensor, shape: torch.Size) -> tuple[Tensor, Tensor]:
+    support = _support(fn)
+    # torch calls any affine transform's range the real line, whatever it transforms.
+    if type(support) in OURS or type(fn) is dist.TransformedDistribution:
+        transform = bijection_of(fn)
         u = u.reshape(transform.inverse_shape(shape))
-        return transform(u), _ladj_by_autograd(transform, u, diagonal=support is not OURS[3])
+        return transform(u), _ladj_by_autograd(transform, u)
     transform = biject_to(support)
     u = u.reshape(transform.inverse_shape(shape))
     value = transform(u)
     return value, transform.log_abs_det_jacobian(u, value).sum()
 
 
-def _ladj_by_autograd(transform: Any, u: Tensor, diagonal: bool) -> Tensor:
-    n = transform(u).shape[-1]
-    rows, columns = torch.tril_indices(n, n, 0 if diagonal else -1)
+def _ladj_by_autograd(transform: Any, u: Tensor) -> Tensor:
+    """Log determinant of the free entries: those on and below the diagonal of a matrix."""
 
     def free(x: Tensor) -> Tensor:
-        return transform(x)[..., rows, columns]
+        y = transform(x.reshape(u.shape))
+        if transform.codomain.event_dim < 2:
+            return y.reshape(-1)
+        n = y.shape[-1]
+        unit = len(x) < y[..., 0].numel() * (n + 1) / 2
+        return y[(..., *torch.tril_indices(n, n, -1 if unit else 0))].reshape(-1)
 
-    total = u.new_zeros(())
-    for row in u.reshape(-1, u.shape[-1]):
-        jacobian = torch.autograd.functional.jacobian(free, row, create_graph=True)
-        total = total + torch.linalg.slogdet(jacobian).logabsdet
-    return total
+    jacobian = torch.autograd.functional.jacobian(free, u.reshape(-1), create_graph=True)
+    return torch.linalg.slogdet(jacobian).logabsdet
 
 
 def _potential(case: Case, target: Target, z: Tensor) -> Tensor:

@@ -206,6 +206,19 @@ def test_a_failed_write_keeps_the_old_file(monkeypatch):
     assert {path.name for path in Path("out").iterdir()} == FILES
 
 
+def test_draws_that_cannot_be_judged_leave_the_fit(monkeypatch):
+    def refuse(draws):
+        raise ValueError("Every log weight is -inf.")
+
+    monkeypatch.setattr("flowvi.cli.fitting.diagnose", refuse)
+
+    result = fit(NORMAL)
+
+    assert result.exit_code == 1
+    assert result.stderr.endswith("Error: Every log weight is -inf.\n")
+    assert Path("out/fit/fit.json").exists()
+
+
 OPTIONS = {
     "guide": (["--guide", "realnvq"], "Did you mean realnvp? Choose from auto, "),
     "objective": (["--objective", "elob"], "Did you mean elbo? Choose from elbo, iwelbo, renyi"),

@@ -4,10 +4,10 @@ import math
 
 import pytest
 import torch
-from families import NAMES, correlated, gradients, half_line, perturbed
+from families import NAMES, correlated, gradients, half_line, make_guide, perturbed
 from torch.distributions import MultivariateNormal
 
-from flowvi.guides import FullRank, MeanField, make_guide
+from flowvi.guides import FullRank, MeanField
 from flowvi.objectives import ForwardKL, Renyi
 
 

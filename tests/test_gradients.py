@@ -4,11 +4,11 @@ import copy
 
 import pytest
 import torch
-from families import ALPHAS, NAMES, correlated, gradients, perturbed
+from families import ALPHAS, NAMES, correlated, gradients, make_guide, perturbed
 from torch.func import functional_call
 
 from flowvi.flows import FLOWS, planar
-from flowvi.guides import FlowGuide, MeanField, make_guide
+from flowvi.guides import FlowGuide, MeanField
 from flowvi.objectives import Renyi, frozen, iwelbo
 
 

@@ -5,11 +5,22 @@ import math
 import pyro.distributions.transforms as T
 import pytest
 import torch
-from families import perturbed
+from families import perturbed, same_map, shift_and_log_scale
 from torch.autograd.functional import jacobian
 
-from flowvi.flows import FLOWS, AffineCoupling, Chain, Diagonal, Layer, Planar, Radial, Triangular
+from flowvi.flows import (
+    FLOWS,
+    AffineCoupling,
+    Chain,
+    Diagonal,
+    Layer,
+    Planar,
+    Radial,
+    Spline,
+    Triangular,
+)
 from flowvi.flows.planar import solve_planar
+from flowvi.flows.spline import UNIT_SLOPE
 
 CONTEXT = 3
 
@@ -73,14 +84,6 @@ def test_diagonal_is_set_to_the_conditional_scales():
     torch.testing.assert_close(layer(torch.ones(2))[0], 1 + expected)
 
 
-def same_map(ours, theirs, x):
-    y, ladj = ours(x)
-    expected = theirs(x)
-
-    torch.testing.assert_close(y, expected)
-    torch.testing.assert_close(ladj, theirs.log_abs_det_jacobian(x, expected))
-
-
 def test_planar_is_pyros_planar():
     """Ours is theirs with u shifted so that zero is the identity."""
     ours, theirs = perturbed(Planar(3)), T.Planar(3)
@@ -103,9 +106,23 @@ def test_radial_is_pyros_radial():
 
 def test_coupling_is_pyros_coupling():
     ours = perturbed(AffineCoupling(5))
-    theirs = T.AffineCoupling(2, lambda a: ours._params(a, None))
+    theirs = T.AffineCoupling(2, lambda a: shift_and_log_scale(ours._params(a, None)))
 
     same_map(ours, theirs, torch.randn(8, 5))
+
+
+def test_spline_is_pyros_spline():
+    """Up to the first and last bin, at whose ends their slope is 0.999."""
+    ours, theirs = perturbed(Spline(3)), T.Spline(3, bound=5.0, order="quadratic")
+
+    values = ours.params.value.detach().unflatten(0, (-1, 3)).T.split([8, 8, 7], dim=1)
+    theirs.unnormalized_widths.data, theirs.unnormalized_heights.data = values[:2]
+    theirs.unnormalized_derivatives.data = values[2] + UNIT_SLOPE
+
+    x = 4 * torch.rand(50, 3) - 2
+    y, ladj = ours(x)
+    torch.testing.assert_close(y, theirs(x))
+    torch.testing.assert_close(ladj, theirs.log_abs_det_jacobian(x, theirs(x)).sum(-1))
 
 
 def test_triangular_is_a_lower_cholesky_affine():

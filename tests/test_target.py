@@ -1,10 +1,8 @@
 """A target has the density of its model, and gives its values back."""
 
-import copy
-
 import pytest
 import torch
-from reference import log_joint, values_of, with_gradient
+from reference import log_joint, log_likelihood, values_of, with_gradient
 from torch import Tensor
 from zoo import ZOO, Case
 
@@ -12,8 +10,12 @@ from flowvi.target import Target, from_pyro
 
 POINTS = 3
 
+# torch tests the samples of a Wishart distribution the wrong way round.
+pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")
+
 
 def captured(name: str) -> tuple[Case, Target]:
+    torch.manual_seed(0)
     case = ZOO[name]()
     return case, from_pyro(case.model, *case.args, **case.kwargs)
 
@@ -58,7 +60,7 @@ def test_every_way_of_evaluating_agrees(name):
 
     second = value_and_gradient(target, z)
     elsewhere = value_and_gradient(target, z.flip(0) * 0.9)
-    fresh = copy.deepcopy(target)
+    _, fresh = captured(name)
     one_by_one = [value_and_gradient(fresh, row) for row in z.flip(0) * 0.9]
     grid = fresh.log_prob(z.reshape(2, 2, -1)).reshape(-1)
     without_gradient = [target.log_prob(z.detach()) for _ in range(2)][1]
@@ -103,25 +105,18 @@ def test_every_axis_has_a_name(name):
 
 
 @pytest.mark.parametrize("name", ZOO)
-def test_rows_of_the_likelihood_sum_to_what_data_add(name):
-    """Joint = prior and factors + rows, by the model's own trace with data masked."""
+def test_rows_of_the_likelihood_sum_to_what_the_data_add(name):
     case, target = captured(name)
     z = somewhere(target)
+    expected = torch.stack([log_likelihood(case, target, point) for point in z])
 
     rows = target.log_likelihood(z)
 
-    for name, value in rows.items():
-        batch = target.observed[name].shape[: value.dim() - 1]
-        assert value.shape[1:] == batch or target.observed[name].dim() == 0
-    if not rows:
-        assert case.enumerated or not target.observed
-        return
-    expected = torch.stack([_likelihood(case, target, point) for point in z])
-    close(sum(value.reshape(POINTS, -1).sum(-1) for value in rows.values()), expected)
-
-
-def _likelihood(case: Case, target: Target, z: Tensor) -> Tensor:
-    raise NotImplementedError
+    assert set(rows) == (set(target.observed) if case.rows else set())
+    for site, value in rows.items():
+        assert len(target.dims[site]) >= value.dim() - 1 or target.observed[site].dim() == 0
+    if rows:
+        close(sum(value.reshape(POINTS, -1).sum(-1) for value in rows.values()), expected)
 
 
 @pytest.mark.parametrize("name", ZOO)

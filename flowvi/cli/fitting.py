@@ -131,18 +131,17 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> Fit:
-    try:
+    with _said_plainly():
         return fit(
             target, guide, objective, steps=steps, restarts=restarts, seed=seed, progress=progress
         )
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
 
 
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     """Draw, judge, print and write; returns the verdict."""
     draws = fitted.draw(n, seed=seed)
-    diagnosis = diagnose(draws)
+    with _said_plainly():
+        diagnosis = diagnose(draws)
     click.echo(str(diagnosis))
     kept = results.judged(draws, diagnosis, seed)
     numbers = results.summary(kept)
@@ -154,6 +153,15 @@ def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     if not quiet:
         click.echo(f"  {results.FIT + '/':<13} the fitted guide, for flowvi.load")
     return diagnosis.verdict
+
+
+@contextmanager
+def _said_plainly() -> Iterator[None]:
+    """Show what flowvi refuses as its message, without a traceback."""
+    try:
+        yield
+    except ValueError as error:
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

@@ -93,14 +93,14 @@ def write(
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
+    if not kept.draws.resampled:
+        # One of an earlier fit would pass for this one's.
+        (folder / "resampled.nc").unlink(missing_ok=True)
     _whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
     yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
     if kept.draws.resampled:
         _whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
         yield "resampled.nc", "the draws to use: resampled by those weights, for ArviZ"
-    else:
-        # One of an earlier fit would pass for this one's.
-        (folder / "resampled.nc").unlink(missing_ok=True)
     _whole(folder / "summary.csv", numbers.to_csv)
     yield "summary.csv", f"mean, sd and quantiles of the {kept.word} draws"
     if np.isfinite(fit.history["bound"]).any():

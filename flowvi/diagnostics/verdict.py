@@ -66,6 +66,7 @@ def diagnose(
     values: Mapping[str, np.ndarray] | None = None,
     improper: Sequence[str] = (),
     title: str = "",
+    missed: Sequence[str] = (),
 ) -> Diagnosis:
     """Judge draws by their log weights and by what reweighting does to their moments.
 
@@ -83,6 +84,7 @@ def diagnose(
         values: Arrays (chain, draw, ...) by name, the latent vector among them.
         improper: Sites with improper priors: there is no evidence then.
         title: What was fitted, in one line.
+        missed: What is known of the posterior that the draws leave out.
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
@@ -105,6 +107,7 @@ def diagnose(
     found += observe.tail(log_w, khat, threshold, observe.verdict(found))
     if observe.verdict(found) == RESAMPLE:
         found += observe.effective(ess, log_w.size, comparison)
+    found += [observe.Finding(observe.DISTRUST, sentence) for sentence in missed]
     found += observe.priors(improper)
 
     return Diagnosis(

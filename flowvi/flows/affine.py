@@ -101,8 +101,8 @@ class Triangular(Layer):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
-        t = _solve(self.frame, y - self.origin, unit=False)
-        x = _solve(self.lower, (t - shift) * (-log_scale).exp(), unit=True)
+        t = solve_rows(self.frame, y - self.origin)
+        x = solve_rows(self.lower, (t - shift) * (-log_scale).exp(), unit=True)
         return x, -self._ladj(log_scale).expand(x.shape[:-1])
 
     @torch.no_grad()
@@ -122,11 +122,11 @@ class Triangular(Layer):
         return log_scale.sum(-1) + self.frame.diagonal().log().sum()
 
 
-def _solve(lower: Tensor, y: Tensor, *, unit: bool) -> Tensor:
-    """Solve L x = y for every vector; with `unit`, L has ones on its diagonal."""
+def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool = False, unit: bool = False) -> Tensor:
+    """Solve M x = y for every vector, M triangular; with `unit`, it has ones on its diagonal."""
     # One matrix against all vectors: with leading dimensions the matrix would be copied for each.
     rows = y.reshape(-1, y.shape[-1])
-    x = solve_triangular(lower.mT, rows, upper=True, left=False, unitriangular=unit)
+    x = solve_triangular(matrix.mT, rows, upper=not upper, left=False, unitriangular=unit)
     return x.reshape(y.shape)
 
 

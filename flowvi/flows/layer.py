@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from typing import cast
 
+import torch
 from torch import Tensor, nn
 
 
@@ -26,6 +27,14 @@ class Layer(nn.Module):
         """Map target to base. (..., D) -> (..., D), log|det dx/dy| (...)."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse; use gradient='total'.")
 
+    def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """Take data to the base, setting on the way what starts from data. (..., D) -> (..., D).
+
+        Nothing is set in most layers; see `ActNorm` for one that is.
+        """
+        with torch.no_grad():
+            return self.inverse(y, context)[0]
+
 
 class Chain(Layer):
     """Layers applied one after the other; their log determinants add up."""
@@ -47,3 +56,22 @@ class Chain(Layer):
             y, ladj = cast(Layer, layer).inverse(y, context)
             total = total + ladj
         return y, total
+
+    def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        for layer in reversed(self.layers):
+            y = cast(Layer, layer).initialise(y, context)
+        return y
+
+
+class Inverse(Layer):
+    """A layer run backwards."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return self.layer.inverse(x, context)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        return cast(tuple[Tensor, Tensor], self.layer(y, context))

@@ -67,3 +67,10 @@ def required(context: Tensor | None, context_dim: int) -> Tensor:
             f"context_dim={context_dim}."
         )
     return context
+
+
+def times(matrix: Tensor, x: Tensor) -> Tensor:
+    """Matrices (*B, M, N) times vectors (*S, *B, N), with no copy of a matrix for each sample."""
+    if matrix.dim() == 2:
+        return x @ matrix.mT
+    return torch.einsum("...mn,...n->...m", matrix, x)

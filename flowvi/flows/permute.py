@@ -40,6 +40,11 @@ class Permutation(Layer):
         return y.index_select(-1, self.back), y.new_zeros(y.shape[:-1])
 
 
+def permutation(dim: int, context_dim: int = 0, seed: int = 0) -> Permutation:
+    """A fixed random order of the coordinates; it has no parameters and ignores the context."""
+    return Permutation(random_order(dim, seed))
+
+
 def random_order(dim: int, seed: int) -> Tensor:
     """A random permutation of 0 ... D - 1; the global generator is not touched."""
     return torch.randperm(dim, generator=torch.Generator().manual_seed(seed))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from flowvi.flows.layer import Layer
+from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Amortised
 
 # softplus(UNIT) = 1
@@ -53,12 +53,12 @@ class Planar(Layer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
         t = torch.tanh((x * w).sum(-1, keepdim=True) + b)
-        return x + u * t, _determinant(t, slope).log().squeeze(-1)
+        return x + u * t, bend(t, slope).log().squeeze(-1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
         t = torch.tanh(solve_planar((y * w).sum(-1, keepdim=True) + b, slope))
-        return y - u * t, -_determinant(t, slope).log().squeeze(-1)
+        return y - u * t, -bend(t, slope).log().squeeze(-1)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """The constrained u, w, b, and 1 + kappa, the slope at the bend."""
@@ -67,6 +67,11 @@ class Planar(Layer):
         slope = softplus(along + UNIT)
         norm = w.square().sum(-1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
         return u + (slope - 1 - along) * (w / norm), w, b, slope
+
+
+def planar(dim: int, context_dim: int = 0, depth: int = 8) -> Chain:
+    """Planar layers, one after the other."""
+    return Chain(Planar(dim, context_dim) for _ in range(depth))
 
 
 def solve_planar(c: Tensor, slope: Tensor) -> Tensor:
@@ -80,7 +85,7 @@ def solve_planar(c: Tensor, slope: Tensor) -> Tensor:
 
 def _newton(a: Tensor, c: Tensor, slope: Tensor, fixed: Tensor) -> Tensor:
     t = torch.tanh(a)
-    return a - (a + (slope - 1) * t - c) / _determinant(t, fixed)
+    return a - (a + (slope - 1) * t - c) / bend(t, fixed)
 
 
 def _start(c: Tensor, slope: Tensor) -> Tensor:
@@ -104,6 +109,7 @@ def _start(c: Tensor, slope: Tensor) -> Tensor:
     return torch.where(kappa > 0, below, above)
 
 
-def _determinant(t: Tensor, slope: Tensor) -> Tensor:
+def bend(t: Tensor, slope: Tensor) -> Tensor:
+    """The slope 1 + kappa (1 - t^2) where tanh is t."""
     # A sum of positive terms: 1 + kappa (1 - t^2) would cancel near kappa = -1.
     return t * t + slope * (1 - t * t)

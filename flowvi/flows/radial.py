@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 from torch.nn.functional import softplus
 
-from flowvi.flows.layer import Layer
+from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Amortised
 
 
@@ -73,3 +73,8 @@ class Radial(Layer):
             - (self.dim + 1) * (r + alpha).log()
         )
         return ladj.squeeze(-1)
+
+
+def radial(dim: int, context_dim: int = 0, depth: int = 8) -> Chain:
+    """Radial layers, one after the other."""
+    return Chain(Radial(dim, context_dim) for _ in range(depth))

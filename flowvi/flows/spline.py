@@ -1,20 +1,27 @@
 """Monotone splines, one for each coordinate."""
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad, softmax, softplus
 
-from flowvi.flows.layer import Layer
+from flowvi.flows.affine import Triangular
+from flowvi.flows.elementwise import Elementwise
+from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Amortised
+from flowvi.flows.permute import Flip
 
 # Floors for bin widths, bin heights (in units of the whole range) and slopes keep the map solvable.
 FLOOR = 1e-3
+# FLOOR + softplus(UNIT_SLOPE) = 1
+UNIT_SLOPE = math.log(math.expm1(1.0 - FLOOR))
 
 
-class Spline(Layer):
-    r"""A monotone rational-quadratic spline of each coordinate, the identity far out.
+@dataclass(frozen=True)
+class RationalQuadratic(Elementwise):
+    r"""A monotone rational-quadratic spline, the identity far out.
 
     In a bin of width w and height h from the knot :math:`(x_k, y_k)`, with
     slopes :math:`d_0, d_1` at its ends, :math:`s = h / w` and
@@ -26,12 +33,9 @@ class Spline(Layer):
         \frac{s^2 (d_1 \xi^2 + 2 s \xi (1 - \xi) + d_0 (1 - \xi)^2)}
              {(s + (d_1 + d_0 - 2 s) \xi (1 - \xi))^2}.
 
-    The inverse is the root of a quadratic. Both directions cost O(D) with a
-    constant of the number of bins. All knots may depend on the context.
+    The inverse is the root of a quadratic.
 
     Args:
-        dim: Length D of the vector.
-        context_dim: Length C of the context; 0 for an unconditional layer.
         bins: Number of bins on [-bound, bound].
         bound: Where the spline ends and the identity begins.
 
@@ -40,56 +44,88 @@ class Spline(Layer):
         arXiv:1906.04032, section 3.1.
     """
 
-    def __init__(self, dim: int, context_dim: int = 0, bins: int = 8, bound: float = 5.0) -> None:
-        super().__init__()
-        self.bins = bins
-        self.bound = bound
-        self.shape = (dim, 3 * bins - 1)
-        self.params = Amortised(torch.zeros(dim * (3 * bins - 1)), context_dim)
+    bins: int = 8
+    bound: float = 5.0
 
-    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    @property
+    def size(self) -> int:
+        """Widths, heights, and the slopes at the inner knots."""
+        return 3 * self.bins - 1
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         inside = x.clamp(-self.bound, self.bound)
-        x0, w, y0, h, d0, d1 = self._bins(inside, context, by_height=False)
+        w, h, x0, y0, d0, d1 = self._bin(inside, params, axis=0)
         s, xi = h / w, (inside - x0) / w
         y = y0 + h * (s * xi * xi + d0 * xi * (1 - xi)) / _denominator(s, d0, d1, xi)
-        ladj = _log_slope(s, d0, d1, xi)
-        return self._outside(x, y, ladj)
+        return self._outside(x, y, _log_slope(s, d0, d1, xi))
 
-    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.clamp(-self.bound, self.bound)
-        x0, w, y0, h, d0, d1 = self._bins(inside, context, by_height=True)
+        w, h, x0, y0, d0, d1 = self._bin(inside, params, axis=1)
         s, rise = h / w, inside - y0
         bend = rise * (d1 + d0 - 2 * s)
         a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
         xi = 2 * c / (-b - (b * b - 4 * a * c).clamp_min(0).sqrt())
-        ladj = -_log_slope(s, d0, d1, xi)
-        return self._outside(y, x0 + w * xi, ladj)
+        return self._outside(y, x0 + w * xi, -_log_slope(s, d0, d1, xi))
 
-    def _bins(self, x: Tensor, context: Tensor | None, *, by_height: bool) -> tuple[Tensor, ...]:
-        """The bin that each x lies in: its corner, width, height and end slopes."""
-        raw = self.params(context).unflatten(-1, self.shape)
-        widths, heights, slopes = raw.split([self.bins, self.bins, self.bins - 1], dim=-1)
-        w, h = self._steps(widths), self._steps(heights)
-        x0, y0 = self._corners(w), self._corners(h)
+    def _bin(self, x: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
+        """Width, height, corner and end slopes of the bin in which each x lies."""
+        raw, slopes = params.split([2 * self.bins, self.bins - 1], dim=-2)
+        steps = softmax(raw.unflatten(-2, (2, self.bins)), dim=-2)
+        steps = 2 * self.bound * (FLOOR + (1 - FLOOR * self.bins) * steps)  # (..., 2, bins, D)
+        ends = steps.cumsum(-2) - self.bound
+        index = (x.unsqueeze(-2) >= ends[..., axis, :-1, :]).sum(-2, keepdim=True)
         # Slope 1 at zero, and at both ends, where the identity takes over.
-        shift = math.log(math.expm1(1.0 - FLOOR))
-        d = pad(FLOOR + softplus(slopes + shift), (1, 1), value=1.0)
-        table = torch.stack([x0, w, y0, h, d[..., :-1], d[..., 1:]], dim=-1)
-        knots = (y0 if by_height else x0)[..., 1:]
-        index = (x.unsqueeze(-1) >= knots).sum(-1)[..., None, None]
-        shape = (*torch.broadcast_shapes(index.shape[:-2], table.shape[:-2]), self.bins, 6)
-        row = table.expand(shape).gather(-2, index.expand(*shape[:-2], 1, 6))
-        return row.squeeze(-2).unbind(-1)
-
-    def _steps(self, raw: Tensor) -> Tensor:
-        return 2 * self.bound * (FLOOR + (1 - FLOOR * self.bins) * softmax(raw, dim=-1))
-
-    def _corners(self, steps: Tensor) -> Tensor:
-        return pad(steps.cumsum(-1)[..., :-1], (1, 0)) - self.bound
+        d = pad(FLOOR + softplus(slopes + UNIT_SLOPE), (0, 0, 1, 1), value=1.0)
+        boxes = _pick(torch.cat([steps, ends - steps], dim=-3), index.unsqueeze(-3))
+        slopes = _pick(d, torch.cat([index, index + 1], dim=-2))
+        return (*boxes.squeeze(-2).unbind(-2), *slopes.unbind(-2))
 
     def _outside(self, old: Tensor, new: Tensor, ladj: Tensor) -> tuple[Tensor, Tensor]:
         far = old.abs() >= self.bound
-        return torch.where(far, old, new), ladj.masked_fill(far, 0.0).sum(-1)
+        return torch.where(far, old, new), ladj.masked_fill(far, 0.0)
+
+
+class Spline(Layer):
+    r"""A rational-quadratic spline of each coordinate.
+
+    The map is that of `RationalQuadratic`. Both directions cost O(D) with a
+    constant of the number of bins. All knots may depend on the context.
+
+    Args:
+        dim: Length D of the vector.
+        context_dim: Length C of the context; 0 for an unconditional layer.
+        bins: Number of bins on [-bound, bound].
+        bound: Where the spline ends and the identity begins.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0, bins: int = 8, bound: float = 5.0) -> None:
+        super().__init__()
+        self.map = RationalQuadratic(bins, bound)
+        self.shape = (self.map.size, dim)
+        self.params = Amortised(torch.zeros(dim * self.map.size), context_dim)
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.map.forward(x, self.params(context).unflatten(-1, self.shape))
+        return y, ladj.sum(-1)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, ladj = self.map.inverse(y, self.params(context).unflatten(-1, self.shape))
+        return x, ladj.sum(-1)
+
+
+def spline(dim: int, context_dim: int = 0, depth: int = 4, bins: int = 8) -> Chain:
+    """Splines of each coordinate and triangular affine maps in turn, in alternating order."""
+    layers: list[Layer] = []
+    for _ in range(depth):
+        layers += [Spline(dim, context_dim, bins), Triangular(dim, context_dim), Flip()]
+    return Chain(layers)
+
+
+def _pick(table: Tensor, index: Tensor) -> Tensor:
+    """Gather along the second last dimension, after both have been broadcast over the others."""
+    lead = torch.broadcast_shapes(table.shape[:-2], index.shape[:-2])
+    return table.expand(*lead, -1, -1).gather(-2, index.expand(*lead, -1, -1))
 
 
 def _denominator(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor) -> Tensor:

@@ -1,7 +1,8 @@
 """A model, captured as a log density on R^D."""
 
-from flowvi.target.base import ModelError, Site, Target
+from flowvi.target.base import Target
 from flowvi.target.density import from_density
+from flowvi.target.facts import ModelError, Site
 from flowvi.target.pyro_model import from_pyro
 
 __all__ = ["ModelError", "Site", "Target", "from_density", "from_pyro"]

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints as pyro_constraints
-from torch import Tensor
+from torch import Tensor, distributions
 from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
+from torch.distributions.transforms import ComposeTransform, IndependentTransform
+
+CIRCLE: Constraint = constraints.interval(-math.pi, math.pi)
+WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
+TRANSFORMED = (dist.TransformedDistribution, distributions.TransformedDistribution)
 
 
 class VectorToTriangular(Transform):
@@ -112,7 +118,7 @@ def bijection(support: Constraint) -> Transform:
     """
     if isinstance(support, constraints.independent):
         base = bijection(support.base_constraint)
-        return torch.distributions.IndependentTransform(base, support.reinterpreted_batch_ndims)
+        return IndependentTransform(base, support.reinterpreted_batch_ndims)
     if support in (constraints.positive_definite, constraints.positive_semidefinite):
         return VectorToPositiveDefinite()
     if isinstance(support, type(pyro_constraints.unit_lower_cholesky)):
@@ -122,14 +128,39 @@ def bijection(support: Constraint) -> Transform:
     return biject_to(support)
 
 
-def support_of(fn: dist.TorchDistribution) -> Constraint:
-    """The support of a distribution, on which its density is proper."""
+def bijection_of(fn: Any) -> Transform:
+    """The bijection from unconstrained vectors to where a distribution's density is positive.
+
+    Raises:
+        NotImplementedError: There is none.
+    """
+    if isinstance(fn, dist.VonMises):
+        # torch calls it the real line, on which the density is periodic and has no integral.
+        return bijection(CIRCLE)
+    if isinstance(fn, distributions.MixtureSameFamily):
+        return bijection_of(fn.component_distribution)
+    if isinstance(fn, WRAPPERS):
+        base = bijection_of(fn.base_dist)
+        extra = fn.event_dim - fn.base_dist.event_dim
+        return IndependentTransform(base, extra) if extra else base
+    if type(fn) in TRANSFORMED and not _is_real(fn.base_dist.support):
+        # torch looks at the last transform only: 3 + Exponential would cover the real line.
+        return ComposeTransform([bijection_of(fn.base_dist), *fn.transforms])
+    return bijection(fn.support)
+
+
+def support_of(fn: Any) -> Constraint:
+    """The support of a distribution, by name."""
     base = fn
-    while not isinstance(base, dist.VonMises) and hasattr(base, "base_dist"):
+    while isinstance(base, WRAPPERS):
         base = base.base_dist
     if isinstance(base, dist.VonMises):
-        # torch calls it the real line, on which the density is periodic and has no integral.
-        circle: Constraint = constraints.interval(-math.pi, math.pi)
-        return constraints.independent(circle, fn.event_dim) if fn.event_dim else circle
+        return constraints.independent(CIRCLE, fn.event_dim) if fn.event_dim else CIRCLE
     support: Constraint = fn.support
     return support
+
+
+def _is_real(support: Constraint) -> bool:
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support is constraints.real

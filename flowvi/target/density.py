@@ -7,10 +7,11 @@ from collections.abc import Callable, Mapping
 import torch
 from torch import Tensor
 
-from flowvi.target.base import Facts, ModelError, Site, Target
+from flowvi.target.base import Target
 from flowvi.target.bijections import bijection
-from flowvi.target.program import CaptureError, Density, capture
-from flowvi.target.tape import LatentValueRead, RandomNumber
+from flowvi.target.capture import Trial, capture
+from flowvi.target.facts import Facts, Functions, ModelError, Site
+from flowvi.target.program import Density
 
 TRIES = 40
 POINTS = 3
@@ -61,29 +62,15 @@ class _Plain:
         self.dim = start
 
     def target(self) -> Target:
-        points = self._points()
-        try:
-            batched = capture(self._density, points, [], self.name)
-        except LatentValueRead as error:
-            raise ModelError(
-                f"{self.name} reads a value that depends on its argument into Python: {error}. "
-                "Use torch.where for a choice, and tensors instead of numbers."
-            ) from None
-        except RandomNumber as error:
-            raise ModelError(
-                f"{self.name} draws random numbers: {error}. A density must not; draw them "
-                "before, as data."
-            ) from None
-        except CaptureError as error:
-            raise ModelError(str(error)) from None
+        trial = Trial(self._points())
+        batched = capture(self._density, trial, self.name, reads=True)
         dims = {
             name: site.dims or tuple(f"{name}_dim_{i}" for i in range(len(site.shape)))
             for name, site in self.sites.items()
         }
         facts = Facts(self.name, self.sites, self.slices, dims=dims)
-        return Target(
-            facts, Density(batched, True), self._values, self._inverse, None, points
-        )
+        functions = Functions(self._values, self._inverse)
+        return Target(facts, Density(batched, frozen=True), functions, trial)
 
     def _values(self, z: Tensor) -> dict[str, Tensor]:
         return {

@@ -2,87 +2,73 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from numbers import Number
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
-from torch import Tensor, nn
-from torch.distributions import constraints, transform_to
+from torch import Tensor
 
-from flowvi.target.bijections import bijection, support_of
-
-
-@dataclass
-class Parameters:
-    """The model's own parameters (`pyro.param`, `pyro.module`), owned by the target.
-
-    Pyro's parameter store is left alone: two fits never share parameters.
-    """
-
-    leaves: dict[str, nn.Parameter] = field(default_factory=dict)
-
-    def value(self, name: str, init: Any, constraint: Any) -> Tensor:
-        """The constrained value of a parameter, created at first sight."""
-        if name not in self.leaves:
-            self.leaves[name] = self._create(name, init, constraint)
-        leaf = self.leaves[name]
-        constrained: Tensor = transform_to(constraint)(leaf)
-        # Pyro's modules reach for the leaf through this attribute.
-        if constrained is not leaf:
-            constrained.unconstrained = lambda: leaf  # type: ignore[attr-defined]
-        return constrained
-
-    def _create(self, name: str, init: Any, constraint: Any) -> nn.Parameter:
-        store = pyro.get_param_store()
-        if init is None and name in store:
-            held = store._params[name]
-            return held if isinstance(held, nn.Parameter) else nn.Parameter(held.detach())
-        value = init() if callable(init) and not isinstance(init, Tensor) else init
-        if isinstance(value, nn.Parameter) and constraint is constraints.real:
-            return value
-        if not isinstance(value, Tensor):
-            value = torch.as_tensor(value, dtype=torch.get_default_dtype())
-        return nn.Parameter(transform_to(constraint).inv(value.detach()).clone())
+from flowvi.target.bijections import bijection_of
+from flowvi.target.facts import ModelError
+from flowvi.target.parameters import Parameters
 
 
 class Owned(Messenger):
-    """Serve `pyro.param` statements from a target's own parameters, and plates their rows.
+    """Serve `pyro.param` statements from a target's own parameters, plates their rows, and data.
 
     Args:
         parameters: Where the parameters live.
-        rows: Indices for plates; others keep what the model gives them.
+        rows: Indices for plates that would draw them; others keep what the model gives them.
+
+    Attributes:
+        drawn: Plates that draw their rows: size and batch size.
+        data: Observed site -> its data as they were given, as a tensor.
     """
 
     def __init__(self, parameters: Parameters, rows: Mapping[str, Tensor] | None = None) -> None:
         super().__init__()
         self.parameters = parameters
         self.rows = rows or {}
+        self.drawn: dict[str, tuple[int, int]] = {}
+        self.data: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: Any) -> None:
-        init = msg["args"][1] if len(msg["args"]) > 1 else None
-        constraint = msg["kwargs"].get("constraint", constraints.real)
-        msg["value"] = self.parameters.value(msg["name"], init, constraint)
+        msg["value"] = self.parameters.value(msg)
         msg["done"] = True
 
     def _pyro_sample(self, msg: Any) -> None:
-        if isinstance(msg["fn"], _Subsample):
-            if msg["value"] is None and msg["name"] in self.rows:
-                msg["value"] = self.rows[msg["name"]]
-                msg["done"] = True
-            return
-        if is_imputed(msg):
+        fn, name = msg["fn"], msg["name"]
+        if isinstance(fn, _Subsample):
+            batch = fn.subsample_size
+            if msg["value"] is None and batch is not None and batch < fn.size:
+                self.drawn[name] = (fn.size, batch)
+                if name in self.rows:
+                    msg["value"], msg["done"] = self.rows[name], True
+        elif self._is_imputed(msg):
             # Rows that were observed are auxiliary here: give them the density that makes
             # them integrate to one, so that they neither count nor wander off.
             msg["mask"] = None
-        if msg["is_observed"] and isinstance(msg["value"], Tensor):
-            msg["value"] = _observation(msg)
+        elif msg["is_observed"] and not is_deterministic(msg) and not isinstance(fn, dist.Unit):
+            self.data[name] = _as_data(name, msg["value"])
+            msg["value"] = _scorable(self.data[name], msg)
+
+    def _is_imputed(self, site: Mapping[str, Any]) -> bool:
+        """Whether a site holds the missing rows of an observation with `obs_mask`."""
+        base = site["name"].removesuffix("_unobserved")
+        return (
+            not site["is_observed"]
+            and isinstance(site["mask"], Tensor)
+            and base != site["name"]
+            and f"{base}_observed" in self.data
+        )
 
 
 class Prior(Messenger):
@@ -97,14 +83,12 @@ class Prior(Messenger):
         self.dtype = dtype
 
     def _pyro_sample(self, msg: Any) -> None:
-        improper = improper_base(msg["fn"])
-        if improper is None or msg["is_observed"] or msg["value"] is not None:
-            return
-        fn = msg["fn"]
-        transform = bijection(support_of(fn))
-        shape = transform.inverse_shape(torch.Size((*fn.batch_shape, *fn.event_shape)))
-        msg["value"] = transform(0.5 * torch.randn(shape, dtype=self.dtype))
-        msg["done"] = True
+        if is_improper(msg["fn"]) and not msg["is_observed"] and msg["value"] is None:
+            fn = msg["fn"]
+            transform = bijection_of(fn)
+            shape = transform.inverse_shape(torch.Size((*fn.batch_shape, *fn.event_shape)))
+            msg["value"] = transform(0.5 * torch.randn(shape, dtype=self.dtype))
+            msg["done"] = True
 
 
 class FromVector(Messenger):
@@ -120,7 +104,7 @@ class FromVector(Messenger):
     """
 
     def __init__(
-        self, z: Tensor, slices: Mapping[str, slice], shapes: Mapping[str, torch.Size]
+        self, z: Tensor, slices: Mapping[str, slice], shapes: Mapping[str, Sequence[int]]
     ) -> None:
         super().__init__()
         self.z, self.slices, self.shapes = z, slices, shapes
@@ -130,12 +114,11 @@ class FromVector(Messenger):
         name = msg["name"]
         if name not in self.slices:
             return
-        transform = bijection(support_of(msg["fn"]))
-        u = self.z[self.slices[name]].reshape(self.shapes[name])
+        transform = bijection_of(msg["fn"])
+        u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
         value = transform(u)
         self.ladj = self.ladj + transform.log_abs_det_jacobian(u, value).sum()
-        msg["value"] = value
-        msg["done"] = True
+        msg["value"], msg["done"] = value, True
 
 
 class ToVector(Messenger):
@@ -153,17 +136,15 @@ class ToVector(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         if name in self.values:
-            msg["value"] = self.values[name]
-            msg["done"] = True
-            transform = bijection(support_of(msg["fn"]))
-            self.pieces[name] = transform.inv(self.values[name]).reshape(-1)
+            msg["value"], msg["done"] = self.values[name], True
+            self.pieces[name] = bijection_of(msg["fn"]).inv(self.values[name]).reshape(-1)
 
 
-def improper_base(fn: Any) -> dist.ImproperUniform | None:
-    """The improper distribution inside wrappers, if there is one."""
+def is_improper(fn: Any) -> bool:
+    """Whether a distribution, or what it wraps, has no integral."""
     while not isinstance(fn, dist.ImproperUniform) and hasattr(fn, "base_dist"):
         fn = fn.base_dist
-    return fn if isinstance(fn, dist.ImproperUniform) else None
+    return isinstance(fn, dist.ImproperUniform)
 
 
 def is_deterministic(site: Mapping[str, Any]) -> bool:
@@ -171,45 +152,13 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     return bool(site["infer"].get("_deterministic"))
 
 
-def is_imputed(site: Mapping[str, Any]) -> bool:
-    """Whether a site holds the missing rows of an observation with `obs_mask`."""
-    mask = site["mask"]
-    return (
-        site["name"].endswith("_unobserved")
-        and not site["is_observed"]
-        and isinstance(mask, Tensor)
-    )
-
-
-def _mask_of(site: Mapping[str, Any]) -> Tensor | bool | None:
+def mask_of(site: Mapping[str, Any]) -> Tensor | bool | None:
+    """The mask of a site: its own, and that of the blocks around it."""
     fn, mask = site["fn"], site["mask"]
-    inner = getattr(fn, "_mask", None) if isinstance(fn, dist.MaskedDistribution) else None
+    inner = fn._mask if isinstance(fn, dist.MaskedDistribution) else None
     if inner is None or mask is None:
         return inner if mask is None else mask
     return inner & mask
-
-
-def _observation(site: Mapping[str, Any]) -> Tensor:
-    """Observed data as the density can take it.
-
-    Booleans become numbers. Masked values that are not finite are replaced by
-    one that is: zero times their infinite derivative would be NaN.
-    """
-    value: Tensor = site["value"]
-    if value.dtype == torch.bool:
-        value = value.to(torch.get_default_dtype())
-    mask = _mask_of(site)
-    if not isinstance(mask, Tensor) or not value.is_floating_point():
-        return value
-    fn = site["fn"]
-    lead = value.shape[: value.dim() - fn.event_dim]
-    keep = mask.expand(torch.broadcast_shapes(mask.shape, lead))
-    if keep.shape != lead or value.isfinite().all():
-        return value
-    keep = keep.reshape(*lead, *(1,) * fn.event_dim)
-    good = value[keep.expand_as(value) & value.isfinite()]
-    fill = good[0] if len(good) else value.new_zeros(())
-    return torch.where(keep | value.isfinite(), value, fill)
 
 
 @contextmanager
@@ -229,3 +178,36 @@ def run(
     for handler in reversed(handlers):
         model = handler(model)
     return poutine.trace(model).get_trace(*args, **kwargs)
+
+
+def _as_data(name: str, value: Any) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    if isinstance(value, np.ndarray | np.generic | Number | list | tuple):
+        return torch.as_tensor(value)
+    raise ModelError(
+        f"Site '{name}' observes a {type(value).__name__}; pass a tensor (torch.as_tensor)."
+    )
+
+
+def _scorable(value: Tensor, site: Mapping[str, Any]) -> Tensor:
+    """Observed data as the density can take it.
+
+    Booleans become numbers, and integers where the support is continuous.
+    Masked values that the density is not defined at are replaced by one that
+    it is: zero times their infinite derivative would be NaN.
+    """
+    fn, mask = site["fn"], mask_of(site)
+    if value.dtype == torch.bool or not (value.is_floating_point() or fn.support.is_discrete):
+        value = value.to(torch.get_default_dtype())
+    if not isinstance(mask, Tensor):
+        return value
+    lead = value.shape[: value.dim() - fn.event_dim]
+    good = value.isfinite().reshape(*lead, -1).all(-1) & fn.support.check(value)
+    keep = (mask | good).reshape(*good.shape, *(1,) * fn.event_dim)
+    shape = torch.Size((*fn.batch_shape, *fn.event_shape))
+    if fn.support.is_discrete:
+        return torch.where(keep, value, torch.zeros_like(value))
+    transform = bijection_of(fn)
+    inside = transform(value.new_zeros(transform.inverse_shape(shape)))
+    return torch.where(keep, value, inside)

@@ -54,11 +54,6 @@ def written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
     return found
 
 
-def is_random(func: OpOverload, kwargs: dict[str, Any]) -> bool:
-    """Whether an operation draws from the global random state; a generator of its own is data."""
-    return torch.Tag.nondeterministic_seeded in func.tags and kwargs.get("generator") is None
-
-
 def functional(func: OpOverload) -> OpOverload | None:
     """The operation that returns what a writing one would have written, if there is one."""
     name = func._schema.name.split("::")[1]

@@ -2,51 +2,131 @@
 
 from __future__ import annotations
 
+import functools
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
+from torch import Tensor
 
-from flowvi.target.handlers import Owned, Parameters
+from flowvi.target import checks, rows
+from flowvi.target.capture import agree
+from flowvi.target.facts import Simulator
+from flowvi.target.handlers import Owned, is_deterministic
+from flowvi.target.layout import Layout
+from flowvi.target.runner import Runner
+
+CHUNK = 1000
+CHECKED = 2
+
+Values = dict[str, Tensor]
 
 
 def simulator(
-    model: Callable[[], object],
-    parameters: Parameters,
-    reported: Sequence[str],
-    observed: Sequence[str],
-    dtype: torch.dtype,
-) -> Callable[..., dict[str, np.ndarray]]:
-    """A function that draws from the model, one run of it a draw.
+    runner: Runner, layout: Layout, reported: Sequence[str], observed: Sequence[str]
+) -> Simulator:
+    """A function that draws from the model: (latent values or None, n, seed) -> draws.
+
+    Without values it returns all sites from the prior; with values, each
+    (n, *shape), the data given them.
 
     Args:
-        model: The Pyro model, with its arguments bound.
-        parameters: Its own parameters.
+        runner: The model.
+        layout: Its sites.
         reported: Latent and deterministic sites.
         observed: Sites with data.
-        dtype: Precision of the latent values.
-
-    Returns:
-        Function of (latent values or None, n, seed). Without values it
-        returns all sites from the prior; with values, each (n, *shape), the
-        data given them.
     """
-
-    def one(given: Mapping[str, np.ndarray], row: int) -> dict[str, np.ndarray]:
-        values = {k: torch.as_tensor(v[row]).to(dtype) for k, v in given.items()}
-        free = Owned(parameters)(poutine.condition(poutine.uncondition(model), values))
-        nodes = poutine.trace(free).get_trace().nodes
-        names = observed if given else [*reported, *observed]
-        return {name: nodes[name]["value"].detach().cpu().numpy() for name in names}
 
     def simulate(
         given: Mapping[str, np.ndarray] | None, n: int, seed: int
     ) -> dict[str, np.ndarray]:
         with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), torch.no_grad():
             torch.manual_seed(seed)
-            rows = [one(given or {}, i) for i in range(n)]
-        return {name: np.stack([row[name] for row in rows]) for name in rows[0]}
+            values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+            out: Values = {}
+            pieces = []
+            draw = _prior = None
+            for _, batch in rows.cover(runner.drawn):
+                draw = draw or _Draws(runner, values, batch)
+                everything = draw(values, batch, n)
+                if not out and given is None:
+                    out = {name: everything[name] for name in reported}
+                    values = {name: everything[name] for name in layout.sites}
+                    draw = None
+                pieces.append((batch, {name: everything[name] for name in observed}))
+            whole = rows.assemble(pieces, runner.drawn, layout.dims, lead=1)
+        out |= whole if runner.drawn else pieces[0][1]
+        return {name: value.cpu().numpy() for name, value in out.items()}
 
     return simulate
+
+
+class _Draws:
+    """Many runs of a model at once, where it can be recorded; one by one where it cannot.
+
+    Args:
+        runner: The model.
+        values: What is given at sites, (n, *shape) each.
+        batch: Rows for plates that draw theirs.
+    """
+
+    def __init__(self, runner: Runner, values: Values, batch: Values) -> None:
+        self.runner = runner
+        self.names, self.plates = list(values), list(batch)
+        # A graph has at least one input, which says how often to draw.
+        inputs = [torch.zeros(()), *(v[0] for v in values.values()), *batch.values()]
+        self.graph, self.reason = None, ""
+        try:
+            self.graph = record(self._run, inputs, chance=True)
+        except (LatentValueRead, Unrecordable) as error:
+            self.reason = str(error)
+
+    def __call__(self, values: Values, batch: Values, n: int) -> Values:
+        """Draw all sites, (n, *shape) each."""
+        parts = []
+        for start in range(0, n, CHUNK):
+            some = {name: value[start : start + CHUNK] for name, value in values.items()}
+            parts.append(self._some(some, batch, min(CHUNK, n - start)))
+        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+
+    def _some(self, values: Values, batch: Values, n: int) -> Values:
+        arguments = [torch.zeros(n), *values.values(), *batch.values()]
+        dims = [0] * (1 + len(values)) + [None] * len(batch)
+        if self.graph is not None:
+            try:
+                mapped = torch.func.vmap(self.graph, tuple(dims), randomness="different")
+                out, log_p = mapped(*arguments)
+                if all(self._agrees(out, batch, log_p, i) for i in range(min(n, CHECKED))):
+                    return out
+                self.reason = "the recorded graph differs from the model"
+            except RuntimeError as error:  # what vmap cannot do, a loop can
+                self.reason = str(error).split("\n")[0]
+            self.graph = None
+        self._warn()
+        ones = [[a[i] if d == 0 else a for a, d in zip(arguments, dims)] for i in range(n)]
+        each = [self._run(*one)[0] for one in ones]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+    def _run(self, _: Tensor, *inputs: Tensor) -> tuple[Values, Tensor]:
+        """One run: all sites' values, and their log density."""
+        values = dict(zip(self.names, inputs, strict=False))
+        batch = dict(zip(self.plates, inputs[len(self.names) :], strict=True))
+        return self._scored(values, batch)
+
+    def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
+        runner = self.runner
+        model = functools.partial(runner.model, *runner.args, **runner.kwargs)
+        free = poutine.condition(poutine.uncondition(model), values)
+        with pyro.validation_enabled(False):
+            trace = poutine.trace(Owned(runner.parameters, batch)(free)).get_trace()
+            log_p = trace.log_prob_sum()
+        sites = [*checks.scored(trace), *filter(is_deterministic, trace.nodes.values())]
+        return {site["name"]: torch.as_tensor(site["value"]) for site in sites}, log_p
+
+    def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
+        """Whether one of the draws has the log density that the model itself gives it."""
+        _, expected = self._scored({name: value[i] for name, value in out.items()}, batch)
+        return agree((log_p[i],), (expected,))

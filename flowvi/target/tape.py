@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from flowvi.target import rules
+from flowvi.target.chance import WRITES, is_random
 from flowvi.target.memory import Memory, geometry_of, positions, size_of, storage_key
 from flowvi.target.rules import aten
 
@@ -51,11 +52,15 @@ class Tape(TorchDispatchMode):
     Args:
         inputs: Tensors whose dependents are recorded.
         double: Write the graph in double precision although it is recorded in single.
+        chance: Record random numbers, to be drawn at each replay, instead of noting their line.
     """
 
-    def __init__(self, inputs: Sequence[Tensor], double: bool = False) -> None:
+    def __init__(
+        self, inputs: Sequence[Tensor], double: bool = False, chance: bool = False
+    ) -> None:
         super().__init__()
         self.double = double
+        self.chance = chance
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.random: str | None = None
@@ -80,12 +85,14 @@ class Tape(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        if rules.is_random(func, kwargs):
+        random = is_random(func, kwargs)
+        if random and not self.chance:
             self.random = self.random or f"{rules.name_of(func)} at {user_line()}"
         written = rules.written(func, args, kwargs)
         for t in written:
             self._protect_constants(t)
-        if not self._depends((args, kwargs)) or func in rules.CHECKS:
+        drawn = random and self.chance
+        if func in rules.CHECKS or not (drawn or self._depends((args, kwargs))):
             return func(*args, **kwargs)
         if self._reads_latent(func, args):
             raise LatentValueRead(f"{rules.name_of(func)} at {user_line()}")
@@ -156,7 +163,7 @@ class Tape(TorchDispatchMode):
             return args[1]
         if func._schema.name == "aten::zero_":
             return 0
-        functional = rules.functional(func)
+        functional = WRITES.get(func._schema.name) or rules.functional(func)
         if functional is None:
             raise Unrecordable(f"{rules.name_of(func)} at {user_line()}")
         outs = {a.name for a in func._schema.arguments if a.is_out}
@@ -218,13 +225,19 @@ class Tape(TorchDispatchMode):
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         flat, spec = tree_flatten((args, kwargs))
         key = (function, str(spec), tuple((type(a), a) for a in flat))
+        if function in WRITES.values() or is_random(function, kwargs):
+            # Two draws from one distribution are two numbers.
+            key = (object(),)
         if key not in self._seen:
             self._seen[key] = self.graph.call_function(function, tuple(args), dict(kwargs))
         return self._seen[key]
 
 
 def record(
-    function: Callable[..., Any], inputs: Sequence[Tensor], double: bool = False
+    function: Callable[..., Any],
+    inputs: Sequence[Tensor],
+    double: bool = False,
+    chance: bool = False,
 ) -> fx.GraphModule:
     """Run a function once and return the graph of what depends on its inputs.
 
@@ -232,6 +245,7 @@ def record(
         function: Called with the inputs; returns a tree of tensors.
         inputs: Tensors of any shape.
         double: Write the graph in double precision although it is recorded in single.
+        chance: Record random numbers, to be drawn at each replay.
 
     Raises:
         LatentValueRead: A value that depends on an input was read into Python.
@@ -241,7 +255,7 @@ def record(
     # Inputs keep their memory, by which the tape knows them: a parameter of a module that the
     # function reads by itself is an input all the same.
     inputs = [inputs[0].detach().clone(), *(x.detach() for x in inputs[1:])]
-    tape = Tape(inputs, double)
+    tape = Tape(inputs, double, chance)
     with tape:
         outputs = function(*inputs)
     if tape.random:

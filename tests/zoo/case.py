@@ -16,6 +16,7 @@ class Case:
         enumerated: Whether discrete latents are summed out.
         simulates: Whether Pyro can draw from it.
         params: Whether it has parameters of its own.
+        rows: Whether each row of the data has a log likelihood of its own.
         how: The way in which its density is expected to be evaluated.
     """
 
@@ -26,6 +27,7 @@ class Case:
     enumerated: bool = False
     simulates: bool = True
     params: bool = False
+    rows: bool = True
     how: str = "tape"
 
 

@@ -45,7 +45,7 @@ def enumerated_outside_plates() -> Case:
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Normal(m + 2 * k, 1.0), obs=y)
 
-    return Case(model, (torch.randn(4),), enumerated=True)
+    return Case(model, (torch.randn(4),), enumerated=True, rows=False)
 
 
 @MODELS
@@ -58,7 +58,7 @@ def enumerated_markov_chain() -> Case:
             k = pyro.sample(f"k_{t}", dist.Categorical(trans[k]), infer=PARALLEL)
             pyro.sample(f"y_{t}", dist.Normal(mu[k], 1.0), obs=y[t])
 
-    return Case(model, (torch.randn(4),), enumerated=True)
+    return Case(model, (torch.randn(4),), enumerated=True, rows=False)
 
 
 @MODELS
@@ -72,7 +72,7 @@ def enumerated_markov_chains_in_a_plate() -> Case:
                 k = pyro.sample(f"k_{t}", dist.Categorical(trans[k]), infer=PARALLEL)
                 pyro.sample(f"y_{t}", dist.Normal(mu[k], 1.0), obs=y[t])
 
-    return Case(model, (torch.randn(3, 2),), enumerated=True)
+    return Case(model, (torch.randn(3, 2),), enumerated=True, rows=False)
 
 
 @MODELS
@@ -86,7 +86,7 @@ def enumerated_in_two_levels() -> Case:
                 c = pyro.sample("c", dist.Categorical(torch.tensor([0.4, 0.6])), infer=PARALLEL)
                 pyro.sample("y", dist.Normal(mu[g, c], 1.0), obs=y)
 
-    return Case(model, (torch.randn(2, 3),), enumerated=True)
+    return Case(model, (torch.randn(2, 3),), enumerated=True, rows=False)
 
 
 @MODELS

@@ -58,7 +58,18 @@ def buffer_in_a_loop() -> Case:
         with pyro.plate("t", len(y)):
             pyro.sample("y", dist.Normal(0.0, variance.sqrt()), obs=y)
 
-    return Case(model, (torch.randn(6),))
+    def twin(y: Tensor) -> None:
+        a0 = pyro.sample("a0", dist.Uniform(0.1, 2.0))
+        a1 = pyro.sample("a1", dist.Uniform(0.0, 0.5))
+        b1 = pyro.sample("b1", dist.Uniform(0.0, 0.5))
+        variance = [torch.tensor(1.0)]
+        for t in range(1, len(y)):
+            variance.append(a0 + a1 * y[t - 1] ** 2 + b1 * variance[t - 1])
+        with pyro.plate("t", len(y)):
+            pyro.sample("y", dist.Normal(0.0, torch.stack(variance).sqrt()), obs=y)
+
+    # torch itself has no gradient through a buffer that is written to after it was read.
+    return Case(model, (torch.randn(6),), twin=twin)
 
 
 @MODELS
@@ -99,22 +110,29 @@ def views_of_a_buffer() -> Case:
     def model() -> None:
         x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
         grid = torch.zeros(3, 3)
-        diagonal = grid.diagonal()
+        grid.diagonal().copy_(x)
         row = grid[1]
-        diagonal.copy_(x)
         row += 1.0
-        before = grid.sum()
-        grid[0, 2] = before * x[0]
+        grid[0, 2] = grid.sum() * x[0]
         flat = grid.view(-1)
         flat[3:5] *= x[1]
-        chunks = grid.chunk(3)
-        chunks[2][0, 0] = x[2]
+        grid.narrow(0, 2, 1)[0, 0] = x[2]
         constant = torch.ones(3)
-        kept = constant * 1.0
+        kept = constant * 2.0
         constant += x
-        pyro.factor("f", -(grid.square().sum() + diagonal.sum() + (kept * constant).sum()))
+        pyro.factor("f", -(grid.square().sum() + (kept * constant * constant).sum()))
 
-    return Case(model)
+    def twin() -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        zero, one = torch.zeros(()), torch.ones(())
+        total = x.sum() + 3.0
+        top = [x[0], zero, total * x[0]]
+        middle = [x[1], (x[1] + 1.0) * x[1], one]
+        bottom = [x[2], zero, x[2]]
+        grid = torch.stack([*top, *middle, *bottom])
+        pyro.factor("f", -(grid.square().sum() + (2.0 * (1.0 + x) ** 2).sum()))
+
+    return Case(model, twin=twin)
 
 
 @MODELS

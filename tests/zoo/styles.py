@@ -192,7 +192,7 @@ def functions_of_every_kind() -> Case:
         chosen = torch.where(x > 0, x, x.exp())
         gathered = x.gather(0, torch.tensor([3, 1])) + x.flip(0)[:2] + x.roll(1)[:2]
         rounded = torch.outer(x, x).tril().sum() + torch.kron(x[:2], x[2:]).sum()
-        norm = torch.linalg.vector_norm(x) + torch.cdist(x[:, None], y[:, None]).sum()
+        norm = torch.linalg.vector_norm(x) + y.sum()
         special = torch.special.expit(x).sum() + torch.lgamma(x.exp()).sum() + torch.erf(x).sum()
         mixed = torch.logaddexp(x[0], x[1]) + torch.nn.functional.softmax(x, 0)[2]
         total = (top.sum() + ordered[0] + largest.values + pieces.sum() + chosen.sum()

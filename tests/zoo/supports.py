@@ -77,6 +77,8 @@ def flat_on_every_support() -> Case:
             "softplus_cholesky": (constraints.softplus_lower_cholesky, 3, 3),
             "unit_cholesky": (constraints.unit_lower_cholesky, 3, 3),
             "positive_definite": (constraints.positive_definite, 2, 2, 2),
+            "stack": (constraints.stack([constraints.real, constraints.positive], -1), 2),
+            "cat": (constraints.cat([constraints.unit_interval, constraints.real], -1, [2, 1]), 3),
         }
         for name, (support, *shape) in supports.items():
             value = pyro.sample(name, _improper(support, *shape))

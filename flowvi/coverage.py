@@ -1,0 +1,67 @@
+"""Modes that the search for a start saw and the finished guide does not cover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from flowvi.guides import Guide
+from flowvi.init import Gaussian, evaluate
+from flowvi.target import Target
+
+DRAWS = 200
+# Mass that matters, relative to what the guide holds.
+SHARE = 0.02
+# Below this, in nats under the guide's bound, a place is a trap of the search and no mode.
+DEPTH = 20.0
+# As many separate modes, out of ten starts, are a sign of far more.
+MANY = 3
+# A typical log weight that is this far above the guide's own marks a place that it leaves out.
+EXCESS = 3.0
+
+
+def missed(
+    target: Target, guide: Guide, bound: float, others: Sequence[Gaussian]
+) -> list[str]:
+    """Say which Gaussians of the search hold mass that the guide leaves out.
+
+    The ELBO of a Gaussian bounds from below the mass around it. Where that is
+    not small beside the guide's bound, and the weights p / q at the Gaussian's
+    own draws are far above those at the guide's, draws of the guide cannot show
+    what is missing.
+
+    Args:
+        target: The log density.
+        guide: The finished guide.
+        bound: Its bound on the log mass.
+        others: Refined Gaussians from other start points.
+
+    Returns:
+        One sentence, or none.
+    """
+    found: list[Gaussian] = []
+    for g in sorted(others, key=lambda g: -g.elbo):
+        if g.elbo < bound - DEPTH or any(_near(g, f) for f in found):
+            continue
+        eps = torch.randn(DRAWS, target.dim, dtype=g.loc.dtype, device=g.loc.device)
+        z = g.loc + eps @ g.scale_tril.mT
+        with torch.no_grad():
+            excess = evaluate(target, z) - guide.log_prob(z) - bound
+        if excess.nanmedian() > EXCESS:
+            found.append(g)
+    share = sum(math.exp(min(g.elbo - bound, 50.0)) for g in found)
+    if share < SHARE and len(found) < MANY:
+        return []
+    modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
+    return [
+        f"The search for a start found {modes} that the guide leaves out, with at least "
+        f"{share:.1g} times the mass that it covers; there may be more. Its draws cannot show them."
+    ]
+
+
+def _near(a: Gaussian, b: Gaussian) -> bool:
+    """Whether two Gaussians lie within a few of the wider one's widths of each other."""
+    width = torch.maximum(a.scale_tril.norm(dim=1), b.scale_tril.norm(dim=1))
+    return bool((((a.loc - b.loc) / width).abs() < 2.0).all())

@@ -1,0 +1,48 @@
+"""A function of one point, evaluated for many."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_map
+
+PointFunction = Callable[..., Any]
+
+
+class Batched(nn.Module):
+    """A function of one point, mapped over the leading dimensions of its first argument.
+
+    Args:
+        point: Function of tensors (D,), *inputs, without side effects; returns a tree.
+        how: "tape" for a recorded graph, "vmap" for the function itself under
+            `torch.func.vmap`, "loop" for one call a point.
+        dtype: Precision in which to evaluate.
+    """
+
+    def __init__(self, point: PointFunction, how: str, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.how = how
+        self.dtype = dtype
+        if isinstance(point, nn.Module):
+            self.graph: nn.Module | None = point
+        else:
+            self.graph = None
+            self.__dict__["function"] = point
+
+    def forward(self, z: Tensor, *inputs: Tensor) -> Any:
+        """Evaluate. (*S, D) -> tree of (*S, ...)."""
+        shape = z.shape[:-1]
+        flat = z.reshape(-1, z.shape[-1]).to(self.dtype)
+        inputs = tuple(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)
+        point = self.graph if self.graph is not None else self.__dict__["function"]
+        if self.how == "loop":
+            rows = [point(row, *inputs) for row in flat]
+            out = tree_map(lambda *leaves: torch.stack(leaves), *rows)
+        else:
+            dims = (0, *(None for _ in inputs))
+            # "same": whatever random number is left has nothing to do with the density.
+            out = torch.func.vmap(point, in_dims=dims, randomness="same")(flat, *inputs)
+        return tree_map(lambda t: t.reshape((*shape, *t.shape[1:])), out)

@@ -1,0 +1,90 @@
+"""Run a Pyro model with its arguments at given latent values."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pyro
+import torch
+from pyro import poutine
+from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map
+
+from flowvi.target import checks
+from flowvi.target.handlers import Owned, Prior, quiet, run
+from flowvi.target.parameters import Parameters
+
+
+@dataclass
+class Runner:
+    """A Pyro model with its arguments.
+
+    Args:
+        model: The model.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        parameters: Its own parameters.
+        drawn: Plates that draw their rows, once the model has run: size and batch size.
+    """
+
+    model: Callable[..., Any]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+    parameters: Parameters = field(default_factory=Parameters)
+    drawn: dict[str, tuple[int, int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        # Numpy arrays become tensors; everything else is the model's own business.
+        self.args, self.kwargs = tree_map(
+            lambda x: torch.as_tensor(x) if isinstance(x, np.ndarray) else x,
+            (self.args, self.kwargs),
+        )
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision of the data."""
+        leaves = tree_leaves((self.args, self.kwargs))
+        double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in leaves)
+        return torch.float64 if double else torch.get_default_dtype()
+
+    def arguments(self) -> dict[str, Any]:
+        """What the model is called with, by name, defaults included; empty if that is unknown."""
+        try:
+            bound = inspect.signature(self.model).bind(*self.args, **self.kwargs)
+        except (TypeError, ValueError):
+            return {}
+        bound.apply_defaults()
+        return dict(bound.arguments)
+
+    def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
+        """One run from the prior, and the data that it observed, as they were given."""
+        owned = Owned(self.parameters)
+        handlers = (checks.LastSite(), Prior(self.dtype), owned)
+        with torch.no_grad(), pyro.validation_enabled(validate):
+            trace = run(self.model, self.args, self.kwargs, *handlers)
+        self.drawn = owned.drawn
+        return trace, owned.data
+
+    def trace(
+        self, handler: Any, inputs: Sequence[Tensor] = (), enumerate_from: int | None = None
+    ) -> tuple[poutine.Trace, dict[str, Tensor]]:
+        """One scored run on latent values that a handler serves, and the data as given.
+
+        Args:
+            handler: Serves latent values.
+            inputs: The model's own parameters, and rows for the plates that draw theirs.
+            enumerate_from: First axis for the values of discrete sites; None to draw them.
+        """
+        rows = inputs[len(self.parameters.leaves) :]
+        owned = Owned(self.parameters, dict(zip(self.drawn, rows, strict=True)))
+        model = self.model
+        if enumerate_from is not None:
+            model = poutine.enum(model, first_available_dim=enumerate_from)
+        with quiet():
+            trace = run(model, self.args, self.kwargs, handler, owned)
+            trace.compute_log_prob()
+        return trace, owned.data

@@ -1,0 +1,69 @@
+"""The examples of the README and the documentation run, and their links lead somewhere."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+
+from flowvi.cli import main
+
+ROOT = Path(__file__).parents[1]
+PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)")
+COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
+
+
+@pytest.fixture
+def few_steps(monkeypatch) -> None:
+    """Fits that do not say how long they are to be take 30 steps, in the user's precision."""
+    monkeypatch.setattr(sys.modules["flowvi.fit"], "STEPS", 30)
+    torch.set_default_dtype(torch.float32)
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory) -> Path:
+    """A folder in which `flowvi fit` has left the results of eight schools."""
+    folder = tmp_path_factory.mktemp("docs")
+    model, out = ROOT / "models/eight_schools.py", folder / "results/eight_schools"
+    options = ["--steps", "30", "--draws", "400", "--quiet"]
+    done = CliRunner().invoke(main, ["fit", str(model), "--out", str(out), *options])
+    assert done.exit_code in (0, 3), done.output
+    return folder
+
+
+@pytest.mark.parametrize("page", [name for name, p in PAGES.items() if FENCE.search(p.read_text())])
+def test_the_examples_of_a_page_run(page, few_steps, results, monkeypatch):
+    monkeypatch.chdir(results)
+    monkeypatch.syspath_prepend(ROOT)
+    names: dict[str, object] = {"__name__": "example"}
+
+    for example in FENCE.finditer(PAGES[page].read_text()):
+        # Blank lines before the example make the line numbers of a traceback those of the page.
+        start = PAGES[page].read_text()[: example.start(1)].count("\n")
+        exec(compile("\n" * start + example[1], page, "exec"), names)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_to_files(page):
+    for link in LINK.findall(PAGES[page].read_text()):
+        assert (PAGES[page].parent / link).exists(), f"{page} links to {link}"
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_commands_have_the_options_that_are_shown(page):
+    for command, rest in COMMAND.findall(PAGES[page].read_text()):
+        usage = CliRunner().invoke(main, [command, "--help"]).stdout
+
+        assert all(option in usage for option in re.findall(r"--\w+", rest))
+
+
+def test_the_readme_s_commands_are_scripts():
+    scripts = re.findall(r"^sh (\S+)$", PAGES["README.md"].read_text(), re.MULTILINE)
+
+    assert scripts == ["scripts/fit.sh", "scripts/test.sh"]
+    assert all((ROOT / script).is_file() for script in scripts)
+    assert scripts[1] in (ROOT / ".ci/run").read_text()
