@@ -8,48 +8,61 @@ from collections.abc import Sequence
 import torch
 
 from flowvi.guides import Guide
-from flowvi.init import Gaussian, evaluate
+from flowvi.init import REFINE_ROUNDS, Gaussian, evaluate, refine
 from flowvi.target import Target
 
 DRAWS = 200
 # Mass that matters, relative to what the guide holds.
 SHARE = 0.02
-# Below this, in nats under the guide's bound, a place is a trap of the search and no mode.
-DEPTH = 20.0
-# As many separate modes, out of ten starts, are a sign of far more.
+# As many separate modes, reached blindly from five starts, are a sign of far more.
 MANY = 3
+# Nats a dimension under the guide's bound, below which a place is a trap of the search.
+DEPTH = 1.0
 # A typical log weight that is this far above the guide's own marks a place that it leaves out.
 EXCESS = 3.0
 
 
 def missed(
-    target: Target, guide: Guide, bound: float, others: Sequence[Gaussian]
+    target: Target, guide: Guide, bound: float, others: Sequence[Gaussian], seed: int
 ) -> list[str]:
     """Say which Gaussians of the search hold mass that the guide leaves out.
 
     The ELBO of a Gaussian bounds from below the mass around it. Where that is
     not small beside the guide's bound, and the weights p / q at the Gaussian's
     own draws are far above those at the guide's, draws of the guide cannot show
-    what is missing.
+    what is missing. Several modes that are small each, every one found from
+    another start, are a sign of many that none was started near.
 
     Args:
         target: The log density.
         guide: The finished guide.
         bound: Its bound on the log mass.
         others: Refined Gaussians from other start points.
+        seed: Of the draws.
 
     Returns:
         One sentence, or none.
     """
-    found: list[Gaussian] = []
-    for g in sorted(others, key=lambda g: -g.elbo):
-        if g.elbo < bound - DEPTH or any(_near(g, f) for f in found):
-            continue
-        eps = torch.randn(DRAWS, target.dim, dtype=g.loc.dtype, device=g.loc.device)
-        z = g.loc + eps @ g.scale_tril.mT
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    noise = torch.randn(
+        DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
+
+    def left_out(g: Gaussian) -> bool:
+        z = g.loc + noise @ g.scale_tril.mT
         with torch.no_grad():
             excess = evaluate(target, z) - guide.log_prob(z) - bound
-        if excess.nanmedian() > EXCESS:
+        return bool(excess.nanmedian() > EXCESS)
+
+    found: list[Gaussian] = []
+    for g in sorted(others, key=lambda g: -g.elbo):
+        heavy = g.elbo > bound + math.log(SHARE)
+        if not heavy and not (g.blind and g.elbo > bound - 10 - DEPTH * target.dim):
+            continue
+        if left_out(g) and not heavy:
+            # What has not settled yet may be on its way to where the guide is.
+            g = refine(target, g, generator, noise, False, REFINE_ROUNDS)
+        if left_out(g) and not any(_near(g, f) for f in found):
             found.append(g)
     share = sum(math.exp(min(g.elbo - bound, 50.0)) for g in found)
     if share < SHARE and len(found) < MANY:

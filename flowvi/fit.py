@@ -204,7 +204,9 @@ class _Run:
         )
         self.guide = self._start(gaussian)
         self._optimise()
-        self.missed = missed(self.target, self.guide, self.bound, others)
+        self.missed = missed(
+            self.target, self.guide, self.bound, others, self.settings.seed + self.restart
+        )
 
     def _optimise(self) -> None:
         self.trained = [p for p in self.guide.parameters() if p.requires_grad]

@@ -34,6 +34,23 @@ class Strata(NamedTuple):
     log_share: Tensor
 
 
+class Scored(NamedTuple):
+    """Strata with the score of the guide at its own draws.
+
+    Attributes:
+        z: As in `Strata`.
+        log_q: As in `Strata`.
+        log_share: As in `Strata`.
+        score: Gradient of log q at z, (N, *S, *B, D): a constant, as if parameters and
+            context did not depend on anything.
+    """
+
+    z: Tensor
+    log_q: Tensor
+    log_share: Tensor
+    score: Tensor
+
+
 class Guide(nn.Module):
     """A density q(z | context) on R^D.
 
@@ -55,6 +72,15 @@ class Guide(nn.Module):
         """Draw `shape` samples from every part of the guide; a plain guide is one part."""
         z, log_q = self.sample(shape, context)
         return Strata(z, log_q, log_q.new_full((), -math.log(shape[0])))
+
+    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+        """Draw as `strata` does, and differentiate log q at the draws, for path gradients."""
+        z, log_q, log_share = self.strata(shape, context)
+        with torch.enable_grad():
+            fixed = z.detach().requires_grad_()
+            log_prob = self.log_prob(fixed, None if context is None else context.detach())
+            (score,) = torch.autograd.grad(log_prob.sum(), fixed)
+        return Scored(z, log_q, log_share, score)
 
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of the part that each draw of `strata` came from, less the whole's."""
@@ -98,6 +124,14 @@ class Pushforward(Guide):
         y, affine_ladj = self.affine.inverse(z, context)
         eps, flow_ladj = self.flow.inverse(y, context)
         return self.base.log_prob(eps) + flow_ladj + affine_ladj
+
+    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+        rows = () if context is None else context.shape[:-1]
+        eps = self.base.sample((*shape, *rows))
+        y, flow_ladj, score = self.flow.push(eps, self.base.score(eps), context)
+        z, affine_ladj, score = self.affine.push(y, score, context)
+        log_q = self.base.log_prob(eps) - flow_ladj - affine_ladj
+        return Scored(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.affine.set_(loc, scale_tril)

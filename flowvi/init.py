@@ -38,12 +38,14 @@ class Gaussian:
         scale_tril: Lower triangular L with covariance L L^T, (D, D).
         name: Where it came from.
         elbo: Its evidence lower bound, on draws that judged all candidates alike.
+        blind: Whether it began at a start point itself, not on the way to a mode.
     """
 
     loc: Tensor
     scale_tril: Tensor
     name: str
     elbo: float = -math.inf
+    blind: bool = False
 
 
 def best_gaussian(
@@ -99,7 +101,7 @@ def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaus
     for i, z in enumerate(target.starts(generator)):
         path = ascend(target, z)
         group = [
-            Gaussian(z, 0.1 * identity, f"narrow normal at start {i}"),
+            Gaussian(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
             Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]

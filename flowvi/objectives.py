@@ -102,15 +102,17 @@ class Renyi:
         Returns:
             Estimate with a bound of shape (*repeats, *B).
         """
-        z, log_q, log_share = guide.strata((self.particles, *repeats), context)
-        if self.gradient == "total":
+        shape = (self.particles, *repeats)
+        if self.gradient == "total" or not torch.is_grad_enabled():
+            z, log_q, log_share = guide.strata(shape, context)
             log_w = log_p(z) - log_q
             _scale_gradient(z, torch.ones_like(log_w), log_w)
             return Estimate(self.bound(log_w, log_share), _counted(log_w, log_share))
 
-        # q depends on its parameters and on the context; both scores are dropped.
-        with frozen(guide):
-            path = guide.log_prob(z, None if context is None else context.detach())
+        # q depends on its parameters and on the context; both scores are dropped: what is left
+        # of log q is its dependence on z.
+        z, log_q, log_share, score = guide.scored(shape, context)
+        path = (score * z).sum(-1)
         log_joint = log_p(z)
         log_w = (log_joint - log_q).detach()
         v = self._v(log_w, log_share.detach())

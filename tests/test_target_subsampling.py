@@ -149,9 +149,7 @@ def test_data_and_likelihood_are_those_of_all_rows(name):
     assert target.subsampled and not full.subsampled
     torch.testing.assert_close(target.observed, full.observed, equal_nan=True)
     torch.testing.assert_close(found, expected)
-    assert {k: target.dims[k] for k in target.observed} == {
-        k: full.dims[k] for k in full.observed
-    }
+    assert {k: target.dims[k] for k in target.observed} == {k: full.dims[k] for k in full.observed}
 
 
 @pytest.mark.parametrize("name", MODELS)

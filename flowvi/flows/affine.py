@@ -38,6 +38,14 @@ class Diagonal(Layer):
         y = self.origin + self.width * (shift + log_scale.exp() * x)
         return y, self._ladj(log_scale).expand(y.shape[:-1])
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            _, log_scale = self.params(context).chunk(2, dim=-1)
+            score = score * (-log_scale).exp() / self.width
+        return *self(x, context), score
+
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
         x = ((y - self.origin) / self.width - shift) * (-log_scale).exp()
@@ -98,6 +106,15 @@ class Triangular(Layer):
         t = shift + log_scale.exp() * (x + x @ self.lower.tril(-1).mT)
         y = self.origin + t @ self.frame.mT
         return y, self._ladj(log_scale).expand(y.shape[:-1])
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.no_grad():
+            _, log_scale = self.params(context).chunk(2, dim=-1)
+            score = solve_rows(self.lower.mT, score, upper=True, unit=True)
+            score = solve_rows(self.frame.mT, score * (-log_scale).exp(), upper=True)
+        return *self(x, context), score
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)

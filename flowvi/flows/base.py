@@ -28,6 +28,14 @@ class Base(nn.Module):
         raise NotImplementedError
 
 
+    def score(self, eps: Tensor) -> Tensor:
+        """Gradient of the log density at eps, a constant. (..., D) -> (..., D)."""
+        with torch.enable_grad():
+            eps = eps.detach().requires_grad_()
+            (found,) = torch.autograd.grad(self.log_prob(eps).sum(), eps)
+        return found
+
+
 class Normal(Base):
     """The standard normal.
 
@@ -47,6 +55,9 @@ class Normal(Base):
 
     def log_prob(self, eps: Tensor) -> Tensor:
         return -0.5 * (eps.square().sum(-1) + self.dim * LOG_2PI)
+
+    def score(self, eps: Tensor) -> Tensor:
+        return -eps.detach()
 
 
 class StudentT(Base):
@@ -111,8 +122,8 @@ class GaussianMixture(Base):
         weights: Their weights, (components); equal by default.
 
     References:
-        Stimper, Schölkopf and Hernández-Lobato (2022), "Resampling Base
-        Distributions of Normalizing Flows", arXiv:2110.15828, for the variety of bases.
+        Izmailov, Kirichenko, Finzi and Wilson (2020), "Semi-Supervised Learning
+        with Normalizing Flows", arXiv:1912.13025: flows on mixtures.
     """
 
     log_weights: Tensor

@@ -64,6 +64,18 @@ class Coupling(Layer):
         b, ladj = self.map.inverse(b, self._params(a, context))
         return self._join(a, b), ladj.sum(-1)
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        (a, b), (score_a, score_b) = self._split(x), self._split(score)
+        params, pull = self.net.linearised(a, context)
+        params = params.unflatten(-1, (self.map.size, -1))
+        moved, ladj = self.map.forward(b, params)
+        f = self.map.linearised(b, params)
+        score_b = (score_b - f.change) * (-f.log_slope).exp()
+        score_a = score_a - pull(f.pull(score_b).flatten(-2))
+        return self._join(a, moved), ladj.sum(-1), self._join(score_a, score_b)
+
     def _params(self, a: Tensor, context: Tensor | None) -> Tensor:
         return self.net(a, context).unflatten(-1, (self.map.size, -1))
 

@@ -4,12 +4,30 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowvi.flows.score import gradient
+
 # An unbounded log-scale overflows in the first steps of a bad fit.
 BOUND = 3.0
+
+
+class Linearised(NamedTuple):
+    """Derivatives of a map f of single coordinates at a point.
+
+    Attributes:
+        log_slope: log f' of each coordinate, (..., D).
+        change: Derivative of log f' with respect to the coordinate, (..., D).
+        pull: For given g (..., D), the gradient of the sum of log f' + g f with respect to
+            the parameters, (..., size, D).
+    """
+
+    log_slope: Tensor
+    change: Tensor
+    pull: Callable[[Tensor], Tensor]
 
 
 class Elementwise(ABC):
@@ -33,6 +51,18 @@ class Elementwise(ABC):
         """Map target to base. (..., D) -> (..., D), log dx/dy of each coordinate (..., D)."""
 
 
+    def linearised(self, x: Tensor, params: Tensor) -> Linearised:
+        """Derivatives at a point, all of them constants."""
+        with torch.enable_grad():
+            x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
+            y, ladj = self.forward(x, params)
+
+        def pull(g: Tensor) -> Tensor:
+            return gradient(ladj + g * y, params, retain=True)
+
+        return Linearised(ladj.detach(), gradient(ladj, x, retain=True), pull)
+
+
 def tanh_clamp(s: Tensor) -> Tensor:
     r"""Bound a log-scale symmetrically, :math:`|c(s)| < 3`."""
     return BOUND * torch.tanh(s / BOUND)
@@ -47,7 +77,7 @@ def asymmetric_clamp(s: Tensor) -> Tensor:
 
     References:
         Andrade (2024), "Stable Training of Normalizing Flows for
-        High-dimensional Variational Inference", arXiv:2402.16408, section 4.
+        High-dimensional Variational Inference", arXiv:2402.16408.
     """
     a = torch.where(s < 0, 2.0, 0.1).to(s.dtype)
     return (2 / math.pi) * a * torch.atan(s / a)
@@ -73,6 +103,17 @@ class Affine(Elementwise):
         ladj = -self.clamp(raw)
         return (y - shift) * ladj.exp(), ladj
 
+    def linearised(self, x: Tensor, params: Tensor) -> Linearised:
+        if self.clamp is not tanh_clamp:
+            return super().linearised(x, params)
+        x, log_scale = x.detach(), self.clamp(params.detach().select(-2, 1))
+        slope, scaled = 1 - (log_scale / BOUND).square(), x * log_scale.exp()
+
+        def pull(g: Tensor) -> Tensor:
+            return torch.stack([g, (1 + g * scaled) * slope], dim=-2)
+
+        return Linearised(log_scale, torch.zeros_like(x), pull)
+
 
 @dataclass(frozen=True)
 class Shift(Elementwise):
@@ -87,3 +128,7 @@ class Shift(Elementwise):
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         return y - params.squeeze(-2), torch.zeros_like(y)
+
+    def linearised(self, x: Tensor, params: Tensor) -> Linearised:
+        zero = torch.zeros_like(x)
+        return Linearised(zero, zero, lambda g: g.unsqueeze(-2))

@@ -25,6 +25,8 @@ class Reflections(nn.Module):
     References:
         Schreiber and Van Loan (1989), "A storage-efficient WY representation
         for products of Householder transformations": the factored form.
+        Joffrain et al. (2006), "Accumulating Householder transformations,
+        revisited": the triangular factor.
     """
 
     def __init__(self, initial: Tensor, context_dim: int = 0) -> None:

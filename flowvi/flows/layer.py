@@ -6,6 +6,8 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flowvi.flows.score import through_inverse, through_jacobian
+
 
 class Layer(nn.Module):
     """A bijection of R^D, applied to the last dimension.
@@ -26,6 +28,26 @@ class Layer(nn.Module):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map target to base. (..., D) -> (..., D), log|det dx/dy| (...)."""
         raise NotImplementedError(f"{type(self).__name__} has no inverse; use gradient='total'.")
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Map base to target, and carry the score of a density along.
+
+        Args:
+            x: Points, (..., D).
+            score: Gradient of a log density at x, (..., D).
+            context: What the layer is conditioned on.
+
+        Returns:
+            y (..., D) and log|det dy/dx| (...), as from `forward`, and the gradient at y of the
+            log density that x -> y makes of the first, (..., D), a constant.
+        """
+        y, ladj = self(x, context)
+        try:
+            return y, ladj, through_inverse(self, y, score, context)
+        except NotImplementedError:
+            return y, ladj, through_jacobian(self, x, score, context)
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Take data to the base, setting on the way what starts from data. (..., D) -> (..., D).
@@ -56,6 +78,15 @@ class Chain(Layer):
             y, ladj = cast(Layer, layer).inverse(y, context)
             total = total + ladj
         return y, total
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        total = x.new_zeros(x.shape[:-1])
+        for layer in self.layers:
+            x, ladj, score = cast(Layer, layer).push(x, score, context)
+            total = total + ladj
+        return x, total, score
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in reversed(self.layers):

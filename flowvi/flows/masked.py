@@ -1,12 +1,13 @@
 """Networks in which no coordinate acts on those before it."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import linear, silu
 
-from flowvi.flows.nets import required
+from flowvi.flows.nets import Pull, pulled, required
 
 
 class MaskedLinear(nn.Module):
@@ -71,10 +72,23 @@ class MaskedPerceptron(nn.Module):
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
         """Vectors (*S, *B, D), context (*B, C) -> (*S, *B, size, D)."""
-        h = self.first(x)
+        return self.linearised(x, context)[0]
+
+    def linearised(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Pull]:
+        """The output, and the function that takes a gradient there to the input."""
+        weights = (self.first.weight(), self.middle.weight(), self.last.weight())
+        h = linear(x, weights[0], self.first.linear.bias)
         if self.context is not None:
             h = h + self.context(required(context, self.context.in_features))
-        return self.last(silu(self.middle(silu(h)))).unflatten(-1, (self.size, -1))
+        m = linear(silu(h), weights[1], self.middle.linear.bias)
+        out = linear(silu(m), weights[2], self.last.linear.bias)
+        return out.unflatten(-1, (self.size, -1)), partial(self._pull, weights, (h, m))
+
+    @staticmethod
+    def _pull(
+        weights: tuple[Tensor, Tensor, Tensor], units: tuple[Tensor, Tensor], gradient: Tensor
+    ) -> Tensor:
+        return pulled(weights, units, gradient.flatten(-2))
 
     def visit(
         self,

@@ -1,8 +1,13 @@
 """The functions that give a layer its parameters."""
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear
+from torch.nn.functional import linear, silu
+
+Pull = Callable[[Tensor], Tensor]
 
 
 class Amortised(nn.Module):
@@ -44,17 +49,38 @@ class Perceptron(nn.Module):
         self.first = nn.Linear(inputs, hidden)
         self.context = nn.Linear(context_dim, hidden, bias=False) if context_dim else None
         # SiLU and ReLU are many times cheaper than tanh on a CPU; SiLU keeps log q smooth.
-        self.rest = nn.Sequential(
-            nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, outputs)
-        )
-        for p in self.rest[-1].parameters():
+        self.middle = nn.Linear(hidden, hidden)
+        self.last = nn.Linear(hidden, outputs)
+        for p in self.last.parameters():
             nn.init.zeros_(p)
 
     def forward(self, x: Tensor, context: Tensor | None) -> Tensor:
+        return self.linearised(x, context)[0]
+
+    def linearised(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Pull]:
+        """The output, and the function that takes a gradient there to the input."""
         h = self.first(x)
         if self.context is not None:
             h = h + self.context(required(context, self.context.in_features))
-        return self.rest(h)
+        m = self.middle(silu(h))
+        weights = (self.first.weight, self.middle.weight, self.last.weight)
+        return self.last(silu(m)), partial(pulled, weights, (h, m))
+
+
+def pulled(
+    weights: tuple[Tensor, Tensor, Tensor], units: tuple[Tensor, Tensor], gradient: Tensor
+) -> Tensor:
+    """Take a gradient from the output of a network with two SiLU layers to its input.
+
+    Args:
+        weights: Of the three linear maps, first to last.
+        units: Values of the hidden units before the SiLU.
+        gradient: At the output; a constant, and so is the result.
+    """
+    with torch.no_grad():
+        gradient = torch.ops.aten.silu_backward(gradient @ weights[2], units[1])
+        gradient = torch.ops.aten.silu_backward(gradient @ weights[1], units[0])
+        return gradient @ weights[0]
 
 
 def required(context: Tensor | None, context_dim: int) -> Tensor:

@@ -17,6 +17,11 @@ class Flip(Layer):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return self(y)
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self(x), score.flip(-1)
+
 
 class Permutation(Layer):
     """Reorder the coordinates; the order is kept in the state dict.
@@ -38,6 +43,11 @@ class Permutation(Layer):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return y.index_select(-1, self.back), y.new_zeros(y.shape[:-1])
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return *self(x), score.index_select(-1, self.order)
 
 
 def permutation(dim: int, context_dim: int = 0, seed: int = 0) -> Permutation:

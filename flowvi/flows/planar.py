@@ -55,6 +55,19 @@ class Planar(Layer):
         t = torch.tanh((x * w).sum(-1, keepdim=True) + b)
         return x + u * t, bend(t, slope).log().squeeze(-1)
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        u, w, b, slope = self._params(context)
+        t = torch.tanh((x * w).sum(-1, keepdim=True) + b)
+        det = bend(t, slope)
+        with torch.no_grad():
+            # J = I + (1 - t^2) u w^T (Sherman and Morrison), and d log det = ... w.
+            flat = 1 - t.square()
+            score = score + (2 * (slope - 1) * t * flat / det) * w
+            score = score - w * (flat / det * (u * score).sum(-1, keepdim=True))
+        return x + u * t, det.log().squeeze(-1), score
+
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
         t = torch.tanh(solve_planar((y * w).sum(-1, keepdim=True) + b, slope))

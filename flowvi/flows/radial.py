@@ -51,6 +51,26 @@ class Radial(Layer):
         y = center + diff * ((r + gamma) / (r + alpha))
         return y, self._ladj(r, alpha, gamma)
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        center, alpha, gamma = self._params(context)
+        diff = x - center
+        r = vector_norm(diff, dim=-1, keepdim=True)
+        stretch = (r + gamma) / (r + alpha)
+        with torch.no_grad():
+            # J stretches by one factor across the direction from the centre, by another along it.
+            along = (r * (r + 2 * alpha) + alpha * gamma) / (r + alpha).square()
+            slope = (
+                (self.dim - 1) / (r + gamma)
+                + 2 * (r + alpha) / (r * (r + 2 * alpha) + alpha * gamma)
+                - (self.dim + 1) / (r + alpha)
+            )
+            unit = diff / r.clamp_min(torch.finfo(r.dtype).tiny)
+            part = (unit * score).sum(-1, keepdim=True)
+            score = (score - unit * part) / stretch + unit * ((part - slope) / along)
+        return center + diff * stretch, self._ladj(r, alpha, gamma), score
+
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         center, alpha, gamma = self._params(context)
         diff = y - center

@@ -12,6 +12,7 @@ from flowvi.flows.elementwise import Elementwise
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Amortised
 from flowvi.flows.permute import Flip
+from flowvi.flows.score import in_graph, through_elementwise
 
 # Floors for bin widths, bin heights (in units of the whole range) and slopes keep the map solvable.
 FLOOR = 1e-3
@@ -108,6 +109,13 @@ class Spline(Layer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, ladj = self.map.forward(x, self.params(context).unflatten(-1, self.shape))
         return y, ladj.sum(-1)
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = in_graph(x)
+        y, ladj = self.map.forward(x, self.params(context).unflatten(-1, self.shape))
+        return y, ladj.sum(-1), through_elementwise(x, ladj, score)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         x, ladj = self.map.inverse(y, self.params(context).unflatten(-1, self.shape))

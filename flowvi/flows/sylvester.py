@@ -56,6 +56,20 @@ class TriangularSylvester(Layer):
         t = torch.tanh(times(s, x) + b)
         return x + times(r, t), bend(t, slope).log().sum(-1)
 
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        r, s, b, slope = self._params(context)
+        t = torch.tanh(times(s, x) + b)
+        det = bend(t, slope)
+        with torch.no_grad():
+            flat = 1 - t.square()
+            score = score + times(s.mT, 2 * (slope - 1) * t * flat / det)
+            one = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
+            transposed = one + s.mT @ (flat.unsqueeze(-1) * r.mT)
+            score = solve_triangular(transposed, score.unsqueeze(-1), upper=False).squeeze(-1)
+        return x + times(r, t), det.log().sum(-1), score
+
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r, s, b, slope = self._params(context)
         fixed_r, fixed_s, fixed_b = r.detach(), s.detach(), b.detach()
@@ -122,6 +136,16 @@ class Sylvester(Layer):
         u = times(q.mT, x)
         v, ladj = self.inner(u, context)
         return x + times(q, v - u), ladj
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        q = self.basis(context)
+        u = times(q.mT, x)
+        fixed = q.detach()
+        part = times(fixed.mT, score)
+        v, ladj, pushed = self.inner.push(u, part, context)
+        return x + times(q, v - u), ladj, score + times(fixed, pushed - part)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         q = self.basis(context)

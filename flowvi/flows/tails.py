@@ -69,7 +69,7 @@ class Loft(Layer):
 
     References:
         Andrade (2024), "Stable Training of Normalizing Flows for
-        High-dimensional Variational Inference", arXiv:2402.16408, section 5.
+        High-dimensional Variational Inference", arXiv:2402.16408.
     """
 
     def __init__(self, threshold: float = 100.0) -> None:

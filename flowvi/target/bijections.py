@@ -13,6 +13,8 @@ from torch.distributions import Transform, biject_to, constraints
 from torch.distributions.constraints import Constraint
 from torch.distributions.transforms import ComposeTransform, IndependentTransform
 
+from flowvi.target.facts import ModelError
+
 CIRCLE: Constraint = constraints.interval(-math.pi, math.pi)
 WRAPPERS = (dist.Independent, dist.ExpandedDistribution, dist.MaskedDistribution)
 TRANSFORMED = (dist.TransformedDistribution, distributions.TransformedDistribution)
@@ -147,6 +149,19 @@ def bijection_of(fn: Any) -> Transform:
         # torch looks at the last transform only: 3 + Exponential would cover the real line.
         return ComposeTransform([bijection_of(fn.base_dist), *fn.transforms])
     return bijection(fn.support)
+
+
+def site_bijection(name: str, fn: Any) -> Transform:
+    """The bijection of a latent site, or an error that names it."""
+    try:
+        return bijection_of(fn)
+    except NotImplementedError:
+        pass
+    raise ModelError(
+        f"Site '{name}' has support {support_of(fn)!r}, which no smooth bijection maps to R^n. For "
+        "directions on a sphere, use pyro.infer.reparam.ProjectedNormalReparam; for others, sample "
+        "unconstrained values and transform them in the model."
+    )
 
 
 def support_of(fn: Any) -> Constraint:

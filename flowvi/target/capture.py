@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 from flowvi.target.batched import Batched, PointFunction
 from flowvi.target.facts import ModelError
-from flowvi.target.tape import LatentValueRead, RandomNumber, Unrecordable, record
+from flowvi.target.tape import LatentValueRead, RandomNumber, record
 
 
 @dataclass(frozen=True)
@@ -52,23 +51,29 @@ def capture(function: PointFunction, trial: Trial, name: str, reads: bool = Fals
         ModelError: The function does not agree with itself, draws random numbers, or
             reads values that depend on the point.
     """
-    _check_repeatable(function, trial, name)
     own = trial.points.dtype
+    ways = [("tape", torch.float64), ("tape", own), ("vmap", own)]
     reason = ""
-    for how, dtype in (("tape", torch.float64), ("tape", own), ("vmap", own)):
+    for i, (how, dtype) in enumerate(ways[own == torch.float64 :]):
         try:
             batched = _batched(function, trial, how, dtype)
-            if all(_agrees(batched, function, *call) for call in trial.calls()):
-                return batched
-            reason = reason or "the recorded graph differs from the model"
         except LatentValueRead as error:
             if not reads:
                 raise ModelError(_reads(name, error)) from None
             reason = reason or f"a value is read into Python, {error}"
+            continue
         except RandomNumber as error:
             raise ModelError(_random(name, error)) from None
-        except Exception as error:  # whatever one path cannot do, the next one may
+        except Exception as error:  # whatever one way cannot do, the next one may
             reason = reason or f"{type(error).__name__}: {error}".split("\n")[0]
+            continue
+        if i == 0:
+            # After the tape, which knows the line that draws a random number.
+            _check_repeatable(function, trial, name)
+        failure = _failure(batched, function, trial)
+        if not failure:
+            return batched
+        reason = reason or failure
     _check_slope(function, trial, name, reason)
     warnings.warn(f"Evaluating {name} one draw at a time, which is slow: {reason}", stacklevel=4)
     return Batched(function, "loop", own)
@@ -117,12 +122,6 @@ def _check_repeatable(function: PointFunction, trial: Trial, name: str) -> None:
     )
     if agree(first, second, strict=True):
         return
-    with contextlib.suppress(LatentValueRead, Unrecordable):
-        try:
-            # The tape knows the line that draws a random number.
-            _batched(function, trial, "tape", trial.points.dtype)
-        except RandomNumber as error:
-            raise ModelError(_random(name, error)) from None
     raise ModelError(
         f"Two evaluations of {name} at the same point differ: it draws random numbers that are "
         "not sites, or keeps state between calls. Draw them before the model, as data, and put "
@@ -145,6 +144,15 @@ def _check_slope(function: PointFunction, trial: Trial, name: str, reason: str) 
             "read out of a tensor (.item(), .numpy(), .detach()) carries no gradient. Use "
             "torch's own functions, or a torch.autograd.Function with a backward."
         )
+
+
+def _failure(batched: Batched, function: PointFunction, trial: Trial) -> str:
+    """Why a way of evaluating a function will not do; empty if it will."""
+    try:
+        agreed = all(_agrees(batched, function, *call) for call in trial.calls())
+    except Exception as error:  # whatever one way cannot do, the next one may
+        return f"{type(error).__name__}: {error}".split("\n")[0]
+    return "" if agreed else f"the {batched.how} differs from the model"
 
 
 def _agrees(

@@ -12,9 +12,10 @@ from torch._ops import OpOverload
 
 
 def is_random(function: Any, kwargs: Mapping[str, Any]) -> bool:
-    """Whether an operation draws from the global random state; a generator of its own is data."""
+    """Whether a function draws from the global random state; a generator of its own is data."""
     tags = function.tags if isinstance(function, OpOverload) else ()
-    return torch.Tag.nondeterministic_seeded in tags and kwargs.get("generator") is None
+    seeded = torch.Tag.nondeterministic_seeded in tags or function in DRAWS
+    return seeded and kwargs.get("generator") is None
 
 
 # `torch.func.vmap` writes the same numbers for all points into memory that they share. These
@@ -28,9 +29,7 @@ def normal(memory: Tensor, mean: float = 0.0, std: float = 1.0) -> Tensor:
 
 def uniform(memory: Tensor, low: float = 0.0, high: float = 1.0) -> Tensor:
     """What `uniform_` would have written."""
-    return low + (high - low) * torch.rand(
-        memory.shape, dtype=memory.dtype, device=memory.device
-    )
+    return low + (high - low) * torch.rand(memory.shape, dtype=memory.dtype, device=memory.device)
 
 
 def exponential(memory: Tensor, rate: float = 1.0) -> Tensor:
@@ -43,9 +42,17 @@ def cauchy(memory: Tensor, median: float = 0.0, scale: float = 1.0) -> Tensor:
     return median + scale * torch.tan(math.pi * (uniform(memory) - 0.5))
 
 
+def binomial(count: Tensor, probability: Tensor) -> Tensor:
+    """`torch.binomial`, which complains under vmap unless both arguments are mapped."""
+    both = torch.broadcast_tensors(count, probability)
+    return torch.binomial(both[0] + 0 * both[1], both[1] + 0 * both[0])
+
+
 WRITES = {
     "aten::normal_": normal,
     "aten::uniform_": uniform,
     "aten::exponential_": exponential,
     "aten::cauchy_": cauchy,
 }
+READS = {torch.ops.aten.binomial.default: binomial}
+DRAWS = {*WRITES.values(), *READS.values()}

@@ -6,15 +6,14 @@ from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
+from torch.distributions import Transform
 
 from flowvi.target.base import Target
 from flowvi.target.bijections import bijection
 from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Site
 from flowvi.target.program import Density
-
-TRIES = 40
-POINTS = 3
+from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
 
 def from_density(
@@ -45,17 +44,10 @@ class _Plain:
         self.name = getattr(log_prob, "__name__", type(log_prob).__name__)
         self.slices: dict[str, slice] = {}
         self.shapes: dict[str, torch.Size] = {}
-        self.transforms = {}
+        self.transforms: dict[str, Transform] = {}
         start = 0
         for name, site in sites.items():
-            try:
-                self.transforms[name] = bijection(site.support)
-            except NotImplementedError:
-                raise ModelError(
-                    f"Site '{name}' has support {site.support!r}, which no smooth bijection maps "
-                    "to R^n; parametrise it by unconstrained values."
-                ) from None
-            shape = self.transforms[name].inverse_shape(torch.Size(site.shape))
+            self.transforms[name], shape = _checked(name, site)
             self.shapes[name] = shape
             self.slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
@@ -94,27 +86,42 @@ class _Plain:
         return log_p + ladj
 
     def _inverse(self, flat: Tensor) -> Tensor:
-        pieces, start = [], 0
-        for name, site in self.sites.items():
-            size = torch.Size(site.shape).numel()
-            value = flat[start : start + size].reshape(site.shape)
-            pieces.append(self.transforms[name].inv(value).reshape(-1))
-            start += size
-        return torch.cat(pieces)
+        values = split(flat, self.sites)
+        return torch.cat([t.inv(values[name]).reshape(-1) for name, t in self.transforms.items()])
 
     def _points(self) -> Tensor:
-        generator = torch.Generator().manual_seed(0)
-        found = []
-        for i in range(TRIES):
-            noise = torch.randn(self.dim, generator=generator, dtype=torch.float64)
-            z = (noise * (2.0 if i % 2 else 0.5) * (1 - i / TRIES)).to(torch.get_default_dtype())
-            if self._density(z).isfinite():
-                found.append(z.detach())
-            if len(found) == POINTS:
-                break
-        if not found:
+        like = torch.zeros(self.dim)
+        points = finite_points(nearby(like), lambda z: bool(self._density(z).isfinite()))
+        if points is None:
             raise ModelError(
                 f"{self.name} is not finite at any of {TRIES} points near the centre of the "
                 "supports; check the supports of the sites and the scale of the data."
             )
-        return torch.stack(found)
+        return points
+
+
+def _checked(name: str, site: Site) -> tuple[Transform, torch.Size]:
+    """The bijection of a site, and the shape of what it maps to the site."""
+    try:
+        transform = bijection(site.support)
+    except NotImplementedError:
+        raise ModelError(
+            f"Site '{name}' has support {site.support!r}, which no smooth bijection maps to R^n; "
+            "parametrise it by unconstrained values."
+        ) from None
+    if site.dims and len(site.dims) != len(site.shape):
+        raise ModelError(
+            f"Site '{name}' has {len(site.shape)} axes; got {len(site.dims)} dims: {site.dims}."
+        )
+    shape = torch.Size(site.shape)
+    try:
+        inverse = transform.inverse_shape(shape)
+        fits = transform.forward_shape(inverse) == shape
+    except ValueError:
+        fits = False
+    if not fits:
+        raise ModelError(
+            f"Site '{name}' has shape {tuple(shape)}, which its support {site.support!r} does not "
+            "allow."
+        )
+    return transform, inverse

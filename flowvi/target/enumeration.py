@@ -14,8 +14,9 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from flowvi.target.checks import is_data, is_enumerated, scored
+from flowvi.target.checks import is_enumerated, scored
 from flowvi.target.facts import ModelError
+from flowvi.target.handlers import observes
 
 
 def log_joint(trace: poutine.Trace) -> Tensor:
@@ -65,7 +66,7 @@ def log_likelihood(trace: poutine.Trace, shapes: Mapping[str, torch.Size]) -> di
     discrete = [_unscaled(site) for site in scored(trace) if is_enumerated(site)]
     out = {}
     for site in scored(trace):
-        if not is_data(site):
+        if not observes(site):
             continue
         log_p, rows = _unscaled(site), shapes[site["name"]]
         if log_p.shape != rows:
@@ -88,7 +89,7 @@ def rows_are_exact(trace: poutine.Trace, shapes: Mapping[str, torch.Size]) -> bo
     except RuntimeError:  # rows and discrete values have no common shape
         return False
     scales = {site["name"]: site["scale"] for site in scored(trace)}
-    rest = [s["log_prob_sum"] for s in scored(trace) if not (is_data(s) or is_enumerated(s))]
+    rest = [s["log_prob_sum"] for s in scored(trace) if not (observes(s) or is_enumerated(s))]
     total = sum((scales[name] * value).sum() for name, value in rows.items()) + sum(rest)
     return bool(torch.isclose(torch.as_tensor(total), log_joint(trace), rtol=1e-5, atol=1e-5))
 

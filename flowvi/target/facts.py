@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
-
 from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint

@@ -16,7 +16,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from flowvi.target.bijections import bijection_of
+from flowvi.target.bijections import bijection_of, site_bijection
 from flowvi.target.facts import ModelError
 from flowvi.target.parameters import Parameters
 
@@ -56,7 +56,7 @@ class Owned(Messenger):
             # Rows that were observed are auxiliary here: give them the density that makes
             # them integrate to one, so that they neither count nor wander off.
             msg["mask"] = None
-        elif msg["is_observed"] and not is_deterministic(msg) and not isinstance(fn, dist.Unit):
+        elif observes(msg):
             self.data[name] = _as_data(name, msg["value"])
             msg["value"] = _scorable(self.data[name], msg)
 
@@ -85,7 +85,7 @@ class Prior(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if is_improper(msg["fn"]) and not msg["is_observed"] and msg["value"] is None:
             fn = msg["fn"]
-            transform = bijection_of(fn)
+            transform = site_bijection(msg["name"], fn)
             shape = transform.inverse_shape(torch.Size((*fn.batch_shape, *fn.event_shape)))
             msg["value"] = transform(0.5 * torch.randn(shape, dtype=self.dtype))
             msg["done"] = True
@@ -140,6 +140,18 @@ class ToVector(Messenger):
             self.pieces[name] = bijection_of(msg["fn"]).inv(self.values[name]).reshape(-1)
 
 
+class Unseen(Messenger):
+    """Forget the data, so that they are drawn; values derived from others stay what they are."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if (
+            msg["is_observed"]
+            and not is_deterministic(msg)
+            and not isinstance(msg["fn"], dist.Unit)
+        ):
+            msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
 def is_improper(fn: Any) -> bool:
     """Whether a distribution, or what it wraps, has no integral."""
     while not isinstance(fn, dist.ImproperUniform) and hasattr(fn, "base_dist"):
@@ -150,6 +162,16 @@ def is_improper(fn: Any) -> bool:
 def is_deterministic(site: Mapping[str, Any]) -> bool:
     """Whether a site was made by `pyro.deterministic`."""
     return bool(site["infer"].get("_deterministic"))
+
+
+def observes(site: Mapping[str, Any]) -> bool:
+    """Whether a site observes data: neither a factor, a plate nor a deterministic value."""
+    return (
+        site["type"] == "sample"
+        and site["is_observed"]
+        and not is_deterministic(site)
+        and not isinstance(site["fn"], _Subsample | dist.Unit)
+    )
 
 
 def mask_of(site: Mapping[str, Any]) -> Tensor | bool | None:

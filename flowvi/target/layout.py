@@ -12,9 +12,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor
 
 from flowvi.target import checks
-from flowvi.target.bijections import support_of
+from flowvi.target.bijections import bijection_of, support_of
 from flowvi.target.facts import Site
-from flowvi.target.handlers import is_deterministic, is_improper
+from flowvi.target.handlers import is_deterministic, is_improper, observes
 
 
 @dataclass
@@ -52,14 +52,14 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
     """Lay out the latents of a run in a vector, and name all axes."""
     slices, shapes, sites, start = {}, {}, {}, 0
     for name, site in latents.items():
-        shapes[name] = checks.transform_of(site).inv(site["value"]).shape
+        shapes[name] = bijection_of(site["fn"]).inv(site["value"]).shape
         slices[name] = slice(start, start + shapes[name].numel())
         start = slices[name].stop
         sites[name] = Site(tuple(site["value"].shape), support_of(site["fn"]), _dims(site))
     nodes = {name: s for name, s in trace.nodes.items() if s["type"] == "sample"}
     frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.dim is not None]
     plates = {n: s["fn"].size for n, s in nodes.items() if isinstance(s["fn"], _Subsample)}
-    values = {n: s for n, s in nodes.items() if is_deterministic(s) or checks.is_data(s)}
+    values = {n: s for n, s in nodes.items() if is_deterministic(s) or observes(s)}
     return Layout(
         latents,
         sites,

@@ -96,9 +96,7 @@ class Density(nn.Module):
             return _no_grad(record(value_and_gradient if gradient else value, [z, *inputs]))
         except Exception as error:
             self.lowers = False
-            warnings.warn(
-                f"Keeping the slower evaluation of the density: {error}", stacklevel=5
-            )
+            warnings.warn(f"Keeping the slower evaluation of the density: {error}", stacklevel=5)
             return None
 
 

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from flowvi.target import checks, enumeration, rows
+from flowvi.target import checks, enumeration, rows, scores
 from flowvi.target.base import Target
+from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError
 from flowvi.target.handlers import FromVector, ToVector
@@ -24,9 +23,8 @@ from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
+from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
-TRIES = 40
-POINTS = 3
 RUNS = 3
 
 
@@ -73,10 +71,9 @@ class _Capture:
         checks.same_structure(self.traces)
         self.layout = layout_of(self.first, checks.latent_sites(self.first, name))
         checks.subsampled_plates(self.first, runner.drawn)
-        checks.observations(self.first, self.data)
-        with torch.no_grad(), pyro.validation_enabled(False):
-            self.first.compute_log_prob()
-        checks.site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
+        scores.observations(self.first, self.data)
+        scores.score(self.first)
+        scores.site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
         _warn_if_data_are_missing(runner, self.data, name)
         self.parameters = runner.parameters.leaves
         self.reported = [*self.layout.latents, *self._deterministics()]
@@ -117,12 +114,7 @@ class _Capture:
         return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        values, start = {}, 0
-        for name, site in self.layout.sites.items():
-            size = int(np.prod(site.shape, dtype=int))
-            values[name] = flat[start : start + size].reshape(site.shape)
-            start += size
-        handler = ToVector(values)
+        handler = ToVector(split(flat, self.layout.sites))
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
 
@@ -136,7 +128,7 @@ class _Capture:
             if site["name"] in self.data
         }
 
-    def _trace(self, handler: Any, inputs: tuple[Tensor, ...] | list[Tensor]) -> poutine.Trace:
+    def _trace(self, handler: Any, inputs: Sequence[Tensor]) -> poutine.Trace:
         enumerate_from = -1 - self.layout.nesting if self.layout.enumerated else None
         trace, _ = self.runner.trace(handler, inputs, enumerate_from)
         checks.same_latents(trace, self.layout.latents)
@@ -197,7 +189,7 @@ class _Capture:
             with torch.no_grad():
                 inputs = [*self.parameters.values(), *batch.values()]
                 trace, data = self.runner.trace(self._at_prior(), inputs)
-            checks.observations(trace, data)
+            scores.observations(trace, data)
             pieces.append((batch, {name: value.detach() for name, value in data.items()}))
         return rows.assemble(pieces, self.runner.drawn, self.layout.dims)
 
@@ -206,36 +198,29 @@ class _Capture:
 
     def _points(self, inputs: list[Tensor]) -> Tensor:
         """A few points at which the model's own density is finite: prior draws, or near zero."""
-        found: list[Tensor] = []
-        trace = self.first
-        for z in itertools.islice(self._candidates(), TRIES):
-            with torch.no_grad(), contextlib.suppress(torch.linalg.LinAlgError, ValueError):
-                trace = self._trace(self._from_vector(z), inputs)
-                if all(site["log_prob_sum"].isfinite() for site in checks.scored(trace)):
-                    found.append(z)
-            if len(found) == POINTS:
-                break
-        if not found:
-            raise ModelError(checks.where_not_finite(trace, TRIES))
-        return torch.stack(found)
+        last = [self.first]
 
-    def _candidates(self) -> Iterator[Tensor]:
-        latents = self.layout.latents
-        for trace in self.traces:
-            transforms = {name: checks.transform_of(trace.nodes[name]) for name in latents}
-            pieces = [t.inv(trace.nodes[name]["value"]) for name, t in transforms.items()]
-            yield torch.cat([piece.reshape(-1) for piece in pieces])
-        like = torch.cat([piece.reshape(-1) for piece in pieces])
-        generator = torch.Generator().manual_seed(0)
-        for i in range(TRIES):
-            noise = torch.randn(like.shape, generator=generator).to(like)
-            yield noise * (2.0 if i % 2 else 0.5) * (1 - i / TRIES)
+        def is_finite(z: Tensor) -> bool:
+            last[0] = self._trace(self._from_vector(z), inputs)
+            sums = (site["log_prob_sum"] for site in checks.scored(last[0]))
+            return all(bool(log_p.isfinite()) for log_p in sums)
+
+        draws = [self._unconstrained(trace) for trace in self.traces]
+        points = finite_points(itertools.chain(draws, nearby(draws[0])), is_finite)
+        if points is None:
+            raise ModelError(scores.where_not_finite(last[0], TRIES, self.runner.arguments()))
+        return points
+
+    def _unconstrained(self, trace: poutine.Trace) -> Tensor:
+        sites = [trace.nodes[name] for name in self.layout.latents]
+        return torch.cat([bijection_of(s["fn"]).inv(s["value"]).reshape(-1) for s in sites])
 
 
 def _warn_if_data_are_missing(runner: Runner, data: dict[str, Tensor], name: str) -> None:
-    if not data and any(value is None for value in runner.arguments().values()):
+    absent = [key for key, value in runner.arguments().items() if value is None]
+    if absent and not data:
         warnings.warn(
-            f"{name} observes nothing, and one of its arguments is None: this is a fit to the "
-            "prior. Were the data forgotten?",
+            f"{name} observes nothing, and its argument '{absent[0]}' is None: this is a fit to "
+            "the prior. Were the data forgotten?",
             stacklevel=4,
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,9 +27,7 @@ def cover(plates: Plates, device: torch.device | None = None) -> Iterator[tuple[
         yield weight, dict(zip(plates, (rows for _, rows in combination), strict=True))
 
 
-def _cover_one(
-    size: int, batch: int, device: torch.device | None
-) -> list[tuple[float, Tensor]]:
+def _cover_one(size: int, batch: int, device: torch.device | None) -> list[tuple[float, Tensor]]:
     """Batches of one plate, and their weights.
 
     A plate of N rows and batches of B scales its rows by N / B, so disjoint
@@ -73,6 +72,6 @@ def assemble(
                 out[name] = value.new_zeros((*value.shape[:lead], *shape))
             places = [batch.get(d, torch.arange(n, device=value.device)) for d, n in axes]
             # Without axes there is one place, and meshgrid wants at least one.
-            grid = torch.meshgrid(*places, indexing="ij") if places else ()
+            grid: tuple[Any, ...] = torch.meshgrid(*places, indexing="ij") if places else ()
             out[name][(..., *grid)] = value
     return out

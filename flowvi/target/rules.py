@@ -89,9 +89,9 @@ def item(values: Sequence[Tensor], i: int) -> Tensor:
     return values[i]
 
 
-def nan_if_failed(pair: tuple[Tensor, Tensor]) -> Tensor:
+def nan_if_failed(pair: tuple[Tensor, Tensor], i: int) -> Tensor:
     """A factorisation, or NaN where it failed: outside of a graph that raises an error."""
-    factor, info = pair
+    factor, info = pair[i], pair[1]
     return torch.where((info == 0)[..., None, None], factor, torch.nan)
 
 

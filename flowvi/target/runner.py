@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +14,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.target import checks
+from flowvi.target import checks, scores
+from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Prior, quiet, run
 from flowvi.target.parameters import Parameters
 
@@ -65,7 +66,12 @@ class Runner:
         owned = Owned(self.parameters)
         handlers = (checks.LastSite(), Prior(self.dtype), owned)
         with torch.no_grad(), pyro.validation_enabled(validate):
-            trace = run(self.model, self.args, self.kwargs, *handlers)
+            try:
+                trace = run(self.model, self.args, self.kwargs, *handlers)
+            except ValueError as error:
+                if cause := scores.nan_in(self.arguments()):
+                    raise ModelError(f"The model fails.{cause} {error}") from error
+                raise
         self.drawn = owned.drawn
         return trace, owned.data
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import pyro
@@ -15,9 +15,10 @@ from torch import Tensor
 from flowvi.target import checks, rows
 from flowvi.target.capture import agree
 from flowvi.target.facts import Simulator
-from flowvi.target.handlers import Owned, is_deterministic
+from flowvi.target.handlers import Owned, Unseen
 from flowvi.target.layout import Layout
 from flowvi.target.runner import Runner
+from flowvi.target.tape import LatentValueRead, Unrecordable, record
 
 CHUNK = 1000
 CHECKED = 2
@@ -43,22 +44,24 @@ def simulator(
     def simulate(
         given: Mapping[str, np.ndarray] | None, n: int, seed: int
     ) -> dict[str, np.ndarray]:
+        batches = [batch for _, batch in rows.cover(runner.drawn)]
+        values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+        out: Values = {}
         with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), torch.no_grad():
             torch.manual_seed(seed)
-            values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
-            out: Values = {}
-            pieces = []
-            draw = _prior = None
-            for _, batch in rows.cover(runner.drawn):
-                draw = draw or _Draws(runner, values, batch)
-                everything = draw(values, batch, n)
-                if not out and given is None:
-                    out = {name: everything[name] for name in reported}
-                    values = {name: everything[name] for name in layout.sites}
-                    draw = None
-                pieces.append((batch, {name: everything[name] for name in observed}))
-            whole = rows.assemble(pieces, runner.drawn, layout.dims, lead=1)
-        out |= whole if runner.drawn else pieces[0][1]
+            if given is None:
+                everything = _Draws(runner, {}, batches[0])({}, batches[0], n)
+                out = {name: everything[name] for name in [*reported, *observed]}
+                values = {name: everything[name] for name in layout.sites}
+            if given is not None or runner.drawn:
+                draw = _Draws(runner, values, batches[0])
+                pieces = [(batch, draw(values, batch, n)) for batch in batches]
+                data = [(batch, {name: p[name] for name in observed}) for batch, p in pieces]
+                out |= (
+                    rows.assemble(data, runner.drawn, layout.dims, 1)
+                    if runner.drawn
+                    else data[0][1]
+                )
         return {name: value.cpu().numpy() for name, value in out.items()}
 
     return simulate
@@ -77,8 +80,8 @@ class _Draws:
         self.runner = runner
         self.names, self.plates = list(values), list(batch)
         # A graph has at least one input, which says how often to draw.
-        inputs = [torch.zeros(()), *(v[0] for v in values.values()), *batch.values()]
-        self.graph, self.reason = None, ""
+        inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
+        self.graph, self.reason, self.warned = None, "", False
         try:
             self.graph = record(self._run, inputs, chance=True)
         except (LatentValueRead, Unrecordable) as error:
@@ -105,8 +108,14 @@ class _Draws:
             except RuntimeError as error:  # what vmap cannot do, a loop can
                 self.reason = str(error).split("\n")[0]
             self.graph = None
-        self._warn()
-        ones = [[a[i] if d == 0 else a for a, d in zip(arguments, dims)] for i in range(n)]
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"Simulating one draw at a time, which is slow: {self.reason}", stacklevel=6
+            )
+        ones = [
+            [a[i] if d == 0 else a for a, d in zip(arguments, dims, strict=True)] for i in range(n)
+        ]
         each = [self._run(*one)[0] for one in ones]
         return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
@@ -119,12 +128,11 @@ class _Draws:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = poutine.condition(poutine.uncondition(model), values)
+        free = poutine.condition(Unseen()(model), values)
         with pyro.validation_enabled(False):
             trace = poutine.trace(Owned(runner.parameters, batch)(free)).get_trace()
             log_p = trace.log_prob_sum()
-        sites = [*checks.scored(trace), *filter(is_deterministic, trace.nodes.values())]
-        return {site["name"]: torch.as_tensor(site["value"]) for site in sites}, log_p
+        return {s["name"]: torch.as_tensor(s["value"]) for s in checks.valued(trace)}, log_p
 
     def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
         """Whether one of the draws has the log density that the model itself gives it."""

@@ -2,14 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
-import traceback
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
-import opt_einsum
-import pyro
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
@@ -17,16 +12,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from flowvi.target import rules
-from flowvi.target.chance import WRITES, is_random
+from flowvi.target.chance import READS, WRITES, is_random
+from flowvi.target.lines import user_line
 from flowvi.target.memory import Memory, geometry_of, positions, size_of, storage_key
 from flowvi.target.rules import aten
 
-# Frames in these folders are not the user's.
-LIBRARIES = tuple(
-    f"{Path(file).parent}/"
-    for file in (torch.__file__, pyro.__file__, opt_einsum.__file__, str(Path(__file__).parent))
-)
-STANDARD = f"{Path(contextlib.__file__).parent}/"
 DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
 
 
@@ -75,7 +65,10 @@ class Tape(TorchDispatchMode):
         """Close the graph with the given outputs (a tree of tensors)."""
         self.graph.output(tree_map(self._operand, outputs))
         self.graph.eliminate_dead_code()
-        return fx.GraphModule(self.root, self.graph)
+        graph = fx.GraphModule(self.root, self.graph)
+        # What a model computes from its data is no state of it.
+        graph._non_persistent_buffers_set.update(graph._buffers)
+        return graph
 
     def __torch_dispatch__(
         self,
@@ -126,22 +119,20 @@ class Tape(TorchDispatchMode):
         elif func in rules.RESHAPES:
             self.memory.track(out, self._call(torch.reshape, (args[0], tuple(args[1])), {}))
         elif isinstance(out, Tensor):
-            self.memory.track(out, self._call(func, args, kwargs))
+            self.memory.track(out, self._call(READS.get(func, func), args, kwargs))
         elif isinstance(out, (tuple, list)):
             whole = self._call(func, args, kwargs)
             for i, t in enumerate(out):
                 failing = i == 0 and func is aten.linalg_cholesky_ex.default
-                part = (rules.nan_if_failed, (whole,)) if failing else (rules.item, (whole, i))
+                pick = rules.nan_if_failed if failing else rules.item
                 if isinstance(t, Tensor):
-                    self.memory.track(t, self._call(*part, {}))
+                    self.memory.track(t, self._call(pick, (whole, i), {}))
         else:
             raise Unrecordable(
                 f"{rules.name_of(func)} returns {type(out).__name__} at {user_line()}"
             )
 
-    def _record_write(
-        self, func: OpOverload, args: Any, kwargs: Any, written: list[Tensor]
-    ) -> Any:
+    def _record_write(self, func: OpOverload, args: Any, kwargs: Any, written: list[Tensor]) -> Any:
         target = written[0]
         if len(written) > 1:
             raise Unrecordable(f"{rules.name_of(func)} writes to several tensors at {user_line()}")
@@ -163,7 +154,7 @@ class Tape(TorchDispatchMode):
             return args[1]
         if func._schema.name == "aten::zero_":
             return 0
-        functional = WRITES.get(func._schema.name) or rules.functional(func)
+        functional: Any = WRITES.get(func._schema.name) or rules.functional(func)
         if functional is None:
             raise Unrecordable(f"{rules.name_of(func)} at {user_line()}")
         outs = {a.name for a in func._schema.arguments if a.is_out}
@@ -208,7 +199,7 @@ class Tape(TorchDispatchMode):
         if key not in self._constants:
             name = f"c{len(self._constants)}"
             held = t.detach()
-            self.root.register_buffer(name, held.to(self._dtype(t.dtype)), persistent=False)
+            self.root.register_buffer(name, held.to(self._dtype(t.dtype)))
             self._constants[key] = (self.graph.get_attr(name), held)
             self._constant_storages.setdefault(key[0], []).append(name)
         return self._constants[key][0]
@@ -224,10 +215,10 @@ class Tape(TorchDispatchMode):
 
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         flat, spec = tree_flatten((args, kwargs))
-        key = (function, str(spec), tuple((type(a), a) for a in flat))
-        if function in WRITES.values() or is_random(function, kwargs):
+        key: Any = (function, str(spec), tuple((type(a), a) for a in flat))
+        if is_random(function, kwargs):
             # Two draws from one distribution are two numbers.
-            key = (object(),)
+            key = object()
         if key not in self._seen:
             self._seen[key] = self.graph.call_function(function, tuple(args), dict(kwargs))
         return self._seen[key]
@@ -261,12 +252,3 @@ def record(
     if tape.random:
         raise RandomNumber(tape.random)
     return tape.finish(outputs)
-
-
-def user_line() -> str:
-    """The innermost line of the call stack that belongs to the user's own code."""
-    for frame in reversed(traceback.extract_stack()):
-        standard = f"{Path(frame.filename).parent}/" == STANDARD
-        if not standard and not frame.filename.startswith(LIBRARIES):
-            return f'{Path(frame.filename).name}:{frame.lineno} "{frame.line}"'
-    return "an unknown line"

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro.infer import config_enumerate
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()

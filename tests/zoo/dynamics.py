@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()
@@ -98,8 +99,15 @@ def every_kind_of_write() -> Case:
         out = torch.zeros(4)
         torch.mul(x.detach().clone() * 0.0 + 1.0, 2.0, out=out)
         whole = torch.zeros(4).copy_(x)
-        total = (empty.square().sum() + masked.sum() * put.sum() + accumulated.square().sum()
-                 + scattered.sin().sum() + clamped.sum() + out.sum() + (whole * x).sum())
+        total = (
+            empty.square().sum()
+            + masked.sum() * put.sum()
+            + accumulated.square().sum()
+            + scattered.sin().sum()
+            + clamped.sum()
+            + out.sum()
+            + (whole * x).sum()
+        )
         pyro.factor("f", -0.1 * total)
 
     return Case(model)
@@ -187,10 +195,12 @@ def runge_kutta() -> Case:
 
         def rate(state: Tensor) -> Tensor:
             prey, predator = state[0], state[1]
-            return torch.stack([
-                theta[0] * prey - theta[1] * prey * predator,
-                -theta[2] * predator + theta[3] * prey * predator,
-            ])
+            return torch.stack(
+                [
+                    theta[0] * prey - theta[1] * prey * predator,
+                    -theta[2] * predator + theta[3] * prey * predator,
+                ]
+            )
 
         state, path = start, []
         for _ in range(len(y)):

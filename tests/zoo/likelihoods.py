@@ -4,6 +4,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()

@@ -5,6 +5,7 @@ import pyro.contrib.gp as gp
 import pyro.distributions as dist
 import torch
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()

@@ -5,6 +5,7 @@ import pyro.distributions as dist
 import torch
 from pyro import poutine
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()
@@ -109,8 +110,11 @@ def imputed_by_obs_mask() -> Case:
             free = pyro.sample("y_unobserved", dist.Normal(m, s))
             pyro.deterministic("y", torch.where(keep, y, free))
 
-    return Case(model, (torch.tensor([1.0, NAN, 2.0, NAN]),
-                        torch.tensor([True, False, True, False])), twin=twin)
+    return Case(
+        model,
+        (torch.tensor([1.0, NAN, 2.0, NAN]), torch.tensor([True, False, True, False])),
+        twin=twin,
+    )
 
 
 @MODELS
@@ -119,9 +123,8 @@ def out_of_support_behind_mask() -> Case:
         keep = y > -99
         y = torch.where(keep, y, 1.0) if replace else y
         rate = pyro.sample("rate", dist.Gamma(1.0, 1.0))
-        with pyro.plate("row", len(y)):
-            with poutine.mask(mask=keep):
-                pyro.sample("time", dist.LogNormal(rate, 1.0), obs=y)
+        with pyro.plate("row", len(y)), poutine.mask(mask=keep):
+            pyro.sample("time", dist.LogNormal(rate, 1.0), obs=y)
 
     def twin(y: Tensor) -> None:
         model(y, replace=True)

@@ -6,6 +6,7 @@ import torch
 from pyro.nn import PyroModule, PyroParam, PyroSample
 from torch import Tensor, nn
 from torch.distributions import constraints
+
 from zoo.case import Case, Family
 
 MODELS = Family()

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from pyro.infer.reparam import LocScaleReparam, TransformReparam
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()
@@ -195,8 +196,19 @@ def functions_of_every_kind() -> Case:
         norm = torch.linalg.vector_norm(x) + y.sum()
         special = torch.special.expit(x).sum() + torch.lgamma(x.exp()).sum() + torch.erf(x).sum()
         mixed = torch.logaddexp(x[0], x[1]) + torch.nn.functional.softmax(x, 0)[2]
-        total = (top.sum() + ordered[0] + largest.values + pieces.sum() + chosen.sum()
-                 + gathered.sum() + rounded + norm + special + mixed + x[order].cumsum(0)[1])
+        total = (
+            top.sum()
+            + ordered[0]
+            + largest.values
+            + pieces.sum()
+            + chosen.sum()
+            + gathered.sum()
+            + rounded
+            + norm
+            + special
+            + mixed
+            + x[order].cumsum(0)[1]
+        )
         pyro.factor("f", -0.05 * total.square())
 
     return Case(model, (torch.randn(3),))

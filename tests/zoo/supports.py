@@ -7,6 +7,7 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from torch import Tensor
+
 from zoo.case import Case, Family
 
 MODELS = Family()
@@ -26,8 +27,12 @@ def scales_and_intervals() -> Case:
         pyro.sample("unit", dist.Beta(2.0, 3.0))
         pyro.sample("interval", dist.Uniform(-2.0, 5.0))
         pyro.sample("above", dist.Pareto(1.5, 3.0))
-        pyro.sample("below", dist.TransformedDistribution(
-            dist.Exponential(1.0), dist.transforms.AffineTransform(2.0, -1.0)))
+        pyro.sample(
+            "below",
+            dist.TransformedDistribution(
+                dist.Exponential(1.0), dist.transforms.AffineTransform(2.0, -1.0)
+            ),
+        )
         pyro.sample("logistic", dist.Logistic(0.0, 1.0))
         pyro.sample("weibull", dist.Weibull(1.0, 2.0))
         pyro.sample("lognormal", dist.LogNormal(0.0, 0.7))
@@ -50,8 +55,12 @@ def simplexes() -> Case:
 @MODELS
 def ordered_cutpoints() -> Case:
     def model(x: Tensor, y: Tensor) -> None:
-        cut = pyro.sample("cut", dist.TransformedDistribution(
-            dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.transforms.OrderedTransform()))
+        cut = pyro.sample(
+            "cut",
+            dist.TransformedDistribution(
+                dist.Normal(torch.zeros(3), 1.0).to_event(1), dist.transforms.OrderedTransform()
+            ),
+        )
         b = pyro.sample("b", dist.Normal(0.0, 1.0))
         with pyro.plate("n", len(y)):
             pyro.sample("y", dist.OrderedLogistic(b * x, cut), obs=y)
@@ -95,8 +104,9 @@ def lkj_covariance() -> Case:
         corr = pyro.deterministic("corr", chol @ chol.mT, event_dim=2)
         assert corr.shape == (3, 3)
         with pyro.plate("n", len(y)):
-            pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), scale_tril=sd[:, None] * chol),
-                        obs=y)
+            pyro.sample(
+                "y", dist.MultivariateNormal(torch.zeros(3), scale_tril=sd[:, None] * chol), obs=y
+            )
 
     return Case(model, (torch.randn(4, 3),))
 
@@ -114,8 +124,9 @@ def wishart() -> Case:
     def model(y: Tensor) -> None:
         precision = pyro.sample("P", dist.Wishart(torch.tensor(5.0), torch.eye(3)))
         with pyro.plate("n", len(y)):
-            pyro.sample("y", dist.MultivariateNormal(torch.zeros(3), precision_matrix=precision),
-                        obs=y)
+            pyro.sample(
+                "y", dist.MultivariateNormal(torch.zeros(3), precision_matrix=precision), obs=y
+            )
 
     return Case(model, (torch.randn(4, 3),), how="tape")
 
