@@ -3,12 +3,13 @@
 from flowvi._version import __version__
 from flowvi.checkpoint import load
 from flowvi.draws import Draws, bounds, diagnose, resample
-from flowvi.fit import Fit, Step, fit
+from flowvi.fit import Fit, fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi
 from flowvi.target import ModelError, Site, Target, from_density, from_pyro
+from flowvi.training import Step
 
 __all__ = [
     "FLOWS",

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -56,9 +58,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
     return path
 
 
-def load(
-    folder: str | os.PathLike[str], target: Target, guide: Guide | None = None
-) -> Fit:
+def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = None) -> Fit:
     """Read a fit that `Fit.save` wrote.
 
     Args:
@@ -73,10 +73,9 @@ def load(
     path = Path(folder)
     manifest = _manifest(path)
     _compare(manifest["latents"], latents(target), path)
-    name = manifest["meta"]["guide"]
     guides = []
     for i in range(manifest["guides"]):
-        new = _build(name, target, guide, path)
+        new = _build(manifest["meta"]["specs"][i], target, guide, path)
         _fill(new, path / f"guide_{i}.safetensors")
         guides.append(new)
     if (path / "target.safetensors").exists():
@@ -103,7 +102,9 @@ def _manifest(path: Path) -> dict[str, Any]:
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder; give the one that fit.save wrote.")
     if not file.exists():
-        raise CheckpointError(f"{path} holds no {MANIFEST}: it is no saved fit, or not a whole one.")
+        raise CheckpointError(
+            f"{path} holds no {MANIFEST}: it is no saved fit, or not a whole one."
+        )
     try:
         manifest = json.loads(file.read_text())
     except ValueError as error:
@@ -123,12 +124,13 @@ def _compare(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
             )
 
 
-def _build(name: str, target: Target, guide: Guide | None, path: Path) -> Guide:
-    if name in GUIDES or name in FLOWS:
+def _build(spec: dict[str, Any], target: Target, guide: Guide | None, path: Path) -> Guide:
+    name = spec["name"]
+    if name in GUIDES:
+        new = GUIDES[name](target.dim, **spec["sizes"])
+    elif name in FLOWS:
         new = make_guide(name, target.dim)
     elif guide is not None:
-        import copy
-
         new = copy.deepcopy(guide)
     else:
         raise CheckpointError(
@@ -172,7 +174,7 @@ def _read(file: Path) -> dict[str, Tensor]:
         raise CheckpointError(f"{file} is not a file that fit.save wrote: {error}.") from None
 
 
-def _write(file: Path, tensors: dict[str, Tensor]) -> None:
+def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
     whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
     _replace(file, save(whole))
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from flowvi.guides import Guide
-from flowvi.init import REFINE_ROUNDS, Gaussian, evaluate, refine
+from flowvi.init import REFINE_ROUNDS, Gaussian, evaluate, near, refine
 from flowvi.target import Target
 
 DRAWS = 200
@@ -22,10 +22,10 @@ DEPTH = 1.0
 EXCESS = 3.0
 
 
-def missed(
+def left_out(
     target: Target, guide: Guide, bound: float, others: Sequence[Gaussian], seed: int
-) -> list[str]:
-    """Say which Gaussians of the search hold mass that the guide leaves out.
+) -> list[Gaussian]:
+    """Find Gaussians of the search that hold mass which the guide does not cover.
 
     The ELBO of a Gaussian bounds from below the mass around it. Where that is
     not small beside the guide's bound, and the weights p / q at the Gaussian's
@@ -39,16 +39,13 @@ def missed(
         bound: Its bound on the log mass.
         others: Refined Gaussians from other start points.
         seed: Of the draws.
-
-    Returns:
-        One sentence, or none.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     noise = torch.randn(
         DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
 
-    def left_out(g: Gaussian) -> bool:
+    def outside(g: Gaussian) -> bool:
         z = g.loc + noise @ g.scale_tril.mT
         with torch.no_grad():
             excess = evaluate(target, z) - guide.log_prob(z) - bound
@@ -59,22 +56,23 @@ def missed(
         heavy = g.elbo > bound + math.log(SHARE)
         if not heavy and not (g.blind and g.elbo > bound - 10 - DEPTH * target.dim):
             continue
-        if left_out(g) and not heavy:
+        if outside(g) and not heavy:
             # What has not settled yet may be on its way to where the guide is.
             g = refine(target, g, generator, noise, False, REFINE_ROUNDS)
-        if left_out(g) and not any(_near(g, f) for f in found):
+        if outside(g) and not any(near(g, f) for f in found):
             found.append(g)
-    share = sum(math.exp(min(g.elbo - bound, 50.0)) for g in found)
-    if share < SHARE and len(found) < MANY:
-        return []
+    return found if _share(found, bound) >= SHARE or len(found) >= MANY else []
+
+
+def sentence(found: Sequence[Gaussian], bound: float) -> str:
+    """Say what `left_out` found."""
     modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
-    return [
+    return (
         f"The search for a start found {modes} that the guide leaves out, with at least "
-        f"{share:.1g} times the mass that it covers; there may be more. Its draws cannot show them."
-    ]
+        f"{_share(found, bound):.1g} times the mass that it covers; there may be more. Its draws "
+        "cannot show them."
+    )
 
 
-def _near(a: Gaussian, b: Gaussian) -> bool:
-    """Whether two Gaussians lie within a few of the wider one's widths of each other."""
-    width = torch.maximum(a.scale_tril.norm(dim=1), b.scale_tril.norm(dim=1))
-    return bool((((a.loc - b.loc) / width).abs() < 2.0).all())
+def _share(found: Sequence[Gaussian], bound: float) -> float:
+    return sum(math.exp(min(g.elbo - bound, 50.0)) for g in found)

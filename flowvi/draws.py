@@ -1,7 +1,7 @@
 """The table of draws: all that is known of a fit once the guide has been called."""
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,11 +14,14 @@ from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Diagnosis
 from flowvi.guides import Guide
 from flowvi.target import Target
+from flowvi.target.runner import own_randomness
+
+DRAWING = 0
 
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Independent draws of one or several guides; the chain axis is the guides.
+    """Draws of one or several guides, independent, the chain axis is the guides; or of MCMC.
 
     Attributes:
         z: Unconstrained draws, (chain, draw, D).
@@ -29,6 +32,7 @@ class Draws:
             model, each (chain, draw, *shape).
         target: Where names, dims and data come from.
         meta: JSON-able facts about the fit.
+        stats: Facts about each draw of MCMC, (chain, draw), by ArviZ's names.
     """
 
     z: np.ndarray
@@ -37,10 +41,16 @@ class Draws:
     values: dict[str, np.ndarray]
     target: Target
     meta: dict[str, Any] = field(default_factory=dict)
+    stats: dict[str, np.ndarray] = field(default_factory=dict)
 
     @property
     def log_weights(self) -> np.ndarray:
-        """Log p - log q, (chain, draw). Resampled draws have none."""
+        """Log p - log q, (chain, draw). Resampled draws and those of MCMC have none."""
+        if self.mcmc:
+            raise ValueError(
+                "These draws are of Markov chains, not of the guide: they have no weights. Take "
+                "fit.draw(...) where weights are needed; evidence(draws, mcmc=...) uses both."
+            )
         if self.resampled:
             raise ValueError(
                 "These draws were resampled and weigh the same. diagnose(draws) tells what their "
@@ -54,8 +64,16 @@ class Draws:
         return bool(self.meta.get("resampled", False))
 
     @property
+    def mcmc(self) -> bool:
+        """Whether `neutra` made these draws."""
+        return "mcmc" in self.meta
+
+    @property
     def title(self) -> str:
         """What was fitted, in one line."""
+        if self.mcmc:
+            where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
+            return f"{self.target.name}: {' '.join(where.split())}"
         words = {"guide": "{} guide", "objective": "{}", "steps": "{} steps"}
         parts = [word.format(self.meta[key]) for key, word in words.items() if key in self.meta]
         return f"{self.target.name}: {', '.join(parts)}" if parts else self.target.name
@@ -70,7 +88,7 @@ class Draws:
 
     def __str__(self) -> str:
         chains, draws, dim = self.z.shape
-        kind = "resampled draws" if self.resampled else "draws"
+        kind = "resampled draws" if self.resampled else "MCMC draws" if self.mcmc else "draws"
         lines = [self.title, f"  {chains} x {draws} {kind} in {dim} dimensions"]
         for name, value in self.values.items():
             row = f"  {name:<16} {value.shape[2:]!s:<10}"
@@ -100,17 +118,33 @@ def draw(
     """
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}.")
-    devices = [target.device] if target.device.type == "cuda" else []
-    with torch.no_grad(), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        chains = [_chain(target, guide, n) for guide in guides]
-    z, log_p, log_q = (np.stack(column) for column in list(zip(*chains, strict=True))[:3])
-    values = {name: np.stack([chain[3][name] for chain in chains]) for name in chains[0][3]}
+    sizes = [min(target.chunk(), n - start) for start in range(0, n, target.chunk())]
+    with torch.no_grad(), own_randomness(seed):
+        return tabulate(target, [_pieces(guide, sizes) for guide in guides], meta)
+
+
+def tabulate(
+    target: Target,
+    chains: Sequence[Iterable[tuple[Tensor, Tensor]]],
+    meta: dict[str, Any] | None = None,
+    stats: dict[str, np.ndarray] | None = None,
+) -> Draws:
+    """Evaluate the target at draws and put all into one table.
+
+    Args:
+        target: The log density.
+        chains: For each chain, pieces z (N, D) and log q (N) of `target.chunk()` at most.
+        meta: JSON-able facts about the draws.
+        stats: Facts about each draw, (chain, draw).
+    """
+    done = [_chain(target, pieces) for pieces in chains]
+    z, log_p, log_q = (np.stack(column) for column in list(zip(*done, strict=True))[:3])
+    values = {name: np.stack([chain[3][name] for chain in done]) for name in done[0][3]}
     log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
     # A draw that cannot be scored has weight zero.
     log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
     log_q[~np.isfinite(log_q)] = 0.0
-    return Draws(z, log_p, log_q, values, target, dict(meta or {}))
+    return Draws(z, log_p, log_q, values, target, dict(meta or {}), dict(stats or {}))
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
@@ -164,6 +198,8 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
     if draws.resampled:
         facts = draws.meta["diagnosis"]
         return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"])})
+    if draws.mcmc:
+        return _of_chains(draws)
     diagnosis = diagnostics.diagnose(
         draws.log_weights,
         {**draws.values, **_coordinates(draws)},
@@ -182,14 +218,31 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
         particles: Numbers of particles K. Where there are fewer draws than K
             the bound is NaN.
     """
-    if isinstance(draws, Draws) and draws.target.improper:
-        names = ", ".join(f"'{name}'" for name in draws.target.improper)
+    if isinstance(draws, Draws):
+        check_proper(draws.target.improper)
+    log_weights = draws.log_weights if isinstance(draws, Draws) else draws
+    return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def check_proper(improper: Sequence[str]) -> None:
+    """Refuse to speak of the evidence where a prior is improper."""
+    if improper:
+        names = ", ".join(f"'{name}'" for name in improper)
         raise ValueError(
             f"The prior of {names} is improper, so there is no evidence to bound. Compare guides "
             "by diagnose(draws).elbo, or give a proper prior."
         )
-    log_weights = draws.log_weights if isinstance(draws, Draws) else draws
-    return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def _of_chains(draws: Draws) -> Diagnosis:
+    """The verdict on MCMC draws, by every coordinate, the log density and all deterministics."""
+    named = {name: draws[name] for name in draws.target.deterministics}
+    return diagnostics.diagnose_chains(
+        {**_coordinates(draws), "log p": draws.log_p, **named},
+        draws.stats["diverging"],
+        draws.title,
+        draws.meta.get("missed", ()),
+    )
 
 
 def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
@@ -200,21 +253,20 @@ def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
     }
 
 
+def _pieces(guide: Guide, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws of one guide, each piece made when it is asked for."""
+    for size in sizes:
+        yield guide.sample((size,))
+
+
 def _chain(
-    target: Target, guide: Guide, n: int
+    target: Target, pieces: Iterable[tuple[Tensor, Tensor]]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """Draws of one guide: z, log_p, log_q and values."""
-    z, log_p, log_q, values = zip(*_chunks(target, guide, n), strict=True)
+    """One chain: z, log_p, log_q and values."""
+    chunks = ((z, target.log_prob(z), log_q, target.constrain(z)) for z, log_q in pieces)
+    z, log_p, log_q, values = zip(*chunks, strict=True)
     named = {name: _joined([chunk[name] for chunk in values]) for name in values[0]}
     return _joined(z), _joined(log_p), _joined(log_q), named
-
-
-def _chunks(
-    target: Target, guide: Guide, n: int
-) -> Iterator[tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]]:
-    for start in range(0, n, target.chunk()):
-        z, log_q = guide.sample((min(target.chunk(), n - start),))
-        yield z, target.log_prob(z), log_q, target.constrain(z)
 
 
 def _joined(chunks: Sequence[Tensor]) -> np.ndarray:

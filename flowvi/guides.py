@@ -114,9 +114,14 @@ class Pushforward(Guide):
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         rows = () if context is None else context.shape[:-1]
         eps = self.base.sample((*shape, *rows))
+        z, ladj = self.transport(eps, context)
+        return Draw(z, self.base.log_prob(eps) - ladj)
+
+    def transport(self, eps: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Map base noise to z. (..., D) -> (..., D), log|det dz/deps| (...)."""
         y, flow_ladj = self.flow(eps, context)
         z, affine_ladj = self.affine(y, context)
-        return Draw(z, self.base.log_prob(eps) - flow_ladj - affine_ladj)
+        return z, flow_ladj + affine_ladj
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         if z.shape[-1] != self.dim:

@@ -88,6 +88,7 @@ def attributes(draws: Draws) -> dict[str, str | int | float]:
         "inference_library_version": __version__,
         "modeling_interface": "flowvi",
         "model": draws.target.name,
+        "improper": list(draws.target.improper),
         **{key: value for key, value in draws.meta.items() if key != "diagnosis"},
     }
     if "seconds" in draws.meta:
@@ -192,8 +193,10 @@ def _predictive(draws: Draws, seed: int) -> Arrays:
 
 
 def _stats(draws: Draws) -> Arrays:
-    stats = {"log_p": draws.log_p, "log_q": draws.log_q}
-    return stats if draws.resampled else {**stats, "log_weight": draws.log_weights}
+    stats = {"log_p": draws.log_p, "log_q": draws.log_q, **draws.stats}
+    if draws.resampled or draws.mcmc:
+        return stats
+    return {**stats, "log_weight": draws.log_weights}
 
 
 def _by_chain(arrays: Arrays, draws: Draws) -> Arrays:

@@ -227,9 +227,7 @@ def _natural_step(
     spread = rate * (spread.tril(-1) + 0.5 * spread.diagonal().diag())
     spread = spread / (2 * torch.linalg.matrix_norm(spread) / math.sqrt(target.dim)).clamp_min(1.0)
     factor = spread.tril(-1) + spread.diagonal().exp().diag()
-    return replace(
-        g, loc=g.loc + g.scale_tril @ shift, scale_tril=(g.scale_tril @ factor).tril()
-    )
+    return replace(g, loc=g.loc + g.scale_tril @ shift, scale_tril=(g.scale_tril @ factor).tril())
 
 
 def score(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
@@ -244,6 +242,26 @@ def evaluate(target: Target, z: Tensor) -> Tensor:
     """The log density of many points, in chunks that fit memory. (S, D) -> (S)."""
     with torch.no_grad():
         return torch.cat([target.log_prob(part) for part in z.split(target.chunk())])
+
+
+def distinct(candidates: Sequence[Gaussian], most: int) -> list[Gaussian]:
+    """The best candidates of which no two lie in the same place.
+
+    Args:
+        candidates: Gaussians with their ELBOs.
+        most: How many are wanted at the most.
+    """
+    found: list[Gaussian] = []
+    for g in sorted(candidates, key=lambda g: -g.elbo):
+        if math.isfinite(g.elbo) and not any(near(g, f) for f in found):
+            found.append(g)
+    return found[:most]
+
+
+def near(a: Gaussian, b: Gaussian) -> bool:
+    """Whether two Gaussians lie within two of the wider one's widths of each other."""
+    width = torch.maximum(a.scale_tril.norm(dim=1), b.scale_tril.norm(dim=1))
+    return bool((((a.loc - b.loc) / width).abs() < 2.0).all())
 
 
 def value_and_score(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:

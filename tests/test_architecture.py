@@ -20,7 +20,7 @@ LAYERS = [
     {"guides"},
     {"objectives", "overlap"},
     {"draws"},
-    {"fit", "init", "coverage", "schedule", "checkpoint"},
+    {"fit", "training", "init", "coverage", "schedule", "checkpoint"},
     {"inference_data"},
     {"plots", "cli"},
 ]

@@ -328,7 +328,7 @@ def test_wrong_questions():
         target.log_prob(torch.zeros(4, 2))
     with pytest.raises(ValueError, match="value for site 'm'; got n"):
         target.unconstrain({"n": torch.zeros(3)})
-    with pytest.raises(ValueError, match="No dim named 'col'; .* has row"):
+    with pytest.raises(ValueError, match=r"No dim named 'col'; .* has row"):
         target.label({"col": ["a", "b", "c"]})
     with pytest.raises(ValueError, match="'row' has size 3; got 2"):
         target.label({"row": ["a", "b"]})

@@ -34,9 +34,9 @@ def by_subsample(y: Tensor, size: int | None) -> None:
 def crossed_with_a_full_plate(y: Tensor, size: int | None) -> None:
     with pyro.plate("column", 2, dim=-1):
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
-    with pyro.plate("column_again", 2, dim=-1):
-        with pyro.plate("row", len(y), subsample_size=size, dim=-2) as rows:
-            pyro.sample("y", dist.Normal(m, 1.0), obs=torch.stack([y, y**2], -1)[rows])
+    columns = pyro.plate("column_again", 2, dim=-1)
+    with columns, pyro.plate("row", len(y), subsample_size=size, dim=-2) as rows:
+        pyro.sample("y", dist.Normal(m, 1.0), obs=torch.stack([y, y**2], -1)[rows])
 
 
 def crossed(y: Tensor, size: int | None) -> None:
@@ -210,7 +210,7 @@ def test_bad_data_are_found_in_rows_that_the_first_run_did_not_see():
     y[8] = torch.inf
     torch.manual_seed(3)
 
-    with pytest.raises(ModelError, match="Site 'y'.*infinite"):
+    with pytest.raises(ModelError, match=r"Site 'y'.*infinite"):
         from_pyro(by_indexing, y, 2)
 
 
@@ -241,7 +241,7 @@ def test_scales_that_a_sum_cannot_carry_are_refused():
         with pyro.plate("row", len(y), subsample_size=2) as rows:
             pyro.sample("y", dist.Normal(m + k, 1.0), obs=y[rows])
 
-    with pytest.raises(ModelError, match="'k' and 'y'.*different scales"):
+    with pytest.raises(ModelError, match=r"'k' and 'y'.*different scales"):
         from_pyro(model, torch.zeros(5))
 
 

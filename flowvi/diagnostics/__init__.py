@@ -1,5 +1,6 @@
 """What log weights and draws say about a fit: plain arrays in, frozen records out."""
 
+from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
     Bound,
@@ -14,20 +15,25 @@ from flowvi.diagnostics.importance import (
     log_evidence,
     psis,
 )
+from flowvi.diagnostics.mixing import diagnose_chains
 from flowvi.diagnostics.observe import VERDICTS
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
 
 __all__ = [
+    "LADDER",
     "MIN_DRAWS",
     "VERDICTS",
     "Bound",
     "Bounds",
     "Diagnosis",
     "Estimate",
+    "Evidence",
     "Psis",
     "as_chains",
     "diagnose",
+    "diagnose_chains",
     "elbo",
+    "evidence",
     "gap",
     "iw_bounds",
     "khat_threshold",

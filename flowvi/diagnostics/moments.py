@@ -48,7 +48,7 @@ def compare(
     labels: list[str] = []
     skipped: dict[str, None] = {}
     columns = [np.empty((8, 0))]
-    for name, indices, x in _blocks(values):
+    for name, indices, x in blocks(values):
         x = np.where(inside[..., None], x, 0.0)
         finite = np.isfinite(x).all((0, 1))
         if not finite.all():
@@ -60,7 +60,7 @@ def compare(
     return Comparison(tuple(labels), tuple(skipped), *np.concatenate(columns, axis=1))
 
 
-def _blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
+def blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
     """Name, indices such as "[3]" and columns (chain, draw, <= COLUMNS) of every array."""
     for name, array in values.items():
         flat = array.reshape(*array.shape[:2], -1)

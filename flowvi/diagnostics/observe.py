@@ -181,6 +181,27 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str) -> list[
     return [Finding(DISTRUST, reason)]
 
 
+def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
+    """Whether the mean of the weights is known as well as its standard error says."""
+    if khat < threshold:
+        shown = f"k-hat {khat:.2f} is below {threshold:.2f}"
+        if khat < 0.5:
+            return Finding(TRUST, f"The weights can be averaged over: {shown}.")
+        reason = (
+            f"The weights can be averaged over, {shown}; but above 0.5 their variance may be "
+            "infinite, and the standard errors too small."
+        )
+        return Finding(TRUST, reason)
+    if flat(log_w):
+        reason = f"The weights hardly vary: KL(q || p) = {gap(log_w).value:.2g}."
+        return Finding(TRUST, reason)
+    reason = (
+        f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}: the mean weight rests on a few "
+        "draws, and the evidence is probably higher. The lower bounds hold all the same."
+    )
+    return Finding(DISTRUST, reason)
+
+
 def flat(log_w: np.ndarray) -> bool:
     """Whether the weights vary so little that there is next to nothing to correct."""
     value, error = gap(log_w)

@@ -29,6 +29,9 @@ class Diagnosis:
         gap, gap_se: Log evidence minus ELBO: an estimate of KL(q || p).
         log_evidence, log_evidence_se: NaN where a prior is improper.
         title: What was fitted, in one line.
+        rhat: Largest R-hat, for draws of Markov chains; for these, `ess` is the
+            least bulk or tail ESS, and what rests on weights is NaN.
+        divergences: Number of divergent trajectories.
     """
 
     verdict: str
@@ -44,8 +47,23 @@ class Diagnosis:
     log_evidence: float
     log_evidence_se: float
     title: str = ""
+    rhat: float = math.nan
+    divergences: int = 0
 
     def __str__(self) -> str:
+        rows = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
+        lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
+        lines += [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in rows]
+        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+
+    def _of_chains(self) -> list[tuple[str, str, str]]:
+        return [
+            ("R-hat", f"{self.rhat:.3f}", "the largest"),
+            ("divergences", str(self.divergences), ""),
+            ("draws", str(self.draws), f"effective {self.ess:.0f}"),
+        ]
+
+    def _of_weights(self) -> list[tuple[str, str, str]]:
         good = self.khat < self.khat_threshold
         weights = "weights can be trusted (below" if good else "heavy-tailed weights (not below"
         rows = [
@@ -56,9 +74,7 @@ class Diagnosis:
         ]
         if math.isnan(self.log_evidence):
             rows[1] = ("log evidence", "none", "")
-        lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
-        lines += [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in rows]
-        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+        return rows
 
 
 def diagnose(

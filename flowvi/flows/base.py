@@ -27,7 +27,6 @@ class Base(nn.Module):
         """Score samples. (..., D) -> (...)."""
         raise NotImplementedError
 
-
     def score(self, eps: Tensor) -> Tensor:
         """Gradient of the log density at eps, a constant. (..., D) -> (..., D)."""
         with torch.enable_grad():

@@ -50,7 +50,6 @@ class Elementwise(ABC):
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Map target to base. (..., D) -> (..., D), log dx/dy of each coordinate (..., D)."""
 
-
     def linearised(self, x: Tensor, params: Tensor) -> Linearised:
         """Derivatives at a point, all of them constants."""
         with torch.enable_grad():

@@ -113,7 +113,7 @@ def _joint(ax: Axes, x: np.ndarray, y: np.ndarray) -> None:
 
 
 def _limits(x: np.ndarray) -> tuple[float, float]:
-    """The central 99 %, and a little more."""
+    """The central 99 % and a little more, but nothing that no draw reaches."""
     low, high = np.quantile(x, (0.005, 0.995))
     margin = 0.05 * (high - low) or 1.0
-    return float(low - margin), float(high + margin)
+    return max(float(low - margin), float(x.min())), min(float(high + margin), float(x.max()))

@@ -242,11 +242,8 @@ class Target(nn.Module):
 
     def _dim_sizes(self) -> dict[str, int]:
         values = self.constrain(self._trial.points[0]) | self.observed | self.constants
-        return {
-            dim: size
-            for name, value in values.items()
-            for dim, size in zip(self.dims.get(name, ()), value.shape, strict=False)
-        }
+        shapes = [(self.dims[name], value.shape) for name, value in values.items()]
+        return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
 
     def _check(self, z: Tensor) -> None:
         if z.shape[-1] != self.dim:

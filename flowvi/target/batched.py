@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._C import _functorch
 from torch.utils._pytree import tree_map
 
 PointFunction = Callable[..., Any]
@@ -44,5 +46,18 @@ class Batched(nn.Module):
         else:
             dims = (0, *(None for _ in inputs))
             # "same": whatever random number is left has nothing to do with the density.
-            out = torch.func.vmap(point, in_dims=dims, randomness="same")(flat, *inputs)
+            mapped = torch.func.vmap(point, in_dims=dims, randomness="same")
+            with quiet_fallback():
+                out = mapped(flat, *inputs)
         return tree_map(lambda t: t.reshape((*shape, *t.shape[1:])), out)
+
+
+@contextmanager
+def quiet_fallback() -> Iterator[None]:
+    """Let vmap loop over a single operation that has no batched form without a word each time."""
+    announce = _functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
+    announce(False)
+    try:
+        yield
+    finally:
+        announce(True)

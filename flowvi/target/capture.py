@@ -53,30 +53,27 @@ def capture(function: PointFunction, trial: Trial, name: str, reads: bool = Fals
     """
     own = trial.points.dtype
     ways = [("tape", torch.float64), ("tape", own), ("vmap", own)]
-    reason = ""
-    for i, (how, dtype) in enumerate(ways[own == torch.float64 :]):
+    reasons: list[str] = []
+    for how, dtype in ways[own == torch.float64 :]:
         try:
             batched = _batched(function, trial, how, dtype)
+            if not reasons:
+                # After the tape, which knows the line that draws a random number.
+                _check_repeatable(function, trial, name)
+            if all(_agrees(batched, function, *call) for call in trial.calls()):
+                return batched
+            reasons.append(f"the {how} differs from the model")
         except LatentValueRead as error:
             if not reads:
                 raise ModelError(_reads(name, error)) from None
-            reason = reason or f"a value is read into Python, {error}"
-            continue
+            reasons.append(f"a value is read into Python, {error}")
         except RandomNumber as error:
             raise ModelError(_random(name, error)) from None
+        except ModelError:
+            raise
         except Exception as error:  # whatever one way cannot do, the next one may
-            reason = reason or f"{type(error).__name__}: {error}".split("\n")[0]
-            continue
-        if i == 0:
-            # After the tape, which knows the line that draws a random number.
-            _check_repeatable(function, trial, name)
-        failure = _failure(batched, function, trial)
-        if not failure:
-            return batched
-        reason = reason or failure
-    _check_slope(function, trial, name, reason)
-    warnings.warn(f"Evaluating {name} one draw at a time, which is slow: {reason}", stacklevel=4)
-    return Batched(function, "loop", own)
+            reasons.append(f"{type(error).__name__}: {error}".split("\n")[0])
+    return _looped(function, trial, name, reasons[0])
 
 
 def capture_values(function: PointFunction, trial: Trial, like: Batched) -> Batched:
@@ -129,8 +126,8 @@ def _check_repeatable(function: PointFunction, trial: Trial, name: str) -> None:
     )
 
 
-def _check_slope(function: PointFunction, trial: Trial, name: str, reason: str) -> None:
-    """Refuse a function whose own gradient is not its slope: part of it went through Python."""
+def _looped(function: PointFunction, trial: Trial, name: str, reason: str) -> Batched:
+    """The function itself, point by point, if its own gradient is its slope."""
     point = trial.points[0]
     direction = torch.randn(point.shape, generator=torch.Generator().manual_seed(0)).to(point)
     _, gradient, *_ = _value_and_gradients(function, point, trial.inputs)
@@ -144,15 +141,8 @@ def _check_slope(function: PointFunction, trial: Trial, name: str, reason: str) 
             "read out of a tensor (.item(), .numpy(), .detach()) carries no gradient. Use "
             "torch's own functions, or a torch.autograd.Function with a backward."
         )
-
-
-def _failure(batched: Batched, function: PointFunction, trial: Trial) -> str:
-    """Why a way of evaluating a function will not do; empty if it will."""
-    try:
-        agreed = all(_agrees(batched, function, *call) for call in trial.calls())
-    except Exception as error:  # whatever one way cannot do, the next one may
-        return f"{type(error).__name__}: {error}".split("\n")[0]
-    return "" if agreed else f"the {batched.how} differs from the model"
+    warnings.warn(f"Evaluating {name} one draw at a time, which is slow: {reason}", stacklevel=5)
+    return Batched(function, "loop", point.dtype)
 
 
 def _agrees(

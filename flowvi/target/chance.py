@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,17 @@ from torch import Tensor
 from torch._ops import OpOverload
 
 
-def is_random(function: Any, kwargs: Mapping[str, Any]) -> bool:
+def is_random(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     """Whether a function draws from the global random state; a generator of its own is data."""
-    tags = function.tags if isinstance(function, OpOverload) else ()
-    seeded = torch.Tag.nondeterministic_seeded in tags or function in DRAWS
-    return seeded and kwargs.get("generator") is None
+    if not isinstance(function, OpOverload):
+        return function in DRAWS
+    if torch.Tag.nondeterministic_seeded not in function.tags:
+        return False
+    names = [a.name for a in function._schema.arguments]
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    # Attention is marked whether or not it drops anything.
+    drops = given.get("dropout_p", 0.0 if "dropout_p" in names else 1.0) > 0
+    return drops and given.get("generator") is None
 
 
 # `torch.func.vmap` writes the same numbers for all points into memory that they share. These

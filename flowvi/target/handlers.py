@@ -12,6 +12,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
+from pyro.infer.reparam import projected_normal
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
@@ -186,8 +187,22 @@ def mask_of(site: Mapping[str, Any]) -> Tensor | bool | None:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Run a model without validation and without Pyro's parameter store, then put both back."""
-    with pyro.get_param_store().scope(), pyro.validation_enabled(False):
-        yield
+    theirs = projected_normal.safe_normalize
+    projected_normal.safe_normalize = _normalised
+    try:
+        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+            yield
+    finally:
+        projected_normal.safe_normalize = theirs
+
+
+def _normalised(x: Tensor, *, p: float = 2) -> Tensor:
+    """Pyro's `safe_normalize`, which reads a mask into Python where the vector is a single one."""
+    unit = x / torch.linalg.norm(x, dim=-1, ord=p, keepdim=True).clamp(
+        min=torch.finfo(x.dtype).tiny
+    )
+    pole = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)[0]
+    return torch.where((unit == 0).all(-1, keepdim=True), pole, unit)
 
 
 def run(

@@ -64,7 +64,8 @@ class Memory:
     _kept: list[Tensor] = field(default_factory=list)
 
     def __contains__(self, t: Tensor) -> bool:
-        return storage_key(t) in self._blocks
+        # Other layouts have no memory that could be shared: they come from the data.
+        return t.layout == torch.strided and storage_key(t) in self._blocks
 
     def block(self, t: Tensor) -> Block | None:
         """The memory that a tensor lies in, if it is known."""

@@ -21,7 +21,7 @@ from flowvi.target.facts import Facts, Functions, ModelError
 from flowvi.target.handlers import FromVector, ToVector
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.program import Density
-from flowvi.target.runner import Runner
+from flowvi.target.runner import Runner, own_randomness
 from flowvi.target.simulate import simulator
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
@@ -55,7 +55,8 @@ def from_pyro(
             f"local='{local}': latents in a plate cannot yet have a guide that reads their row; "
             "leave local out to give every row its own latents."
         )
-    return _Capture(Runner(model, args, kwargs), name_of(model)).target()
+    with own_randomness(0):
+        return _Capture(Runner(model, args, kwargs), name_of(model)).target()
 
 
 class _Capture:
@@ -63,8 +64,7 @@ class _Capture:
 
     def __init__(self, runner: Runner, name: str) -> None:
         self.runner, self.name = runner, name
-        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope():
-            torch.manual_seed(0)
+        with pyro.get_param_store().scope():
             runs = [runner.prior(validate=i == 0) for i in range(RUNS)]
         self.traces = [trace for trace, _ in runs]
         self.first, self.data = runs[0]
@@ -182,8 +182,6 @@ class _Capture:
 
     def _all_data(self) -> dict[str, Tensor]:
         """Observed data of all rows, where the first run saw a batch of them."""
-        if not self.runner.drawn:
-            return {name: value.detach() for name, value in self.data.items()}
         pieces = []
         for _, batch in rows.cover(self.runner.drawn):
             with torch.no_grad():

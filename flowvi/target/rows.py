@@ -64,6 +64,8 @@ def assemble(
         lead: Number of axes before those.
     """
     out: dict[str, Tensor] = {}
+    if not plates:
+        return dict(next(iter(pieces))[1])
     for batch, values in pieces:
         for name, value in values.items():
             axes = list(zip(dims[name], value.shape[lead:], strict=False))

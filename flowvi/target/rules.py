@@ -67,6 +67,17 @@ def functional(func: OpOverload) -> OpOverload | None:
     return None
 
 
+def masked_write(func: OpOverload, args: Any) -> tuple[OpOverload, Any]:
+    """Write one number to where a mask is true, without the positions that it stands for."""
+    if func is not aten.index_put_.default or len(args) > 3 or len(args[1]) != 1:
+        return func, args
+    memory, (mask,), value = args
+    if mask is None or mask.dtype != torch.bool or value.numel() != 1:
+        return func, args
+    mask = mask.reshape(*mask.shape, *(1,) * (memory.dim() - mask.dim()))
+    return aten.masked_fill_.Tensor, (memory, mask, value.reshape(()).to(memory.dtype))
+
+
 def static_positions(func: OpOverload, args: Any) -> tuple[OpOverload, Any]:
     """Write boolean index masks as positions, which `torch.func.vmap` can carry."""
     if func not in BY_POSITION:

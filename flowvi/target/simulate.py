@@ -7,17 +7,17 @@ import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
-import pyro
 import torch
 from pyro import poutine
 from torch import Tensor
 
 from flowvi.target import checks, rows
+from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
-from flowvi.target.facts import Simulator
-from flowvi.target.handlers import Owned, Unseen
+from flowvi.target.facts import ModelError, Simulator
+from flowvi.target.handlers import Owned, Unseen, quiet
 from flowvi.target.layout import Layout
-from flowvi.target.runner import Runner
+from flowvi.target.runner import Runner, own_randomness
 from flowvi.target.tape import LatentValueRead, Unrecordable, record
 
 CHUNK = 1000
@@ -47,21 +47,14 @@ def simulator(
         batches = [batch for _, batch in rows.cover(runner.drawn)]
         values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
         out: Values = {}
-        with torch.random.fork_rng(devices=[]), pyro.get_param_store().scope(), torch.no_grad():
-            torch.manual_seed(seed)
+        with own_randomness(seed), torch.no_grad():
             if given is None:
-                everything = _Draws(runner, {}, batches[0])({}, batches[0], n)
-                out = {name: everything[name] for name in [*reported, *observed]}
-                values = {name: everything[name] for name in layout.sites}
+                out = _Draws(runner, {}, batches[0])({}, batches[0], n, [*reported, *observed])
+                values = {name: out[name] for name in layout.sites}
             if given is not None or runner.drawn:
                 draw = _Draws(runner, values, batches[0])
-                pieces = [(batch, draw(values, batch, n)) for batch in batches]
-                data = [(batch, {name: p[name] for name in observed}) for batch, p in pieces]
-                out |= (
-                    rows.assemble(data, runner.drawn, layout.dims, 1)
-                    if runner.drawn
-                    else data[0][1]
-                )
+                pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
+                out |= rows.assemble(pieces, runner.drawn, layout.dims, lead=1)
         return {name: value.cpu().numpy() for name, value in out.items()}
 
     return simulate
@@ -87,13 +80,13 @@ class _Draws:
         except (LatentValueRead, Unrecordable) as error:
             self.reason = str(error)
 
-    def __call__(self, values: Values, batch: Values, n: int) -> Values:
-        """Draw all sites, (n, *shape) each."""
+    def __call__(self, values: Values, batch: Values, n: int, names: Sequence[str]) -> Values:
+        """Draw some sites, (n, *shape) each."""
         parts = []
         for start in range(0, n, CHUNK):
             some = {name: value[start : start + CHUNK] for name, value in values.items()}
             parts.append(self._some(some, batch, min(CHUNK, n - start)))
-        return {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _some(self, values: Values, batch: Values, n: int) -> Values:
         arguments = [torch.zeros(n), *values.values(), *batch.values()]
@@ -101,7 +94,8 @@ class _Draws:
         if self.graph is not None:
             try:
                 mapped = torch.func.vmap(self.graph, tuple(dims), randomness="different")
-                out, log_p = mapped(*arguments)
+                with quiet_fallback():
+                    out, log_p = mapped(*arguments)
                 if all(self._agrees(out, batch, log_p, i) for i in range(min(n, CHECKED))):
                     return out
                 self.reason = "the recorded graph differs from the model"
@@ -113,10 +107,7 @@ class _Draws:
             warnings.warn(
                 f"Simulating one draw at a time, which is slow: {self.reason}", stacklevel=6
             )
-        ones = [
-            [a[i] if d == 0 else a for a, d in zip(arguments, dims, strict=True)] for i in range(n)
-        ]
-        each = [self._run(*one)[0] for one in ones]
+        each = [self._scored({k: v[i] for k, v in values.items()}, batch)[0] for i in range(n)]
         return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     def _run(self, _: Tensor, *inputs: Tensor) -> tuple[Values, Tensor]:
@@ -128,10 +119,16 @@ class _Draws:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = poutine.condition(Unseen()(model), values)
-        with pyro.validation_enabled(False):
-            trace = poutine.trace(Owned(runner.parameters, batch)(free)).get_trace()
-            log_p = trace.log_prob_sum()
+        free = Owned(runner.parameters, batch)(poutine.condition(Unseen()(model), values))
+        last = checks.LastSite()
+        try:
+            with quiet():
+                trace = poutine.trace(last(free)).get_trace()
+                log_p = trace.log_prob_sum()
+        except NotImplementedError as error:
+            raise ModelError(
+                f"Site '{last.name}' cannot be simulated: its distribution does not say how."
+            ) from error
         return {s["name"]: torch.as_tensor(s["value"]) for s in checks.valued(trace)}, log_p
 
     def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:

@@ -78,7 +78,7 @@ class Tape(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        random = is_random(func, kwargs)
+        random = is_random(func, args, kwargs)
         if random and not self.chance:
             self.random = self.random or f"{rules.name_of(func)} at {user_line()}"
         written = rules.written(func, args, kwargs)
@@ -87,13 +87,15 @@ class Tape(TorchDispatchMode):
         drawn = random and self.chance
         if func in rules.CHECKS or not (drawn or self._depends((args, kwargs))):
             return func(*args, **kwargs)
+        func, args = rules.masked_write(func, args)
         if self._reads_latent(func, args):
             raise LatentValueRead(f"{rules.name_of(func)} at {user_line()}")
         func, args = rules.static_positions(func, args)
-        if written:
+        if written and torch.Tag.inplace_view not in func.tags:
             return self._record_write(func, args, kwargs, written)
+        operands = tree_map(self._operand, (args, kwargs))
         out = func(*args, **kwargs)
-        self._record(func, tree_map(self._operand, (args, kwargs)), out)
+        self._record(rules.functional(func) if written else func, operands, out)
         return out
 
     def _depends(self, tree: Any) -> bool:
@@ -112,7 +114,7 @@ class Tape(TorchDispatchMode):
             if isinstance(t, Tensor)  # an absent index is None
         )
 
-    def _record(self, func: OpOverload, operands: Any, out: Any) -> None:
+    def _record(self, func: Any, operands: Any, out: Any) -> None:
         args, kwargs = operands
         if func in rules.IDENTITIES:
             self.memory.track(out, args[0])
@@ -195,7 +197,8 @@ class Tape(TorchDispatchMode):
         return DOUBLE.get(dtype, dtype) if self.double else dtype
 
     def _constant(self, t: Tensor) -> fx.Node:
-        key = (storage_key(t), *geometry_of(t))
+        strided = t.layout == torch.strided
+        key = (storage_key(t), *geometry_of(t)) if strided else (id(t),)
         if key not in self._constants:
             name = f"c{len(self._constants)}"
             held = t.detach()
@@ -216,7 +219,7 @@ class Tape(TorchDispatchMode):
     def _call(self, function: Callable[..., Any], args: Any, kwargs: Any) -> fx.Node:
         flat, spec = tree_flatten((args, kwargs))
         key: Any = (function, str(spec), tuple((type(a), a) for a in flat))
-        if is_random(function, kwargs):
+        if is_random(function, args, kwargs):
             # Two draws from one distribution are two numbers.
             key = object()
         if key not in self._seen:

@@ -17,6 +17,7 @@ class Case:
         simulates: Whether Pyro can draw from it.
         params: Whether it has parameters of its own.
         rows: Whether each row of the data has a log likelihood of its own.
+        twice: Whether its gradient is the slope of its value, and torch can differentiate that.
         how: The way in which its density is expected to be evaluated.
     """
 
@@ -28,6 +29,7 @@ class Case:
     simulates: bool = True
     params: bool = False
     rows: bool = True
+    twice: bool = True
     how: str = "tape"
 
 

@@ -99,6 +99,8 @@ def every_kind_of_write() -> Case:
         out = torch.zeros(4)
         torch.mul(x.detach().clone() * 0.0 + 1.0, 2.0, out=out)
         whole = torch.zeros(4).copy_(x)
+        whole[x > 0.3] = 0.25
+        whole.unsqueeze_(0).squeeze_(0)
         total = (
             empty.square().sum()
             + masked.sum() * put.sum()

@@ -100,6 +100,31 @@ def frozen_network() -> Case:
 
 
 @MODELS
+def attention() -> Case:
+    net = nn.MultiheadAttention(4, 2, batch_first=True).eval().requires_grad_(False)
+
+    def model(y: Tensor) -> None:
+        z = pyro.sample("z", dist.Normal(torch.zeros(3, 4), 1.0).to_event(2))
+        seen, _ = net(z[None], z[None], z[None], need_weights=False)
+        pyro.sample("y", dist.Normal(seen.sum(), 1.0), obs=y)
+
+    return Case(model, (torch.tensor(0.3),), twice=False)
+
+
+@MODELS
+def recurrent_layer() -> Case:
+    net = nn.GRUCell(2, 3)
+
+    def model(y: Tensor) -> None:
+        pyro.module("net", net)
+        with pyro.plate("row", 4):
+            z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            pyro.sample("y", dist.Normal(net(z).sum(-1), 1.0), obs=y)
+
+    return Case(model, (torch.randn(4),), params=True)
+
+
+@MODELS
 def dropout_in_eval_mode() -> Case:
     net = nn.Sequential(nn.Linear(2, 3), nn.Dropout(0.5), nn.Tanh(), nn.Linear(3, 1)).eval()
 

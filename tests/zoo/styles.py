@@ -7,7 +7,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from pyro import poutine
-from pyro.infer.reparam import LocScaleReparam, TransformReparam
+from pyro.infer.reparam import LocScaleReparam, ProjectedNormalReparam, TransformReparam
 from torch import Tensor
 
 from zoo.case import Case, Family
@@ -180,6 +180,40 @@ def single_inside_double() -> Case:
             pyro.sample("y", dist.Normal(x.double() @ b, 1.0), obs=y)
 
     return Case(model, (torch.randn(4, 2, dtype=torch.float32), torch.randn(4)))
+
+
+@MODELS
+def sparse_design() -> Case:
+    def model(y: Tensor) -> None:
+        b = pyro.sample("b", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(torch.sparse.mm(design, b[:, None])[:, 0], 1.0), obs=y)
+
+    design = torch.randn(4, 3).relu().to_sparse()
+    return Case(model, (torch.randn(4),))
+
+
+@MODELS
+def stopped_gradient() -> Case:
+    def model(y: Tensor) -> None:
+        x = pyro.sample("x", dist.Normal(torch.zeros(3), 1.0).to_event(1))
+        still = x.detach()
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(x * still + still[0] + x[0], 1.0), obs=y)
+
+    return Case(model, (torch.randn(3),), twice=False)
+
+
+@MODELS
+def directions() -> Case:
+    def model(y: Tensor) -> None:
+        one = pyro.sample("one", dist.ProjectedNormal(torch.zeros(3)))
+        with pyro.plate("row", 2):
+            many = pyro.sample("many", dist.ProjectedNormal(torch.ones(3)))
+            pyro.sample("y", dist.Normal(many @ one, 1.0), obs=y)
+
+    config = {name: ProjectedNormalReparam() for name in ("one", "many")}
+    return Case(poutine.reparam(model, config=config), (torch.randn(2),))
 
 
 @MODELS
