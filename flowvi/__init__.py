@@ -2,12 +2,16 @@
 
 from flowvi._version import __version__
 from flowvi.checkpoint import load
+from flowvi.compare import compare
 from flowvi.draws import Draws, bounds, diagnose, resample
+from flowvi.evidence import evidence
 from flowvi.fit import Fit, fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
+from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi
+from flowvi.sbc import sbc
 from flowvi.target import ModelError, Site, Target, from_density, from_pyro
 from flowvi.training import Step
 
@@ -26,14 +30,18 @@ __all__ = [
     "Target",
     "__version__",
     "bounds",
+    "compare",
     "diagnose",
     "elbo",
+    "evidence",
     "fit",
     "from_density",
     "from_pyro",
     "iwelbo",
     "load",
+    "neutra",
     "renyi",
     "resample",
+    "sbc",
     "to_inference_data",
 ]

@@ -119,7 +119,7 @@ def draw(
     if n < 1:
         raise ValueError(f"n must be at least 1; got {n}.")
     sizes = [min(target.chunk(), n - start) for start in range(0, n, target.chunk())]
-    with torch.no_grad(), own_randomness(seed):
+    with torch.no_grad(), own_randomness(stream(seed, DRAWING)):
         return tabulate(target, [_pieces(guide, sizes) for guide in guides], meta)
 
 
@@ -145,6 +145,17 @@ def tabulate(
     log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
     log_q[~np.isfinite(log_q)] = 0.0
     return Draws(z, log_p, log_q, values, target, dict(meta or {}), dict(stats or {}))
+
+
+def stream(seed: int, *purpose: int) -> int:
+    """The seed of one purpose: independent of those of other purposes and other seeds.
+
+    Args:
+        seed: What the user gave.
+        *purpose: Whole numbers that name the purpose.
+    """
+    source = np.random.SeedSequence(seed, spawn_key=purpose)
+    return int(source.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -14,6 +14,12 @@ from flowvi.draws import Draws, check_proper, diagnose
 
 if TYPE_CHECKING:
     import arviz as az
+
+TRUST = VERDICTS[0]
+MISSING = (
+    "There is no log_p and log_q in sample_stats: flowvi.to_inference_data writes them. Other "
+    "libraries' draws have no weights, hence no evidence."
+)
 
 
 def evidence(
@@ -36,31 +42,31 @@ def evidence(
     check_proper(table.improper)
     if table.kind != "guide":
         raise ValueError(
-            f"The evidence comes from the weights of a guide's draws; these are {table.kind} draws, "
-            "which have none. Pass the draws of the fit: fit.draw(4000), or posterior.nc."
+            f"These are {table.kind} draws, which have no weights, and the evidence comes from "
+            "weights. Pass the draws of the fit: fit.draw(4000), or posterior.nc."
         )
-    doubts, above = list(table.missed), None
+    above: np.ndarray | None = None
+    trusted = True
     if mcmc is not None:
         posterior = _read(mcmc)
         if posterior.kind != "MCMC":
             raise ValueError(
-                "mcmc must be draws of the posterior from neutra(fit); these are "
+                "mcmc must be draws of the posterior, from neutra(fit); these are "
                 f"{posterior.kind} draws."
             )
-        above = posterior.log_weights
-        if posterior.verdict != VERDICTS[0]:
-            notes = [f"The MCMC draws are not trusted, hence neither is the upper bound."]
-            return diagnostics.evidence(
-                table.log_weights, above, particles=particles, doubts=doubts, notes=notes,
-                title=table.title,
-            )
+        above, trusted = posterior.log_weights, posterior.verdict == TRUST
     return diagnostics.evidence(
-        table.log_weights, above, particles=particles, doubts=doubts, title=table.title
+        table.log_weights,
+        above,
+        trusted=trusted,
+        particles=particles,
+        doubts=table.missed,
+        title=table.title,
     )
 
 
 class _Table(NamedTuple):
-    """What the evidence needs of draws: their log p - log q, and where they come from."""
+    """What the evidence needs of draws: log p - log q at each, and where they come from."""
 
     kind: str
     log_weights: np.ndarray
@@ -68,3 +74,39 @@ class _Table(NamedTuple):
     missed: Sequence[str]
     verdict: str
     title: str
+
+
+def _read(source: Draws | az.InferenceData) -> _Table:
+    if isinstance(source, Draws):
+        meta = source.meta
+        kind = "MCMC" if source.mcmc else "resampled" if source.resampled else "guide"
+        weights, title = source.log_p - source.log_q, source.title
+        verdict = diagnose(source).verdict if source.mcmc else ""
+        return _Table(kind, weights, source.target.improper, meta.get("missed", ()), verdict, title)
+    stats = _stats(source)
+    facts: Mapping[str, Any] = stats.attrs
+    kind = "MCMC" if "mcmc" in facts else "resampled" if "log_weight" not in stats else "guide"
+    weights = stats["log_p"].values - stats["log_q"].values
+    missed: list[str] = json.loads(facts.get("missed", "[]"))
+    improper: list[str] = json.loads(facts.get("improper", "[]"))
+    # Files of the first versions name no improper sites, but have no evidence either.
+    if not improper and kind == "guide" and np.isnan(facts.get("log_evidence", 0.0)):
+        improper = ["a latent site"]
+    title = facts.get("title", "") or facts.get("model", "")
+    return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title)
+
+
+def _stats(source: az.InferenceData) -> Any:
+    """The group that holds log_p and log_q."""
+    if not has_group(source, "sample_stats"):
+        raise ValueError(MISSING)
+    stats = source["sample_stats"]
+    if "log_p" not in stats or "log_q" not in stats:
+        raise ValueError(MISSING)
+    return stats
+
+
+def has_group(idata: az.InferenceData, group: str) -> bool:
+    """Whether InferenceData, or the tree of later versions of ArviZ, has a group."""
+    names = idata.groups() if callable(idata.groups) else idata.groups
+    return any(str(name).strip("/") == group for name in names)

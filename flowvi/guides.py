@@ -135,7 +135,8 @@ class Pushforward(Guide):
         eps = self.base.sample((*shape, *rows))
         y, flow_ladj, score = self.flow.push(eps, self.base.score(eps), context)
         z, affine_ladj, score = self.affine.push(y, score, context)
-        log_q = self.base.log_prob(eps) - flow_ladj - affine_ladj
+        # In the order of `sample`, so that both give the same bits.
+        log_q = self.base.log_prob(eps) - (flow_ladj + affine_ladj)
         return Scored(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:

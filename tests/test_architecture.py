@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives", "overlap"},
     {"draws"},
     {"fit", "training", "init", "coverage", "schedule", "checkpoint"},
-    {"inference_data"},
+    {"inference_data", "evidence", "compare", "neutra", "sbc"},
     {"plots", "cli"},
 ]
 ALONE = 2
@@ -30,6 +30,7 @@ FACES = {"__init__", "__main__"}
 PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
+    *("evidence", "compare", "neutra", "sbc"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

@@ -119,9 +119,9 @@ def test_gradients_land_with_the_adaptive_solver(alpha, adaptive):
     bound, log_w = Renyi(alpha, 4)(target.log_prob, guide)
     found = torch.autograd.grad(bound, list(guide.parameters()))
 
-    # log q along the path and at its end differ by the solver's error, and no more.
+    # log q and its score along the path and at its end differ by the solver's error, no more.
     assert log_w.abs().max() < 1e-3
-    assert all(g.abs().max() < 1e-9 for g in found)
+    assert all(g.abs().max() < 1e-3 for g in found)
 
 
 def test_without_the_extra_the_row_exists_and_says_what_to_install(monkeypatch):

@@ -3,6 +3,7 @@
 import click
 
 from flowvi._version import __version__
+from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fitting import fit_command
 from flowvi.cli.listing import list_command
 
@@ -14,6 +15,7 @@ __all__ = ["main"]
     epilog="""\b
 Examples:
   flowvi fit models/eight_schools.py --out results/eight_schools
+  flowvi evidence results/eight_schools
   flowvi list models
   flowvi fit --help""",
 )
@@ -23,4 +25,5 @@ def main() -> None:
 
 
 main.add_command(fit_command)
+main.add_command(evidence_command)
 main.add_command(list_command)

@@ -1,8 +1,5 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import click
@@ -10,13 +7,13 @@ import click
 from flowvi.cli import results
 from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
+from flowvi.cli.speech import DISTRUSTED, INTERRUPTED, interruptible, plain_warnings, said_plainly
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import diagnose
 from flowvi.fit import Fit, fit
 from flowvi.objectives import Renyi
 from flowvi.target import Target
 
-DISTRUSTED, INTERRUPTED = 3, 130
 MAX_SEED = 2**32 - 1
 
 
@@ -110,7 +107,7 @@ def fit_command(
     """
     check_path(model)
     results.check_folder(out)
-    with _plain_warnings(), _interruptible():
+    with plain_warnings(), interruptible():
         target = load_target(model, data)
         fitted = _fit(target, guide, objective, steps, restarts, seed, not quiet)
         fitted.save(out / results.FIT)
@@ -131,7 +128,7 @@ def _fit(
     seed: int,
     progress: bool,
 ) -> Fit:
-    with _said_plainly():
+    with said_plainly():
         return fit(
             target, guide, objective, steps=steps, restarts=restarts, seed=seed, progress=progress
         )
@@ -140,7 +137,7 @@ def _fit(
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     """Draw, judge, print and write; returns the verdict."""
     draws = fitted.draw(n, seed=seed)
-    with _said_plainly():
+    with said_plainly():
         diagnosis = diagnose(draws)
     click.echo(str(diagnosis))
     kept = results.judged(draws, diagnosis, seed)
@@ -153,30 +150,3 @@ def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     if not quiet:
         click.echo(f"  {results.FIT + '/':<13} the fitted guide, for flowvi.load")
     return diagnosis.verdict
-
-
-@contextmanager
-def _said_plainly() -> Iterator[None]:
-    """Show what flowvi refuses as its message, without a traceback."""
-    try:
-        yield
-    except ValueError as error:
-        raise click.ClickException(str(error)) from error
-
-
-@contextmanager
-def _plain_warnings() -> Iterator[None]:
-    """Show a warning as one line, without the place in flowvi that raised it."""
-    with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)
-        yield
-
-
-@contextmanager
-def _interruptible() -> Iterator[None]:
-    """Ctrl-C outside of the fit's steps, which return what they have: stop with its exit code."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        click.echo("Interrupted before all results were written.", err=True)
-        click.get_current_context().exit(INTERRUPTED)

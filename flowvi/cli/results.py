@@ -96,21 +96,21 @@ def write(
     if not kept.draws.resampled:
         # One of an earlier fit would pass for this one's.
         (folder / "resampled.nc").unlink(missing_ok=True)
-    _whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
+    whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
     yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
     if kept.draws.resampled:
-        _whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
+        whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
         yield "resampled.nc", "the draws to use: resampled by those weights, for ArviZ"
-    _whole(folder / "summary.csv", numbers.to_csv)
+    whole(folder / "summary.csv", numbers.to_csv)
     yield "summary.csv", f"mean, sd and quantiles of the {kept.word} draws"
     if np.isfinite(fit.history["bound"]).any():
-        _whole(folder / "loss.png", lambda file: _loss(fit, file))
+        whole(folder / "loss.png", lambda file: _loss(fit, file))
         yield "loss.png", "the bound over the steps"
-    _whole(folder / "pair.png", lambda file: _pair(kept.draws, file))
+    whole(folder / "pair.png", lambda file: _pair(kept.draws, file))
     yield "pair.png", f"marginals and pairs of the {kept.word} draws"
 
 
-def _whole(path: Path, write: Callable[[Path], object]) -> None:
+def whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: under another name in its folder first."""
     final = path.resolve()
     part = final.with_name(f".{os.getpid()}.{final.name}")
@@ -135,16 +135,17 @@ def _loss(fit: Fit, file: Path) -> None:
     history = {"bound": fit.history["bound"]}
     if len(fit.guides) > 1:
         history["stage"] = np.array([f"restart {r}" for r in fit.history["restart"]])
-    _save(plot_loss(history).figure, file)
+    save(plot_loss(history).figure, file)
 
 
 def _pair(draws: Draws, file: Path) -> None:
     from flowvi.plots import plot_pair
 
-    _save(plot_pair(draws).flat[0].figure, file)
+    save(plot_pair(draws).flat[0].figure, file)
 
 
-def _save(figure: Any, file: Path) -> None:
+def save(figure: Any, file: Path) -> None:
+    """Write a figure and forget it."""
     import matplotlib.pyplot as plt
 
     figure.savefig(file)

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import observe
+from flowvi.diagnostics.bridge import bridge_evidence, eubo
 from flowvi.diagnostics.importance import (
     Bounds,
     Estimate,
@@ -21,6 +22,7 @@ from flowvi.diagnostics.importance import (
     psis,
     smoothed_evidence,
 )
+from flowvi.diagnostics.observe import DISTRUST, TRUST, Finding
 
 LADDER = (1, 10, 100, 1000)
 # Chance that a certain bound is wrong.
@@ -29,6 +31,9 @@ RISK = 0.05
 PARTS = 20
 # Blocks that a debiased bound needs for its standard error.
 BLOCKS = 30
+# Standard errors by which two estimates may differ.
+ERRORS = 3.0
+CHAINS = Finding(TRUST, "The chains are not trusted: neither are the bridge and the upper bound.")
 
 
 @dataclass(frozen=True)
@@ -38,9 +43,12 @@ class Evidence:
     Attributes:
         reliable: Whether the estimates of the evidence can be relied on. The
             bounds hold in any case.
-        log_evidence, log_evidence_se: Log of the mean weight, which is unbiased.
+        log_evidence, log_evidence_se: The best estimate: the bridge where there are
+            trusted draws of the posterior, else the log mean weight.
+        mean_weight, mean_weight_se: Log of the mean weight, which is unbiased.
         smoothed, smoothed_se: The same from Pareto-smoothed weights.
         debiased, debiased_se: L_K + CV^2 / 2K: a bound without its leading bias.
+        bridge, bridge_se: Estimate from the guide's draws and the posterior's; NaN without.
         bounds: The ELBO (K = 1) and importance-weighted bounds L_K.
         certain: Lower bound that holds with probability 0.95, whatever the
             guide: log mean weight - log 20, by Markov's inequality.
@@ -56,10 +64,14 @@ class Evidence:
     reliable: bool
     log_evidence: float
     log_evidence_se: float
+    mean_weight: float
+    mean_weight_se: float
     smoothed: float
     smoothed_se: float
     debiased: float
     debiased_se: float
+    bridge: float
+    bridge_se: float
     bounds: Bounds
     certain: float
     certain_parts: float
@@ -73,7 +85,7 @@ class Evidence:
 
     def __str__(self) -> str:
         judged = "can be relied on" if self.reliable else "do not rely on it"
-        value = _plus_minus(self.log_evidence, self.log_evidence_se)
+        value = f"{self.log_evidence:.3f} {_error(self.log_evidence_se)}"
         lines = [f"Log evidence {value}: {judged}", *([self.title] if self.title else [])]
         lines += [
             f"  {name:<22} {number:>12}    {note}".rstrip() for name, number, note in _rows(self)
@@ -85,6 +97,7 @@ def evidence(
     log_weights: ArrayLike,
     posterior_log_weights: ArrayLike | None = None,
     *,
+    trusted: bool = True,
     particles: Sequence[int] = LADDER,
     doubts: Sequence[str] = (),
     title: str = "",
@@ -97,6 +110,7 @@ def evidence(
     Args:
         log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
         posterior_log_weights: The same at draws of the posterior, for the upper bound.
+        trusted: Whether the posterior draws are trusted.
         particles: Numbers of particles K of the lower bounds.
         doubts: What else speaks against the estimates, in sentences.
         title: What was fitted.
@@ -110,30 +124,34 @@ def evidence(
     chains = as_chains(log_weights)
     kept, found = observe.restarts(chains)
     log_w = chains[kept].ravel()
-    smooth = psis(log_w)
-    threshold = khat_threshold(log_w.size)
-    found += observe.evidences(chains[kept])
-    against = [*doubts, *(f.reason for f in found)]
-    believed = observe.believable(log_w, smooth.khat, threshold)
-    middle = log_evidence(log_w)
-    above = Estimate(math.nan, math.nan)
+    smooth, threshold = psis(log_w), khat_threshold(log_w.size)
+    best = middle = log_evidence(log_w)
+    above = bridge = Estimate(math.nan, math.nan)
+    judged = [*observe.evidences(chains[kept]), observe.believable(log_w, smooth.khat, threshold)]
     if posterior_log_weights is not None:
-        above = _eubo(as_chains(posterior_log_weights))
-        against += _contradiction(middle, above)
+        posterior = as_chains(posterior_log_weights)
+        above, bridge = eubo(posterior), bridge_evidence(log_w, posterior)
+        unlike = _unlike(middle, bridge, above) if trusted else [CHAINS]
+        if trusted and all(f.verdict == TRUST for f in unlike):
+            # The bridge holds whatever the tail of the weights is like.
+            best, judged = bridge, [Finding(TRUST, finding.reason) for finding in judged]
+        judged += unlike
+    found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
     blocks = [k for k in particles if len(log_w) >= BLOCKS * k]
     return Evidence(
-        believed.verdict == observe.TRUST
-        and not (doubts or observe.verdict(found) == observe.DISTRUST),
+        observe.verdict(found) != DISTRUST,
+        *best,
         *middle,
         *smoothed_evidence(log_w, smooth),
         *debiased(log_w, max(blocks, default=1)),
+        *bridge,
         iw_bounds(log_w, particles),
         *_certain(chains),
         *above,
         smooth.khat,
         threshold,
         log_w.size,
-        (*against, believed.reason),
+        observe.reasons(found),
         title,
     )
 
@@ -150,22 +168,20 @@ def _certain(chains: np.ndarray) -> tuple[float, float]:
     return whole, least + math.log(RISK) / PARTS
 
 
-def _eubo(chains: np.ndarray) -> Estimate:
-    """Mean log weight of posterior draws, whose error allows for their autocorrelation."""
-    import arviz as az
+def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding]:
+    """Whether draws of the posterior tell of mass that the guide's own weights do not show.
 
-    effective = float(az.ess(chains, method="mean"))
-    return Estimate(float(chains.mean()), float(chains.std(ddof=1) / math.sqrt(effective)))
-
-
-def _contradiction(middle: Estimate, above: Estimate) -> list[str]:
-    """An upper bound that is none, because its draws are not of the whole posterior."""
-    if above.value >= middle.value - 4 * math.hypot(middle.se, above.se):
-        return []
-    return [
-        f"The upper bound {above.value:.3f} lies below the estimate: the posterior draws behind "
-        "it do not cover all of the posterior, or the weights are wrong."
-    ]
+    A guide may leave out a tail without a heavy-tailed weight among its draws.
+    """
+    error = ERRORS * math.hypot(middle.se, bridge.se)
+    values = f"{bridge.value:.3f} by the bridge, {middle.value:.3f} by the weights alone"
+    if bridge.value - middle.value > error:
+        reason = f"The guide leaves out a part of the posterior: log evidence {values}."
+        return [Finding(TRUST, reason)]
+    if middle.value - bridge.value > error or middle.value - above.value > ERRORS * above.se:
+        reason = f"The chains leave out a part of the posterior: log evidence {values}."
+        return [Finding(DISTRUST, reason)]
+    return []
 
 
 def _rows(e: Evidence) -> list[tuple[str, str, str]]:
@@ -181,16 +197,13 @@ def _rows(e: Evidence) -> list[tuple[str, str, str]]:
     rows += [
         ("debiased", f"{e.debiased:.4f}", _error(e.debiased_se)),
         ("smoothed", f"{e.smoothed:.4f}", _error(e.smoothed_se)),
-        ("log mean weight", f"{e.log_evidence:.4f}", _error(e.log_evidence_se)),
+        ("log mean weight", f"{e.mean_weight:.4f}", _error(e.mean_weight_se)),
     ]
     if not math.isnan(e.eubo):
+        rows.append(("bridge", f"{e.bridge:.4f}", _error(e.bridge_se)))
         rows.append(("EUBO (upper bound)", f"{e.eubo:.4f}", _error(e.eubo_se)))
     return rows
 
 
 def _error(se: float) -> str:
     return "+- unknown" if math.isnan(se) else f"+- {se:.2g}"
-
-
-def _plus_minus(value: float, se: float) -> str:
-    return f"{value:.3f} {_error(se)}"

@@ -64,7 +64,9 @@ def diagnose_chains(
     )
 
 
-def _convergence(values: Mapping[str, np.ndarray]) -> tuple[list[str], *tuple[np.ndarray, ...]]:
+def _convergence(
+    values: Mapping[str, np.ndarray],
+) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Labels, R-hat, bulk and tail ESS of every scalar that varies."""
     import arviz as az
 

@@ -35,8 +35,9 @@ class Diagonal(Layer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
-        y = self.origin + self.width * (shift + log_scale.exp() * x)
-        return y, self._ladj(log_scale).expand(y.shape[:-1])
+        log_scale = log_scale + self.width.log()
+        y = torch.addcmul(torch.addcmul(self.origin, self.width, shift), x, log_scale.exp())
+        return y, log_scale.sum(-1).expand(y.shape[:-1])
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -49,7 +50,7 @@ class Diagonal(Layer):
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
         x = ((y - self.origin) / self.width - shift) * (-log_scale).exp()
-        return x, -self._ladj(log_scale).expand(x.shape[:-1])
+        return x, -(log_scale + self.width.log()).sum(-1).expand(x.shape[:-1])
 
     @torch.no_grad()
     def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -67,9 +68,6 @@ class Diagonal(Layer):
         _reset(self.params)
         self.origin.copy_(loc)
         self.width.copy_(precision.rsqrt())
-
-    def _ladj(self, log_scale: Tensor) -> Tensor:
-        return log_scale.sum(-1) + self.width.log().sum()
 
 
 class Triangular(Layer):

@@ -64,7 +64,7 @@ class Elementwise(ABC):
 
 def tanh_clamp(s: Tensor) -> Tensor:
     r"""Bound a log-scale symmetrically, :math:`|c(s)| < 3`."""
-    return BOUND * torch.tanh(s / BOUND)
+    return BOUND * torch.tanh(s * (1 / BOUND))
 
 
 def asymmetric_clamp(s: Tensor) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import Amortised, times
 
 # softplus(UNIT) = 1
 UNIT = math.log(math.e - 1.0)
@@ -52,21 +52,21 @@ class Planar(Layer):
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
-        t = torch.tanh((x * w).sum(-1, keepdim=True) + b)
-        return x + u * t, bend(t, slope).log().squeeze(-1)
+        t = torch.tanh(times(w.unsqueeze(-2), x) + b)
+        return torch.addcmul(x, u, t), bend(t, slope).log().squeeze(-1)
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         u, w, b, slope = self._params(context)
-        t = torch.tanh((x * w).sum(-1, keepdim=True) + b)
+        t = torch.tanh(times(w.unsqueeze(-2), x) + b)
         det = bend(t, slope)
         with torch.no_grad():
             # J = I + (1 - t^2) u w^T (Sherman and Morrison), and d log det = ... w.
             flat = 1 - t.square()
             score = score + (2 * (slope - 1) * t * flat / det) * w
             score = score - w * (flat / det * (u * score).sum(-1, keepdim=True))
-        return x + u * t, det.log().squeeze(-1), score
+        return torch.addcmul(x, u, t), det.log().squeeze(-1), score
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
@@ -125,4 +125,5 @@ def _start(c: Tensor, slope: Tensor) -> Tensor:
 def bend(t: Tensor, slope: Tensor) -> Tensor:
     """The slope 1 + kappa (1 - t^2) where tanh is t."""
     # A sum of positive terms: 1 + kappa (1 - t^2) would cancel near kappa = -1.
-    return t * t + slope * (1 - t * t)
+    square = t * t
+    return torch.addcmul(square, slope, 1 - square)

@@ -48,8 +48,8 @@ class Radial(Layer):
         center, alpha, gamma = self._params(context)
         diff = x - center
         r = vector_norm(diff, dim=-1, keepdim=True)
-        y = center + diff * ((r + gamma) / (r + alpha))
-        return y, self._ladj(r, alpha, gamma)
+        stretch, along = _stretches(r, alpha, gamma)
+        return torch.addcmul(center, diff, stretch), self._ladj(stretch, along)
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -57,10 +57,8 @@ class Radial(Layer):
         center, alpha, gamma = self._params(context)
         diff = x - center
         r = vector_norm(diff, dim=-1, keepdim=True)
-        stretch = (r + gamma) / (r + alpha)
+        stretch, along = _stretches(r, alpha, gamma)
         with torch.no_grad():
-            # J stretches by one factor across the direction from the centre, by another along it.
-            along = (r * (r + 2 * alpha) + alpha * gamma) / (r + alpha).square()
             slope = (
                 (self.dim - 1) / (r + gamma)
                 + 2 * (r + alpha) / (r * (r + 2 * alpha) + alpha * gamma)
@@ -69,7 +67,7 @@ class Radial(Layer):
             unit = diff / r.clamp_min(torch.finfo(r.dtype).tiny)
             part = (unit * score).sum(-1, keepdim=True)
             score = (score - unit * part) / stretch + unit * ((part - slope) / along)
-        return center + diff * stretch, self._ladj(r, alpha, gamma), score
+        return torch.addcmul(center, diff, stretch), self._ladj(stretch, along), score
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         center, alpha, gamma = self._params(context)
@@ -79,20 +77,22 @@ class Radial(Layer):
         linear, constant = length - gamma, alpha * length
         larger = (linear.abs() + (linear.square() + 4 * constant).sqrt()) / 2
         r = torch.where(linear >= 0, larger, constant / larger)
-        x = center + diff * ((r + alpha) / (r + gamma))
-        return x, -self._ladj(r, alpha, gamma)
+        stretch, along = _stretches(r, alpha, gamma)
+        return center + diff / stretch, -self._ladj(stretch, along)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         center, a, g = self.params(context).split([self.dim, 1, 1], dim=-1)
         return center, softplus(a), softplus(g)
 
-    def _ladj(self, r: Tensor, alpha: Tensor, gamma: Tensor) -> Tensor:
-        ladj = (
-            (self.dim - 1) * (r + gamma).log()
-            + (r * (r + 2 * alpha) + alpha * gamma).log()
-            - (self.dim + 1) * (r + alpha).log()
-        )
-        return ladj.squeeze(-1)
+    def _ladj(self, stretch: Tensor, along: Tensor) -> Tensor:
+        return torch.add(along.log(), stretch.log(), alpha=self.dim - 1).squeeze(-1)
+
+
+def _stretches(r: Tensor, alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
+    """Factors by which J stretches across the direction from the centre, and along it."""
+    far = r + alpha
+    # Sums of positive terms, which do not cancel.
+    return (r + gamma) / far, torch.addcmul(alpha * gamma, r, far + alpha) / far.square()
 
 
 def radial(dim: int, context_dim: int = 0, depth: int = 8) -> Chain:

@@ -57,8 +57,8 @@ class RationalQuadratic(Elementwise):
         inside = x.clamp(-self.bound, self.bound)
         w, h, x0, y0, d0, d1 = self._bin(inside, params, axis=0)
         s, xi = h / w, (inside - x0) / w
-        y = y0 + h * (s * xi * xi + d0 * xi * (1 - xi)) / _denominator(s, d0, d1, xi)
-        return self._outside(x, y, _log_slope(s, d0, d1, xi))
+        share, ladj = _rise(s, d0, d1, xi)
+        return self._outside(x, torch.addcmul(y0, h, share), ladj)
 
     def inverse(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         inside = y.clamp(-self.bound, self.bound)
@@ -67,7 +67,7 @@ class RationalQuadratic(Elementwise):
         bend = rise * (d1 + d0 - 2 * s)
         a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
         xi = 2 * c / (-b - (b * b - 4 * a * c).clamp_min(0).sqrt())
-        return self._outside(y, x0 + w * xi, -_log_slope(s, d0, d1, xi))
+        return self._outside(y, torch.addcmul(x0, w, xi), -_rise(s, d0, d1, xi)[1])
 
     def _bin(self, x: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
         """Width, height, corner and end slopes of the bin in which each x lies."""
@@ -136,10 +136,12 @@ def _pick(table: Tensor, index: Tensor) -> Tensor:
     return table.expand(*lead, -1, -1).gather(-2, index.expand(*lead, -1, -1))
 
 
-def _denominator(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor) -> Tensor:
-    return s + (d1 + d0 - 2 * s) * xi * (1 - xi)
-
-
-def _log_slope(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor) -> Tensor:
-    top = d1 * xi * xi + 2 * s * xi * (1 - xi) + d0 * (1 - xi) * (1 - xi)
-    return 2 * (s.log() - _denominator(s, d0, d1, xi).log()) + top.log()
+def _rise(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor) -> tuple[Tensor, Tensor]:
+    """How much of a bin's height is reached at xi, and the log slope there."""
+    rest = 1 - xi
+    square, mixed = xi * xi, xi * rest
+    scaled = s * square
+    denominator = torch.addcmul(s, d1 + d0 - 2 * s, mixed)
+    share = torch.addcmul(scaled, d0, mixed) / denominator
+    top = torch.addcmul(torch.addcmul(d1 * square, d0, rest * rest), s, mixed, value=2)
+    return share, (top * (s / denominator).square()).log()

@@ -1,7 +1,9 @@
 """Pictures of a fit: each function returns the matplotlib axes that it drew on."""
 
+from flowvi.plots.evidence import plot_evidence
 from flowvi.plots.khat import plot_khat
 from flowvi.plots.loss import plot_loss
 from flowvi.plots.pair import plot_pair
+from flowvi.plots.sbc import plot_sbc
 
-__all__ = ["plot_khat", "plot_loss", "plot_pair"]
+__all__ = ["plot_evidence", "plot_khat", "plot_loss", "plot_pair", "plot_sbc"]

@@ -1,0 +1,75 @@
+"""`flowvi evidence`: what a saved fit says about the evidence of its model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+from flowvi.cli import results
+from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
+from flowvi.evidence import evidence
+
+if TYPE_CHECKING:
+    import arviz as az
+
+PICTURE = "evidence.png"
+
+
+@click.command(
+    "evidence",
+    short_help="Estimate and bound the log evidence of a fitted model.",
+    epilog="""\b
+Examples:
+  flowvi evidence results/eight_schools
+  flowvi evidence results/eight_schools --mcmc mcmc.nc
+
+\b
+Exit codes:
+  0    the estimates of the log evidence can be relied on
+  1    there is no evidence (an improper prior), or a file cannot be read or written
+  2    the command line was wrong
+  3    the bounds hold, but the estimates cannot be relied on""",
+)
+@click.argument(
+    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
+)
+@click.option(
+    "--mcmc",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="Draws of neutra, saved as NetCDF, for an upper bound.",
+)
+@click.pass_context
+def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None) -> None:
+    """Print lower bounds, estimates and upper bounds of the log evidence, and draw them.
+
+    DIR is a folder that `flowvi fit` wrote. The model file is not needed: the
+    draws in posterior.nc carry their weights. The picture goes to
+    evidence.png in the same folder.
+    """
+    with plain_warnings(), said_plainly():
+        found = evidence(_read(folder / "posterior.nc"), None if mcmc is None else _read(mcmc))
+    click.echo(str(found))
+    import matplotlib as mpl
+
+    mpl.use("agg")  # files are drawn, no windows
+    from flowvi.plots import plot_evidence
+
+    picture = folder / PICTURE
+    results.whole(picture, lambda file: results.save(plot_evidence(found).figure, file))
+    click.echo(f"\nIn {folder}:\n  {PICTURE:<13} the bounds and estimates as a picture")
+    if not found.reliable:
+        ctx.exit(DISTRUSTED)
+
+
+def _read(file: Path) -> az.InferenceData:
+    import arviz as az
+
+    if not file.is_file():
+        raise click.UsageError(f"There is no {file}; name a folder that `flowvi fit` wrote.")
+    try:
+        return az.from_netcdf(str(file), engine="h5netcdf")
+    except Exception as error:  # whatever the reader makes of a file that is not NetCDF
+        raise click.ClickException(f"{file} cannot be read as NetCDF: {error}") from error
