@@ -195,9 +195,7 @@ def _affordable(
     return max(1, int(seconds / float(np.median(times))))
 
 
-def _step(
-    log_p: LogDensity, guide: Guide, optimiser: torch.optim.Optimizer, guard: Guard
-) -> None:
+def _step(log_p: LogDensity, guide: Guide, optimiser: torch.optim.Optimizer, guard: Guard) -> None:
     bound = elbo(PARTICLES)(log_p, guide).bound
     parameters = list(guide.parameters())
     flat = torch.cat([g.reshape(-1) for g in torch.autograd.grad(-bound, parameters)])
@@ -236,9 +234,7 @@ def picture(name: str, row: Row | None, x: Tensor, y: Tensor) -> np.ndarray:
     return log_q.masked_fill(~inside, -math.inf).exp().numpy()
 
 
-def table(
-    names: Iterable[str], guides: Iterable[str], seconds: float, seed: int
-) -> Rows:
+def table(names: Iterable[str], guides: Iterable[str], seconds: float, seed: int) -> Rows:
     """Fit and print: a line for each guide, a column for each density."""
     names, rows = list(names), {}
     print(f"KL(q || p) in nats +- standard error (steps), {seconds:g} s for each fit")

@@ -31,8 +31,8 @@ FIGURES = {
     "flow_modes.png": ["moons", "eight"],
 }
 PIXELS = 160
-# Householder, permutation and LOFT have no step of their own to speak of.
 PATH_DIMS = [10, 100]
+# No parameters, hence no gradient; and no vector of these lengths is an image.
 WITHOUT_PATH = ["image_glow", "loft", "permutation"]
 
 

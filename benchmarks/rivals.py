@@ -1,7 +1,8 @@
 """The same families in other libraries, at the depths and widths of `flowvi.flows`.
 
-Networks have two hidden layers of 64 units, except in normflows' splines, whose
-smallest residual network has three. Pyro's masked networks must be as wide as
+Networks have two hidden layers of 64 units. They have SiLU, as ours do, where it
+can be asked for: not in Pyro, whose builders choose ReLU. The smallest residual
+network of normflows' splines has three layers. Pyro's masked networks must be as wide as
 the vector is long, so they are left out for D > 64. Splines have 8 bins. All act in the
 direction base -> target, but for zuko, which is told to go backwards where its
 other direction is the fast one.
@@ -16,11 +17,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import silu
 
 Map = Callable[[Tensor], tuple[Tensor, Tensor]]
 Built = tuple[nn.Module, Map]
 HIDDEN = (64, 64)
 BINS = 8
+NETWORK: dict[str, Any] = {"hidden_features": HIDDEN, "activation": nn.SiLU}
 
 
 def _pyro(make: Callable[[Any, int], list[Any]]) -> Callable[[int], Built]:
@@ -90,7 +93,9 @@ def _zuko(make: Callable[[Any, int], Any], backwards: bool = False) -> Callable[
 
         def forward(x: Tensor) -> tuple[Tensor, Tensor]:
             transform = lazy()
-            found: tuple[Tensor, Tensor] = (transform.inv if backwards else transform).call_and_ladj(x)
+            found: tuple[Tensor, Tensor] = (
+                transform.inv if backwards else transform
+            ).call_and_ladj(x)
             return found
 
         return module, forward
@@ -99,7 +104,7 @@ def _zuko(make: Callable[[Any, int], Any], backwards: bool = False) -> Callable[
 
 
 def _zuko_coupling(zuko: Any, dim: int, depth: int, **univariate: Any) -> Any:
-    return zuko.flows.NICE(dim, transforms=depth, hidden_features=HIDDEN, **univariate)
+    return zuko.flows.NICE(dim, transforms=depth, **NETWORK, **univariate)
 
 
 def _rational(zuko: Any) -> dict[str, Any]:
@@ -117,20 +122,18 @@ ZUKO = {
         )
     ),
     "realnvp": _zuko(lambda z, dim: _zuko_coupling(z, dim, 8)),
-    "iaf": _zuko(lambda z, dim: z.flows.MAF(dim, transforms=4, hidden_features=HIDDEN)),
-    "maf": _zuko(lambda z, dim: z.flows.MAF(dim, transforms=4, hidden_features=HIDDEN), True),
+    "iaf": _zuko(lambda z, dim: z.flows.MAF(dim, transforms=4, **NETWORK)),
+    "maf": _zuko(lambda z, dim: z.flows.MAF(dim, transforms=4, **NETWORK), True),
     "naf": _zuko(
         lambda z, dim: z.flows.NAF(
-            dim, transforms=2, signal=BINS, network={"hidden_features": (BINS,)}, hidden_features=HIDDEN
+            dim, transforms=2, signal=BINS, network={"hidden_features": (BINS,)}, **NETWORK
         )
     ),
     "nsf_coupling": _zuko(lambda z, dim: _zuko_coupling(z, dim, 4, **_rational(z))),
     "nsf_autoregressive": _zuko(
-        lambda z, dim: z.flows.NSF(dim, bins=BINS, transforms=2, hidden_features=HIDDEN)
+        lambda z, dim: z.flows.NSF(dim, bins=BINS, transforms=2, **NETWORK)
     ),
-    "ffjord": _zuko(
-        lambda z, dim: z.flows.CNF(dim, hidden_features=HIDDEN, exact=True, activation=nn.SiLU)
-    ),
+    "ffjord": _zuko(lambda z, dim: z.flows.CNF(dim, exact=True, **NETWORK)),
 }
 
 
@@ -154,19 +157,28 @@ def _normflows(make: Callable[[Any, int], list[nn.Module]]) -> Callable[[int], B
 
 def _halves(nf: Any, dim: int, scale: bool) -> list[nn.Module]:
     outputs = (dim // 2) * (2 if scale else 1)
-    network = nf.nets.MLP([dim - dim // 2, *HIDDEN, outputs], init_zeros=True)
+    sizes = [dim - dim // 2, *HIDDEN]
+    hidden = [m for pair in zip(sizes, HIDDEN, strict=False) for m in (nn.Linear(*pair), nn.SiLU())]
+    network = nn.Sequential(*hidden, nn.Linear(HIDDEN[-1], outputs))
     return [nf.flows.AffineCouplingBlock(network, scale=scale), nf.flows.Permute(dim, mode="swap")]
 
 
 def _masked(nf: Any, dim: int) -> list[nn.Module]:
     layer = nf.flows.MaskedAffineAutoregressive
-    masked = layer(dim, HIDDEN[0], num_blocks=1, use_residual_blocks=False)
+    masked = layer(dim, HIDDEN[0], None, 1, use_residual_blocks=False, activation=silu)
     return [masked, nf.flows.Permute(dim, mode="swap")]
 
 
 def _glow(nf: Any, dim: int) -> list[nn.Module]:
     coupling = _halves(nf, dim, True)[0]
     return [coupling, nf.flows.InvertibleAffine(dim), nf.flows.ActNorm((dim,))]
+
+
+def _spline(nf: Any, dim: int) -> nn.Module:
+    layer: nn.Module = nf.flows.CoupledRationalQuadraticSpline(
+        dim, 1, HIDDEN[0], num_bins=BINS, tail_bound=5.0, activation=nn.SiLU
+    )
+    return layer
 
 
 def _swapped(nf: Any, dim: int, depth: int, layer: Callable[[], nn.Module]) -> list[nn.Module]:
@@ -181,11 +193,7 @@ NORMFLOWS = {
     "realnvp": _normflows(lambda nf, dim: [m for _ in range(8) for m in _halves(nf, dim, True)]),
     "iaf": _normflows(lambda nf, dim: [m for _ in range(4) for m in _masked(nf, dim)]),
     "glow": _normflows(lambda nf, dim: [m for _ in range(8) for m in _glow(nf, dim)]),
-    "nsf_coupling": _normflows(
-        lambda nf, dim: _swapped(
-            nf, dim, 4, lambda: nf.flows.CoupledRationalQuadraticSpline(dim, 1, 64, tail_bound=5.0)
-        )
-    ),
+    "nsf_coupling": _normflows(lambda nf, dim: _swapped(nf, dim, 4, lambda: _spline(nf, dim))),
 }
 BUILD: dict[str, dict[str, Callable[[int], Built]]] = {
     "pyro": PYRO,

@@ -12,7 +12,6 @@ from multiprocessing import get_context
 
 import rivals
 import torch
-from torch import Tensor, nn
 
 from flowvi import flows
 from flowvi.flows import FLOWS, Layer
@@ -38,16 +37,21 @@ OURS: dict[str, Callable[[int], Layer]] = {
     "naf": FLOWS["naf"],
     "nsf_coupling": FLOWS["nsf_coupling"],
     "nsf_autoregressive": FLOWS["nsf_autoregressive"],
-    "ffjord": lambda dim: moving(flows.Continuous(dim, tolerance=1e-6)),
+    "ffjord": lambda dim: stirred(flows.Continuous(dim, tolerance=1e-6)),
 }
 # D calls of a network, or D derivatives of one, take others minutes a step.
 LARGEST = {"maf": 100, "ffjord": 10}
 Step = Callable[[], None]
+# Where to time a step, what makes the step, and of what.
+Cell = tuple[Executor, Callable[..., Step], tuple[object, ...]]
 
 
-def moving(flow: flows.Continuous) -> flows.Continuous:
-    """Off the identity, at which an adaptive solver has nothing to do."""
-    nn.init.kaiming_uniform_(flow.last, a=5**0.5)
+def stirred(flow: Layer) -> Layer:
+    """Off the identity, at which solvers and recursions have little to do."""
+    with torch.no_grad():
+        for p in flow.parameters():
+            inputs = p[0].numel() if p.dim() > 1 else 1
+            p.add_(0.3 * inputs**-0.5 * torch.randn_like(p))
     return flow
 
 
@@ -73,7 +77,7 @@ def plain(library: str, family: str, dim: int) -> Step:
 def path(how: str, family: str, dim: int) -> Step:
     """Sample, score, and differentiate by the path gradient; `how` the score is found."""
     torch.manual_seed(0)
-    flow = FLOWS[family](dim)
+    flow = stirred(FLOWS[family](dim))
 
     def step() -> None:
         eps = torch.randn(PARTICLES, dim)
@@ -105,33 +109,37 @@ def milliseconds(build: Callable[..., Step], *args: object, seconds: float = 0.2
     return 1e3 * statistics.median(times)
 
 
-def rounds(cells: dict[str, tuple[Executor, Callable[..., Step], tuple[object, ...]]]) -> dict:
-    """Time each in turn, several times; the median for each."""
+def rounds(cells: dict[str, Cell]) -> dict[str, float]:
+    """Time each in turn, several times; the best for each, as other work only adds time."""
     found: dict[str, list[float]] = {name: [] for name in cells}
     for _ in range(ROUNDS):
         for name, (worker, build, args) in cells.items():
             found[name].append(worker.submit(milliseconds, build, *args).result())
-    return {name: statistics.median(times) for name, times in found.items()}
+    return {name: min(times) for name, times in found.items()}
 
 
 def table(families: Iterable[str], dims: Iterable[int]) -> None:
     """A line for each family and D: our time, and the others' in units of it."""
     dims = list(dims)
-    print(f"sample + log_q + backward, K = {PARTICLES}, one thread, float32; {ROUNDS} rounds")
+    print(
+        f"sample + log_q + backward, K = {PARTICLES}, one thread, float32; best of {ROUNDS} rounds"
+    )
     print("ours in ms; others as ratios to ours (above 1: ours is faster)")
     print(f"{'family':<24}{'D':>6}{'ours':>9}" + "".join(f"{name:>11}" for name in LIBRARIES))
     with ExitStack() as stack:
         workers = {name: stack.enter_context(_worker()) for name in ("flowvi", *LIBRARIES)}
         for family in families:
             for dim in (d for d in dims if d <= LARGEST.get(family, d)):
-                cells = {
+                cells: dict[str, Cell] = {
                     name: (worker, plain, (name, family, dim))
                     for name, worker in workers.items()
                     if name == "flowvi" or rivals.has(name, family, dim)
                 }
                 found = rounds(cells)
                 own = found.pop("flowvi")
-                ratios = [f"{found[n] / own:>11.2f}" if n in found else f"{'-':>11}" for n in LIBRARIES]
+                ratios = [
+                    f"{found[n] / own:>11.2f}" if n in found else f"{'-':>11}" for n in LIBRARIES
+                ]
                 mark = "" if min(found.values()) >= own else "  slower"
                 print(f"{family:<24}{dim:>6}{own:>9.2f}" + "".join(ratios) + mark, flush=True)
 
@@ -145,7 +153,9 @@ def path_table(families: Iterable[str], dims: Iterable[int]) -> None:
         for family in families:
             print(f"{family:<24}", end="", flush=True)
             for dim in dims:
-                cells = {how: (worker, path, (how, family, dim)) for how in ("plain", "push", "inverse")}
+                cells: dict[str, Cell] = {
+                    how: (worker, path, (how, family, dim)) for how in ("plain", "push", "inverse")
+                }
                 found = rounds(cells)
                 push, inverse = (found[how] / found["plain"] for how in ("push", "inverse"))
                 print(f"{push:>16.2f}{inverse:>9.2f}", end="", flush=True)
@@ -155,5 +165,3 @@ def path_table(families: Iterable[str], dims: Iterable[int]) -> None:
 def _worker() -> ProcessPoolExecutor:
     """A process of its own: importing zuko switches validation off in the whole process."""
     return ProcessPoolExecutor(1, get_context("spawn"), torch.set_num_threads, (1,))
-
-

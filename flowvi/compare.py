@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -178,7 +179,11 @@ def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataF
                 f"'{name}' has several observed sites, {', '.join(sites)}: name the one to predict "
                 "by var_name."
             )
-    table: pd.DataFrame = az.compare(dict(able), ic="loo", var_name=var_name)
+    with warnings.catch_warnings():
+        # How ArviZ calls pandas is not the caller's affair.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        table: pd.DataFrame = az.compare(dict(able), ic="loo", var_name=var_name)
     return table
 
 

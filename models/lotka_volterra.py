@@ -23,7 +23,7 @@ STEPS = 10  # Runge-Kutta steps in a year
 class PositiveNormal(dist.Normal):
     """Normal restricted to the positive numbers."""
 
-    support = constraints.positive  # type: ignore[assignment]
+    support = constraints.positive
     has_rsample = False
 
     def log_prob(self, value: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives", "overlap"},
     {"draws"},
     {"fit", "training", "init", "coverage", "schedule", "checkpoint"},
-    {"inference_data", "evidence", "compare", "neutra", "sbc"},
+    {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
 ]
 ALONE = 2

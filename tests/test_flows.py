@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+import safetensors.torch
 import torch
 from families import FIXED, FLOWS, perturbed
 from torch.autograd.functional import jacobian
@@ -147,6 +148,16 @@ def test_copies_agree_and_are_independent(name):
     torch.testing.assert_close(loaded(x, context), expected, rtol=0, atol=0)
 
 
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_survives_a_file_without_pickle(name):
+    flow, other = (perturbed(FLOWS[name](3, CONTEXT)) for _ in range(2))
+    x, context = torch.randn(6, 3), torch.randn(CONTEXT)
+
+    other.load_state_dict(safetensors.torch.load(safetensors.torch.save(flow.state_dict())))
+
+    torch.testing.assert_close(other(x, context), flow(x, context), rtol=0, atol=0)
+
+
 def test_a_permutation_is_saved_with_its_flow():
     saved, other = FLOWS["permutation"](6, seed=1), FLOWS["permutation"](6, seed=2)
     x = torch.randn(6)
@@ -178,6 +189,17 @@ def test_functional_call_and_vmap(name, inverse):
 
     for i in range(2):
         torch.testing.assert_close((y[i], ladj[i]), flows[i](x[i], context[i]))
+
+
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_flow_compiles_to_one_graph(name):
+    flow = perturbed(FLOWS[name](3, CONTEXT))
+    x, context = torch.randn(6, 3), torch.randn(CONTEXT)
+
+    torch.compiler.reset()
+    for direction in (flow.forward, flow.inverse):
+        compiled = torch.compile(direction, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(x, context), direction(x, context))
 
 
 @pytest.mark.parametrize("name", FLOWS)

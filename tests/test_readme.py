@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from flowvi.cli import main
 
 ROOT = Path(__file__).parents[1]
-PAGES = {str(p.relative_to(ROOT)): p for p in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]}
+FILES = [ROOT / "README.md", *sorted(ROOT.glob("docs/**/*.md"))]
+PAGES = {str(p.relative_to(ROOT)): p for p in FILES}
 FENCE = re.compile(r"^```python\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 LINK = re.compile(r"\]\(([^)\s#:]+)(?:#[^)]*)?\)")
 COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)

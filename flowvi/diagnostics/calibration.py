@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
 from scipy import stats
+
+# Below this, ranks are called miscalibrated.
+LEVEL = 0.01
 
 
 class Uniformity(NamedTuple):
@@ -58,3 +62,63 @@ def adjusted(*p_values: np.ndarray) -> float:
     """The smallest of all p-values by Bonferroni's correction; 1 where there are none."""
     joined = np.concatenate([np.ravel(p) for p in p_values])
     return float(min(1.0, joined.min() * joined.size)) if joined.size else 1.0
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Ranks of true values among the draws of fits to simulated data.
+
+    Attributes:
+        labels: Names of the P scalars, such as ``theta[3]``.
+        levels: Number L of draws behind each rank.
+        plain: Ranks among the guide's draws, (M, P), from 0 to L.
+        resampled: Ranks among the resampled draws, (M, P).
+        probabilities: P_q(theta < truth), (M, P).
+        verdicts: Of each of the M fits.
+        failures: What stopped each fit that failed; these have no row.
+    """
+
+    labels: tuple[str, ...]
+    levels: int
+    plain: np.ndarray
+    resampled: np.ndarray
+    probabilities: np.ndarray
+    verdicts: tuple[str, ...]
+    failures: tuple[str, ...] = ()
+
+    @property
+    def uniform(self) -> dict[str, float]:
+        """Adjusted p-values of the tests of uniformity, of plain and resampled draws."""
+        kinds = {"plain": self.plain, "resampled": self.resampled}
+        return {name: adjusted(*uniformity(ranks, self.levels)) for name, ranks in kinds.items()}
+
+    @property
+    def symmetric(self) -> float:
+        """Adjusted p-value of the test of symmetry (VSBC)."""
+        return adjusted(symmetry(self.probabilities))
+
+    def __str__(self) -> str:
+        uniform, symmetric = self.uniform, self.symmetric
+        good = [name for name, p in uniform.items() if p >= LEVEL]
+        head = f"The {' and '.join(good)} draws are calibrated" if good else "Not calibrated"
+        lines = [f"{head}, by {len(self.plain)} fits to simulated data"]
+        rows = [(f"ranks among {n} draws uniform", p, self._worst(n)) for n, p in uniform.items()]
+        rows.append(("guide symmetric about the truth", symmetric, ""))
+        lines += [f"  {what:<36} p = {p:<8.2g}{note}".rstrip() for what, p, note in rows]
+        counts = {v: self.verdicts.count(v) for v in dict.fromkeys(self.verdicts)}
+        lines.append(
+            "  verdicts: " + ", ".join(f"{n} x {verdict}" for verdict, n in counts.items())
+        )
+        lines.append("  p-values are adjusted for the number of scalars and tests (Bonferroni)")
+        if self.failures:
+            lines.append(
+                f"  - {len(self.failures)} fits failed and are missing, which may itself be a "
+                f"fault; the first: {self.failures[0]}"
+            )
+        return "\n".join(lines)
+
+    def _worst(self, name: str) -> str:
+        """The scalar with the smallest p-value."""
+        ks, width = uniformity(getattr(self, name), self.levels)
+        i = int(np.argmin(np.minimum(ks, width)))
+        return f"({self.labels[i]}: KS {ks[i]:.2g}, width {width[i]:.2g})"

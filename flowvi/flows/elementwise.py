@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowvi.flows.score import gradient
+from flowvi.flows.score import gradients
 
 # An unbounded log-scale overflows in the first steps of a bad fit.
 BOUND = 3.0
@@ -55,11 +55,12 @@ class Elementwise(ABC):
         with torch.enable_grad():
             x, params = x.detach().requires_grad_(), params.detach().requires_grad_()
             y, ladj = self.forward(x, params)
-
-        def pull(g: Tensor) -> Tensor:
-            return gradient(ladj + g * y, params, retain=True)
-
-        return Linearised(ladj.detach(), gradient(ladj, x, retain=True), pull)
+        change, own = gradients(ladj, (x, params), retain=True)
+        (moves,) = gradients(y, (params,))
+        # Coordinates do not act on each other: these are derivatives of each, not of sums.
+        return Linearised(
+            ladj.detach(), change, lambda g: torch.addcmul(own, g.unsqueeze(-2), moves)
+        )
 
 
 def tanh_clamp(s: Tensor) -> Tensor:

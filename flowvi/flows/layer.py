@@ -1,6 +1,7 @@
 """What a flow is made of: the contract of a layer, and layers one after the other."""
 
 from collections.abc import Iterable
+from functools import reduce
 from typing import cast
 
 import torch
@@ -66,27 +67,27 @@ class Chain(Layer):
         self.layers = nn.ModuleList(layers)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
+        ladjs = []
         for layer in self.layers:
             x, ladj = layer(x, context)
-            total = total + ladj
-        return x, total
+            ladjs.append(ladj)
+        return x, _sum(ladjs, x)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        total = y.new_zeros(y.shape[:-1])
+        ladjs = []
         for layer in reversed(self.layers):
             y, ladj = cast(Layer, layer).inverse(y, context)
-            total = total + ladj
-        return y, total
+            ladjs.append(ladj)
+        return y, _sum(ladjs, y)
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        total = x.new_zeros(x.shape[:-1])
+        ladjs = []
         for layer in self.layers:
             x, ladj, score = cast(Layer, layer).push(x, score, context)
-            total = total + ladj
-        return x, total, score
+            ladjs.append(ladj)
+        return x, _sum(ladjs, x), score
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in reversed(self.layers):
@@ -106,3 +107,8 @@ class Inverse(Layer):
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return cast(tuple[Tensor, Tensor], self.layer(y, context))
+
+
+def _sum(ladjs: list[Tensor], x: Tensor) -> Tensor:
+    """The sum of log determinants; zero without any."""
+    return reduce(torch.add, ladjs) if ladjs else x.new_zeros(x.shape[:-1])

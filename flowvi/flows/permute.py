@@ -1,7 +1,6 @@
 """Layers that reorder the coordinates."""
 
 from collections.abc import Sequence
-from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -40,10 +39,10 @@ class Permutation(Layer):
         self.register_buffer("back", order.argsort())
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _reordered(x, self.order, self.back), x.new_zeros(x.shape[:-1])
+        return x.index_select(-1, self.order), x.new_zeros(x.shape[:-1])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return _reordered(y, self.back, self.order), y.new_zeros(y.shape[:-1])
+        return y.index_select(-1, self.back), y.new_zeros(y.shape[:-1])
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -70,26 +69,3 @@ def mixed(layers: Sequence[Layer], dim: int) -> Chain:
         where = where[order]
         steps += [Permutation(order), layer]
     return Chain([*steps, Permutation(where.argsort())])
-
-
-class _Reorder(torch.autograd.Function):
-    """Select by a permutation: the derivative, too, is a selection, and no sum over indices."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-        return x.index_select(-1, order)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs[1:])
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        order, back = ctx.saved_tensors
-        return _reordered(grad, back, order), None, None
-
-
-def _reordered(x: Tensor, order: Tensor, back: Tensor) -> Tensor:
-    return cast(Tensor, _Reorder.apply(x, order, back))

@@ -53,7 +53,7 @@ class Planar(Layer):
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)
         t = torch.tanh(times(w.unsqueeze(-2), x) + b)
-        return torch.addcmul(x, u, t), bend(t, slope).log().squeeze(-1)
+        return x + times(u.unsqueeze(-1), t), bend(t, slope).log().squeeze(-1)
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
@@ -66,7 +66,7 @@ class Planar(Layer):
             flat = 1 - t.square()
             score = score + (2 * (slope - 1) * t * flat / det) * w
             score = score - w * (flat / det * (u * score).sum(-1, keepdim=True))
-        return torch.addcmul(x, u, t), det.log().squeeze(-1), score
+        return x + times(u.unsqueeze(-1), t), det.log().squeeze(-1), score
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)

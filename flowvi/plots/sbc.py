@@ -7,9 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from scipy import stats
 
-from flowvi.diagnostics.calibration import uniformity
+from flowvi.diagnostics.calibration import Calibration, uniformity
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
-from flowvi.sbc import Calibration
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +51,7 @@ def plot_sbc(calibration: Calibration) -> np.ndarray:
 def _ranks(ax: Axes, calibration: Calibration, i: int) -> None:
     fits, cells = len(calibration.plain), calibration.levels + 1
     bins = int(np.clip(fits // 10, 4, min(20, cells)))
-    edges = np.linspace(0, cells, bins + 1)
+    edges = np.linspace(0, cells, bins + 1).tolist()
     low, high = stats.binom.interval(0.99, fits, 1 / bins)
     ax.axhspan(low, high, color=GREY, alpha=0.25, lw=0, label="99 % of uniform bars")
     ax.hist(calibration.plain[:, i] + 0.5, edges, color=BLUE, alpha=0.75, label="plain draws")
@@ -62,7 +61,7 @@ def _ranks(ax: Axes, calibration: Calibration, i: int) -> None:
 
 
 def _mirror(ax: Axes, probabilities: np.ndarray) -> None:
-    edges = np.linspace(0, 1, 2 * int(np.clip(len(probabilities) // 20, 2, 10)) + 1)
+    edges = np.linspace(0, 1, 2 * int(np.clip(len(probabilities) // 20, 2, 10)) + 1).tolist()
     ax.hist(probabilities, edges, color=BLUE, alpha=0.75)
     ax.hist(1 - probabilities, edges, color=GREY, histtype="step", lw=1.2)
     ax.set(xlabel=r"$P_q(\theta < \mathrm{truth})$", xlim=(0, 1))
