@@ -20,6 +20,7 @@ import densities
 import numpy as np
 import speed
 import torch
+from PIL import Image
 
 from flowvi.flows import FLOWS
 from flowvi.plots.theme import style
@@ -31,6 +32,7 @@ FIGURES = {
     "flow_modes.png": ["moons", "eight"],
 }
 PIXELS = 160
+COLOURS = 64
 PATH_DIMS = [10, 100]
 # No parameters, hence no gradient; and no vector of these lengths is an image.
 WITHOUT_PATH = ["image_glow", "loft", "permutation"]
@@ -70,6 +72,9 @@ def draw_figure(
             ax.set_title(title, loc="center")
         figure.savefig(path, dpi=110)
         plt.close(figure)
+    with Image.open(path) as drawn:
+        small = drawn.convert("RGB").quantize(COLOURS)
+    small.save(path, optimize=True)
 
 
 def main() -> None:

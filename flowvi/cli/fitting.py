@@ -139,14 +139,15 @@ def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     draws = fitted.draw(n, seed=seed)
     with said_plainly():
         diagnosis = diagnose(draws)
-    click.echo(str(diagnosis))
     kept = results.judged(draws, diagnosis, seed)
     numbers = results.summary(kept)
+    try:
+        # All files before the first word: whoever reads the output may hang up early.
+        written = list(results.write(fitted, draws, kept, numbers, out))
+    finally:
+        click.echo(str(diagnosis))
     if not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
-    for name, what in results.write(fitted, draws, kept, numbers, out):
-        if not quiet:
+        for name, what in [*written, (f"{results.FIT}/", "the fitted guide, for flowvi.load")]:
             click.echo(f"  {name:<13} {what}")
-    if not quiet:
-        click.echo(f"  {results.FIT + '/':<13} the fitted guide, for flowvi.load")
     return diagnosis.verdict
