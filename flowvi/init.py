@@ -21,6 +21,7 @@ PATH_POINTS = 6
 LBFGS_STEPS = 300
 NEWTON_STEPS = 12
 SMALL = 50
+LARGE = 300
 REFINE_STEPS = 10
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
@@ -98,7 +99,11 @@ def _best(group: Sequence[Gaussian]) -> Gaussian:
 def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaussian]]:
     """Normals to start from: for each start point, guesses of several kinds."""
     identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
-    for i, z in enumerate(target.starts(generator)):
+    starts = target.starts(generator)
+    if target.dim > LARGE:
+        # A Hessian costs 2 D gradients: two starts of different kinds have to do.
+        starts = starts[[0, -3]]
+    for i, z in enumerate(starts):
         path = ascend(target, z)
         group = [
             Gaussian(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
@@ -277,7 +282,7 @@ def _newton(target: Target, z: Tensor, name: str) -> Gaussian:
     """Laplace's approximation after the Newton steps that L-BFGS left undone."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)
-    for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2):
+    for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2 * (target.dim <= LARGE)):
         tries = torch.stack([z + t * (found.loc - z) for t in (1.0, 0.5, 0.1, 0.01)])
         higher, _ = value_and_score(target, tries)
         best = int(higher.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
