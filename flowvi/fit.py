@@ -129,8 +129,9 @@ def fit(
         seed,
         progress,
         callback,
-        # Someone who counts the steps does not want them doubled.
-        escalate=guide == "auto" and steps is None,
+        # Someone who counts the steps does not want them doubled; and the model's own
+        # parameters belong to the guide that they were trained with.
+        escalate=guide == "auto" and steps is None and not list(target.parameters()),
     )
     runs: list[Run] = []
     with _own_randomness(target), _threads(target, particles or PARTICLES):
@@ -223,6 +224,11 @@ def _check(
         raise ValueError(f"lr must be a positive number; got {lr}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
+    if restarts > 1 and list(target.parameters()):
+        raise ValueError(
+            f"{target.name} has parameters of its own, which every restart would train anew: "
+            f"restarts must be 1, got {restarts}. Capture the model once for each fit instead."
+        )
     if not isinstance(objective, Renyi | ForwardKL):
         raise ValueError(
             f"objective must be one such as elbo() or iwelbo(16); got {type(objective).__name__}."

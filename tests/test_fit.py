@@ -169,6 +169,16 @@ def test_parameters_of_the_model_are_trained():
     assert mean.item() == pytest.approx(2.5, abs=0.05)
 
 
+def test_restarts_that_would_share_the_models_parameters_are_refused():
+    def model() -> None:
+        mean = pyro.param("mean", torch.tensor(0.0))
+        theta = pyro.sample("theta", dist.Normal(mean, 1.0))
+        pyro.sample("y", dist.Normal(theta, 0.5), obs=torch.tensor(1.0))
+
+    with pytest.raises(ValueError, match=r"parameters of its own.*restarts must be 1, got 2"):
+        flowvi.fit(flowvi.from_pyro(model), restarts=2, progress=False)
+
+
 def test_minibatches_reach_the_posterior_of_all_rows():
     generator = torch.Generator().manual_seed(1)
     y = torch.randn(200, generator=generator) + 1.5
