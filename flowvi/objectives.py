@@ -1,13 +1,12 @@
 """Objectives: bounds on the log evidence whose gradients are right."""
 
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowvi.guides import Guide
 
@@ -232,27 +231,6 @@ OBJECTIVES: dict[str, Callable[..., Renyi | ForwardKL]] = {
     "iwelbo": iwelbo,
     "renyi": renyi,
 }
-
-
-@contextmanager
-def frozen(module: nn.Module) -> Iterator[None]:
-    """Treat a module's parameters as constants inside the block.
-
-    The parameters are replaced by detached views, so a parameter that is itself
-    a function of others (as under `torch.func.functional_call`) is frozen too.
-    """
-    live: list[tuple[dict[str, Any], str, Tensor]] = [
-        (owner._parameters, name, p)
-        for owner in module.modules()
-        for name, p in owner.named_parameters(recurse=False, remove_duplicate=False)
-    ]
-    for parameters, name, p in live:
-        parameters[name] = p.detach()
-    try:
-        yield
-    finally:
-        for parameters, name, p in live:
-            parameters[name] = p
 
 
 def _scale_gradient(z: Tensor, factor: Tensor, log_w: Tensor) -> None:

@@ -45,13 +45,17 @@ class Overlap:
         for m, weight in enumerate(self.weights):
             others = (f"{n}: {c:.2f}" for n, c in enumerate(self.coefficient[m]) if n != m)
             lines.append(f"{m:9d}  {weight:6.3f}  {', '.join(others)}".rstrip())
-        for i, j in self.collapsed:
-            lines.append(
-                f"Components {i} and {j} have collapsed onto each other: use one fewer, or "
-                "start them at different modes."
-            )
-        lines += [f"Component {m} has almost no weight: use one fewer." for m in self.unused]
-        return "\n".join(lines)
+        return "\n".join([*lines, *self.complaints])
+
+    @property
+    def complaints(self) -> list[str]:
+        """A sentence for each pair that has collapsed, and each component without weight."""
+        same = [
+            f"Components {i} and {j} have collapsed onto each other: use one fewer, or "
+            "start them at different modes."
+            for i, j in self.collapsed
+        ]
+        return same + [f"Component {m} has almost no weight: use one fewer." for m in self.unused]
 
 
 @torch.no_grad()

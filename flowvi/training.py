@@ -19,6 +19,7 @@ from flowvi.draws import stream
 from flowvi.guides import GUIDES, Guide, MixtureGuide, make_guide, mixture
 from flowvi.init import Gaussian, best_gaussian, distinct
 from flowvi.objectives import Estimate, ForwardKL, LogDensity, Renyi
+from flowvi.overlap import overlap
 from flowvi.schedule import Average, Guard, decayed
 from flowvi.target import Target
 
@@ -173,6 +174,8 @@ class Run:
             last, average = self._vector(), None
             self.log.append(f"interrupted after {len(self.rows)} steps")
         self._choose({"start": start, "last": last, "average": average})
+        if isinstance(self.guide, MixtureGuide):
+            self.log += overlap(self.guide).complaints
 
     def _search(self, start: Tensor) -> float:
         """Try step sizes briefly from the same start, on the same noise, and judge them."""

@@ -151,6 +151,14 @@ def test_a_mode_that_the_search_saw_and_the_guide_left_out_is_no_secret():
     assert "found another mode that the guide leaves out" in diagnosis.reasons[0]
 
 
+def test_components_that_collapse_are_reported():
+    target = flowvi.from_density(lambda v: -0.5 * v["x"].square().sum(), {"x": flowvi.Site((2,))})
+
+    fit = flowvi.fit(target, "mixture", steps=5, progress=False)
+
+    assert any("collapsed onto each other" in line for line in fit.log)
+
+
 def test_parameters_of_the_model_are_trained():
     """Empirical Bayes: y = theta + noise, so the best prior mean is the mean of y."""
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
