@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 from torch import nn
 
+from flowvi.draws import Draws, tabulate
 from flowvi.fit import Fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 
 FORMAT = 1
 MANIFEST = "fit.json"
+CHAINS = "chains.safetensors"
 
 
 class CheckpointError(ValueError):
@@ -45,6 +47,8 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
     own = {n: p for n, p in fit.target.named_parameters() if n.startswith("own_")}
     if own:
         _write(path / "target.safetensors", own)
+    if fit.chains is not None:
+        _write(path / CHAINS, _chain_arrays(fit.chains))
     manifest = {
         "format": FORMAT,
         "latents": latents(fit.target),
@@ -52,6 +56,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
         "bounds": fit.bounds,
         "log": fit.log,
         "meta": fit.meta,
+        "chains": None if fit.chains is None else fit.chains.meta,
     }
     # Written last: a folder with a manifest is a whole one.
     _replace(path / MANIFEST, json.dumps(manifest, indent=1).encode())
@@ -82,7 +87,27 @@ def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = N
         _fill_own(target, path / "target.safetensors")
     history = {k: v.numpy() for k, v in _read(path / "history.safetensors").items()}
     meta, log, bounds = manifest["meta"], manifest["log"], manifest["bounds"]
-    return Fit(target, guides, bounds, history, log, meta)
+    chains = manifest.get("chains")
+    table = None if chains is None else _chains(target, path / CHAINS, chains)
+    return Fit(target, guides, bounds, history, log, meta, table)
+
+
+def _chain_arrays(chains: Draws) -> dict[str, Tensor]:
+    return {
+        name: torch.as_tensor(array)
+        for name, array in {"z": chains.z, "log_q": chains.log_q, **chains.stats}.items()
+    }
+
+
+def _chains(target: Target, file: Path, meta: dict[str, Any]) -> Draws:
+    """The table of saved chains, evaluated anew."""
+    arrays = _read(file)
+    z, log_q = arrays.pop("z"), arrays.pop("log_q")
+    size = target.chunk()
+    pieces = [zip(a.split(size), b.split(size), strict=True) for a, b in zip(z, log_q, strict=True)]
+    stats = {name: value.numpy() for name, value in arrays.items()}
+    with torch.no_grad():
+        return tabulate(target, pieces, meta, stats)
 
 
 def latents(target: Target) -> dict[str, Any]:
@@ -126,10 +151,8 @@ def _compare(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
 
 def _build(spec: dict[str, Any], target: Target, guide: Guide | None, path: Path) -> Guide:
     name = spec["name"]
-    if name in GUIDES:
-        new = GUIDES[name](target.dim, **spec["sizes"])
-    elif name in FLOWS:
-        new = make_guide(name, target.dim)
+    if name in GUIDES or name in FLOWS:
+        new = make_guide(name, target.dim, **spec["sizes"])
     elif guide is not None:
         new = copy.deepcopy(guide)
     else:

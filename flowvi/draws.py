@@ -1,5 +1,6 @@
 """The table of draws: all that is known of a fit once the guide has been called."""
 
+import math
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -33,6 +34,7 @@ class Draws:
         target: Where names, dims and data come from.
         meta: JSON-able facts about the fit.
         stats: Facts about each draw of MCMC, (chain, draw), by ArviZ's names.
+        weighted: For draws of MCMC that a fit ended in, those of its guide, with their weights.
     """
 
     z: np.ndarray
@@ -42,14 +44,15 @@ class Draws:
     target: Target
     meta: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, np.ndarray] = field(default_factory=dict)
+    weighted: "Draws | None" = None
 
     @property
     def log_weights(self) -> np.ndarray:
         """Log p - log q, (chain, draw). Resampled draws and those of MCMC have none."""
         if self.mcmc:
             raise ValueError(
-                "These draws are of Markov chains, not of the guide: they have no weights. Take "
-                "fit.draw(...) where weights are needed; evidence(draws, mcmc=...) uses both."
+                "These draws are of Markov chains, not of the guide: they have no weights, and "
+                "need none. Those of the guide are in draws.weighted; evidence(draws) uses both."
             )
         if self.resampled:
             raise ValueError(
@@ -77,6 +80,25 @@ class Draws:
         words = {"guide": "{} guide", "objective": "{}", "steps": "{} steps"}
         parts = [word.format(self.meta[key]) for key, word in words.items() if key in self.meta]
         return f"{self.target.name}: {', '.join(parts)}" if parts else self.target.name
+
+    def thinned(self, n: int) -> "Draws":
+        """At most n draws of each chain, evenly spaced."""
+        had = self.log_p.shape[1]
+        if n >= had:
+            return self
+        rows = np.linspace(0, had - 1, n).astype(int)
+
+        def pick(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+            return {name: array[:, rows] for name, array in arrays.items()}
+
+        return replace(
+            self,
+            z=self.z[:, rows],
+            log_p=self.log_p[:, rows],
+            log_q=self.log_q[:, rows],
+            values=pick(self.values),
+            stats=pick(self.stats),
+        )
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.values:
@@ -231,6 +253,7 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
     """
     if isinstance(draws, Draws):
         check_proper(draws.target.improper)
+        draws = draws.weighted or draws
     log_weights = draws.log_weights if isinstance(draws, Draws) else draws
     return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
 
@@ -248,11 +271,28 @@ def check_proper(improper: Sequence[str]) -> None:
 def _of_chains(draws: Draws) -> Diagnosis:
     """The verdict on MCMC draws, by every coordinate, the log density and all deterministics."""
     named = {name: draws[name] for name in draws.target.deterministics}
-    return diagnostics.diagnose_chains(
+    diagnosis = diagnostics.diagnose_chains(
         {**_coordinates(draws), "log p": draws.log_p, **named},
         draws.stats["diverging"],
         draws.title,
         draws.meta.get("missed", ()),
+    )
+    if draws.weighted is None:
+        return diagnosis
+    trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
+    weights = draws.weighted.log_weights
+    found = diagnostics.evidence(weights, draws.log_p - draws.log_q, trusted=trusted)
+    proper = not draws.target.improper
+    return replace(
+        diagnosis,
+        khat=found.khat,
+        khat_threshold=found.khat_threshold,
+        elbo=found.bounds[0].bound,
+        elbo_se=found.bounds[0].se,
+        gap=found.log_evidence - found.bounds[0].bound,
+        gap_se=found.log_evidence_se,
+        log_evidence=found.log_evidence if proper else math.nan,
+        log_evidence_se=found.log_evidence_se if proper else math.nan,
     )
 
 

@@ -30,7 +30,8 @@ def evidence(
     """Estimate the log evidence, bound it, and say whether to believe the estimate.
 
     Args:
-        draws: Draws of a fit, or what `to_inference_data` made of them.
+        draws: Draws of a fit, or what `to_inference_data` made of them. Where a fit ended in
+            Markov chains, those of its guide and of the chains are both used.
         mcmc: Draws of the posterior from `neutra`, for an upper bound.
         particles: Numbers of particles K of the lower bounds.
 
@@ -38,6 +39,8 @@ def evidence(
         ValueError: A prior is improper, so that there is no evidence; or the
             draws carry no weights.
     """
+    if isinstance(draws, Draws) and draws.weighted is not None and mcmc is None:
+        draws, mcmc = draws.weighted, draws
     table = _read(draws)
     check_proper(table.improper)
     if table.kind != "guide":

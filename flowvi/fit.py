@@ -5,10 +5,9 @@ from __future__ import annotations
 import copy
 import math
 import os
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import torch
 
 from flowvi._version import __version__
 from flowvi.draws import Draws, draw
+from flowvi.escalation import escalate as go_on
 from flowvi.guides import Guide
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
+from flowvi.run import Kept, Run
+from flowvi.stopping import Clock
 from flowvi.target import Target
-from flowvi.training import Objective, Run, Settings, Step, particles_of
+from flowvi.training import Objective, Row, Settings, Step, particles_of
 
-STEPS = 2000
 PARTICLES = 64
 SINGLE_THREAD_BELOW = 2_000_000
 
@@ -38,6 +39,8 @@ class Fit:
         history: Per step of all restarts: bound, grad_norm, lr, skipped, restart.
         log: What was chosen, and why.
         meta: JSON-able facts: guide, objective, steps, particles, lr, seed, seconds ...
+        chains: Draws of Markov chains in the space of the best guide, where nothing else
+            was to be trusted.
     """
 
     target: Target
@@ -46,6 +49,7 @@ class Fit:
     history: dict[str, np.ndarray]
     log: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
+    chains: Draws | None = None
 
     @property
     def guide(self) -> Guide:
@@ -55,11 +59,17 @@ class Fit:
     def draw(self, n: int = 4000, seed: int = 0) -> Draws:
         """Draw from every restart's guide and evaluate the target there.
 
+        Where the fit ended in Markov chains their draws are returned, which have no
+        weights; those of the guide are in their attribute `weighted`.
+
         Args:
-            n: Draws from each guide.
+            n: Draws from each guide, or at most from each chain.
             seed: Seed of the draws; the caller's generators are left alone.
         """
-        return draw(self.target, self.guides, n, seed, self.meta)
+        drawn = draw(self.target, self.guides, n, seed, self.meta)
+        if self.chains is None:
+            return drawn
+        return replace(self.chains.thinned(n), weighted=drawn)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the fit to a folder, without pickle; `flowvi.load` reads it back."""
@@ -83,6 +93,8 @@ def fit(
     particles: int | None = None,
     restarts: int = 1,
     seed: int = 0,
+    budget: float | None = None,
+    escalate: bool = True,
     progress: bool = True,
     callback: Callable[[Step], object] | None = None,
 ) -> Fit:
@@ -90,25 +102,32 @@ def fit(
 
     A full-rank Gaussian is fitted first, from several start points; the flow
     starts at the identity on top of it and is trained by Adam with path
-    gradients and a decaying step. Where the search for a start found modes that the
-    flow leaves out, a mixture with a flow for each is tried (with guide="auto" and
-    the default number of steps). Of the average of the last iterates, the
-    last one and the start, that with the best bound on fresh draws is kept:
-    the result is no worse than the Gaussian. The global random number
-    generators are left as they were, and a seed gives the same bits on one machine.
+    gradients, in stages of steps that are constant until a plateau and then
+    fall. The draws a step grow from stage to stage. Of the average of a
+    stage's last iterates, the last one and its start, that with the best bound
+    on fresh draws is kept: the result is no worse than the Gaussian. Stages end
+    when next to nothing is left to gain, or the last one gained too little.
+
+    The result is then checked as `diagnose` does. While it is not to be
+    trusted, other guides are tried (`flowvi.escalation`), and at last NUTS in
+    the guide's space. The global random number generators are left as they
+    were, and without a budget a seed gives the same bits on one machine.
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
         guide: "auto", a name in `GUIDES` or `FLOWS`, or a guide.
         objective: From `elbo()`, `iwelbo(K)`, `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
-        steps: Number of steps; 2000 by default.
+        steps: Number of steps, in one stage; as many as it takes by default.
         lr: Largest step size of Adam, in units of the Gaussian's width; by
             default the best of three in short trials.
-        particles: Draws a step, 64 by default. An objective with K particles is
+        particles: Draws a step, at first; 64 by default. An objective with K particles is
             averaged over particles / K repeats.
         restarts: Independent fits; each becomes a chain of the draws.
         seed: Of everything random in the fit.
+        budget: Seconds that the fit may take; as many as it needs without.
+        escalate: Whether to go on with other guides, and at last with Markov chains, while
+            the result is not to be trusted; with guide="auto" and steps not given.
         progress: Show a bar, if the error stream is a terminal.
         callback: Called with a `Step` after each; a true answer stops the fit.
 
@@ -117,13 +136,12 @@ def fit(
             bound for this target.
     """
     objective = _objective(objective, particles)
-    _check(target, objective, steps, lr, particles, restarts, seed)
+    _check(target, objective, steps, lr, particles, restarts, seed, budget)
     if isinstance(guide, Guide) and guide.dim != target.dim:
         raise ValueError(f"The guide has D = {guide.dim} but {target.name} has D = {target.dim}.")
-    began = time.perf_counter()
     settings = Settings(
         objective,
-        steps or STEPS,
+        steps,
         lr,
         _repeats(objective, particles),
         seed,
@@ -131,7 +149,8 @@ def fit(
         callback,
         # Someone who counts the steps does not want them doubled; and the model's own
         # parameters belong to the guide that they were trained with.
-        escalate=guide == "auto" and steps is None and not list(target.parameters()),
+        escalate and guide == "auto" and steps is None and not list(target.parameters()),
+        Clock(budget),
     )
     runs: list[Run] = []
     with _own_randomness(target), _threads(target, particles or PARTICLES):
@@ -141,41 +160,50 @@ def fit(
             run = Run(target, settings, restart, name, chosen)
             runs.append(run)
             run.go()
+            if settings.escalate:
+                go_on(run)
             if run.interrupted:
                 break
-    return _result(target, runs, settings, time.perf_counter() - began)
+    return _result(target, runs, settings)
 
 
-def _result(target: Target, runs: list[Run], settings: Settings, seconds: float) -> Fit:
-    columns = list(zip(*(row for run in runs for row in run.rows), strict=True))
-    names = ("bound", "grad_norm", "lr", "skipped")
-    history = {n: np.array(c) for n, c in zip(names, columns or [()] * 4, strict=True)}
-    history["restart"] = np.repeat([r.restart for r in runs], [len(r.rows) for r in runs])
+def _result(target: Target, runs: list[Run], settings: Settings) -> Fit:
+    rows = [row for run in runs for row in run.record.rows]
+    columns = list(zip(*rows, strict=True)) or [()] * len(Row._fields)
+    history = {n: np.array(c) for n, c in zip(Row._fields, columns, strict=True)}
+    history["restart"] = np.repeat([r.restart for r in runs], [len(r.record.rows) for r in runs])
     many = len(runs) > 1
-    log = [f"restart {r.restart}: {line}" if many else line for r in runs for line in r.log]
+    log = [f"restart {r.restart}: {line}" if many else line for r in runs for line in r.record.log]
+    kept = [run.kept for run in runs]
     meta = {
         "model": target.name,
-        "guide": max(runs, key=lambda run: run.bound).name,
-        "specs": [{"name": run.name, "sizes": run.sizes} for run in runs],
+        "guide": max(kept, key=lambda k: k.bound).name,
+        "specs": [{"name": k.name, "sizes": k.sizes} for k in kept],
         "objective": describe(settings.objective),
-        "steps": settings.steps,
+        "steps": len(rows),
+        "stages": [run.record.stages for run in runs],
         "particles": settings.repeats * particles_of(settings.objective),
-        "lr": [r.lr for r in runs],
+        "lr": [k.lr for k in kept],
         "seed": settings.seed,
         "restarts": len(runs),
-        "seconds": seconds,
-        "interrupted": any(r.interrupted for r in runs),
+        "seconds": settings.clock.seconds,
+        "budget": settings.clock.budget,
+        "interrupted": any(run.interrupted for run in runs),
         "skipped": int(history["skipped"].sum()),
-        "missed": _missed(runs),
+        "missed": _missed(kept),
         "flowvi": __version__,
         "torch": str(torch.__version__),
     }
-    return Fit(target, [r.guide for r in runs], [r.bound for r in runs], history, log, meta)
+    chains = max(kept, key=lambda k: k.bound).chains
+    if chains is not None:
+        chains = replace(chains, meta={**meta, **chains.meta})
+    guides, bounds = [k.guide for k in kept], [k.bound for k in kept]
+    return Fit(target, guides, bounds, history, log, meta, chains)
 
 
-def _missed(runs: list[Run]) -> list[str]:
+def _missed(kept: list[Kept]) -> list[str]:
     """What no restart covers; with several, each may cover what another leaves out."""
-    return runs[0].missed if all(run.missed for run in runs) else []
+    return kept[0].words if all(k.missed for k in kept) else []
 
 
 def describe(objective: Objective) -> str:
@@ -216,12 +244,15 @@ def _check(
     particles: int | None,
     restarts: int,
     seed: int,
+    budget: float | None,
 ) -> None:
     for name, value in (("steps", steps), ("particles", particles), ("restarts", restarts)):
         if value is not None and (not isinstance(value, int) or value < 1):
             raise ValueError(f"{name} must be a whole number of at least 1; got {value}.")
     if lr is not None and not (0 < lr < math.inf):
         raise ValueError(f"lr must be a positive number; got {lr}.")
+    if budget is not None and not (0 < budget < math.inf):
+        raise ValueError(f"budget must be a positive number of seconds; got {budget}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
     if restarts > 1 and list(target.parameters()):

@@ -2,13 +2,13 @@
 
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from flowvi.flows import FLOWS, Base, Chain, Diagonal, Layer, Normal, Triangular
+from flowvi.flows import BASES, FLOWS, Base, Chain, Diagonal, Layer, Normal, Triangular
 from flowvi.flows.nets import Amortised
 
 
@@ -304,18 +304,23 @@ GUIDES: dict[str, Callable[..., Guide]] = {
 }
 
 
-def make_guide(name: str, dim: int, context_dim: int = 0) -> Guide:
+def make_guide(
+    name: str, dim: int, context_dim: int = 0, base: str = "normal", **sizes: Any
+) -> Guide:
     """Build a guide by name: a row of `GUIDES`, or a flow of `FLOWS` on a full-rank base.
 
     Args:
         name: Name of the guide or flow.
         dim: Length D of the latent vector.
         context_dim: Length C of the context; 0 for an unconditional guide.
+        base: Name of the density that a flow starts from, a row of `BASES`.
+        **sizes: Of the guide or the flow, such as its depth.
     """
     if name in GUIDES:
-        return GUIDES[name](dim, context_dim)
+        return GUIDES[name](dim, context_dim, **sizes)
     if name in FLOWS:
-        return FlowGuide(dim, FLOWS[name](dim, context_dim), Triangular(dim, context_dim))
+        flow = FLOWS[name](dim, context_dim, **sizes)
+        return FlowGuide(dim, flow, Triangular(dim, context_dim), BASES[base](dim))
     choices = ", ".join(sorted({*GUIDES, *FLOWS}))
     raise ValueError(f"No guide named '{name}'; choose from {choices}.")
 

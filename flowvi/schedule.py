@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,17 +16,35 @@ WARM_UP = 20
 FINAL_RATE = 0.01
 
 
-def decayed(step: int, steps: int, lr: float) -> float:
+def warmed(step: int, lr: float, steps: int = 10 * WARM_UP) -> float:
+    """Step size after a short linear warm-up.
+
+    Args:
+        step: Number of the step, from 0.
+        lr: The step size.
+        steps: Number of steps in all.
+    """
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    return lr * min(1.0, (step + 1) / warm_up)
+
+
+def constant(lr: float) -> Callable[[int], float]:
+    """A step size that stays."""
+    return lambda step: lr
+
+
+def decayed(step: int, steps: int, lr: float, warm: bool = True) -> float:
     """Step size: a short linear warm-up, then a cosine down to a hundredth.
 
     Args:
         step: Number of the step, from 0.
         steps: Number of steps in all.
         lr: Largest step size.
+        warm: Whether to warm up first.
     """
-    warm_up = min(WARM_UP, max(1, steps // 10))
+    warm_up = min(WARM_UP, max(1, steps // 10)) if warm else 0
     if step < warm_up:
-        return lr * (step + 1) / warm_up
+        return warmed(step, lr, steps)
     done = (step - warm_up) / max(1, steps - warm_up)
     return lr * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
@@ -34,9 +53,11 @@ def decayed(step: int, steps: int, lr: float) -> float:
 class Guard:
     """Judge gradients by their recent norms.
 
-    A step is skipped if its bound or gradient is not finite, or the norm is
-    above 10 x the median of the last 100; above 2 x it is clipped to that. The
-    values of a gradient are never patched.
+    A step is skipped if its bound or gradient is not finite; a norm above twice
+    the median of the last 100 is clipped to that. Steps with a huge norm are not
+    skipped: they come from rare draws in places where p is next to nothing, and
+    unless these count the guide never learns to leave such places. The values
+    of a gradient are never patched.
     """
 
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -50,9 +71,6 @@ class Guard:
             return False, norm
         median = float(np.median(self.norms)) if len(self.norms) >= WARM_UP else math.inf
         self.norms.append(norm)
-        if norm > 10 * median:
-            self.skipped += 1
-            return False, norm
         if norm > 2 * median:
             gradient.mul_(2 * median / norm)
         return True, norm

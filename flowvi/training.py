@@ -1,36 +1,35 @@
-"""One restart of a fit: a start, training, and the choice of what to keep."""
+"""Training of one guide: steps of a right size, until more of them would bring nothing."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import sys
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, NamedTuple, cast
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowvi.coverage import left_out, sentence
+from flowvi.diagnostics import gap
 from flowvi.draws import stream
-from flowvi.guides import GUIDES, Guide, MixtureGuide, make_guide, mixture
-from flowvi.init import Gaussian, best_gaussian, distinct
+from flowvi.guides import Guide
 from flowvi.objectives import Estimate, ForwardKL, LogDensity, Renyi
-from flowvi.overlap import overlap
-from flowvi.schedule import Average, Guard, decayed
+from flowvi.schedule import Average, Guard, constant, decayed, warmed
+from flowvi.stopping import Clock, Plateau
 from flowvi.target import Target
 
 RATES = (3e-3, 1e-3, 3e-4)
 TRIAL_STEPS = 60
 JUDGE_DRAWS = 2000
-LAST_PART = 0.2
+# Gaps below this are known better than bounds.
+NARROW = 0.1
+# Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
+LAST_RATE = 0.1
 # What is random in a restart; each has a stream of its own.
-BUILD, TRIAL, TRAIN, JUDGE, COVER = range(5)
-# A mixture of more components than this would take too long to train.
-MOST_COMPONENTS = 3
+BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS = range(8)
 
 Objective = Renyi | ForwardKL
 
@@ -40,7 +39,7 @@ class Step(NamedTuple):
 
     Attributes:
         step: Number of the step, from 1.
-        steps: Number of steps in all.
+        steps: Number of steps in all, or the most that there can be.
         bound: Estimate of the bound at this step.
         grad_norm: Norm of its gradient.
         lr: Step size.
@@ -63,184 +62,257 @@ class Settings:
 
     Args:
         objective: What to maximise.
-        steps: Number of steps.
+        steps: Number of steps; as many as it takes without.
         lr: Largest step size; searched if there is none.
-        repeats: Estimates of the objective a step.
+        repeats: Estimates of the objective a step, at the start.
         seed: Of everything random.
         progress: Whether to show a bar.
         callback: Told of every step; a true answer stops.
-        escalate: Whether to go on with a mixture where one flow leaves modes out.
+        escalate: Whether to go on while the result is not to be trusted.
+        clock: The time that is left.
     """
 
     objective: Objective
-    steps: int
+    steps: int | None
     lr: float | None
     repeats: int
     seed: int
     progress: bool
     callback: Callable[[Step], object] | None
     escalate: bool
+    clock: Clock
 
 
-class Run:
-    """One restart."""
+class Row(NamedTuple):
+    """One step in the history of a fit."""
+
+    bound: float
+    grad_norm: float
+    lr: float
+    skipped: bool
+    draws: int
+    stage: int
+
+
+class Judged(NamedTuple):
+    """A guide on fresh draws.
+
+    Attributes:
+        bound: Its bound.
+        se: Standard error of the bound.
+        gap: How far the bound is below the log evidence; NaN where that is not known.
+    """
+
+    bound: float
+    se: float
+    gap: float
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A stretch of training: steps of constant size, then of falling size.
+
+    Args:
+        name: What to call it.
+        steady: Most steps of constant size; a plateau ends them sooner.
+        decay: Steps of falling size; half as many as the steady ones took, without.
+        repeats: Estimates of the objective a step.
+        lr: Largest step size.
+        share: Share of the time budget at which it has to end.
+    """
+
+    name: str
+    steady: int
+    decay: int | None
+    repeats: int
+    lr: float
+    share: float = 1.0
+
+
+@dataclass
+class Record:
+    """What a restart leaves behind for its reader."""
+
+    rows: list[Row] = field(default_factory=list)
+    log: list[str] = field(default_factory=list)
+    stages: list[str] = field(default_factory=list)
+    stopped: bool = False
+
+
+class Trainer:
+    """Trains one guide, and the target's own parameters with it.
+
+    Args:
+        target: The log density; one of another temperature can take its place.
+        guide: The guide, changed in place.
+        settings: What the user asked for.
+        restart: Number of the restart.
+        record: Where steps and decisions are written.
+    """
 
     def __init__(
-        self, target: Target, settings: Settings, restart: int, name: str, guide: Guide | None
+        self, target: Target, guide: Guide, settings: Settings, restart: int, record: Record
     ) -> None:
-        self.target, self.settings, self.restart = target, settings, restart
-        self.name, self.given = name, guide
-        self.log: list[str] = []
-        self.rows: list[tuple[float, float, float, bool]] = []
-        self.interrupted = False
-        self.lr = settings.lr or 0.0
-        self.bound = -math.inf
-        self.guide: Guide
-        self.sizes: dict[str, int] = {}
-        self.missed: list[str] = []
-
-    def go(self) -> None:
-        """Start, train, choose and check; an interrupt keeps the best so far."""
-        best, others = best_gaussian(
-            self.target, self.seed(BUILD), self.name == "meanfield", self.log.append
-        )
-        torch.manual_seed(self.seed(BUILD))
-        self.guide = self._build(best, others)
-        self._optimise()
-        found = self._left_out(others)
-        if found and self.settings.escalate and not self.interrupted:
-            found = self._escalate(best, others, found)
-        self.missed = [sentence(found, self.bound)] if found else []
+        self.target, self.guide, self.settings = target, guide, settings
+        self.restart, self.record = restart, record
+        self.trained = [p for p in guide.parameters() if p.requires_grad]
+        self.trained += [p for p in target.parameters() if p.requires_grad]
+        self.log_density: LogDensity = target.log_prob
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
         return stream(self.settings.seed, 1 + self.restart, place)
 
-    def _left_out(self, others: list[Gaussian]) -> list[Gaussian]:
-        return left_out(self.target, self.guide, self.bound, others, self.seed(COVER))
-
-    def _escalate(
-        self, best: Gaussian, others: list[Gaussian], found: list[Gaussian]
-    ) -> list[Gaussian]:
-        """Try a mixture with a component for each mode; keep it if its bound is better."""
-        kept = self.guide, self.bound, self.name, self.lr
-        starts = [best, *found][:MOST_COMPONENTS]
-        self.log.append(f"{len(found)} other modes left out: trying a mixture of {len(starts)}")
-        self.name, self.sizes = "mixture", {"components": len(starts)}
-        self.guide = self._placed(mixture(self.target.dim, components=len(starts)))
-        cast(MixtureGuide, self.guide).start_many([(g.loc, g.scale_tril) for g in starts])
-        self._optimise()
-        if self.bound > kept[1]:
-            return self._left_out(others)
-        self.log.append("the mixture is no better: back to one flow")
-        (self.guide, self.bound, self.name, self.lr), self.sizes = kept, {}
-        return found
-
-    def _build(self, best: Gaussian, others: list[Gaussian]) -> Guide:
-        """The guide, started at the best Gaussian, or at several if it has components."""
-        guide = self.given
-        if guide is None:
-            self.name = "realnvp" if self.name == "auto" else self.name
-            guide = make_guide(self.name, self.target.dim)
-            if self.name not in GUIDES:
-                self.log.append(f"guide: {self.name} on a full-rank base")
-        else:
-            self.name = type(guide).__name__
-        guide = self._placed(guide)
-        guide.start(best.loc, best.scale_tril)
-        if isinstance(guide, MixtureGuide):
-            starts = distinct([best, *others], len(guide.components))
-            whole = itertools.islice(itertools.cycle(starts), len(guide.components))
-            guide.start_many([(g.loc, g.scale_tril) for g in whole])
-            self.log.append(f"components started at {len(starts)} different places")
-        return guide
-
-    def _placed(self, guide: Guide) -> Guide:
-        return guide.to(dtype=self.target.dtype, device=self.target.device)
-
-    def _optimise(self) -> None:
-        self.trained = [p for p in self.guide.parameters() if p.requires_grad]
-        self.trained += [p for p in self.target.parameters() if p.requires_grad]
-        if not self.trained:
-            self.bound = self._judge()
-            return
-        start = self._vector()
-        try:
-            self.lr = self.settings.lr or self._search(start)
-            average = self._train(start)
-            last = self._vector()
-        except KeyboardInterrupt:
-            self.interrupted = True
-            last, average = self._vector(), None
-            self.log.append(f"interrupted after {len(self.rows)} steps")
-        self._choose({"start": start, "last": last, "average": average})
-        if isinstance(self.guide, MixtureGuide):
-            self.log += overlap(self.guide).complaints
-
-    def _search(self, start: Tensor) -> float:
+    def search(self) -> float:
         """Try step sizes briefly from the same start, on the same noise, and judge them."""
-        if self.settings.steps < 5 * TRIAL_STEPS:
-            return RATES[1]
-        found = {}
+        start, found = self.vector(), {}
         for lr in RATES:
-            self._set(start)
+            self.set(start)
             torch.manual_seed(self.seed(TRIAL))
-            self._steps(lr, TRIAL_STEPS, _constant(lr), quiet=True)
-            found[lr] = self._judge()
-        self._set(start)
+            trial = Stage("", 0, TRIAL_STEPS, self.settings.repeats, lr)
+            self._go(trial, constant(lr), TRIAL_STEPS, self._optimiser(lr), quiet=True)
+            found[lr] = self.judge().bound
+        self.set(start)
         finite = {lr: bound for lr, bound in found.items() if math.isfinite(bound)}
         lr = max(finite, key=lambda lr: finite[lr]) if finite else RATES[-1]
         tried = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in found.items())
-        self.log.append(f"step size {lr:g}, by the bound after {TRIAL_STEPS} steps ({tried})")
+        self.record.log.append(
+            f"step size {lr:g}, by the bound after {TRIAL_STEPS} steps ({tried})"
+        )
         return lr
 
-    def _train(self, start: Tensor) -> Tensor | None:
-        steps = self.settings.steps
+    def run(self, stage: Stage) -> Judged:
+        """Train for one stage and keep the best of its start, its last iterate and the average.
+
+        An interrupt ends the stage, keeps the best, and is raised again.
+        """
+        start = self.vector()
         average = Average()
-        tail = steps - max(1, int(LAST_PART * steps))
+        interrupt: KeyboardInterrupt | None = None
+        self.record.stages.append(stage.name)
+        before = len(self.record.rows)
+        try:
+            self._train(stage, average)
+        except KeyboardInterrupt as pressed:
+            interrupt, average = pressed, Average()
+        judged = self._choose(stage, len(self.record.rows) - before, start, average.mean)
+        if interrupt is not None:
+            raise Interrupted(judged) from interrupt
+        return judged
 
-        def after(i: int) -> None:
-            if i >= tail:
-                average.add(self._vector())
+    def judge(self) -> Judged:
+        """Bound and gap on fresh draws, the same noise for all that are judged."""
+        objective = self.settings.objective
+        inner = particles_of(objective)
+        chunk, left = max(1, self.target.chunk() // inner), max(1, JUDGE_DRAWS // inner)
+        bounds, log_w = [], []
+        state = torch.get_rng_state()
+        # The same noise for all restarts, whose bounds are compared.
+        torch.manual_seed(stream(self.settings.seed, 0, JUDGE))
+        with torch.no_grad():
+            while left > 0:
+                now = min(chunk, left)
+                found = estimate(objective, self.log_density, self.guide, now)
+                bounds.append(found.bound.reshape(-1))
+                log_w.append(found.log_w.reshape(-1))
+                left -= now
+        torch.set_rng_state(state)
+        weights = torch.cat(log_w).cpu().double().numpy()
+        known = isinstance(objective, Renyi) and np.isfinite(weights).all()
+        values = torch.cat(bounds).double()
+        return Judged(
+            float(values.mean()),
+            float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
+            gap(weights).value if known else math.nan,
+        )
 
-        torch.manual_seed(self.seed(TRAIN))
-        self._steps(self.lr, steps, lambda i: decayed(i, steps, self.lr), after=after)
-        return average.mean
+    def vector(self) -> Tensor:
+        """All parameters in one vector, a copy."""
+        return nn.utils.parameters_to_vector(self.trained).detach().clone()
 
-    def _steps(
-        self,
-        lr: float,
-        steps: int,
-        rate: Callable[[int], float],
-        quiet: bool = False,
-        after: Callable[[int], None] = lambda i: None,
+    def set(self, vector: Tensor) -> None:
+        """Give the parameters the values of a vector."""
+        with torch.no_grad():
+            nn.utils.vector_to_parameters(vector.clone(), self.trained)
+
+    def _train(self, stage: Stage, average: Average) -> None:
+        torch.manual_seed(self.seed(TRAIN) + len(self.record.stages))
+        optimiser, done = self._optimiser(stage.lr), 0
+        if stage.steady:
+            plateau, clock = Plateau(), self.settings.clock
+
+            def end(row: Row) -> bool:
+                # The decay takes about a third of the time.
+                return plateau.add(row.bound) or clock.over(0.7 * stage.share)
+
+            done = self._go(stage, lambda i: warmed(i, stage.lr), stage.steady, optimiser, end)
+        decay = stage.decay or max(200, done // 2)
+        if not self.record.stopped:
+            self._decay(stage, decay, optimiser, average)
+
+    def _decay(
+        self, stage: Stage, steps: int, optimiser: torch.optim.Optimizer, average: Average
     ) -> None:
-        optimiser = torch.optim.Adam(self.trained, lr=lr, fused=True)
-        guard = Guard()
+        clock = self.settings.clock
+        began, warm, before = clock.seconds, stage.steady == 0, 0.0
+
+        def rate(i: int) -> float:
+            # Where time runs short, the step size falls with the time.
+            limit = (clock.budget or math.inf) * stage.share
+            late = (clock.seconds - began) / max(limit - began, 1e-9) if limit < math.inf else 0.0
+            return decayed(max(i, min(int(late * steps), steps - 1)), steps, stage.lr, warm)
+
+        def end(row: Row) -> bool:
+            nonlocal before
+            if before >= row.lr and row.lr <= LAST_RATE * stage.lr:
+                average.add(self.vector())
+            before = row.lr
+            return clock.over(stage.share)
+
+        self._go(stage, rate, steps, optimiser, end)
+
+    def _go(
+        self,
+        stage: Stage,
+        rate: Callable[[int], float],
+        steps: int,
+        optimiser: torch.optim.Optimizer,
+        end: Callable[[Row], bool] = lambda row: False,
+        quiet: bool = False,
+    ) -> int:
+        """Take steps until `end` or the callback says so; returns how many."""
+        guard, record = Guard(), self.record
         with self._bar(steps, quiet) as bar:
             for i in range(steps):
                 optimiser.param_groups[0]["lr"] = rate(i)
-                row = self._step(optimiser, guard, rate(i))
-                after(i)
-                if quiet:
-                    continue
-                self.rows.append(row)
-                bar.update()
-                if i % 20 == 0:
-                    recent = [r[0] for r in self.rows[-50:] if math.isfinite(r[0])]
-                    bar.set_postfix_str(f"bound {np.mean(recent):.3f}" if recent else "")
-                if self.settings.callback is not None:
-                    told = Step(i + 1, steps, *row[:3], guard.skipped, self.restart)
-                    if self.settings.callback(told):
-                        self.log.append(f"stopped by the callback after {i + 1} steps")
-                        return
+                row = self._step(stage, optimiser, guard, rate(i))
+                if not quiet:
+                    record.rows.append(row)
+                    bar.update()
+                    self._tell(bar, i)
+                if end(row) or (not quiet and self._stopped(row, len(record.rows), steps, guard)):
+                    break
         if guard.skipped and not quiet:
-            self.log.append(f"{guard.skipped} of {steps} steps skipped by the gradient guard")
+            record.log.append(f"{guard.skipped} of {i + 1} steps skipped by the gradient guard")
+        return i + 1
 
-    def _step(
-        self, optimiser: torch.optim.Optimizer, guard: Guard, lr: float
-    ) -> tuple[float, float, float, bool]:
-        bound = self._bound(self.settings.repeats)
+    def _tell(self, bar: tqdm[Any], i: int) -> None:
+        if i % 20 == 0:
+            recent = [r.bound for r in self.record.rows[-50:] if math.isfinite(r.bound)]
+            bar.set_postfix_str(f"bound {np.mean(recent):.3f}" if recent else "")
+
+    def _stopped(self, row: Row, step: int, steps: int, guard: Guard) -> bool:
+        if self.settings.callback is None:
+            return False
+        most = self.settings.steps or max(steps, step)
+        told = Step(step, most, *row[:3], guard.skipped, self.restart)
+        if self.settings.callback(told):
+            self.record.log.append(f"stopped by the callback after {step} steps")
+            self.record.stopped = True
+        return self.record.stopped
+
+    def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, guard: Guard, lr: float) -> Row:
+        bound = self._bound(stage.repeats)
         gradients = torch.autograd.grad(-bound, self.trained, allow_unused=True)
         flat = torch.cat(
             [
@@ -256,15 +328,16 @@ class Run:
                 p.grad = flat[start : start + p.numel()].view_as(p)
                 start += p.numel()
             optimiser.step()
-        return value, norm, lr, not admitted
+        draws = stage.repeats * particles_of(self.settings.objective)
+        return Row(value, norm, lr, not admitted, draws, len(self.record.stages) - 1)
 
     def _bound(self, repeats: int) -> Tensor:
         batch = self._batch()
-        objective = self.settings.objective
-        estimate = _estimate(
-            objective, lambda z: self.target.log_prob(z, batch), self.guide, repeats
-        )
-        return estimate.bound.mean()
+
+        def log_p(z: Tensor) -> Tensor:
+            return self.log_density(z) if batch is None else self.target.log_prob(z, batch)
+
+        return estimate(self.settings.objective, log_p, self.guide, repeats).bound.mean()
 
     def _batch(self) -> Mapping[str, Tensor] | None:
         if not self.target.subsampled:
@@ -274,50 +347,62 @@ class Run:
             for name, (size, batch) in self.target.subsampled.items()
         }
 
-    def _judge(self) -> float:
-        """The bound on fresh draws, the same noise for all that are judged."""
-        objective = self.settings.objective
-        chunk = max(1, self.target.chunk() // particles_of(objective))
-        left = max(1, JUDGE_DRAWS // particles_of(objective))
-        total, count = 0.0, left
-        state = torch.get_rng_state()
-        # The same noise for all restarts, whose bounds are compared.
-        torch.manual_seed(stream(self.settings.seed, 0, JUDGE))
-        with torch.no_grad():
-            while left > 0:
-                now = min(chunk, left)
-                values = _estimate(objective, self.target.log_prob, self.guide, now).bound
-                total, left = total + now * float(values.mean()), left - now
-        torch.set_rng_state(state)
-        return total / count
+    def _optimiser(self, lr: float) -> torch.optim.Optimizer:
+        return torch.optim.Adam(self.trained, lr=lr, fused=True)
 
-    def _choose(self, vectors: Mapping[str, Tensor | None]) -> None:
+    def _choose(self, stage: Stage, steps: int, start: Tensor, average: Tensor | None) -> Judged:
+        vectors = {"start": start, "last": self.vector()}
+        if average is not None:
+            vectors["average"] = average
         found = {}
         for name, vector in vectors.items():
-            if vector is not None:
-                self._set(vector)
-                found[name] = self._judge()
-        finite = {name: b if math.isfinite(b) else -math.inf for name, b in found.items()}
-        best = max(finite, key=lambda name: finite[name])
-        chosen = vectors[best]
-        assert chosen is not None
-        self._set(chosen)
-        self.bound = found[best]
-        tried = ", ".join(f"{name} {bound:.3f}" for name, bound in found.items())
-        self.log.append(f"kept the {best} iterate, by the bound on {JUDGE_DRAWS} draws ({tried})")
-
-    def _vector(self) -> Tensor:
-        return nn.utils.parameters_to_vector(self.trained).detach().clone()
-
-    def _set(self, vector: Tensor) -> None:
-        with torch.no_grad():
-            nn.utils.vector_to_parameters(vector.clone(), self.trained)
+            self.set(vector)
+            found[name] = self.judge()
+        best = best_of(found)
+        self.set(vectors[best])
+        tried = ", ".join(f"{name} {judged.bound:.3f}" for name, judged in found.items())
+        gained = found[best].bound - found["start"].bound
+        draws = stage.repeats * particles_of(self.settings.objective)
+        self.record.log.append(
+            f"{stage.name}: {steps} steps of {draws} draws at {stage.lr:g} brought {gained:.3g}; "
+            f"kept the {best} iterate, by the bound on {JUDGE_DRAWS} draws ({tried})"
+            + ("" if math.isnan(found[best].gap) else f"; KL(q || p) about {found[best].gap:.2g}")
+        )
+        return found[best]
 
     def _bar(self, steps: int, quiet: bool) -> tqdm[Any]:
         hidden = quiet or not self.settings.progress or not sys.stderr.isatty()
-        return tqdm(
-            total=steps, desc=self.target.name, unit="step", disable=hidden, dynamic_ncols=True
-        )
+        name = self.record.stages[-1] if self.record.stages else ""
+        words = f"{self.target.name} ({name})" if name else self.target.name
+        return tqdm(total=steps, desc=words, unit="step", disable=hidden, dynamic_ncols=True)
+
+
+class Interrupted(Exception):
+    """An interrupt in the middle of a stage, after which the best so far was kept."""
+
+    def __init__(self, judged: Judged) -> None:
+        super().__init__("interrupted")
+        self.judged = judged
+
+
+def best_of(found: Mapping[str, Judged]) -> str:
+    """The name of the best: by the bound and, where noise hides a difference, by the gap.
+
+    Near the target the gap has far less noise than the bound. Alone it would favour a
+    guide that has left a part of the target.
+    """
+    finite = {name: j for name, j in found.items() if math.isfinite(j.bound)}
+    if not finite:
+        return next(iter(found))
+    top = max(finite.values(), key=lambda j: j.bound)
+    close = {
+        name: j.gap
+        for name, j in finite.items()
+        if j.bound >= top.bound - 4 * math.hypot(j.se, top.se) and math.isfinite(j.gap)
+    }
+    if close and max(close.values()) < NARROW:
+        return min(close, key=lambda name: close[name])
+    return max(finite, key=lambda name: finite[name].bound)
 
 
 def particles_of(objective: Objective) -> int:
@@ -325,11 +410,8 @@ def particles_of(objective: Objective) -> int:
     return objective.particles if isinstance(objective, Renyi) else 1
 
 
-def _estimate(objective: Objective, log_p: LogDensity, guide: Guide, repeats: int) -> Estimate:
+def estimate(objective: Objective, log_p: LogDensity, guide: Guide, repeats: int) -> Estimate:
+    """Evaluate any objective, with `repeats` independent estimates where it makes its own draws."""
     if isinstance(objective, ForwardKL):
         return objective(log_p, guide)
     return objective(log_p, guide, repeats=(repeats,))
-
-
-def _constant(lr: float) -> Callable[[int], float]:
-    return lambda step: lr

@@ -20,7 +20,10 @@ LAYERS = [
     {"guides"},
     {"objectives", "overlap"},
     {"draws"},
-    {"fit", "training", "init", "coverage", "schedule", "checkpoint"},
+    {
+        *("fit", "run", "training", "escalation", "stopping", "schedule"),
+        *("init", "coverage", "chains", "checkpoint"),
+    },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
 ]

@@ -57,24 +57,30 @@ class Diagnosis:
         return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
 
     def _of_chains(self) -> list[tuple[str, str, str]]:
-        return [
+        rows = [
             ("R-hat", f"{self.rhat:.3f}", "the largest"),
             ("divergences", str(self.divergences), ""),
             ("draws", str(self.draws), f"effective {self.ess:.0f}"),
         ]
+        if math.isnan(self.elbo):
+            return rows
+        return [*rows, *self._of_evidence()]
+
+    def _of_evidence(self) -> list[tuple[str, str, str]]:
+        evidence = ("log evidence", f"{self.log_evidence:.3f}", f"+- {self.log_evidence_se:.2g}")
+        if math.isnan(self.log_evidence):
+            evidence = ("log evidence", "none", "")
+        note = f"+- {self.elbo_se:.2g}; KL(q || p) {self.gap:.3g}"
+        return [evidence, ("ELBO", f"{self.elbo:.3f}", note)]
 
     def _of_weights(self) -> list[tuple[str, str, str]]:
         good = self.khat < self.khat_threshold
         weights = "weights can be trusted (below" if good else "heavy-tailed weights (not below"
-        rows = [
+        return [
             ("Pareto k-hat", f"{self.khat:.2f}", f"{weights} {self.khat_threshold:.2f})"),
-            ("log evidence", f"{self.log_evidence:.3f}", f"+- {self.log_evidence_se:.2g}"),
-            ("ELBO", f"{self.elbo:.3f}", f"+- {self.elbo_se:.2g}; KL(q || p) {self.gap:.3g}"),
+            *self._of_evidence(),
             ("draws", str(self.draws), f"effective {self.ess:.0f}"),
         ]
-        if math.isnan(self.log_evidence):
-            rows[1] = ("log evidence", "none", "")
-        return rows
 
 
 def diagnose(

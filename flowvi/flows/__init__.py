@@ -38,6 +38,7 @@ from flowvi.flows.sylvester import (
 from flowvi.flows.tails import Loft, SinhArcsinh, loft
 
 __all__ = [
+    "BASES",
     "FLOWS",
     "ActNorm",
     "AffineCoupling",
@@ -94,4 +95,11 @@ FLOWS: dict[str, Callable[..., Layer]] = {
     "sylvester": sylvester,
     "sylvester_householder": sylvester_householder,
     "sylvester_triangular": sylvester_triangular,
+}
+
+# Densities that a guide's noise comes from: name -> builder(dim).
+BASES: dict[str, Callable[..., Base]] = {
+    "gaussian_mixture": GaussianMixture,
+    "normal": Normal,
+    "student_t": StudentT,
 }

@@ -1,0 +1,128 @@
+"""What a restart tries while its result is not to be trusted, from cheap to dear."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from flowvi.chains import Plan, run_chains
+from flowvi.diagnostics import VERDICTS
+from flowvi.flows import Chain
+from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
+from flowvi.run import Kept, Run
+from flowvi.training import CHAINS
+
+# A mixture of more components than this would take too long to train.
+MOST_COMPONENTS = 3
+# Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
+MORE_COUPLINGS = 8
+MORE_DRAWS = 4
+# Chains that take longer are left to those who ask for them.
+CHAIN_SECONDS = 900.0
+# Nats by which a bound decides between two guides, and the same for k-hat.
+CLEARLY = 0.1
+THINNER = 0.05
+
+Attempt = Callable[[Run, Kept], Kept | None]
+
+
+def escalate(run: Run) -> None:
+    """Try one thing after the other until the check passes or the budget is spent.
+
+    Each is judged by the check on fresh draws, and dropped if it brought nothing.
+    """
+    for attempt in ATTEMPTS:
+        hopeless = run.interrupted or run.record.stopped or run.settings.clock.over(0.9)
+        if trusted(run.kept) or hopeless:
+            return
+        new = attempt(run, run.kept)
+        if new is None:
+            continue
+        run.check(new)
+        taken = better(new, run.kept)
+        name = (attempt.__doc__ or "").split("\n")[0].rstrip(".")
+        word = "kept" if taken else "dropped"
+        run.record.log.append(f"{name}: {words(run.kept)} before, {words(new)} after: {word}")
+        run.kept = new if taken else run.kept
+
+
+def trusted(kept: Kept) -> bool:
+    """Whether some draws of the guide can be used."""
+    return kept.distrust < len(VERDICTS) - 1
+
+
+def better(new: Kept, old: Kept) -> bool:
+    """Whether a guide is worth more than another: by verdict, bound, then tail of the weights."""
+    if new.distrust != old.distrust:
+        return new.distrust < old.distrust
+    if abs(new.bound - old.bound) > CLEARLY or new.diagnosis is None or old.diagnosis is None:
+        return new.bound > old.bound
+    return new.diagnosis.khat < old.diagnosis.khat - THINNER
+
+
+def words(kept: Kept) -> str:
+    """Bound and k-hat, for the log."""
+    khat = "" if kept.diagnosis is None else f", k-hat {kept.diagnosis.khat:.2f}"
+    return f"bound {kept.bound:.3f}{khat}"
+
+
+def components(run: Run, kept: Kept) -> Kept | None:
+    """A mixture with a flow for each mode that was left out."""
+    if not kept.missed:
+        return None
+    starts = [run.best, *kept.missed][:MOST_COMPONENTS]
+    sizes: dict[str, Any] = {"components": len(starts)}
+    new = Kept(run.placed(make_guide("mixture", run.target.dim, **sizes)), "mixture", sizes)
+    cast(MixtureGuide, new.guide).start_many([(g.loc, g.scale_tril) for g in starts])
+    run.improve(new, 0.7, "mixture")
+    return new
+
+
+def richer(run: Run, kept: Kept) -> Kept | None:
+    """A deeper flow with heavier tails, trained on with more draws."""
+    if isinstance(kept.guide, MixtureGuide) or kept.missed:
+        return None
+    if kept.name == "realnvp":
+        sizes = {**kept.sizes, "depth": kept.sizes["depth"] + MORE_COUPLINGS, "base": "student_t"}
+        new = run.flow(sizes)
+        extend(cast(FlowGuide, new.guide), cast(FlowGuide, kept.guide))
+    else:
+        new = run.flow({"depth": MORE_COUPLINGS, "base": "student_t"})
+    new.lr = kept.lr / 2
+    run.improve(new, 0.7, "richer", MORE_DRAWS)
+    return new
+
+
+@torch.no_grad()
+def extend(new: FlowGuide, old: FlowGuide) -> None:
+    """Make a deeper flow start where a shallower one is: its first layers are the identity."""
+    mine, theirs = cast(Chain, new.flow).layers, cast(Chain, old.flow).layers
+    for layer, other in zip(list(mine)[-len(theirs) :], theirs, strict=True):
+        layer.load_state_dict(other.state_dict())
+    new.affine.load_state_dict(old.affine.state_dict())
+
+
+def sampled(run: Run, kept: Kept) -> Kept | None:
+    """NUTS in the space of the flow."""
+    if not isinstance(kept.guide, Pushforward) or kept.missed:
+        return None
+    began, clock = run.settings.clock.seconds, run.settings.clock
+    found = run_chains(
+        run.target,
+        kept.guide,
+        Plan(),
+        run.seed(CHAINS),
+        {"model": run.target.name, "guide": kept.name},
+        progress=run.settings.progress,
+        over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
+    )
+    if found is None:
+        run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
+        return None
+    return replace(kept, chains=found)
+
+
+ATTEMPTS: tuple[Attempt, ...] = (components, richer, sampled)

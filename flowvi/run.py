@@ -1,0 +1,232 @@
+"""One restart of a fit: a start, training in stages, a check, and what to do if it fails."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from flowvi.coverage import left_out, sentence
+from flowvi.diagnostics import VERDICTS, Diagnosis
+from flowvi.draws import Draws, diagnose, draw, stream
+from flowvi.guides import Guide, MixtureGuide, make_guide
+from flowvi.init import Gaussian, best_gaussian, distinct
+from flowvi.overlap import overlap
+from flowvi.target import Target
+from flowvi.training import (
+    BUILD,
+    CHECK,
+    COVER,
+    RATES,
+    TRIAL_STEPS,
+    Interrupted,
+    Judged,
+    Record,
+    Settings,
+    Stage,
+    Trainer,
+)
+
+# Below this KL(q || p) the start needs no flow, and training no further stage.
+NOTHING_LEFT = 1e-3
+ENOUGH = 4e-3
+# A stage that removed less than this share of the gap is the last one.
+WORTH = 0.15
+STEADY_STEPS = 1500
+MOST_STAGES = 3
+# Draws behind the check, as many as `Fit.draw` makes.
+CHECK_DRAWS = 4000
+# Share of a time budget for which the first guide is trained, if more could follow.
+FIRST_SHARE = 0.5
+
+
+UNKNOWN = Judged(-math.inf, math.nan, math.nan)
+
+
+@dataclass
+class Kept:
+    """A guide, how it is built, and what is known of it.
+
+    Attributes:
+        guide: The guide.
+        name: Row of `GUIDES` or `FLOWS`, or the class of a guide of the user's own.
+        sizes: Arguments of `make_guide` beyond the dimensions.
+        lr: Largest step size that it was trained with.
+        judged: Its bound and gap on fresh draws.
+        missed: Gaussians of the search for a start that it leaves out.
+        diagnosis: What its draws say.
+        chains: Draws of Markov chains in its space, where it came to that.
+    """
+
+    guide: Guide
+    name: str
+    sizes: dict[str, Any] = field(default_factory=dict)
+    lr: float = 0.0
+    judged: Judged = UNKNOWN
+    missed: Sequence[Gaussian] = ()
+    diagnosis: Diagnosis | None = None
+    chains: Draws | None = None
+
+    @property
+    def distrust(self) -> int:
+        """0, 1 or 2: the place of the verdict in `VERDICTS`."""
+        if self.diagnosis is None or self.missed:
+            return len(VERDICTS) - 1
+        return VERDICTS.index(self.diagnosis.verdict)
+
+    @property
+    def bound(self) -> float:
+        """The bound on fresh draws."""
+        return self.judged.bound
+
+    @property
+    def words(self) -> list[str]:
+        """What is missed, for the reasons of the verdict."""
+        return [sentence(self.missed, self.bound)] if self.missed else []
+
+
+class Run:
+    """One restart."""
+
+    def __init__(
+        self, target: Target, settings: Settings, restart: int, name: str, guide: Guide | None
+    ) -> None:
+        self.target, self.settings, self.restart = target, settings, restart
+        self.name, self.given = name, guide
+        self.record = Record()
+        self.interrupted = False
+        self.best: Gaussian
+        self.others: list[Gaussian] = []
+        self.kept: Kept
+
+    def go(self) -> None:
+        """Start, train, check, and go on while the check fails; an interrupt keeps the best."""
+        self.best, self.others = best_gaussian(
+            self.target, self.seed(BUILD), self.name == "meanfield", self.record.log.append
+        )
+        torch.manual_seed(self.seed(BUILD))
+        self.kept = self._built()
+        self.improve(self.kept, FIRST_SHARE if self.settings.escalate else 1.0)
+        self.check(self.kept)
+
+    def seed(self, place: int) -> int:
+        """The seed of one of the places where this restart is random."""
+        return stream(self.settings.seed, 1 + self.restart, place)
+
+    def trainer(self, guide: Guide) -> Trainer:
+        """What trains a guide on this restart's target."""
+        return Trainer(self.target, guide, self.settings, self.restart, self.record)
+
+    def placed(self, guide: Guide) -> Guide:
+        """The guide in the precision and on the device of the target."""
+        return guide.to(dtype=self.target.dtype, device=self.target.device)
+
+    def improve(self, kept: Kept, share: float, name: str = "", draws: int = 1) -> None:
+        """Train a guide for as many stages as pay, or for the number of steps asked for.
+
+        Args:
+            kept: The guide, changed in place.
+            share: Share of the time budget at which training has to end.
+            name: What to call the stages.
+            draws: Times the usual number of draws of the first stage.
+        """
+        trainer = self.trainer(kept.guide)
+        kept.judged = trainer.judge()
+        if not trainer.trained or self.interrupted:
+            return
+        try:
+            kept.lr = kept.lr or self.settings.lr or self._rate(trainer)
+            if self.settings.steps is None:
+                self._stages(trainer, kept, share, name, draws)
+            else:
+                self._counted(trainer, kept)
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            self.interrupted = True
+            self.record.log.append(f"interrupted after {len(self.record.rows)} steps")
+            if isinstance(interrupt, Interrupted):
+                kept.judged = interrupt.judged
+        if isinstance(kept.guide, MixtureGuide):
+            self.record.log += overlap(kept.guide).complaints
+
+    def check(self, kept: Kept) -> None:
+        """Judge a guide by fresh draws, and by what the search for a start saw."""
+        kept.missed = left_out(self.target, kept.guide, kept.bound, self.others, self.seed(COVER))
+        draws = kept.chains or draw(self.target, [kept.guide], CHECK_DRAWS, self.seed(CHECK))
+        try:
+            kept.diagnosis = diagnose(draws)
+        except ValueError as error:
+            self.record.log.append(f"check: {error}")
+            return
+        self.record.log.append(
+            f"check: {kept.diagnosis.verdict}, k-hat {kept.diagnosis.khat:.2f}, "
+            f"{kept.diagnosis.ess:.0f} of {CHECK_DRAWS} draws effective"
+            + (f"; {len(kept.missed)} modes left out" if kept.missed else "")
+        )
+
+    def _rate(self, trainer: Trainer) -> float:
+        steps = self.settings.steps
+        return trainer.search() if steps is None or steps >= 5 * TRIAL_STEPS else RATES[1]
+
+    def _counted(self, trainer: Trainer, kept: Kept) -> None:
+        assert self.settings.steps is not None
+        stage = Stage("training", 0, self.settings.steps, self.settings.repeats, kept.lr)
+        kept.judged = trainer.run(stage)
+
+    def _stages(self, trainer: Trainer, kept: Kept, share: float, name: str, draws: int) -> None:
+        """Stages with ever more draws and smaller steps, as long as each removes enough."""
+        for i in range(MOST_STAGES):
+            if self.settings.clock.over(share) or self.record.stopped:
+                return
+            before = kept.judged
+            stage = Stage(
+                f"{name} stage {i + 1}".strip(),
+                STEADY_STEPS,
+                None,
+                self.settings.repeats * draws * 2**i,
+                kept.lr / 2**i,
+                share,
+            )
+            kept.judged = trainer.run(stage)
+            gained = kept.judged.bound - before.bound
+            left = kept.judged.gap if math.isfinite(kept.judged.gap) else math.inf
+            if left <= ENOUGH or (i and gained < WORTH * (left + gained)):
+                return
+
+    def _built(self) -> Kept:
+        """The guide, started at the best Gaussian, or at several if it has components."""
+        if self.given is not None:
+            return self._started(Kept(self.given, type(self.given).__name__))
+        if self.name != "auto":
+            return self._started(Kept(make_guide(self.name, self.target.dim), self.name))
+        gaussian = self._started(Kept(make_guide("fullrank", self.target.dim), "fullrank"))
+        gap = self.trainer(gaussian.guide).judge().gap
+        self.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
+        if gap < NOTHING_LEFT:
+            return gaussian
+        return self.flow({"depth": _depth(gap)})
+
+    def flow(self, sizes: dict[str, Any]) -> Kept:
+        """A fresh flow on top of the best Gaussian."""
+        guide = make_guide("realnvp", self.target.dim, **sizes)
+        words = ", ".join(f"{key} {value}" for key, value in sizes.items())
+        self.record.log.append(f"guide: realnvp ({words}) on top of the Gaussian")
+        return self._started(Kept(guide, "realnvp", sizes))
+
+    def _started(self, kept: Kept) -> Kept:
+        kept.guide = guide = self.placed(kept.guide)
+        guide.start(self.best.loc, self.best.scale_tril)
+        if isinstance(guide, MixtureGuide):
+            starts = distinct([self.best, *self.others], len(guide.components))
+            whole = itertools.islice(itertools.cycle(starts), len(guide.components))
+            guide.start_many([(g.loc, g.scale_tril) for g in whole])
+            self.record.log.append(f"components started at {len(starts)} different places")
+        return kept
+
+
+def _depth(gap: float) -> int:
+    """Couplings for what a Gaussian leaves over."""
+    return 12 if gap > 1.0 else 8
