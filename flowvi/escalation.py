@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import copy
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
@@ -10,16 +11,17 @@ import torch
 
 from flowvi.chains import Plan, run_chains
 from flowvi.diagnostics import VERDICTS
+from flowvi.draws import diagnose, draw
 from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
-from flowvi.run import Kept, Run
-from flowvi.training import CHAINS
+from flowvi.run import CHECK_DRAWS, Kept, Run
+from flowvi.training import CHAINS, CHECK
 
 # A mixture of more components than this would take too long to train.
 MOST_COMPONENTS = 3
 # Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
 MORE_COUPLINGS = 8
-MORE_DRAWS = 4
+MORE_DRAWS = 2
 # Chains that take longer are left to those who ask for them.
 CHAIN_SECONDS = 900.0
 # Nats by which a bound decides between two guides, and the same for k-hat.
@@ -123,6 +125,31 @@ def sampled(run: Run, kept: Kept) -> Kept | None:
         run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
         return None
     return replace(kept, chains=found)
+
+
+def joined(runs: Sequence[Run]) -> Kept | None:
+    """A mixture of the guides of restarts that found different parts of the posterior.
+
+    Returns:
+        The mixture, checked; None where the restarts agree, or it is no better than they are.
+    """
+    first = max(runs, key=lambda run: run.kept.bound)
+    guides = [run.kept.guide for run in runs]
+    apart = diagnose(draw(first.target, guides, CHECK_DRAWS, first.seed(CHECK)))
+    if apart.verdict != VERDICTS[-1] or any(run.kept.chains for run in runs):
+        return None
+    best = sorted(runs, key=lambda run: -run.kept.bound)[:MOST_COMPONENTS]
+    parts = [run.kept for run in best]
+    if any(isinstance(part.guide, MixtureGuide) for part in parts):
+        return None
+    first.record.log.append(f"restarts differ ({apart.reasons[0]}): trying a mixture of them")
+    bounds = torch.tensor([part.bound for part in parts])
+    guide = MixtureGuide([part.guide for part in parts], bounds - bounds.max())
+    sizes = {"parts": [{"name": part.name, **part.sizes} for part in parts]}
+    new = Kept(first.placed(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
+    first.improve(new, 1.0, "mixture of restarts")
+    first.check(new)
+    return new if trusted(new) else None
 
 
 ATTEMPTS: tuple[Attempt, ...] = (components, richer, sampled)

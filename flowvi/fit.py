@@ -17,6 +17,7 @@ import torch
 from flowvi._version import __version__
 from flowvi.draws import Draws, draw
 from flowvi.escalation import escalate as go_on
+from flowvi.escalation import joined
 from flowvi.guides import Guide
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
 from flowvi.run import Kept, Run
@@ -164,17 +165,17 @@ def fit(
                 go_on(run)
             if run.interrupted:
                 break
-    return _result(target, runs, settings)
+        whole = joined(runs) if settings.escalate and len(runs) > 1 else None
+    return _result(target, runs, settings, [whole] if whole else [run.kept for run in runs])
 
 
-def _result(target: Target, runs: list[Run], settings: Settings) -> Fit:
+def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept]) -> Fit:
     rows = [row for run in runs for row in run.record.rows]
     columns = list(zip(*rows, strict=True)) or [()] * len(Row._fields)
     history = {n: np.array(c) for n, c in zip(Row._fields, columns, strict=True)}
     history["restart"] = np.repeat([r.restart for r in runs], [len(r.record.rows) for r in runs])
     many = len(runs) > 1
     log = [f"restart {r.restart}: {line}" if many else line for r in runs for line in r.record.log]
-    kept = [run.kept for run in runs]
     meta = {
         "model": target.name,
         "guide": max(kept, key=lambda k: k.bound).name,

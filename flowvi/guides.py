@@ -1,7 +1,7 @@
 """Guides: densities on R^D that can be sampled and scored."""
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -283,18 +283,24 @@ class MixtureGuide(Guide):
 
 
 def mixture(
-    dim: int, context_dim: int = 0, components: int = 3, component: str = "realnvp"
+    dim: int,
+    context_dim: int = 0,
+    components: int = 3,
+    component: str = "realnvp",
+    parts: Sequence[Mapping[str, Any]] | None = None,
 ) -> MixtureGuide:
-    """A mixture of guides of one kind.
+    """A mixture of guides, of one kind unless told otherwise.
 
     Args:
         dim: Length D of the latent vector.
         context_dim: Length C of the context; 0 for an unconditional guide.
         components: Number of components M.
         component: Name of their kind, for `make_guide`.
+        parts: For components of different kinds, what `make_guide` takes for each, by name.
     """
-    parts = [make_guide(component, dim, context_dim) for _ in range(components)]
-    return MixtureGuide(parts, context_dim=context_dim)
+    kinds = [{"name": component}] * components if parts is None else parts
+    made = [make_guide(dim=dim, context_dim=context_dim, **kind) for kind in kinds]
+    return MixtureGuide(made, context_dim=context_dim)
 
 
 GUIDES: dict[str, Callable[..., Guide]] = {

@@ -51,9 +51,9 @@ class Plateau:
 
     .. math:: |g| + 2.33 s \le \max(\tau, 0.3 \sigma), \qquad g \ge -s,
 
-    at two checks in a row, so that neither rising nor falling is called one. :math:`\sigma` is the noise
-    of a single step, below which a step of constant size cannot see its way: a
-    smaller step or more draws are then worth more than more of the same.
+    at two checks in a row, so that neither rising nor falling is called one.
+    :math:`\sigma` is the noise of a single step, below which a step of constant
+    size cannot see its way: a smaller one, or more draws, then bring more.
 
     Args:
         tolerance: Gain in nats that is never worth going on for, :math:`\tau`.

@@ -1,4 +1,4 @@
-"""The plateau rule fires on plateaus and not on trends, whatever the noise; a clock keeps its budget."""
+"""The plateau rule fires on plateaus, not on trends, and a clock keeps its budget."""
 
 import numpy as np
 import pytest

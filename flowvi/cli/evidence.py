@@ -49,8 +49,12 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None) -> Non
     draws in posterior.nc carry their weights. The picture goes to
     evidence.png in the same folder.
     """
+    draws = folder / "posterior.nc"
+    if (folder / "guide.nc").exists():
+        # The fit ended in Markov chains.
+        draws, mcmc = folder / "guide.nc", mcmc or draws
     with plain_warnings(), said_plainly():
-        found = evidence(_read(folder / "posterior.nc"), None if mcmc is None else _read(mcmc))
+        found = evidence(_read(draws), None if mcmc is None else _read(mcmc))
     click.echo(str(found))
     import matplotlib as mpl
 

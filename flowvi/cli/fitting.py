@@ -12,7 +12,6 @@ from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import diagnose
 from flowvi.fit import Fit, fit
 from flowvi.objectives import Renyi
-from flowvi.target import Target
 
 MAX_SEED = 2**32 - 1
 
@@ -77,6 +76,17 @@ Exit codes:
     show_default=True,
     help="Of everything random.",
 )
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Time that the fit may take.  [default: as much as it needs]",
+)
+@click.option(
+    "--no-escalate",
+    is_flag=True,
+    help="Do not go on with other guides and NUTS where the result is not to be trusted.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
 @click.option(
     "--out",
@@ -96,6 +106,8 @@ def fit_command(
     draws: int,
     restarts: int,
     seed: int,
+    budget: float | None,
+    no_escalate: bool,
     quiet: bool,
     out: Path,
 ) -> None:
@@ -109,7 +121,18 @@ def fit_command(
     results.check_folder(out)
     with plain_warnings(), interruptible():
         target = load_target(model, data)
-        fitted = _fit(target, guide, objective, steps, restarts, seed, not quiet)
+        with said_plainly():
+            fitted = fit(
+                target,
+                guide,
+                objective,
+                steps=steps,
+                restarts=restarts,
+                seed=seed,
+                budget=budget,
+                escalate=not no_escalate,
+                progress=not quiet,
+            )
         fitted.save(out / results.FIT)
         verdict = _report(fitted, draws, seed, out, quiet)
     if fitted.meta["interrupted"]:
@@ -117,21 +140,6 @@ def fit_command(
         ctx.exit(INTERRUPTED)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
-
-
-def _fit(
-    target: Target,
-    guide: str,
-    objective: Renyi | None,
-    steps: int | None,
-    restarts: int,
-    seed: int,
-    progress: bool,
-) -> Fit:
-    with said_plainly():
-        return fit(
-            target, guide, objective, steps=steps, restarts=restarts, seed=seed, progress=progress
-        )
 
 
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:

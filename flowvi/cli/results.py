@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
-FILES = ("posterior.nc", "resampled.nc", "summary.csv", "loss.png", "pair.png")
+FILES = ("posterior.nc", "resampled.nc", "guide.nc", "summary.csv", "loss.png", "pair.png")
 FIT = "fit"
 # The pointwise log likelihood is left out of the files beyond this many numbers (400 MB).
 MAX_LIKELIHOOD = 50_000_000
@@ -59,7 +59,8 @@ def judged(draws: Draws, diagnosis: Diagnosis, seed: int) -> Judged:
     """Choose between the draws as they are and the resampled ones."""
     if diagnosis.verdict == RESAMPLE:
         return Judged(resample(draws, seed=seed), "resampled")
-    return Judged(draws, "plain" if diagnosis.verdict == TRUST else "untrusted")
+    word = "MCMC" if draws.mcmc else "plain"
+    return Judged(draws, word if diagnosis.verdict == TRUST else "untrusted")
 
 
 def summary(kept: Judged) -> pd.DataFrame:
@@ -93,11 +94,17 @@ def write(
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
-    if not kept.draws.resampled:
+    for name in ("resampled.nc", "guide.nc"):
         # One of an earlier fit would pass for this one's.
-        (folder / "resampled.nc").unlink(missing_ok=True)
+        (folder / name).unlink(missing_ok=True)
     whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
-    yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
+    if draws.weighted is None:
+        yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
+    else:
+        yield "posterior.nc", "draws of NUTS in the guide's space, for ArviZ"
+        guides = draws.weighted
+        whole(folder / "guide.nc", lambda file: _netcdf(guides, file))
+        yield "guide.nc", "the guide's own draws with their log weights, for the evidence"
     if kept.draws.resampled:
         whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
         yield "resampled.nc", "the draws to use: resampled by those weights, for ArviZ"
@@ -132,9 +139,11 @@ def _netcdf(draws: Draws, file: Path) -> None:
 def _loss(fit: Fit, file: Path) -> None:
     from flowvi.plots import plot_loss
 
-    history = {"bound": fit.history["bound"]}
-    if len(fit.guides) > 1:
-        history["stage"] = np.array([f"restart {r}" for r in fit.history["restart"]])
+    names = [
+        f"restart {r}" if len(fit.guides) > 1 else fit.meta["stages"][r][s]
+        for r, s in zip(fit.history["restart"], fit.history["stage"], strict=True)
+    ]
+    history = {"bound": fit.history["bound"], "stage": np.array(names)}
     save(plot_loss(history).figure, file)
 
 

@@ -1,0 +1,209 @@
+"""A fit that is not to be trusted is followed by others, and the better one is kept."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import numpy as np
+import pyro.distributions as dist
+import pytest
+import torch
+from click.testing import CliRunner
+
+import flowvi
+from flowvi import escalation, run
+from flowvi.chains import Plan
+from flowvi.cli import main
+from flowvi.diagnostics import VERDICTS
+from flowvi.escalation import better, extend
+from flowvi.guides import FlowGuide, make_guide
+from flowvi.run import Kept
+from flowvi.stopping import Clock
+from flowvi.training import Judged, Settings
+
+TRUST, _, DISTRUST = VERDICTS
+
+
+def two_bumps(apart: float = 6.0) -> flowvi.Target:
+    """Two normals of equal weight, at a distance that no single Gaussian start bridges."""
+
+    def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+        x = v["x"]
+        normal = dist.Normal(0.0, 1.0)
+        left, right = (normal.log_prob(x - m).sum() for m in (-apart / 2, apart / 2))
+        return torch.logaddexp(left, right) - math.log(2)
+
+    return flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
+
+
+def heavy(df: float = 4.0) -> flowvi.Target:
+    """Student t coordinates, whose tails a Gaussian's weights cannot reach."""
+    return flowvi.from_density(
+        lambda v: dist.StudentT(df).log_prob(v["x"]).sum(), {"x": flowvi.Site((3,))}
+    )
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Stages and chains as short as they can be."""
+    monkeypatch.setattr(run, "STEADY_STEPS", 60)
+    monkeypatch.setattr(run, "MOST_STAGES", 1)
+    monkeypatch.setattr(escalation, "Plan", lambda: Plan(200, 400, 2))
+
+
+def judged(verdict: str, bound: float, khat: float) -> Kept:
+    draws = flowvi.diagnose(np.random.default_rng(0).normal(0, 0.1, 1000))
+    diagnosis = dataclasses.replace(draws, verdict=verdict, khat=khat)
+    guide = make_guide("meanfield", 2)
+    return Kept(guide, "meanfield", judged=Judged(bound, 0.01, 0.1), diagnosis=diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("new", "old", "expected"),
+    [
+        ((TRUST, -3.0, 0.6), (DISTRUST, -1.0, 0.9), True),
+        ((DISTRUST, -1.0, 0.5), (TRUST, -3.0, 0.6), False),
+        ((DISTRUST, -1.0, 0.9), (DISTRUST, -2.0, 0.8), True),
+        ((DISTRUST, -1.05, 0.75), (DISTRUST, -1.0, 0.9), True),
+        ((DISTRUST, -1.0, 0.9), (DISTRUST, -1.05, 0.91), False),
+    ],
+)
+def test_verdict_then_bound_then_tail_decide(new, old, expected):
+    assert better(judged(*new), judged(*old)) is expected
+
+
+def test_a_deeper_flow_starts_as_the_shallower_one():
+    old, new = (FlowGuide(5, flowvi.FLOWS["realnvp"](5, depth=d)) for d in (4, 8))
+    for p in old.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    z = torch.randn(20, 5)
+
+    extend(new, old)
+
+    torch.testing.assert_close(new.log_prob(z), old.log_prob(z))
+
+
+def test_modes_left_out_lead_to_a_mixture(short):
+    fit = flowvi.fit(two_bumps(), progress=False)
+
+    draws = fit.draw(2000)
+    assert fit.meta["guide"] == "mixture"
+    assert 0.4 < (draws["x"][..., 0] > 0).mean() < 0.6
+    assert abs(flowvi.diagnose(draws).log_evidence) < 0.05
+    assert any(line.startswith("A mixture with a flow for each mode") for line in fit.log)
+
+
+def test_nothing_is_tried_without_escalation(short):
+    fit = flowvi.fit(two_bumps(), escalate=False, progress=False)
+
+    assert fit.meta["guide"] == "fullrank"
+    assert flowvi.diagnose(fit.draw(1000)).verdict == DISTRUST
+
+
+def test_restarts_in_different_modes_are_joined(short):
+    target = two_bumps(10.0)
+    settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, True, Clock())
+    runs = [run.Run(target, settings, i, "auto", None) for i in range(2)]
+    for one, side in zip(runs, (-5.0, 5.0), strict=True):
+        guide = one.placed(make_guide("fullrank", 2))
+        guide.start(torch.full((2,), side), torch.eye(2))
+        one.kept = Kept(guide, "fullrank", lr=1e-3, judged=one.trainer(guide).judge())
+
+    whole = escalation.joined(runs)
+
+    assert whole is not None and whole.sizes["parts"] == [{"name": "fullrank"}] * 2
+    z = whole.guide.sample((2000,)).z
+    assert 0.45 < (z[:, 0] > 0).double().mean() < 0.55
+    torch.testing.assert_close(whole.judged.bound, 0.0, atol=0.02, rtol=0.0)
+
+
+def test_restarts_that_agree_are_left_alone(short):
+    fit = flowvi.fit(heavy(3.5), "auto", restarts=2, progress=False)
+
+    assert len(fit.guides) == 2
+
+
+def _only_chains(patch: pytest.MonkeyPatch) -> None:
+    """Leave the guide Gaussian, and resort to chains at once."""
+    patch.setattr(run, "NOTHING_LEFT", math.inf)
+    patch.setattr(run, "STEADY_STEPS", 30)
+    patch.setattr(run, "MOST_STAGES", 1)
+    patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
+    patch.setattr(escalation, "Plan", lambda: Plan(300, 600, 4))
+
+
+@pytest.fixture(scope="module")
+def ended_in_chains():
+    """A Gaussian fit of heavy tails whose last resort were chains."""
+    with pytest.MonkeyPatch.context() as patch:
+        _only_chains(patch)
+        return flowvi.fit(heavy(), progress=False)
+
+
+def test_chains_are_the_last_resort(ended_in_chains):
+    draws = ended_in_chains.draw(4000, seed=1)
+
+    assert draws.mcmc and draws.z.shape == (4, 600, 3)
+    assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
+    assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
+
+
+def test_draws_of_chains_come_with_the_evidence(ended_in_chains):
+    draws = ended_in_chains.draw(4000, seed=1)
+
+    diagnosis, evidence = flowvi.diagnose(draws), flowvi.evidence(draws)
+
+    assert abs(diagnosis.log_evidence) < 4 * diagnosis.log_evidence_se + 0.02
+    assert evidence.eubo > evidence.log_evidence > evidence.bounds[0].bound
+    assert "R-hat" in str(diagnosis) and "log evidence" in str(diagnosis)
+    assert [b.particles for b in flowvi.bounds(draws)] == [1, 10, 100, 1000]
+
+
+def test_fewer_draws_of_chains_are_thinned(ended_in_chains):
+    few, all_ = (ended_in_chains.draw(n) for n in (50, 600))
+
+    assert few.z.shape == (4, 50, 3)
+    assert np.array_equal(few.z[:, -1], all_.z[:, -1])
+    assert few.stats["diverging"].shape == (4, 50)
+
+
+def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):
+    ended_in_chains.save(tmp_path)
+
+    again = flowvi.load(tmp_path, heavy())
+
+    before, after = ended_in_chains.draw(300), again.draw(300)
+    np.testing.assert_array_equal(after.z, before.z)
+    np.testing.assert_allclose(after.log_p, before.log_p)
+    assert flowvi.diagnose(after).rhat == flowvi.diagnose(before).rhat
+
+
+def test_the_command_line_writes_chains_and_guide(monkeypatch, tmp_path: Path):
+    _only_chains(monkeypatch)
+    model = tmp_path / "tails.py"
+    model.write_text(
+        "import pyro, pyro.distributions as dist\n"
+        "def data():\n    return ()\n"
+        "def model():\n    with pyro.plate('row', 3):\n"
+        "        pyro.sample('x', dist.StudentT(4.0))\n"
+    )
+
+    fitted = CliRunner().invoke(main, ["fit", str(model), "--out", str(tmp_path / "out")])
+    judged = CliRunner().invoke(main, ["evidence", str(tmp_path / "out")])
+
+    assert "guide.nc" in fitted.output, fitted.output
+    assert "EUBO (upper bound)" in judged.output, judged.output
+
+
+@pytest.mark.parametrize("budget", [0.0, -1.0, math.nan, math.inf])
+def test_a_budget_is_a_positive_number(budget):
+    with pytest.raises(ValueError, match="budget must be a positive number of seconds"):
+        flowvi.fit(heavy(), budget=budget)
+
+
+def test_a_budget_is_kept_and_leaves_a_finished_fit():
+    fit = flowvi.fit(two_bumps(), budget=1.0, progress=False)
+
+    assert fit.meta["seconds"] < 30
+    assert math.isfinite(fit.bounds[0])
+    assert np.isfinite(fit.draw(100).log_p).all()
