@@ -6,15 +6,15 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.infer.mcmc import NUTS
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from flowvi.anneal import constant
 from flowvi.draws import Draws, diagnose, tabulate
 from flowvi.fit import Fit
 from flowvi.guides import Pushforward
@@ -67,7 +67,7 @@ def neutra(
     _check(guide, {"warmup": warmup, "draws": draws}, chains, target_accept)
     assert isinstance(guide, Pushforward)
     began = time.perf_counter()
-    with own_randomness(seed), _constant(guide, fit.target):
+    with own_randomness(seed), constant(guide, fit.target):
         potential = _Potential(fit.target, guide)
         shown = progress and sys.stderr.isatty()
         with tqdm(total=chains * (warmup + draws), disable=not shown, unit="step") as bar:
@@ -90,19 +90,6 @@ def neutra(
     diagnosis = diagnose(done)
     facts |= {"rhat": diagnosis.rhat, "ess": diagnosis.ess}
     return done
-
-
-@contextmanager
-def _constant(*modules: nn.Module) -> Iterator[None]:
-    """Spare the gradients of parameters inside the block."""
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 class _Run(NamedTuple):

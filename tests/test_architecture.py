@@ -20,7 +20,7 @@ LAYERS = [
     {"guides"},
     {"objectives", "overlap"},
     {"draws"},
-    {"fit", "training", "init", "coverage", "schedule", "checkpoint"},
+    {"fit", "training", "init", "anneal", "bootstrap", "coverage", "schedule", "checkpoint"},
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
 ]
