@@ -6,15 +6,15 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.infer.mcmc import NUTS
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
+from flowvi.anneal import constant
 from flowvi.draws import Draws, diagnose, tabulate
 from flowvi.guides import Guide, Pushforward
 from flowvi.target import Target
@@ -80,7 +80,7 @@ def run_chains(
     check_map(guide)
     assert isinstance(guide, Pushforward)
     began = time.perf_counter()
-    with own_randomness(seed), _constant(guide, target):
+    with own_randomness(seed), constant(guide, target):
         potential = _Potential(target, guide)
         shown = progress and sys.stderr.isatty()
         total = plan.chains * (plan.warmup + plan.draws)
@@ -123,19 +123,6 @@ def check_map(guide: object) -> None:
             f"neutra needs a guide that pushes noise through a map, such as realnvp, fullrank or "
             f"meanfield; the fit's best guide is a {type(guide).__name__}, which has no such map."
         )
-
-
-@contextmanager
-def _constant(*modules: nn.Module) -> Iterator[None]:
-    """Spare the gradients of parameters inside the block."""
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
 
 
 class _Run(NamedTuple):

@@ -9,19 +9,23 @@ from typing import Any, cast
 
 import torch
 
+from flowvi.bootstrap import refine_bootstrap
 from flowvi.chains import Plan, run_chains
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import diagnose, draw
 from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
 from flowvi.run import CHECK_DRAWS, Kept, Run
-from flowvi.training import CHAINS, CHECK
+from flowvi.training import ANNEAL, CHAINS, CHECK
 
 # A mixture of more components than this would take too long to train.
 MOST_COMPONENTS = 3
 # Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
 MORE_COUPLINGS = 8
 MORE_DRAWS = 2
+# Annealing pays up to so many dimensions, and takes so many rounds.
+ANNEALED_DIM = 200
+ANNEALED_ROUNDS = 150
 # Chains that take longer are left to those who ask for them.
 CHAIN_SECONDS = 900.0
 # Nats by which a bound decides between two guides, and the same for k-hat.
@@ -107,6 +111,24 @@ def extend(new: FlowGuide, old: FlowGuide) -> None:
     new.affine.load_state_dict(old.affine.state_dict())
 
 
+def annealed(run: Run, kept: Kept) -> Kept | None:
+    """Training on annealed draws, which go where the guide's own do not."""
+    if run.target.dim > ANNEALED_DIM or not isinstance(kept.guide, MixtureGuide | FlowGuide):
+        return None
+    clock = run.settings.clock
+    new = Kept(copy.deepcopy(kept.guide), kept.name, kept.sizes, kept.lr)
+    refine_bootstrap(
+        run.target,
+        new.guide,
+        rounds=ANNEALED_ROUNDS,
+        seed=run.seed(ANNEAL),
+        say=run.record.log.append,
+        over=lambda: clock.over(0.8),
+    )
+    new.judged = run.trainer(new.guide).judge()
+    return new
+
+
 def sampled(run: Run, kept: Kept) -> Kept | None:
     """NUTS in the space of the flow."""
     if not isinstance(kept.guide, Pushforward) or kept.missed:
@@ -152,4 +174,4 @@ def joined(runs: Sequence[Run]) -> Kept | None:
     return new if trusted(new) else None
 
 
-ATTEMPTS: tuple[Attempt, ...] = (components, richer, sampled)
+ATTEMPTS: tuple[Attempt, ...] = (components, richer, annealed, sampled)
