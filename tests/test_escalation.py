@@ -117,8 +117,11 @@ def test_restarts_in_different_modes_are_joined(short):
     torch.testing.assert_close(whole.judged.bound, 0.0, atol=0.02, rtol=0.0)
 
 
-def test_restarts_that_agree_are_left_alone(short):
-    fit = flowvi.fit(heavy(3.5), "auto", restarts=2, progress=False)
+def test_restarts_that_agree_are_left_alone(short, monkeypatch):
+    monkeypatch.setattr(run, "NOTHING_LEFT", math.inf)
+    normal = flowvi.from_density(lambda v: -v["x"].square().sum(), {"x": flowvi.Site((2,))})
+
+    fit = flowvi.fit(normal, restarts=2, progress=False)
 
     assert len(fit.guides) == 2
 
@@ -175,7 +178,7 @@ def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):
     before, after = ended_in_chains.draw(300), again.draw(300)
     np.testing.assert_array_equal(after.z, before.z)
     np.testing.assert_allclose(after.log_p, before.log_p)
-    assert flowvi.diagnose(after).rhat == flowvi.diagnose(before).rhat
+    assert flowvi.diagnose(after).rhat == pytest.approx(flowvi.diagnose(before).rhat, rel=1e-3)
 
 
 def test_the_command_line_writes_chains_and_guide(monkeypatch, tmp_path: Path):
