@@ -33,8 +33,10 @@ from flowvi.training import (
 
 # Below this KL(q || p) the start needs no flow.
 NOTHING_LEFT = 1e-3
-# And below this, training no further stage: no mean is then off by 0.15 sds.
-ENOUGH = 0.01
+# And below this, training no further stage: no mean is then off by 0.15 sds. If the weights
+# have a heavy tail, it takes a smaller one.
+ENOUGH, ENOUGH_HEAVY = 0.01, 0.003
+LIGHT = 0.5
 # A stage that removed less than this share of the gap is the last one.
 WORTH = 0.15
 STEADY_STEPS = 1200
@@ -42,10 +44,12 @@ MOST_STAGES = 3
 # Draws behind the check, as many as `Fit.draw` makes.
 CHECK_DRAWS = 4000
 # Share of a time budget for which the first guide is trained, if more could follow.
-FIRST_SHARE = 0.5
+FIRST_SHARE = 0.7
+# With less time than this, it is better spent on training than on the search for a step size.
+SEARCH_SECONDS = 30.0
 
 
-UNKNOWN = Judged(-math.inf, math.nan, math.nan)
+UNKNOWN = Judged(-math.inf)
 
 
 @dataclass
@@ -169,8 +173,9 @@ class Run:
         )
 
     def _rate(self, trainer: Trainer) -> float:
-        steps = self.settings.steps
-        return trainer.search() if steps is None or steps >= 5 * TRIAL_STEPS else RATES[1]
+        steps, clock = self.settings.steps, self.settings.clock
+        few = steps is not None and steps < 5 * TRIAL_STEPS
+        return RATES[1] if few or clock.left < SEARCH_SECONDS else trainer.search()
 
     def _counted(self, trainer: Trainer, kept: Kept) -> None:
         assert self.settings.steps is not None
@@ -194,7 +199,8 @@ class Run:
             kept.judged = trainer.run(stage)
             gained = kept.judged.bound - before.bound
             left = kept.judged.gap if math.isfinite(kept.judged.gap) else math.inf
-            if left <= ENOUGH or (i and gained < WORTH * (left + gained)):
+            enough = ENOUGH if kept.judged.khat < LIGHT else ENOUGH_HEAVY
+            if left <= enough or (i and gained < WORTH * (left + gained)):
                 return
 
     def _built(self) -> Kept:

@@ -35,6 +35,11 @@ class Clock:
         """Seconds since the beginning."""
         return time.perf_counter() - self.began
 
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the budget."""
+        return math.inf if self.budget is None else self.budget - self.seconds
+
     def over(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent."""
         return self.budget is not None and self.seconds >= share * self.budget

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flowvi.diagnostics import gap
+from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import stream
 from flowvi.guides import Guide
 from flowvi.objectives import Estimate, ForwardKL, LogDensity, Renyi
@@ -101,11 +101,13 @@ class Judged(NamedTuple):
         bound: Its bound.
         se: Standard error of the bound.
         gap: How far the bound is below the log evidence; NaN where that is not known.
+        khat: Pareto shape of the weights; likewise.
     """
 
     bound: float
-    se: float
-    gap: float
+    se: float = math.inf
+    gap: float = math.nan
+    khat: float = math.nan
 
 
 @dataclass(frozen=True)
@@ -224,6 +226,7 @@ class Trainer:
             float(values.mean()),
             float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
             gap(weights).value if known else math.nan,
+            psis(weights).khat if known and len(weights) >= MIN_DRAWS else math.nan,
         )
 
     def vector(self) -> Tensor:
@@ -366,7 +369,7 @@ class Trainer:
         self.record.log.append(
             f"{stage.name}: {steps} steps of {draws} draws at {stage.lr:g} brought {gained:.3g}; "
             f"kept the {best} iterate, by the bound on {JUDGE_DRAWS} draws ({tried})"
-            + ("" if math.isnan(found[best].gap) else f"; KL(q || p) about {found[best].gap:.2g}")
+            + _known(found[best])
         )
         return found[best]
 
@@ -383,6 +386,12 @@ class Interrupted(Exception):
     def __init__(self, judged: Judged) -> None:
         super().__init__("interrupted")
         self.judged = judged
+
+
+def _known(judged: Judged) -> str:
+    if math.isnan(judged.gap):
+        return ""
+    return f"; KL(q || p) about {judged.gap:.2g}, k-hat {judged.khat:.2f}"
 
 
 def best_of(found: Mapping[str, Judged]) -> str:

@@ -21,6 +21,7 @@ from flowvi.diagnostics.importance import (
     log_evidence,
     psis,
     smoothed_evidence,
+    with_tail,
 )
 from flowvi.diagnostics.observe import DISTRUST, TRUST, Finding
 
@@ -45,7 +46,8 @@ class Evidence:
             bounds hold in any case.
         log_evidence, log_evidence_se: The best estimate: the bridge where there are
             trusted draws of the posterior, else the log mean weight.
-        mean_weight, mean_weight_se: Log of the mean weight, which is unbiased.
+        mean_weight, mean_weight_se: Log of the mean weight, which is unbiased. Its error
+            allows for the tail that no draw has shown.
         smoothed, smoothed_se: The same from Pareto-smoothed weights.
         debiased, debiased_se: L_K + CV^2 / 2K: a bound without its leading bias.
         bridge, bridge_se: Estimate from the guide's draws and the posterior's; NaN without.
@@ -125,7 +127,7 @@ def evidence(
     kept, found = observe.restarts(chains)
     log_w = chains[kept].ravel()
     smooth, threshold = psis(log_w), khat_threshold(log_w.size)
-    best = middle = log_evidence(log_w)
+    best = middle = with_tail(log_evidence(log_w), log_w, smooth.khat)
     above = bridge = Estimate(math.nan, math.nan)
     judged = [*observe.evidences(chains[kept]), observe.believable(log_w, smooth.khat, threshold)]
     if posterior_log_weights is not None:

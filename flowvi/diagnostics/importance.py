@@ -104,8 +104,7 @@ def psis(log_w: np.ndarray) -> Psis:
     References:
         Vehtari et al. (2024), JMLR 25(72). The fit is ArviZ's `psislw`.
     """
-    tail = math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w))))
-    top = np.sort(log_w)[-tail:]
+    top = np.sort(log_w)[-_tail_size(len(log_w)) :]
     if top[-1] - top[0] <= ROUNDING:
         return Psis(log_w - logsumexp(log_w), -math.inf)
     # ArviZ takes seconds to import.
@@ -130,6 +129,41 @@ def log_evidence(log_w: np.ndarray) -> Estimate:
     """
     value = logsumexp(log_w) - math.log(len(log_w))
     return Estimate(float(value), _standard_error(np.exp(log_w - value)))
+
+
+def with_tail(estimate: Estimate, log_w: np.ndarray, khat: float) -> Estimate:
+    r"""An estimate of the log evidence whose error allows for the tail that no draw has shown.
+
+    Heavy weights come seldom: most samples lack them, miss their mass, and
+    have a small standard error. Beyond the quantile 1 - 1 / S of a generalised
+    Pareto tail with threshold u, shape k and scale :math:`\sigma`, above which M
+    of S relative weights lie, there is on average
+
+    .. math:: \frac{1}{S} \Big(q + \frac{\sigma + k (q - u)}{1 - k}\Big), \qquad
+              q = u + \sigma \frac{M^k - 1}{k},
+
+    of the mean weight, which is added to the standard error in quadrature. It is
+    of the order of max(w) / S where k is small.
+
+    Args:
+        estimate: The log of the mean weight, with its standard error.
+        log_w: Log weights, (S).
+        khat: Shape of their tail, from `psis`.
+    """
+    if khat == -math.inf:
+        return estimate
+    size, k = _tail_size(len(log_w)), min(max(khat, 0.01), 0.95)
+    largest = np.sort(np.exp(log_w - estimate.value))[-size - 1 :]
+    u, above = largest[0], largest[1:]
+    sigma = (above.mean() - u) * (1 - k)
+    q = u + sigma * (size**k - 1) / k
+    unseen = (q + (sigma + k * (q - u)) / (1 - k)) / len(log_w)
+    return Estimate(estimate.value, math.hypot(estimate.se, unseen))
+
+
+def _tail_size(draws: int) -> int:
+    """How many weights make the tail that a Pareto distribution is fitted to."""
+    return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
 
 
 def smoothed_evidence(log_w: np.ndarray, smooth: Psis) -> Estimate:

@@ -8,7 +8,15 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import observe
-from flowvi.diagnostics.importance import as_chains, elbo, gap, khat_threshold, log_evidence, psis
+from flowvi.diagnostics.importance import (
+    as_chains,
+    elbo,
+    gap,
+    khat_threshold,
+    log_evidence,
+    psis,
+    with_tail,
+)
 from flowvi.diagnostics.moments import compare
 from flowvi.diagnostics.observe import RESAMPLE
 
@@ -141,7 +149,7 @@ def diagnose(
         log_w.size,
         *elbo(log_w),
         *gap(log_w),
-        *((math.nan, math.nan) if improper else log_evidence(log_w)),
+        *((math.nan, math.nan) if improper else with_tail(log_evidence(log_w), log_w, khat)),
         title=title,
     )
 
