@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,6 +13,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 from torch.linalg import solve_triangular
 
+from flowvi.pathfinder import estimates
 from flowvi.target import Target
 
 Say = Callable[[str], None]
@@ -110,12 +112,25 @@ def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaus
             Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
+        group += _pathfinder(target, [z, *path], f"on the way to mode {i}")
         if target.dim <= HESSIAN_LIMIT:
             few = path[:-1] if target.dim <= 100 else []
             for k, point in enumerate(_thinned(few, PATH_POINTS)):
                 group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
             group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield group
+
+
+def _pathfinder(target: Target, path: list[Tensor], where: str) -> list[Gaussian]:
+    """Normals from the curvature along the path itself, at some of its points."""
+    points = torch.stack(path)
+    parts = [value_and_score(target, part)[1] for part in points.split(target.chunk())]
+    found = list(estimates(points, torch.cat(parts)))
+    return [
+        Gaussian(e.loc, _factor(e.covariance), f"Pathfinder {k} {where}")
+        for k, e in enumerate(_thinned(found, PATH_POINTS))
+        if e.loc.isfinite().all() and bool((e.covariance.diagonal() > 0).all())
+    ]
 
 
 def ascend(target: Target, start: Tensor) -> list[Tensor]:
@@ -327,7 +342,7 @@ def _diagonal(g: Gaussian) -> Gaussian:
     return replace(g, scale_tril=precision.rsqrt().diag())
 
 
-def _thinned(path: list[Tensor], n: int) -> list[Tensor]:
+def _thinned(path: list[Any], n: int) -> list[Any]:
     if len(path) <= n:
         return path
     return [path[int(i)] for i in np.linspace(0, len(path) - 1, n)]

@@ -22,7 +22,7 @@ LAYERS = [
     {"draws"},
     {
         *("fit", "run", "training", "escalation", "stopping", "schedule"),
-        *("init", "coverage", "chains", "anneal", "bootstrap", "checkpoint"),
+        *("init", "pathfinder", "coverage", "chains", "anneal", "bootstrap", "checkpoint"),
     },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
