@@ -52,7 +52,11 @@ class Gaussian:
 
 
 def best_gaussian(
-    target: Target, seed: int, diagonal: bool, say: Say
+    target: Target,
+    seed: int,
+    diagonal: bool,
+    say: Say,
+    over: Callable[[], bool] = lambda: False,
 ) -> tuple[Gaussian, list[Gaussian]]:
     """Find a normal density with a high ELBO, without a step size to choose.
 
@@ -66,6 +70,7 @@ def best_gaussian(
         seed: Of the start points and draws.
         diagonal: Restrict the covariance to a diagonal.
         say: Takes a sentence about every decision.
+        over: Asked now and then whether to make do with what there is.
 
     Returns:
         The best, and what became of the other candidates.
@@ -74,11 +79,17 @@ def best_gaussian(
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    groups = [[score(target, g, judge) for g in group] for group in candidates(target, generator)]
+    blind, aware = [], []
+    for group in candidates(target, generator):
+        scored = [score(target, g, judge) for g in group]
+        blind.append(scored[0])
+        aware.append(max(scored[1:], key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf))
+        if over():
+            break
     # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
     # where the density is unbounded: of each start, the normal that knows nothing of modes is
-    # tried beside the best of those that do.
-    found = [g for group in groups for g in (group[0], _best(group[1:])) if math.isfinite(g.elbo)]
+    # tried beside the best of those that do, unless another start led to the same.
+    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
     if not found:
         raise ValueError(
             f"The log density of {target.name} is not finite around any start point; "
@@ -86,16 +97,16 @@ def best_gaussian(
         )
     if diagonal:
         found = [score(target, _diagonal(g), judge) for g in found]
-    tried = [refine(target, g, generator, judge, diagonal, rounds=TRY_ROUNDS) for g in found]
+    tried = []
+    for g in sorted(found, key=lambda g: -g.elbo):
+        rounds = 0 if over() else TRY_ROUNDS
+        tried.append(refine(target, g, generator, judge, diagonal, rounds))
     best = max(tried, key=lambda g: g.elbo)
-    refined = refine(target, best, generator, judge, diagonal, rounds=REFINE_ROUNDS)
+    rounds = 0 if over() else REFINE_ROUNDS
+    refined = refine(target, best, generator, judge, diagonal, rounds)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return refined, [g for g in tried if g is not best]
-
-
-def _best(group: Sequence[Gaussian]) -> Gaussian:
-    return max(group, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
 
 
 def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaussian]]:

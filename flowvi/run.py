@@ -15,12 +15,14 @@ from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, diagnose, draw, stream
 from flowvi.guides import Guide, MixtureGuide, make_guide
 from flowvi.init import Gaussian, best_gaussian, distinct
+from flowvi.look import check_integrable, look
 from flowvi.overlap import overlap
 from flowvi.target import Target
 from flowvi.training import (
     BUILD,
     CHECK,
     COVER,
+    LOOK,
     RATES,
     TRIAL_STEPS,
     Interrupted,
@@ -45,6 +47,8 @@ MOST_STAGES = 3
 CHECK_DRAWS = 4000
 # Share of a time budget for which the first guide is trained, if more could follow.
 FIRST_SHARE = 0.7
+# And for which a start is looked for.
+START_SHARE = 0.2
 # With less time than this, it is better spent on training than on the search for a step size.
 SEARCH_SECONDS = 30.0
 
@@ -110,9 +114,16 @@ class Run:
 
     def go(self) -> None:
         """Start, train, check, and go on while the check fails; an interrupt keeps the best."""
+        say, clock = self.record.log.append, self.settings.clock
+        say(str(look(self.target, self.seed(LOOK))))
         self.best, self.others = best_gaussian(
-            self.target, self.seed(BUILD), self.name == "meanfield", self.record.log.append
+            self.target,
+            self.seed(BUILD),
+            self.name == "meanfield",
+            say,
+            lambda: clock.over(START_SHARE),
         )
+        say(check_integrable(self.target, self.best))
         torch.manual_seed(self.seed(BUILD))
         self.kept = self._built()
         self.improve(self.kept, FIRST_SHARE if self.settings.escalate else 1.0)

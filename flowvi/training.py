@@ -29,7 +29,7 @@ NARROW = 0.1
 # Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
 LAST_RATE = 0.1
 # What is random in a restart; each has a stream of its own.
-BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS = range(8)
+BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK = range(9)
 
 Objective = Renyi | ForwardKL
 

@@ -22,7 +22,7 @@ LAYERS = [
     {"draws"},
     {
         *("fit", "run", "training", "escalation", "stopping", "schedule"),
-        *("init", "pathfinder", "coverage", "chains", "anneal", "bootstrap", "checkpoint"),
+        *("init", "look", "pathfinder", "coverage", "chains", "anneal", "bootstrap", "checkpoint"),
     },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},

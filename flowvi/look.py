@@ -1,0 +1,153 @@
+"""A look at a target: where it is finite, how it is conditioned, and whether it is hopeless."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.init import Gaussian, evaluate, value_and_score
+from flowvi.target import ModelError, Target
+
+PRIOR_DRAWS = 200
+# Widths at which the density is looked up along the longest directions of a Gaussian.
+REACH = (1.0, 10.0, 100.0, 1e3, 1e4)
+DIRECTIONS = 3
+# Longest of these, in units of the shortest axis of the Gaussian.
+FARTHEST = 1e10
+# A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
+LEAST_FALL = 3.0
+# Coordinates named for a direction, and the share of the largest loading that each has.
+NAMED, LOADING = 6, 0.2
+# Numbers of double precision that training of a full-rank base takes for each of its D^2 / 2.
+COPIES = 12
+MOST_BYTES = 16e9
+
+
+@dataclass(frozen=True)
+class Look:
+    """What can be seen of a target before it is fitted.
+
+    Attributes:
+        dim: Length D of the latent vector.
+        points: Number of points looked at: draws from the prior, or random ones.
+        of_prior: Whether they are draws from the prior.
+        finite: Share of them with a finite log density.
+        smooth: Share of them whose gradient is finite too.
+    """
+
+    dim: int
+    points: int
+    of_prior: bool
+    finite: float
+    smooth: float
+
+    def __str__(self) -> str:
+        what = "draws from the prior" if self.of_prior else "random points"
+        words = f"D = {self.dim}; log density finite at {self.finite:.0%} of {self.points} {what}"
+        if self.smooth < self.finite:
+            words += f", its gradient at {self.smooth:.0%}"
+        return words
+
+
+def look(target: Target, seed: int) -> Look:
+    """Evaluate a target at draws from its prior, or at random points where it has none.
+
+    Raises:
+        ModelError: The log density is finite at none of them, nor at a start point.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    try:
+        values = target.prior(PRIOR_DRAWS, seed)
+        points = target.unconstrain({name: values[name] for name in target.sites})
+        of_prior = True
+    except (ModelError, ValueError):
+        shape = (PRIOR_DRAWS, target.dim)
+        points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
+        of_prior = False
+    parts = [value_and_score(target, part) for part in points.split(target.chunk())]
+    finite = torch.cat([log_p.isfinite() for log_p, _ in parts])
+    smooth = finite & torch.cat([gradient.isfinite().all(-1) for _, gradient in parts])
+    if not finite.any() and not evaluate(target, target.starts(generator)).isfinite().any():
+        raise ModelError(
+            f"The log density of {target.name} is finite at none of {len(points)} points: check "
+            "that the data lie in the supports, and rescale data or priors that are far apart."
+        )
+    share = (float(mask.double().mean()) for mask in (finite, smooth))
+    return Look(target.dim, len(points), of_prior, *share)
+
+
+def check_integrable(target: Target, g: Gaussian) -> str:
+    """Say how a Gaussian approximation is conditioned, or refuse what has no integral.
+
+    Along the longest directions of the Gaussian the density is looked up at
+    1 to 10^4 of its widths, on either side. The density of a Cauchy variable
+    falls by 18 nats on that way, that of a flat direction not at all.
+
+    Args:
+        target: The log density.
+        g: The best Gaussian that was found for it.
+
+    Raises:
+        ModelError: The density does not fall: the posterior is improper.
+    """
+    vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
+    widths = g.scale_tril.norm(dim=1)
+    # Farther out, rounding of the direction would be taken for a fall.
+    reached = lengths.clamp_max(FARTHEST * float(torch.minimum(lengths[-1], widths.min())))
+    for direction, width in zip(vectors.mT[:DIRECTIONS], reached, strict=False):
+        falls = [fall(target, g.loc, sign * width * direction) for sign in (1, -1)]
+        if min(falls) < LEAST_FALL:
+            raise ModelError(
+                f"The posterior of {target.name} is improper, or as good as that: along "
+                f"{describe(target, direction)} its log density falls by {min(falls):.2g} nats "
+                f"over {REACH[-1] * float(width):.2g} units. Give these a proper prior, or fix "
+                "one of them."
+            )
+    condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
+    return (
+        f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
+        f"axes in a ratio of 1 to {condition:.2g}"
+    )
+
+
+def fall(target: Target, loc: Tensor, step: Tensor) -> float:
+    """How far the log density falls from one step to many, at least; inf where it is not known."""
+    reach = torch.tensor(REACH, dtype=loc.dtype, device=loc.device)
+    log_p = evaluate(target, loc + reach[:, None] * step).cpu().double().numpy()
+    if np.isnan(log_p).any() or not np.isfinite(log_p[0]):
+        return math.inf
+    return float(log_p[0] - log_p[-1])
+
+
+def describe(target: Target, direction: Tensor) -> str:
+    """A direction of R^D in the names of the sites, such as ``a - b``."""
+    size = direction.abs()
+    top = torch.argsort(size, descending=True)[:NAMED].tolist()
+    top = [i for i in top if size[i] > LOADING * size.max()]
+    flip = -1 if direction[top[0]] < 0 else 1
+    words = ""
+    for i in top:
+        sign = "-" if flip * direction[i] < 0 else "+"
+        words += f" {sign} {label(target, i)}" if words else label(target, i)
+    return f"'{words}'"
+
+
+def label(target: Target, column: int) -> str:
+    """The site of a column of z, with its place in the site."""
+    name, part = next((n, s) for n, s in target.slices.items() if s.start <= column < s.stop)
+    return name if part.stop - part.start == 1 else f"{name}[{column - part.start}]"
+
+
+def check_size(dim: int, guide: str) -> None:
+    """Refuse a full-rank base that would not fit into memory."""
+    need = COPIES * dim * dim / 2 * 8
+    if need > MOST_BYTES:
+        raise ValueError(
+            f"guide '{guide}' has a covariance matrix of {dim} x {dim} numbers, and would take "
+            f"about {need / 1e9:.0f} GB: choose 'meanfield' or 'affine_lowrank', or leave the "
+            "guide to 'auto'."
+        )

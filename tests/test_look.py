@@ -1,0 +1,106 @@
+"""A hopeless target is refused at once, by name; heavy tails and long axes are not hopeless."""
+
+import math
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from torch.distributions import constraints
+
+import flowvi
+from flowvi import init
+from flowvi.look import check_integrable, check_size, look
+from flowvi.target import ModelError
+
+Y = torch.tensor([1.3, 0.2, 0.9, 1.8, 0.4])
+
+
+def flat(name: str) -> torch.Tensor:
+    return pyro.sample(name, dist.ImproperUniform(constraints.real, (), ()))
+
+
+def only_the_sum() -> None:
+    mean = flat("a") + flat("b")
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+
+def not_in_the_model() -> None:
+    a = pyro.sample("a", dist.Normal(0.0, 1.0))
+    flat("b")
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=Y)
+
+
+def proper_all_the_same() -> None:
+    a = flat("a")
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(a, 1.0), obs=Y)
+
+
+def cauchy() -> None:
+    pyro.sample("c", dist.Cauchy(0.0, 1.0).expand([3]).to_event(1))
+
+
+def horseshoe() -> None:
+    t = pyro.sample("t", dist.HalfCauchy(1.0))
+    width = pyro.sample("width", dist.HalfCauchy(1.0).expand([3]).to_event(1))
+    pyro.sample("b", dist.Normal(0.0, t * width).to_event(1))
+
+
+def long_axes() -> None:
+    mean = pyro.sample("a", dist.Normal(0.0, 1e6)) + pyro.sample("b", dist.Normal(0.0, 1e6))
+    with pyro.plate("row", len(Y)):
+        pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
+
+
+def start(target: flowvi.Target) -> init.Gaussian:
+    return init.best_gaussian(target, 0, False, lambda line: None)[0]
+
+
+@pytest.mark.parametrize(
+    ("model", "direction"), [(only_the_sum, "'a - b'"), (not_in_the_model, "'b'")]
+)
+def test_an_improper_posterior_is_refused_with_its_direction(model, direction):
+    target = flowvi.from_pyro(model)
+
+    with pytest.raises(ModelError, match=rf"{model.__name__} is improper.*along {direction}"):
+        check_integrable(target, start(target))
+
+
+@pytest.mark.parametrize("model", [proper_all_the_same, cauchy, horseshoe, long_axes])
+def test_what_has_an_integral_is_not_refused(model):
+    target = flowvi.from_pyro(model)
+
+    assert "axes in a ratio" in check_integrable(target, start(target))
+
+
+def test_a_fit_of_an_improper_posterior_stops_at_the_start():
+    with pytest.raises(ModelError, match="Give these a proper prior"):
+        flowvi.fit(flowvi.from_pyro(only_the_sum), steps=10, progress=False)
+
+
+def test_the_look_says_where_the_density_is_not_finite():
+    def log_density(values):
+        x = values["x"]
+        return torch.where(x > 0, -x, -torch.inf)
+
+    found = look(flowvi.from_density(log_density, {"x": flowvi.Site()}), 0)
+
+    assert not found.of_prior and found.points == 200
+    assert abs(found.finite - 0.5) < 4 * math.sqrt(0.25 / 200)
+    assert "of 200 random points" in str(found)
+
+
+def test_the_look_uses_the_prior_where_there_is_one():
+    found = look(flowvi.from_pyro(cauchy), 0)
+
+    assert found.of_prior and found.finite == found.smooth == 1.0
+
+
+def test_a_full_rank_base_beyond_memory_is_refused_with_a_remedy():
+    check_size(2000, "realnvp")
+
+    with pytest.raises(ValueError, match=r"100000 x 100000 numbers.*'meanfield'"):
+        check_size(100_000, "fullrank")
