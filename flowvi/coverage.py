@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 import torch
 
+from flowvi.gaussians import Gaussian, evaluate, near, refine
 from flowvi.guides import Guide
-from flowvi.init import REFINE_ROUNDS, Gaussian, evaluate, near, refine
+from flowvi.init import REFINE_ROUNDS
 from flowvi.target import Target
 
 DRAWS = 200
@@ -46,7 +47,7 @@ def left_out(
     )
 
     def outside(g: Gaussian) -> bool:
-        z = g.loc + noise @ g.scale_tril.mT
+        z = g.at(noise)
         with torch.no_grad():
             excess = evaluate(target, z) - guide.log_prob(z) - bound
         return bool(excess.nanmedian() > EXCESS)

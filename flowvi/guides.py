@@ -8,8 +8,13 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from flowvi.flows import BASES, FLOWS, Base, Chain, Diagonal, Layer, Normal, Triangular
+from flowvi.flows import BASES, FLOWS, Base, Chain, Diagonal, Layer, LowRank, Normal, Triangular
 from flowvi.flows.nets import Amortised
+
+# Beyond so many dimensions a matrix of D x D is too much.
+FULL_RANK_DIM = 2000
+
+Affine = Diagonal | Triangular | LowRank
 
 
 class Draw(NamedTuple):
@@ -102,9 +107,7 @@ class Pushforward(Guide):
     Abstract: a guide of this kind adds nothing but its choice of layers.
     """
 
-    def __init__(
-        self, dim: int, flow: Layer, affine: Diagonal | Triangular, base: Base | None = None
-    ) -> None:
+    def __init__(self, dim: int, flow: Layer, affine: Affine, base: Base | None = None) -> None:
         super().__init__()
         self.dim = dim
         self.base = Normal(dim) if base is None else base
@@ -170,6 +173,19 @@ class FullRank(Pushforward):
         super().__init__(dim, Chain([]), Triangular(dim, context_dim))
 
 
+class LowRankNormal(Pushforward):
+    """A Gaussian whose covariance is a diagonal plus a matrix of low rank.
+
+    Args:
+        dim: Length D of the latent vector.
+        context_dim: Length C of the context that it depends on; 0 for none.
+        rank: Rank R of the matrix.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0, rank: int = 8) -> None:
+        super().__init__(dim, Chain([]), LowRank(dim, context_dim, rank))
+
+
 class FlowGuide(Pushforward):
     """Base noise pushed through a flow and then through an affine layer.
 
@@ -188,7 +204,7 @@ class FlowGuide(Pushforward):
         self,
         dim: int,
         flow: Layer,
-        affine: Diagonal | Triangular | None = None,
+        affine: Affine | None = None,
         base: Base | None = None,
     ) -> None:
         super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
@@ -305,6 +321,7 @@ def mixture(
 
 GUIDES: dict[str, Callable[..., Guide]] = {
     "fullrank": FullRank,
+    "lowrank": LowRankNormal,
     "meanfield": MeanField,
     "mixture": mixture,
 }
@@ -313,7 +330,9 @@ GUIDES: dict[str, Callable[..., Guide]] = {
 def make_guide(
     name: str, dim: int, context_dim: int = 0, base: str = "normal", **sizes: Any
 ) -> Guide:
-    """Build a guide by name: a row of `GUIDES`, or a flow of `FLOWS` on a full-rank base.
+    """Build a guide by name: a row of `GUIDES`, or a flow of `FLOWS` on an affine layer.
+
+    That layer is of full rank up to D = 2000, and of low rank beyond.
 
     Args:
         name: Name of the guide or flow.
@@ -326,7 +345,8 @@ def make_guide(
         return GUIDES[name](dim, context_dim, **sizes)
     if name in FLOWS:
         flow = FLOWS[name](dim, context_dim, **sizes)
-        return FlowGuide(dim, flow, Triangular(dim, context_dim), BASES[base](dim))
+        affine = Triangular if dim <= FULL_RANK_DIM else LowRank
+        return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))
     choices = ", ".join(sorted({*GUIDES, *FLOWS}))
     raise ValueError(f"No guide named '{name}'; choose from {choices}.")
 

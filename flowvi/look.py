@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.init import Gaussian, evaluate, value_and_score
+from flowvi.gaussians import Gaussian, evaluate, scores_in_chunks
 from flowvi.target import ModelError, Target
 
 PRIOR_DRAWS = 200
@@ -68,9 +68,9 @@ def look(target: Target, seed: int) -> Look:
         shape = (PRIOR_DRAWS, target.dim)
         points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
         of_prior = False
-    parts = [value_and_score(target, part) for part in points.split(target.chunk())]
-    finite = torch.cat([log_p.isfinite() for log_p, _ in parts])
-    smooth = finite & torch.cat([gradient.isfinite().all(-1) for _, gradient in parts])
+    log_p, gradients = scores_in_chunks(target, points)
+    finite = log_p.isfinite()
+    smooth = finite & gradients.isfinite().all(-1)
     if not finite.any() and not evaluate(target, target.starts(generator)).isfinite().any():
         raise ModelError(
             f"The log density of {target.name} is finite at none of {len(points)} points: check "
@@ -94,11 +94,17 @@ def check_integrable(target: Target, g: Gaussian) -> str:
     Raises:
         ModelError: The density does not fall: the posterior is improper.
     """
-    vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
-    widths = g.scale_tril.norm(dim=1)
+    widths = g.widths
+    if g.scale_tril.dim() == 1:
+        # Of a diagonal covariance of many dimensions, the coordinates are the axes.
+        lengths, order = g.scale_tril.sort(descending=True)
+        axes = torch.nn.functional.one_hot(order[:DIRECTIONS], target.dim).to(widths)
+    else:
+        vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
+        axes = vectors.mT[:DIRECTIONS]
     # Farther out, rounding of the direction would be taken for a fall.
     reached = lengths.clamp_max(FARTHEST * float(torch.minimum(lengths[-1], widths.min())))
-    for direction, width in zip(vectors.mT[:DIRECTIONS], reached, strict=False):
+    for direction, width in zip(axes, reached, strict=False):
         falls = [fall(target, g.loc, sign * width * direction) for sign in (1, -1)]
         if min(falls) < LEAST_FALL:
             raise ModelError(

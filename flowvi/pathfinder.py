@@ -13,16 +13,42 @@ from torch.linalg import solve_triangular
 HISTORY = 6
 
 
+class InverseHessian(NamedTuple):
+    """A diagonal and a matrix of low rank, A + W C W^T.
+
+    Attributes:
+        diagonal: Diagonal of A, (D).
+        wide: W, (D, R).
+        core: C, (R, R).
+    """
+
+    diagonal: Tensor
+    wide: Tensor
+    core: Tensor
+
+    def times(self, x: Tensor) -> Tensor:
+        """Its product with a vector, (D)."""
+        return self.diagonal * x + self.wide @ (self.core @ (self.wide.mT @ x))
+
+    def dense(self) -> Tensor:
+        """The whole matrix, (D, D)."""
+        return self.diagonal.diag() + self.wide @ self.core @ self.wide.mT
+
+    def variances(self) -> Tensor:
+        """The diagonal of the whole matrix, (D)."""
+        return self.diagonal + ((self.wide @ self.core) * self.wide).sum(1)
+
+
 class Estimate(NamedTuple):
-    r"""A normal density from a point of a path.
+    """A normal density from a point of a path.
 
     Attributes:
         loc: The point and one quasi-Newton step from it, (D).
-        covariance: Estimate of the inverse Hessian of -log p there, (D, D).
+        inverse: Estimate of the inverse Hessian of -log p there, the covariance.
     """
 
     loc: Tensor
-    covariance: Tensor
+    inverse: InverseHessian
 
 
 def estimates(points: Tensor, gradients: Tensor) -> Iterator[Estimate]:
@@ -58,8 +84,8 @@ def estimates(points: Tensor, gradients: Tensor) -> Iterator[Estimate]:
             diagonal = updated(diagonal, s, y)
             steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]
         if steps:
-            covariance = inverse_hessian(diagonal, steps, changes)
-            yield Estimate(points[i] + covariance @ gradients[i], covariance)
+            inverse = inverse_hessian(diagonal, steps, changes)
+            yield Estimate(points[i] + inverse.times(gradients[i]), inverse)
 
 
 def updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
@@ -70,8 +96,10 @@ def updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
     return torch.where(good, 1 / inverse, diagonal)
 
 
-def inverse_hessian(diagonal: Tensor, steps: Sequence[Tensor], changes: Sequence[Tensor]) -> Tensor:
-    """The inverse Hessian of limited-memory BFGS, (D, D).
+def inverse_hessian(
+    diagonal: Tensor, steps: Sequence[Tensor], changes: Sequence[Tensor]
+) -> InverseHessian:
+    """The inverse Hessian of limited-memory BFGS.
 
     Args:
         diagonal: What it is before the first pair, (D).
@@ -82,8 +110,8 @@ def inverse_hessian(diagonal: Tensor, steps: Sequence[Tensor], changes: Sequence
     scaled = diagonal[:, None] * y
     product = s.mT @ y
     r, e = product.triu(), product.diagonal().diag()
+    one = torch.eye(len(r), dtype=s.dtype, device=s.device)
     # With T = R^-T the blocks are T (E + Y^T A Y) T^T and -T: S comes with T on either side.
-    back = solve_triangular(r.mT, torch.eye(len(r), dtype=s.dtype, device=s.device), upper=False)
-    turned = s @ back
-    cross = turned @ scaled.mT
-    return diagonal.diag() + turned @ (e + y.mT @ scaled) @ turned.mT - cross - cross.mT
+    turned = s @ solve_triangular(r.mT, one, upper=False)
+    core = torch.cat([torch.cat([e + y.mT @ scaled, -one], 1), torch.cat([-one, 0 * one], 1)])
+    return InverseHessian(diagonal, torch.cat([turned, scaled], 1), core)

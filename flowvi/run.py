@@ -13,8 +13,9 @@ import torch
 from flowvi.coverage import left_out, sentence
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, diagnose, draw, stream
-from flowvi.guides import Guide, MixtureGuide, make_guide
-from flowvi.init import Gaussian, best_gaussian, distinct
+from flowvi.gaussians import Gaussian, distinct
+from flowvi.guides import FULL_RANK_DIM, Guide, MixtureGuide, make_guide
+from flowvi.init import best_gaussian
 from flowvi.look import check_integrable, look
 from flowvi.overlap import overlap
 from flowvi.target import Target
@@ -220,7 +221,8 @@ class Run:
             return self._started(Kept(self.given, type(self.given).__name__))
         if self.name != "auto":
             return self._started(Kept(make_guide(self.name, self.target.dim), self.name))
-        gaussian = self._started(Kept(make_guide("fullrank", self.target.dim), "fullrank"))
+        name = "fullrank" if self.target.dim <= FULL_RANK_DIM else "lowrank"
+        gaussian = self._started(Kept(make_guide(name, self.target.dim), name))
         gap = self.trainer(gaussian.guide).judge().gap
         self.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
         if gap < NOTHING_LEFT:

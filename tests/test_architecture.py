@@ -22,7 +22,17 @@ LAYERS = [
     {"draws"},
     {
         *("fit", "run", "training", "escalation", "stopping", "schedule"),
-        *("init", "look", "pathfinder", "coverage", "chains", "anneal", "bootstrap", "checkpoint"),
+        *(
+            "init",
+            "gaussians",
+            "look",
+            "pathfinder",
+            "coverage",
+            "chains",
+            "anneal",
+            "bootstrap",
+            "checkpoint",
+        ),
     },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},

@@ -61,13 +61,11 @@ class Diagonal(Layer):
 
         Args:
             loc: Mean, (D).
-            scale_tril: Lower triangular L with a positive diagonal, (D, D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
         """
-        identity = torch.eye(len(loc), dtype=scale_tril.dtype, device=scale_tril.device)
-        precision = solve_triangular(scale_tril, identity, upper=False).square().sum(0)
         _reset(self.params)
         self.origin.copy_(loc)
-        self.width.copy_(precision.rsqrt())
+        self.width.copy_(nearest_scales(scale_tril))
 
 
 class Triangular(Layer):
@@ -126,15 +124,28 @@ class Triangular(Layer):
 
         Args:
             loc: Shift, (D).
-            scale_tril: Lower triangular L with a positive diagonal, (D, D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
         """
         _reset(self.params)
         self.lower.zero_()
         self.origin.copy_(loc)
-        self.frame.copy_(scale_tril.tril())
+        self.frame.copy_(scale_tril.diag() if scale_tril.dim() == 1 else scale_tril.tril())
 
     def _ladj(self, log_scale: Tensor) -> Tensor:
         return log_scale.sum(-1) + self.frame.diagonal().log().sum()
+
+
+def nearest_scales(scale_tril: Tensor) -> Tensor:
+    r"""Scales of the diagonal normal nearest in KL(q || p): :math:`\Lambda_{ii}^{-1/2}`, (D).
+
+    Args:
+        scale_tril: Lower triangular L of p, (D, D), with precision :math:`\Lambda`; or its
+            scales, (D).
+    """
+    if scale_tril.dim() == 1:
+        return scale_tril
+    identity = torch.eye(len(scale_tril), dtype=scale_tril.dtype, device=scale_tril.device)
+    return solve_triangular(scale_tril, identity, upper=False).square().sum(0).rsqrt()
 
 
 def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool = False, unit: bool = False) -> Tensor:

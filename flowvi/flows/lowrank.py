@@ -4,8 +4,13 @@ import torch
 from torch import Tensor
 from torch.linalg import cholesky, solve_triangular
 
+from flowvi.flows.affine import nearest_scales
 from flowvi.flows.layer import Layer
 from flowvi.flows.nets import Amortised, times
+
+# V = 0 is the identity, but its gradient is zero there; Adam's first steps do not see how small
+# V is.
+SMALL = 1e-5
 
 
 class LowRank(Layer):
@@ -14,14 +19,15 @@ class LowRank(Layer):
     With V of shape (D, R) and L the Cholesky factor of :math:`I + V^T V`,
 
     .. math::
-        y = m + e^{s} \odot A x, \qquad A = I + V (I + L)^{-1} V^T, \qquad
-        \log|\det \partial y / \partial x| = \sum_i s_i + \sum_r \log L_{rr}.
+        y = o + r \odot (m + e^{s} \odot A x), \qquad A = I + V (I + L)^{-1} V^T, \qquad
+        \log|\det \partial y / \partial x| = \sum_i (s_i + \log r_i) + \sum_r \log L_{rr}.
 
     Any V gives a bijection, and :math:`A A^T = I + V V^T`: the image of a
-    standard normal has covariance :math:`e^s (I + V V^T) e^s`, a diagonal plus a
+    standard normal has covariance :math:`r e^s (I + V V^T) e^s r`, a diagonal plus a
     matrix of rank R. By Woodbury's identity
     :math:`A^{-1} = I - V (I + L)^{-T} L^{-1} V^T`. Both directions cost O(D R).
-    m, s and V may depend on the context.
+    m, s and V may depend on the context; the origin o and widths r are constants,
+    0 and 1 until `set_` is called.
 
     Args:
         dim: Length D of the vector.
@@ -29,27 +35,49 @@ class LowRank(Layer):
         rank: Number of directions R.
     """
 
+    origin: Tensor
+    width: Tensor
+
     def __init__(self, dim: int, context_dim: int = 0, rank: int = 8) -> None:
         super().__init__()
+        self.register_buffer("origin", torch.zeros(dim))
+        self.register_buffer("width", torch.ones(dim))
         self.shape = (dim, min(rank, dim))
-        # V = 0 is the identity, but its gradient is zero there; Adam's first steps do not see how
-        # small V is.
-        v = 1e-5 * torch.randn(dim * self.shape[1])
+        v = SMALL * torch.randn(dim * self.shape[1])
         self.params = Amortised(torch.cat([torch.zeros(2 * dim), v]), context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale, v, lower, one = self._params(context)
         along = times(solve_triangular(one + lower, v.mT, upper=False), x)
-        y = shift + log_scale.exp() * (x + times(v, along))
-        return y, _ladj(log_scale, lower).expand(y.shape[:-1])
+        y = self.origin + self.width * (shift + log_scale.exp() * (x + times(v, along)))
+        return y, self._ladj(log_scale, lower).expand(y.shape[:-1])
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale, v, lower, one = self._params(context)
-        t = (y - shift) * (-log_scale).exp()
+        t = ((y - self.origin) / self.width - shift) * (-log_scale).exp()
         factor = solve_triangular(lower, v.mT, upper=False)
         along = times(solve_triangular((one + lower).mT, factor, upper=True), t)
         x = t - times(v, along)
-        return x, -_ladj(log_scale, lower).expand(x.shape[:-1])
+        return x, -self._ladj(log_scale, lower).expand(x.shape[:-1])
+
+    @torch.no_grad()
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Become the diagonal Gaussian nearest to N(loc, L L^T), with V next to zero again.
+
+        Args:
+            loc: Mean, (D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
+        """
+        for p in self.params.parameters():
+            p.zero_()
+        dim, _ = self.shape
+        self.params.value[2 * dim :] = SMALL * torch.randn_like(self.params.value[2 * dim :])
+        self.origin.copy_(loc)
+        self.width.copy_(nearest_scales(scale_tril))
+
+    def _ladj(self, log_scale: Tensor, lower: Tensor) -> Tensor:
+        inner = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+        return (log_scale + self.width.log()).sum(-1) + inner
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, ...]:
         """The shift, log-scale, V, L and the unit matrix of L's size."""
@@ -58,7 +86,3 @@ class LowRank(Layer):
         v = v.unflatten(-1, self.shape)
         one = torch.eye(rank, dtype=v.dtype, device=v.device)
         return shift, log_scale, v, cholesky(one + v.mT @ v), one
-
-
-def _ladj(log_scale: Tensor, lower: Tensor) -> Tensor:
-    return log_scale.sum(-1) + lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
