@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 
 from flowvi.bootstrap import refine_bootstrap
-from flowvi.chains import Plan, run_chains
+from flowvi.nuts import Plan, run_chains
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import diagnose, draw
 from flowvi.flows import Chain

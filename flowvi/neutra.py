@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from flowvi.chains import Plan, check_map, run_chains
+from flowvi.nuts import Plan, check_map, run_chains
 from flowvi.draws import Draws
 from flowvi.fit import Fit
 
@@ -23,7 +23,7 @@ def neutra(
 
     The result does not depend on the guide's quality, only the time does:
     `diagnose` judges it by R-hat, effective draws and divergences. See
-    `flowvi.chains.run_chains` for the density that is sampled.
+    `flowvi.nuts.run_chains` for the density that is sampled.
 
     Args:
         fit: A fit whose best guide pushes noise through a map: a flow, full rank, mean field.

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi import escalation, run
-from flowvi.chains import Plan
+from flowvi.nuts import Plan
 from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
 from flowvi.escalation import better, extend
