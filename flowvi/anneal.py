@@ -18,9 +18,10 @@ from flowvi.target.runner import own_randomness
 ACCEPTANCE = 0.65
 FIRST_STEP = 0.5
 PILOT = 64
-# Transitions of the pilot on each rung, and how far the first of them may change its step.
-PILOT_MOVES = 8
-PILOT_RATE = 4.0
+# Transitions of the pilot on the first rung and on each later one, and how far the first of
+# them may change the step.
+PILOT_MOVES = (8, 3)
+PILOT_RATES = (4.0, 1.0)
 # Draws of the guide for the scales of its coordinates.
 SCALE_DRAWS = 1000
 
@@ -54,6 +55,7 @@ def anneal(
     power: float = 2.0,
     temperatures: int = 8,
     leapfrog: int = 5,
+    resample: bool = False,
     seed: int = 0,
 ) -> Annealed:
     r"""Move draws of the guide towards :math:`p^a q^{1 - a}`, a = power, and weigh them.
@@ -74,16 +76,21 @@ def anneal(
         temperatures: Rungs between the ends of the path, each with one
             transition of Hamiltonian Monte Carlo. At 0 the weights are (p / q)^a.
         leapfrog: Steps of each transition.
+        resample: Draw anew from the draws on the way, wherever their weights are
+            worth less than half of them: those in places that turn out empty
+            give way, and many rungs then reach what is far. Draws are no longer independent.
         seed: Of everything random.
 
     References:
         Neal (2001), "Annealed importance sampling", Statistics and Computing 11.
+        Del Moral, Doucet and Jasra (2006), "Sequential Monte Carlo samplers",
+        JRSS B 68: with resampling.
         Midgley et al. (2023), "Flow Annealed Importance Sampling Bootstrap",
         arXiv:2208.01893: the path to p^2 / q.
     """
     _check(n, power, temperatures, leapfrog)
     with own_randomness(seed):
-        ladder = Ladder(target, guide, power, temperatures, leapfrog)
+        ladder = Ladder(target, guide, power, temperatures, leapfrog, resample)
         ladder.tune()
         return ladder.run(n)
 
@@ -97,15 +104,23 @@ class Ladder:
         power: Where the path ends.
         temperatures: Rungs between its ends.
         leapfrog: Steps of each transition.
+        resample: Whether to resample on the way.
 
     Attributes:
         steps: Step sizes, (temperatures), in units of the guide's own scales.
     """
 
     def __init__(
-        self, target: Target, guide: Guide, power: float, temperatures: int, leapfrog: int
+        self,
+        target: Target,
+        guide: Guide,
+        power: float,
+        temperatures: int,
+        leapfrog: int,
+        resample: bool = False,
     ) -> None:
-        self.target, self.guide, self.leapfrog = target, guide, leapfrog
+        self.target, self.guide = target, guide
+        self.leapfrog, self.resample = leapfrog, resample
         self.gap = power / (temperatures + 1)
         self.orders = [self.gap * (i + 1) for i in range(temperatures)]
         self.steps = [FIRST_STEP * guide.dim**-0.25] * temperatures
@@ -117,9 +132,9 @@ class Ladder:
             point = space.draw(min(PILOT, self.target.chunk()))
             for i, order in enumerate(self.orders):
                 self.steps[i] = self.steps[max(i - 1, 0)]
-                for k in range(PILOT_MOVES):
+                for k in range(PILOT_MOVES[min(i, 1)]):
                     point, accepted = _move(space, point, order, self.steps[i], self.leapfrog)
-                    self._adapt(i, accepted, PILOT_RATE / (1 + k))
+                    self._adapt(i, accepted, PILOT_RATES[min(i, 1)] / (1 + k))
 
     def run(self, n: int, rate: float = 0.0) -> Annealed:
         """Anneal n new draws of the guide.
@@ -144,6 +159,8 @@ class Ladder:
         log_w = self.gap * point.log_w
         acceptance = []
         for order, step in zip(self.orders, self.steps, strict=True):
+            if self.resample:
+                point, log_w = _resampled(point, log_w)
             point, accepted = _move(space, point, order, step, self.leapfrog)
             acceptance.append(accepted)
             log_w = log_w + self.gap * point.log_w
@@ -295,6 +312,17 @@ def _move(
     pairs = zip(end, point, strict=True)
     new = _Point(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
     return new, float(chance.mean())
+
+
+def _resampled(point: _Point, log_w: Tensor) -> tuple[_Point, Tensor]:
+    """Points drawn by their weights, which become equal, if the weights are too uneven."""
+    weights = torch.softmax(log_w, 0)
+    # NaN, if none has weight: nothing to draw from.
+    if not 1 / weights.square().sum() < len(weights) / 2:
+        return point, log_w
+    rows = torch.multinomial(weights, len(weights), replacement=True)
+    level = log_w.logsumexp(0) - math.log(len(log_w))
+    return _Point(*(t[rows] for t in point)), level.expand(len(log_w))
 
 
 def _check(n: int, power: float, temperatures: int, leapfrog: int) -> None:
