@@ -20,7 +20,10 @@ LAYERS = [
     {"guides"},
     {"objectives", "overlap"},
     {"draws"},
-    {"fit", "training", "init", "anneal", "bootstrap", "coverage", "schedule", "checkpoint"},
+    {
+        *("fit", "training", "init", "schedule", "checkpoint"),
+        *("anneal", "bootstrap", "chains", "coverage"),
+    },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
 ]
