@@ -3,26 +3,23 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from flowvi.guides import Guide, Pushforward
+from flowvi.chains import Point, Space, constant, move, space_of
+from flowvi.guides import Guide
 from flowvi.target import Target
 from flowvi.target.runner import own_randomness
 
 ACCEPTANCE = 0.65
 FIRST_STEP = 0.5
 PILOT = 64
-# Transitions of the pilot on each rung, and how far the first of them may change its step.
-PILOT_MOVES = 8
-PILOT_RATE = 4.0
-# Draws of the guide for the scales of its coordinates.
-SCALE_DRAWS = 1000
+# Transitions of the pilot on the first rung and on each later one, and how far the first of
+# them may change the step.
+PILOT_MOVES = (8, 3)
+PILOT_RATES = (4.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +51,7 @@ def anneal(
     power: float = 2.0,
     temperatures: int = 8,
     leapfrog: int = 5,
+    resample: bool = False,
     seed: int = 0,
 ) -> Annealed:
     r"""Move draws of the guide towards :math:`p^a q^{1 - a}`, a = power, and weigh them.
@@ -74,16 +72,21 @@ def anneal(
         temperatures: Rungs between the ends of the path, each with one
             transition of Hamiltonian Monte Carlo. At 0 the weights are (p / q)^a.
         leapfrog: Steps of each transition.
+        resample: Draw anew from the draws on the way, wherever their weights are
+            worth less than half of them: those in places that turn out empty
+            give way, and many rungs then reach what is far. Draws are no longer independent.
         seed: Of everything random.
 
     References:
         Neal (2001), "Annealed importance sampling", Statistics and Computing 11.
+        Del Moral, Doucet and Jasra (2006), "Sequential Monte Carlo samplers",
+        JRSS B 68: with resampling.
         Midgley et al. (2023), "Flow Annealed Importance Sampling Bootstrap",
         arXiv:2208.01893: the path to p^2 / q.
     """
     _check(n, power, temperatures, leapfrog)
     with own_randomness(seed):
-        ladder = Ladder(target, guide, power, temperatures, leapfrog)
+        ladder = Ladder(target, guide, power, temperatures, leapfrog, resample)
         ladder.tune()
         return ladder.run(n)
 
@@ -97,15 +100,23 @@ class Ladder:
         power: Where the path ends.
         temperatures: Rungs between its ends.
         leapfrog: Steps of each transition.
+        resample: Whether to resample on the way.
 
     Attributes:
         steps: Step sizes, (temperatures), in units of the guide's own scales.
     """
 
     def __init__(
-        self, target: Target, guide: Guide, power: float, temperatures: int, leapfrog: int
+        self,
+        target: Target,
+        guide: Guide,
+        power: float,
+        temperatures: int,
+        leapfrog: int,
+        resample: bool = False,
     ) -> None:
-        self.target, self.guide, self.leapfrog = target, guide, leapfrog
+        self.target, self.guide = target, guide
+        self.leapfrog, self.resample = leapfrog, resample
         self.gap = power / (temperatures + 1)
         self.orders = [self.gap * (i + 1) for i in range(temperatures)]
         self.steps = [FIRST_STEP * guide.dim**-0.25] * temperatures
@@ -113,13 +124,13 @@ class Ladder:
     def tune(self) -> None:
         """Set the step sizes by a pilot run, each rung from where the one before ended."""
         with constant(self.target, self.guide):
-            space = _space(self.target, self.guide)
+            space = space_of(self.target, self.guide)
             point = space.draw(min(PILOT, self.target.chunk()))
             for i, order in enumerate(self.orders):
                 self.steps[i] = self.steps[max(i - 1, 0)]
-                for k in range(PILOT_MOVES):
-                    point, accepted = _move(space, point, order, self.steps[i], self.leapfrog)
-                    self._adapt(i, accepted, PILOT_RATE / (1 + k))
+                for k in range(PILOT_MOVES[min(i, 1)]):
+                    point, accepted = move(space, point, order, self.steps[i], self.leapfrog)
+                    self._adapt(i, accepted, PILOT_RATES[min(i, 1)] / (1 + k))
 
     def run(self, n: int, rate: float = 0.0) -> Annealed:
         """Anneal n new draws of the guide.
@@ -130,7 +141,7 @@ class Ladder:
                 come. Weights are unbiased given the step sizes of the run.
         """
         with constant(self.target, self.guide):
-            space = _space(self.target, self.guide)
+            space = space_of(self.target, self.guide)
             runs = [self._climb(space, len(part)) for part in torch.ones(n).split(space.chunk)]
         accepted = torch.stack([run.acceptance * len(run.z) for run in runs]).sum(0) / n
         for i, value in enumerate(accepted.tolist()):
@@ -139,12 +150,14 @@ class Ladder:
         z, log_w, log_p, log_q = (torch.cat(column) for column in columns)
         return Annealed(z, log_w, log_p, log_q, accepted)
 
-    def _climb(self, space: _Space, n: int) -> Annealed:
+    def _climb(self, space: Space, n: int) -> Annealed:
         point = space.draw(n)
         log_w = self.gap * point.log_w
         acceptance = []
         for order, step in zip(self.orders, self.steps, strict=True):
-            point, accepted = _move(space, point, order, step, self.leapfrog)
+            if self.resample:
+                point, log_w = _resampled(point, log_w)
+            point, accepted = move(space, point, order, step, self.leapfrog)
             acceptance.append(accepted)
             log_w = log_w + self.gap * point.log_w
         log_p, log_q = (point.density(order) - point.volume for order in (1.0, 0.0))
@@ -154,147 +167,15 @@ class Ladder:
         self.steps[rung] *= math.exp(rate * (accepted - ACCEPTANCE))
 
 
-@contextmanager
-def constant(*modules: nn.Module) -> Iterator[None]:
-    """Spare the gradients of parameters inside the block."""
-    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
-    for p in trained:
-        p.requires_grad_(False)
-    try:
-        yield
-    finally:
-        for p in trained:
-            p.requires_grad_(True)
-
-
-class _Point(NamedTuple):
-    """Points of the space in which the chains move, and all that is known there.
-
-    Attributes:
-        u: Points, (n, D).
-        z: What they stand for, (n, D).
-        volume: log|det dz/du|, (n).
-        log_q: Log density of the guide with respect to u, (n).
-        log_w: Log p - log q, (n); -inf where one of them is not finite.
-        slope_q: Gradient of log_q, (n, D); zero where it is not finite.
-        slope_p: That of log p.
-    """
-
-    u: Tensor
-    z: Tensor
-    volume: Tensor
-    log_q: Tensor
-    log_w: Tensor
-    slope_q: Tensor
-    slope_p: Tensor
-
-    def density(self, order: float) -> Tensor:
-        """Log density of a rung, (n), up to a constant."""
-        return self.log_q if order == 0 else self.log_q + order * self.log_w
-
-    def slope(self, order: float) -> Tensor:
-        """Its gradient, (n, D)."""
-        return (1 - order) * self.slope_q + order * self.slope_p
-
-
-class _Space:
-    """Coordinates in which the guide is about standard.
-
-    Abstract: a space is a map from u to z, and the guide's density in it.
-    """
-
-    def __init__(self, target: Target, guide: Guide) -> None:
-        self.target, self.guide = target, guide
-        self.chunk = target.chunk()
-
-    def start(self, n: int) -> Tensor:
-        """Draws of the guide as u, (n, D)."""
-        raise NotImplementedError
-
-    def map(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Map u to z (n, D), log|det dz/du| (n) and log q with respect to u (n)."""
-        raise NotImplementedError
-
-    def draw(self, n: int) -> _Point:
-        """Draws of the guide."""
-        return self.at(self.start(n))
-
-    def at(self, u: Tensor) -> _Point:
-        """Evaluate both densities and their gradients."""
-        with torch.enable_grad():
-            u = u.detach().requires_grad_()
-            z, volume, log_q = self.map(u)
-            log_p = self.target.log_prob(z) + volume
-            (slope_q,) = torch.autograd.grad(log_q.sum(), u, retain_graph=True)
-            (slope_p,) = torch.autograd.grad(log_p.sum(), u)
-        known = log_p.isfinite() & log_q.isfinite()
-        log_q = torch.where(known, log_q, 0.0)
-        log_w = torch.where(known, log_p - log_q, -torch.inf)
-        # Any force that depends on the place alone leaves the chain right: here, none.
-        slopes = (g.nan_to_num(0.0, 0.0, 0.0) for g in (slope_q, slope_p))
-        found = (u, z, volume, log_q, log_w, *slopes)
-        return _Point(*(t.detach() for t in found))
-
-
-class _Base(_Space):
-    """The base space of a guide that pushes noise through a map."""
-
-    guide: Pushforward
-
-    def start(self, n: int) -> Tensor:
-        return self.guide.base.sample((n,))
-
-    def map(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z, volume = self.guide.transport(u)
-        return z, volume, self.guide.base.log_prob(u)
-
-
-class _Whitened(_Space):
-    """The space of z itself, in units of the standard deviations of the guide's draws."""
-
-    def __init__(self, target: Target, guide: Guide) -> None:
-        super().__init__(target, guide)
-        with torch.no_grad():
-            z = guide.sample((SCALE_DRAWS,)).z
-        z = z[z.isfinite().all(-1)]
-        self.loc, self.scale = z.mean(0), z.std(0)
-
-    def start(self, n: int) -> Tensor:
-        with torch.no_grad():
-            return (self.guide.sample((n,)).z - self.loc) / self.scale
-
-    def map(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        z = self.loc + self.scale * u
-        volume = self.scale.log().sum().expand(len(u))
-        return z, volume, self.guide.log_prob(z) + volume
-
-
-def _space(target: Target, guide: Guide) -> _Space:
-    if isinstance(guide, Pushforward):
-        return _Base(target, guide)
-    return _Whitened(target, guide)
-
-
-def _move(
-    space: _Space, point: _Point, order: float, step: float, leapfrog: int
-) -> tuple[_Point, float]:
-    """One transition of Hamiltonian Monte Carlo, and the average acceptance probability."""
-    momentum = torch.randn_like(point.u)
-    before = point.density(order) - 0.5 * momentum.square().sum(-1)
-    # Steps of different lengths, or some orbits would close.
-    size = step * (0.8 + 0.4 * torch.rand_like(point.u[:, :1]))
-    end = point
-    for _ in range(leapfrog):
-        momentum = momentum + 0.5 * size * end.slope(order)
-        end = space.at(end.u + size * momentum)
-        momentum = momentum + 0.5 * size * end.slope(order)
-    after = end.density(order) - 0.5 * momentum.square().sum(-1)
-    # From nowhere to nowhere is no move: NaN.
-    chance = (after - before).exp().clamp_max(1.0).nan_to_num(0.0)
-    taken = torch.rand_like(chance) < chance
-    pairs = zip(end, point, strict=True)
-    new = _Point(*(torch.where(taken if a.dim() == 1 else taken[:, None], a, b) for a, b in pairs))
-    return new, float(chance.mean())
+def _resampled(point: Point, log_w: Tensor) -> tuple[Point, Tensor]:
+    """Points drawn by their weights, which become equal, if the weights are too uneven."""
+    weights = torch.softmax(log_w, 0)
+    # NaN, if none has weight: nothing to draw from.
+    if not 1 / weights.square().sum() < len(weights) / 2:
+        return point, log_w
+    rows = torch.multinomial(weights, len(weights), replacement=True)
+    level = log_w.logsumexp(0) - math.log(len(log_w))
+    return Point(*(t[rows] for t in point)), level.expand(len(log_w))
 
 
 def _check(n: int, power: float, temperatures: int, leapfrog: int) -> None:

@@ -10,11 +10,11 @@ from typing import Any, cast
 import torch
 
 from flowvi.bootstrap import refine_bootstrap
-from flowvi.nuts import Plan, run_chains
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import diagnose, draw
 from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
+from flowvi.nuts import Plan, run_chains
 from flowvi.run import CHECK_DRAWS, Kept, Run
 from flowvi.training import ANNEAL, CHAINS, CHECK
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import cast
 
-from flowvi.nuts import Plan, check_map, run_chains
 from flowvi.draws import Draws
 from flowvi.fit import Fit
+from flowvi.nuts import Plan, check_map, run_chains
 
 
 def neutra(

@@ -14,7 +14,7 @@ from pyro.infer.mcmc import NUTS
 from torch import Tensor
 from tqdm import tqdm
 
-from flowvi.anneal import constant
+from flowvi.chains import constant
 from flowvi.draws import Draws, diagnose, tabulate
 from flowvi.guides import Guide, Pushforward
 from flowvi.target import Target

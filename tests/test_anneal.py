@@ -131,6 +131,20 @@ def test_beyond_the_target_the_weight_is_where_the_guide_is_short():
     assert share(2.0) > 0.99
 
 
+def test_resampling_keeps_the_evidence_and_spreads_the_weights():
+    """Its own error cannot be read off one run, whose draws depend on each other: many are."""
+    target, guide = two_modes(), started(FullRank(2), [-2.0, -2.0], 1.5)
+    options = {"power": 1.0, "temperatures": 20}
+
+    plain = anneal(target, guide, 1000, **options)
+    found = [anneal(target, guide, 1000, **options, resample=True, seed=s) for s in range(6)]
+    z = torch.tensor([math.exp(log_mean(f.log_w)[0]) for f in found])
+
+    assert abs(z.mean() - 1) < 4 * z.std() / len(z) ** 0.5
+    assert z.std() < 0.3
+    assert log_mean(found[0].log_w)[1] < 0.5 * log_mean(plain.log_w)[1]
+
+
 def half_line():
     """The half normal density on x > 0, nowhere else defined."""
 

@@ -12,11 +12,11 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi import escalation, run
-from flowvi.nuts import Plan
 from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
 from flowvi.escalation import better, extend
 from flowvi.guides import FlowGuide, make_guide
+from flowvi.nuts import Plan
 from flowvi.run import Kept
 from flowvi.stopping import Clock
 from flowvi.training import Judged, Settings
