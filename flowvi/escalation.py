@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -16,6 +17,7 @@ from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
 from flowvi.nuts import Plan, run_chains
 from flowvi.run import CHECK_DRAWS, Kept, Run
+from flowvi.tempering import MOST_DIM
 from flowvi.training import ANNEAL, CHAINS, CHECK
 
 # A mixture of more components than this would take too long to train.
@@ -23,6 +25,10 @@ MOST_COMPONENTS = 3
 # Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
 MORE_COUPLINGS = 8
 MORE_DRAWS = 2
+# Powers of the density on the way to it, and steps at each.
+POWERS = (0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
+COOLING_STEPS = 120
+SPLINE_RATE = 1e-2
 # Annealing pays up to so many dimensions, and takes so many rounds.
 ANNEALED_DIM = 200
 ANNEALED_ROUNDS = 150
@@ -64,7 +70,14 @@ def better(new: Kept, old: Kept) -> bool:
     """Whether a guide is worth more than another: by verdict, bound, then tail of the weights."""
     if new.distrust != old.distrust:
         return new.distrust < old.distrust
-    if abs(new.bound - old.bound) > CLEARLY or new.diagnosis is None or old.diagnosis is None:
+    if new.diagnosis is None or old.diagnosis is None:
+        return new.bound > old.bound
+    # A guide that covers more of the posterior has the larger mean weight, and not always the
+    # larger bound.
+    more = new.diagnosis.elbo + new.diagnosis.gap - old.diagnosis.elbo - old.diagnosis.gap
+    if abs(more) > CLEARLY + 3 * math.hypot(new.diagnosis.gap_se, old.diagnosis.gap_se):
+        return more > 0
+    if abs(new.bound - old.bound) > CLEARLY:
         return new.bound > old.bound
     return new.diagnosis.khat < old.diagnosis.khat - THINNER
 
@@ -87,9 +100,29 @@ def components(run: Run, kept: Kept) -> Kept | None:
     return new
 
 
+def tempered(run: Run, kept: Kept) -> Kept | None:
+    """Splines of each coordinate, trained from a flat density to the full one."""
+    if not kept.words or run.target.dim > MOST_DIM:
+        return None
+    wide = run.wide()
+    new = Kept(run.placed(make_guide("marginals", run.target.dim)), "marginals", lr=SPLINE_RATE)
+    new.guide.start(wide.loc, wide.scale_tril)
+    couplings = cast(Chain, cast(FlowGuide, new.guide).flow).layers[0].parameters()
+    # Couplings that learn from the start pull all draws into few modes.
+    held = [p.requires_grad_(False) for p in couplings]
+    trainer, repeats = run.trainer(new.guide), run.settings.repeats
+    trainer.cool(POWERS, COOLING_STEPS, repeats, SPLINE_RATE)
+    run.improve(new, 0.6, "splines")
+    for p in held:
+        p.requires_grad_(True)
+    new.lr = (kept.lr or SPLINE_RATE) / 3
+    run.improve(new, 0.8, "couplings")
+    return new
+
+
 def richer(run: Run, kept: Kept) -> Kept | None:
     """A deeper flow with heavier tails, trained on with more draws."""
-    if isinstance(kept.guide, MixtureGuide) or kept.missed:
+    if isinstance(kept.guide, MixtureGuide) or kept.words:
         return None
     if kept.name == "realnvp":
         sizes = {**kept.sizes, "depth": kept.sizes["depth"] + MORE_COUPLINGS, "base": "student_t"}
@@ -131,7 +164,7 @@ def annealed(run: Run, kept: Kept) -> Kept | None:
 
 def sampled(run: Run, kept: Kept) -> Kept | None:
     """NUTS in the space of the flow."""
-    if not isinstance(kept.guide, Pushforward) or kept.missed:
+    if not isinstance(kept.guide, Pushforward) or kept.words:
         return None
     began, clock = run.settings.clock.seconds, run.settings.clock
     found = run_chains(
@@ -174,4 +207,4 @@ def joined(runs: Sequence[Run]) -> Kept | None:
     return new if trusted(new) else None
 
 
-ATTEMPTS: tuple[Attempt, ...] = (components, richer, annealed, sampled)
+ATTEMPTS: tuple[Attempt, ...] = (components, tempered, richer, annealed, sampled)

@@ -5,19 +5,31 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowvi.flows.affine import nearest_scales
-from flowvi.target import Target
 
 REFINE_STEPS = 10
 FIRST_RATE = 0.5
 LAST_RATE = 0.01
 # Pairs of opposite draws behind one natural-gradient step.
 FEWEST_PAIRS, MOST_PAIRS = 32, 256
+
+
+class Density(Protocol):
+    """What a normal is fitted to: a target, or one at another temperature."""
+
+    dim: int
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        """The log density. (*S, D) -> (*S)."""
+
+    def chunk(self) -> int:
+        """How many points to evaluate at a time."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +70,7 @@ class Gaussian:
 
 
 def refine(
-    target: Target,
+    target: Density,
     start: Gaussian,
     generator: torch.Generator,
     judge: Tensor,
@@ -103,7 +115,7 @@ def refine(
 
 
 def _natural_step(
-    target: Target,
+    target: Density,
     g: Gaussian,
     rate: float,
     pairs: int,
@@ -139,7 +151,7 @@ def _natural_step(
     return replace(g, loc=g.loc + g.scale_tril @ shift, scale_tril=(g.scale_tril @ factor).tril())
 
 
-def score(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
+def score(target: Density, g: Gaussian, eps: Tensor) -> Gaussian:
     """The same Gaussian with its ELBO on given noise, (S, D)."""
     log_p = evaluate(target, g.at(eps))
     log_q = -0.5 * (eps.square().sum(-1) + len(g.loc) * math.log(2 * math.pi))
@@ -147,7 +159,7 @@ def score(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
     return replace(g, elbo=float((log_p - log_q).mean()))
 
 
-def evaluate(target: Target, z: Tensor) -> Tensor:
+def evaluate(target: Density, z: Tensor) -> Tensor:
     """The log density of many points, in chunks that fit memory. (S, D) -> (S)."""
     with torch.no_grad():
         return torch.cat([target.log_prob(part) for part in z.split(target.chunk())])
@@ -173,14 +185,14 @@ def near(a: Gaussian, b: Gaussian) -> bool:
     return bool((((a.loc - b.loc) / width).abs() < 2.0).all())
 
 
-def scores_in_chunks(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+def scores_in_chunks(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient at many points. (S, D) -> (S), (S, D)."""
     parts = [value_and_score(target, part) for part in z.split(target.chunk())]
     values, gradients = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(gradients)
 
 
-def value_and_score(target: Target, z: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_score(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient, (*S, D) -> (*S), (*S, D)."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()

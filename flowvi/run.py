@@ -19,13 +19,16 @@ from flowvi.init import best_gaussian
 from flowvi.look import check_integrable, look
 from flowvi.overlap import overlap
 from flowvi.target import Target
+from flowvi.tempering import MOST_DIM, found_beyond, wide_gaussian
 from flowvi.training import (
+    ANNEAL,
     BUILD,
     CHECK,
     COVER,
     LOOK,
     RATES,
     TRIAL_STEPS,
+    WIDE,
     Interrupted,
     Judged,
     Record,
@@ -68,6 +71,7 @@ class Kept:
         lr: Largest step size that it was trained with.
         judged: Its bound and gap on fresh draws.
         missed: Gaussians of the search for a start that it leaves out.
+        beyond: What annealing found beyond it, in a sentence; empty without.
         diagnosis: What its draws say.
         chains: Draws of Markov chains in its space, where it came to that.
     """
@@ -78,13 +82,14 @@ class Kept:
     lr: float = 0.0
     judged: Judged = UNKNOWN
     missed: Sequence[Gaussian] = ()
+    beyond: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
 
     @property
     def distrust(self) -> int:
         """0, 1 or 2: the place of the verdict in `VERDICTS`."""
-        if self.diagnosis is None or self.missed:
+        if self.diagnosis is None or self.words:
             return len(VERDICTS) - 1
         return VERDICTS.index(self.diagnosis.verdict)
 
@@ -96,7 +101,8 @@ class Kept:
     @property
     def words(self) -> list[str]:
         """What is missed, for the reasons of the verdict."""
-        return [sentence(self.missed, self.bound)] if self.missed else []
+        seen = [sentence(self.missed, self.bound)] if self.missed else []
+        return [*seen, self.beyond] if self.beyond else seen
 
 
 class Run:
@@ -111,6 +117,7 @@ class Run:
         self.interrupted = False
         self.best: Gaussian
         self.others: list[Gaussian] = []
+        self._wide: Gaussian | None = None
         self.kept: Kept
 
     def go(self) -> None:
@@ -183,6 +190,22 @@ class Run:
             f"{kept.diagnosis.ess:.0f} of {CHECK_DRAWS} draws effective"
             + (f"; {len(kept.missed)} modes left out" if kept.missed else "")
         )
+        if self.settings.escalate and not kept.missed:
+            kept.beyond = self._beyond(kept.diagnosis)
+            self.record.log += [kept.beyond] if kept.beyond else []
+
+    def wide(self) -> Gaussian:
+        """A normal for the target at a high temperature."""
+        if self._wide is None:
+            near = [self.best, *self.others]
+            self._wide = wide_gaussian(self.target, near, self.seed(WIDE))
+        return self._wide
+
+    def _beyond(self, diagnosis: Diagnosis) -> str:
+        hopeless = self.target.subsampled or self.target.dim > MOST_DIM
+        if hopeless or not math.isfinite(diagnosis.gap) or self.settings.clock.over(0.8):
+            return ""
+        return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
 
     def _rate(self, trainer: Trainer) -> float:
         steps, clock = self.settings.steps, self.settings.clock

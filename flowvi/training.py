@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -29,7 +30,7 @@ NARROW = 0.1
 # Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
 LAST_RATE = 0.1
 # What is random in a restart; each has a stream of its own.
-BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK = range(9)
+BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE = range(10)
 
 Objective = Renyi | ForwardKL
 
@@ -182,6 +183,26 @@ class Trainer:
             f"step size {lr:g}, by the bound after {TRIAL_STEPS} steps ({tried})"
         )
         return lr
+
+    def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
+        """Train on the target to one power after the other, the last of them below one.
+
+        Args:
+            powers: Rising powers of the density.
+            steps: Steps at each.
+            repeats: Estimates of the objective a step.
+            lr: Step size.
+        """
+        torch.manual_seed(self.seed(TRAIN))
+        optimiser = self._optimiser(lr)
+        self.record.stages.append("tempered")
+        for power in powers:
+            self.log_density = partial(_to_power, self.target, power)
+            stage = Stage("tempered", steps, None, repeats, lr)
+            self._go(stage, constant(lr), steps, optimiser)
+            if self.record.stopped:
+                break
+        self.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Judged:
         """Train for one stage and keep the best of its start, its last iterate and the average.
@@ -392,6 +413,10 @@ def _known(judged: Judged) -> str:
     if math.isnan(judged.gap):
         return ""
     return f"; KL(q || p) about {judged.gap:.2g}, k-hat {judged.khat:.2f}"
+
+
+def _to_power(target: Target, power: float, z: Tensor) -> Tensor:
+    return power * target.log_prob(z)
 
 
 def best_of(found: Mapping[str, Judged]) -> str:

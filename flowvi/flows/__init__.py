@@ -13,6 +13,7 @@ from flowvi.flows.continuous import Continuous
 from flowvi.flows.coupling import (
     AffineCoupling,
     Coupling,
+    marginals,
     nice,
     nsf_coupling,
     realnvp,
@@ -81,6 +82,7 @@ FLOWS: dict[str, Callable[..., Layer]] = {
     "image_glow": image_glow,
     "loft": loft,
     "maf": maf,
+    "marginals": marginals,
     "naf": naf,
     "nice": nice,
     "nsf_autoregressive": nsf_autoregressive,

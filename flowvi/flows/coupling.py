@@ -8,7 +8,7 @@ from flowvi.flows.elementwise import Affine, Elementwise, Shift, asymmetric_clam
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Perceptron
 from flowvi.flows.permute import mixed
-from flowvi.flows.spline import RationalQuadratic, spline
+from flowvi.flows.spline import RationalQuadratic, Spline, spline
 from flowvi.flows.tails import Loft
 
 
@@ -147,6 +147,22 @@ def nsf_coupling(
         arXiv:1906.04032.
     """
     return _couplings(RationalQuadratic(bins), dim, context_dim, depth, hidden)
+
+
+def marginals(
+    dim: int, context_dim: int = 0, depth: int = 8, hidden: int = 64, bins: int = 16
+) -> Chain:
+    """Affine couplings, then a fine spline of each coordinate, which may have several modes.
+
+    Args:
+        dim: Length D of the vector.
+        context_dim: Length C of the context; 0 for an unconditional flow.
+        depth: Number of couplings.
+        hidden: Width of the two hidden layers of each of their networks.
+        bins: Number of bins of each spline.
+    """
+    couplings = _couplings(Affine(), dim, context_dim, depth, hidden)
+    return Chain([couplings, Spline(dim, context_dim, bins, bound=4.0)])
 
 
 def _couplings(map: Elementwise, dim: int, context_dim: int, depth: int, hidden: int) -> Chain:
