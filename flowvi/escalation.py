@@ -90,9 +90,9 @@ def words(kept: Kept) -> str:
 
 def components(run: Run, kept: Kept) -> Kept | None:
     """A mixture with a flow for each mode that was left out."""
-    if not kept.missed:
+    if not 0 < len(kept.missed) < MOST_COMPONENTS:
         return None
-    starts = [run.best, *kept.missed][:MOST_COMPONENTS]
+    starts = [run.best, *kept.missed]
     sizes: dict[str, Any] = {"components": len(starts)}
     new = Kept(run.placed(make_guide("mixture", run.target.dim, **sizes)), "mixture", sizes)
     cast(MixtureGuide, new.guide).start_many([(g.loc, g.scale_tril) for g in starts])

@@ -20,8 +20,10 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 
 @pytest.fixture
 def few_steps(monkeypatch) -> None:
-    """Fits that do not say how long they are to be take 30 steps, in the user's precision."""
-    monkeypatch.setattr(sys.modules["flowvi.fit"], "STEPS", 30)
+    """Fits that do not say how long they are to be take few steps, in the user's precision."""
+    monkeypatch.setattr(sys.modules["flowvi.run"], "STEADY_STEPS", 30)
+    monkeypatch.setattr(sys.modules["flowvi.run"], "MOST_STAGES", 1)
+    monkeypatch.setattr(sys.modules["flowvi.escalation"], "ATTEMPTS", ())
     torch.set_default_dtype(torch.float32)
 
 
