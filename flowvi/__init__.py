@@ -3,7 +3,7 @@
 from flowvi._version import __version__
 from flowvi.checkpoint import load
 from flowvi.compare import compare
-from flowvi.draws import Draws, bounds, diagnose, resample
+from flowvi.draws import Draws, bounds, diagnose, resample, where
 from flowvi.evidence import evidence
 from flowvi.fit import Fit, fit
 from flowvi.flows import FLOWS
@@ -44,4 +44,5 @@ __all__ = [
     "resample",
     "sbc",
     "to_inference_data",
+    "where",
 ]

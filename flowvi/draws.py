@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flowvi import diagnostics
-from flowvi.diagnostics import Bounds, Diagnosis
+from flowvi.diagnostics import Bounds, Diagnosis, Where
 from flowvi.guides import Guide
 from flowvi.target import Target
 from flowvi.target.runner import own_randomness
@@ -230,17 +230,38 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         return diagnostics.diagnose(draws)
     if draws.resampled:
         facts = draws.meta["diagnosis"]
-        return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"])})
+        pairs = tuple(tuple(row) for row in facts.get("distances", ()))
+        return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"]), "distances": pairs})
     if draws.mcmc:
         return _of_chains(draws)
     diagnosis = diagnostics.diagnose(
         draws.log_weights,
-        {**draws.values, **_coordinates(draws)},
+        named_values(draws),
         draws.target.improper,
         draws.title,
         draws.meta.get("missed", ()),
     )
-    return replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    if len(draws.z) == 1:
+        return diagnosis
+    found = diagnostics.distances(draws.z)
+    apart = tuple(finding.reason for finding in diagnostics.apart(found))
+    matrix = tuple(tuple(row) for row in found.matrix.round(6).tolist())
+    return replace(diagnosis, reasons=(*diagnosis.reasons, *apart), distances=matrix)
+
+
+def where(draws: Draws) -> Where:
+    """Say where in the space of parameters the heaviest weights are.
+
+    Args:
+        draws: Draws of a fit, not resampled.
+    """
+    return diagnostics.where(draws.log_weights, named_values(draws))
+
+
+def named_values(draws: Draws) -> dict[str, np.ndarray]:
+    """All values and, beside them, the unconstrained coordinates of each site."""
+    return {**draws.values, **_coordinates(draws)}
 
 
 def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 1000)) -> Bounds:

@@ -1,5 +1,6 @@
 """What log weights and draws say about a fit: plain arrays in, frozen records out."""
 
+from flowvi.diagnostics.distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
@@ -16,8 +17,9 @@ from flowvi.diagnostics.importance import (
     psis,
 )
 from flowvi.diagnostics.mixing import diagnose_chains
-from flowvi.diagnostics.observe import VERDICTS
+from flowvi.diagnostics.observe import VERDICTS, apart
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
+from flowvi.diagnostics.where import Where, where
 
 __all__ = [
     "LADDER",
@@ -26,12 +28,16 @@ __all__ = [
     "Bound",
     "Bounds",
     "Diagnosis",
+    "Distances",
     "Estimate",
     "Evidence",
     "Psis",
+    "Where",
+    "apart",
     "as_chains",
     "diagnose",
     "diagnose_chains",
+    "distances",
     "elbo",
     "evidence",
     "gap",
@@ -39,4 +45,5 @@ __all__ = [
     "khat_threshold",
     "log_evidence",
     "psis",
+    "where",
 ]

@@ -104,7 +104,7 @@ def psis(log_w: np.ndarray) -> Psis:
     References:
         Vehtari et al. (2024), JMLR 25(72). The fit is ArviZ's `psislw`.
     """
-    top = np.sort(log_w)[-_tail_size(len(log_w)) :]
+    top = np.sort(log_w)[-tail_size(len(log_w)) :]
     if top[-1] - top[0] <= ROUNDING:
         return Psis(log_w - logsumexp(log_w), -math.inf)
     # ArviZ takes seconds to import.
@@ -152,7 +152,7 @@ def with_tail(estimate: Estimate, log_w: np.ndarray, khat: float) -> Estimate:
     """
     if khat == -math.inf:
         return estimate
-    size, k = _tail_size(len(log_w)), min(max(khat, 0.01), 0.95)
+    size, k = tail_size(len(log_w)), min(max(khat, 0.01), 0.95)
     largest = np.sort(np.exp(log_w - estimate.value))[-size - 1 :]
     u, above = largest[0], largest[1:]
     sigma = (above.mean() - u) * (1 - k)
@@ -161,7 +161,7 @@ def with_tail(estimate: Estimate, log_w: np.ndarray, khat: float) -> Estimate:
     return Estimate(estimate.value, math.hypot(estimate.se, unseen))
 
 
-def _tail_size(draws: int) -> int:
+def tail_size(draws: int) -> int:
     """How many weights make the tail that a Pareto distribution is fitted to."""
     return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.special import logsumexp
 
+from flowvi.diagnostics.distance import Distances
 from flowvi.diagnostics.importance import ROUNDING, gap, log_evidence
 from flowvi.diagnostics.moments import Comparison
 
@@ -29,6 +30,8 @@ MIN_ESS_SD = MIN_ESS / 2
 FLAT_GAP = 0.005
 # Restarts whose means scatter by about a third of a sd.
 MAX_RHAT = 1.05
+# Restarts are apart if they differ by so many times what halves of one differ by.
+FAR = 3.0
 # A restart with less of the best one's evidence has failed: resampling all but drops it.
 MIN_SHARE = 0.01
 # Log evidences of restarts may differ by this much, and by four standard errors.
@@ -144,6 +147,19 @@ def disagreement(c: Comparison) -> list[Finding]:
         where = f"R-hat {c.rhat[plain]:.2f} ({c.labels[plain]})"
         return [Finding(RESAMPLE, f"Restarts differ, {where}, but agree when reweighted.")]
     return []
+
+
+def apart(found: Distances) -> list[Finding]:
+    """The two restarts that are farthest apart, if noise does not explain it."""
+    i, j = np.unravel_index(np.argmax(found.matrix), found.matrix.shape)
+    largest = found.matrix[i, j]
+    if largest <= FAR * found.noise:
+        return []
+    reason = (
+        f"Restarts {i} and {j} are farthest apart: energy coefficient {largest:.3f} of 1, where "
+        f"two halves of one restart differ by {found.noise:.3f}."
+    )
+    return [Finding(TRUST, reason)]
 
 
 def effective(ess: float, draws: int, c: Comparison | None) -> list[Finding]:

@@ -19,6 +19,7 @@ from flowvi.diagnostics.importance import (
 )
 from flowvi.diagnostics.moments import compare
 from flowvi.diagnostics.observe import RESAMPLE
+from flowvi.diagnostics.where import where
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Diagnosis:
         rhat: Largest R-hat, for draws of Markov chains; for these, `ess` is the
             least bulk or tail ESS, and what rests on weights is NaN.
         divergences: Number of divergent trajectories.
+        distances: Energy coefficient of every two restarts, 0 where they agree; empty for one.
     """
 
     verdict: str
@@ -57,6 +59,7 @@ class Diagnosis:
     title: str = ""
     rhat: float = math.nan
     divergences: int = 0
+    distances: tuple[tuple[float, ...], ...] = ()
 
     def __str__(self) -> str:
         rows = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
@@ -120,6 +123,7 @@ def diagnose(
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
     kept, found = observe.restarts(chains)
     chains = chains[kept]
+    arrays = {name: array[kept] for name, array in arrays.items()}
     log_w = chains.ravel()
     smooth, khat = psis(log_w)
     threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
@@ -129,7 +133,6 @@ def diagnose(
     comparison = None
     if khat < threshold or observe.flat(log_w):
         if arrays:
-            arrays = {name: array[kept] for name, array in arrays.items()}
             comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays)
             found += [*observe.moments(comparison), *observe.disagreement(comparison)]
         else:
@@ -137,6 +140,9 @@ def diagnose(
     found += observe.tail(log_w, khat, threshold, observe.verdict(found))
     if observe.verdict(found) == RESAMPLE:
         found += observe.effective(ess, log_w.size, comparison)
+    if khat >= threshold and arrays:
+        place = where(chains, arrays).sentence
+        found += [observe.Finding(observe.TRUST, place)] if place else []
     found += [observe.Finding(observe.DISTRUST, sentence) for sentence in missed]
     found += observe.priors(improper)
 

@@ -5,5 +5,6 @@ from flowvi.plots.khat import plot_khat
 from flowvi.plots.loss import plot_loss
 from flowvi.plots.pair import plot_pair
 from flowvi.plots.sbc import plot_sbc
+from flowvi.plots.where import plot_where
 
-__all__ = ["plot_evidence", "plot_khat", "plot_loss", "plot_pair", "plot_sbc"]
+__all__ = ["plot_evidence", "plot_khat", "plot_loss", "plot_pair", "plot_sbc", "plot_where"]

@@ -1,0 +1,45 @@
+"""Where the heaviest weights lie."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowvi.diagnostics.moments import blocks
+from flowvi.draws import Draws, named_values, where
+from flowvi.plots.theme import GREY, ORANGE, new_axes, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+LARGEST = 120.0  # area of the heaviest draw's mark, in points
+
+
+def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
+    """All draws, and the heaviest of them, in the two scalars in which they are most displaced.
+
+    Args:
+        draws: Draws of a fit, not resampled, with at least two scalars.
+        ax: Axes to draw on; a new figure without them.
+    """
+    found = where(draws)
+    if len(found.labels) < 2:
+        raise ValueError("plot_where needs draws of at least two scalars; see where(draws).")
+    log_w = draws.log_weights.ravel()
+    columns = {
+        name + index: x[..., i].ravel()
+        for name, indices, x in blocks(named_values(draws))
+        for i, index in enumerate(indices)
+    }
+    x, y = (columns[label] for label in found.labels[:2])
+    top = np.argsort(log_w)[-found.heaviest :]
+    size = LARGEST * np.exp(log_w[top] - log_w.max())
+    with style():
+        ax = ax or new_axes((4.8, 3.6))
+        ax.plot(x, y, ".", ms=2, color=GREY, alpha=0.4, label="draws of the guide")
+        ax.scatter(x[top], y[top], s=size, color=ORANGE, alpha=0.6, lw=0, label="heaviest weights")
+        ax.set(xlabel=found.labels[0], ylabel=found.labels[1])
+        ax.set_title(f"{found.share:.0%} of the weight on {found.heaviest} draws")
+        ax.legend(loc="best")
+    return ax
