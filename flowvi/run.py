@@ -38,14 +38,16 @@ from flowvi.training import (
 )
 
 # Below this KL(q || p) the start needs no flow.
-NOTHING_LEFT = 1e-3
+NOTHING_LEFT = 0.003
 # And below this, training no further stage: no mean is then off by 0.15 sds. If the weights
 # have a heavy tail, it takes a smaller one.
 ENOUGH, ENOUGH_HEAVY = 0.01, 0.003
+# Where less than this is left to gain, the middle step size will do, and few steps.
+LITTLE, FEW_STEPS = 0.03, 300
 LIGHT = 0.5
 # A stage that removed less than this share of the gap is the last one.
 WORTH = 0.15
-STEADY_STEPS = 1200
+STEADY_STEPS = 1000
 MOST_STAGES = 3
 # Draws behind the check, as many as `Fit.draw` makes.
 CHECK_DRAWS = 4000
@@ -163,7 +165,7 @@ class Run:
         if not trainer.trained or self.interrupted:
             return
         try:
-            kept.lr = kept.lr or self.settings.lr or self._rate(trainer)
+            kept.lr = kept.lr or self.settings.lr or self._rate(trainer, kept.judged.gap)
             if self.settings.steps is None:
                 self._stages(trainer, kept, share, name, draws)
             else:
@@ -207,10 +209,11 @@ class Run:
             return ""
         return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
 
-    def _rate(self, trainer: Trainer) -> float:
+    def _rate(self, trainer: Trainer, gap: float) -> float:
         steps, clock = self.settings.steps, self.settings.clock
         few = steps is not None and steps < 5 * TRIAL_STEPS
-        return RATES[1] if few or clock.left < SEARCH_SECONDS else trainer.search()
+        little = steps is None and gap < LITTLE
+        return RATES[1] if few or little or clock.left < SEARCH_SECONDS else trainer.search()
 
     def _counted(self, trainer: Trainer, kept: Kept) -> None:
         assert self.settings.steps is not None
@@ -225,7 +228,7 @@ class Run:
             before = kept.judged
             stage = Stage(
                 f"{name} stage {i + 1}".strip(),
-                STEADY_STEPS,
+                FEW_STEPS if before.gap < LITTLE and i == 0 else STEADY_STEPS,
                 None,
                 self.settings.repeats * draws * 2**i,
                 kept.lr / 2**i,

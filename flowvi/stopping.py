@@ -76,14 +76,15 @@ class Plateau:
     def add(self, bound: float) -> bool:
         """Take the bound of one more step; tell whether two checks in a row saw a plateau."""
         self.values.append(bound)
-        if len(self.values) >= LEAST and len(self.values) % EVERY == 0:
+        if len(self.values) >= LEAST // 2 and len(self.values) % EVERY == 0:
             self.in_a_row = self.in_a_row + 1 if self.reached() else 0
         return self.in_a_row == 2
 
     def reached(self) -> bool:
         """Whether the trace so far ends in a plateau."""
         gain, error, noise = self.trend()
-        enough = max(self.tolerance, WORTH * noise)
+        # A short trace knows its own noise too badly.
+        enough = max(self.tolerance, WORTH * noise if len(self.values) >= LEAST else 0.0)
         return gain >= -error and abs(gain) + ERRORS * error <= enough
 
     def trend(self) -> tuple[float, float, float]:

@@ -72,7 +72,7 @@ def test_steps_that_are_not_finite_are_passed_over():
 
 
 def test_a_trace_without_noise_ends_as_soon_as_two_checks_have_seen_it():
-    assert fired(np.zeros(MOST)) == 400 + EVERY
+    assert fired(np.zeros(MOST)) == 200 + EVERY
 
 
 def test_a_clock_without_a_budget_never_ends():
