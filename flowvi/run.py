@@ -180,7 +180,7 @@ class Run:
 
     def check(self, kept: Kept) -> None:
         """Judge a guide by fresh draws, and by what the search for a start saw."""
-        kept.missed = left_out(self.target, kept.guide, kept.bound, self.others, self.seed(COVER))
+        kept.missed = self._left_out(kept)
         draws = kept.chains or draw(self.target, [kept.guide], CHECK_DRAWS, self.seed(CHECK))
         try:
             kept.diagnosis = diagnose(draws)
@@ -195,6 +195,9 @@ class Run:
         if self.settings.escalate and not kept.missed:
             kept.beyond = self._beyond(kept.diagnosis)
             self.record.log += [kept.beyond] if kept.beyond else []
+
+    def _left_out(self, kept: Kept) -> list[Gaussian]:
+        return left_out(self.target, kept.guide, kept.bound, self.others, self.seed(COVER))
 
     def wide(self) -> Gaussian:
         """A normal for the target at a high temperature."""
@@ -239,6 +242,9 @@ class Run:
             left = kept.judged.gap if math.isfinite(kept.judged.gap) else math.inf
             enough = ENOUGH if kept.judged.khat < LIGHT else ENOUGH_HEAVY
             if left <= enough or (i and gained < WORTH * (left + gained)):
+                return
+            if self.settings.escalate and self._left_out(kept):
+                # No more steps bring the modes back that this guide leaves out.
                 return
 
     def _built(self) -> Kept:
