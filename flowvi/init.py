@@ -24,6 +24,7 @@ from flowvi.gaussians import (
 )
 from flowvi.guides import FULL_RANK_DIM
 from flowvi.pathfinder import estimates
+from flowvi.sweeps import swept
 from flowvi.target import Target
 
 Say = Callable[[str], None]
@@ -84,13 +85,16 @@ def best_gaussian(
         )
     if diagonal and target.dim <= FULL_RANK_DIM:
         found = [score(target, diagonal_of(g), judge) for g in found]
-    tried = []
-    for g in sorted(found, key=lambda g: -g.elbo):
-        rounds = 0 if over() else TRY_ROUNDS
-        tried.append(refine(target, g, generator, judge, diagonal, rounds))
+    found = sorted(found, key=lambda g: -g.elbo)
+
+    def better(g: Gaussian, rounds: int) -> Gaussian:
+        if LARGE < target.dim <= FULL_RANK_DIM and not diagonal:
+            return swept(target, g, generator, judge, rounds // 2, over)
+        return refine(target, g, generator, judge, diagonal, 0 if over() else rounds)
+
+    tried = [better(g, TRY_ROUNDS) for g in (found if target.dim <= LARGE else found[:2])]
     best = max(tried, key=lambda g: g.elbo)
-    rounds = 0 if over() else REFINE_ROUNDS
-    refined = refine(target, best, generator, judge, diagonal, rounds)
+    refined = better(best, REFINE_ROUNDS)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return refined, [g for g in tried if g is not best]

@@ -1,0 +1,60 @@
+"""Newton steps with the expected Hessian reach a normal at once, and the best normal otherwise."""
+
+import pytest
+import torch
+from torch.distributions import MultivariateNormal
+
+import flowvi
+from flowvi.gaussians import Gaussian, score
+from flowvi.sweeps import averaged, sweep, swept
+
+DIM = 12
+
+
+@pytest.fixture
+def generator():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def normal():
+    root = torch.randn(DIM, DIM)
+    return MultivariateNormal(torch.randn(DIM), precision_matrix=root @ root.mT + torch.eye(DIM))
+
+
+def target_of(log_prob) -> flowvi.Target:
+    return flowvi.from_density(lambda v: log_prob(v["x"]), {"x": flowvi.Site((DIM,))})
+
+
+def test_one_sweep_reaches_a_normal(normal, generator):
+    start = Gaussian(normal.mean + 0.1, 0.9 * normal.scale_tril, "near")
+
+    found = sweep(target_of(normal.log_prob), start, generator)
+
+    covariance = found.scale_tril @ found.scale_tril.mT
+    torch.testing.assert_close(covariance, normal.covariance_matrix, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(found.loc, normal.mean, rtol=1e-4, atol=1e-4)
+
+
+def test_an_averaged_step_stays_at_a_normal(normal, generator):
+    at = Gaussian(normal.mean, normal.scale_tril, "there")
+
+    found = averaged(target_of(normal.log_prob), at, generator, 0.5)
+
+    torch.testing.assert_close(found.loc, normal.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.scale_tril, normal.scale_tril, rtol=1e-4, atol=1e-6)
+
+
+def test_the_best_normal_of_a_skewed_density_is_found(generator):
+    """-sum e^x + x: the mean-field optimum is exact, m + s^2 / 2 = 0 and s = 1."""
+    target = target_of(lambda x: (x - x.exp()).sum())
+    judge = torch.randn(2000, DIM, generator=generator)
+    start = Gaussian(torch.zeros(DIM), 0.3 * torch.eye(DIM), "narrow")
+
+    found = swept(target, start, generator, judge, 30)
+
+    # E[x - e^x] at the optimum is -3/2, and the entropy of a standard normal 1.4189.
+    best = DIM * (-1.5 + 1.4189)
+    exact = found.loc - (found.loc + found.widths.square() / 2).exp() + found.widths.log() + 1.4189
+    assert best - 0.15 < exact.sum() <= best + 1e-3
+    assert found.elbo > score(target, start, judge).elbo
