@@ -19,6 +19,7 @@ from flowvi.draws import Draws, draw
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.guides import Guide
+from flowvi.look import check_size
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
 from flowvi.run import Kept, Run
 from flowvi.stopping import Clock
@@ -138,6 +139,8 @@ def fit(
     """
     objective = _objective(objective, particles)
     _check(target, objective, steps, lr, particles, restarts, seed, budget)
+    if isinstance(guide, str):
+        check_size(target.dim, guide)
     if isinstance(guide, Guide) and guide.dim != target.dim:
         raise ValueError(f"The guide has D = {guide.dim} but {target.name} has D = {target.dim}.")
     settings = Settings(

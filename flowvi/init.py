@@ -45,6 +45,7 @@ def best_gaussian(
     diagonal: bool,
     say: Say,
     over: Callable[[], bool] = lambda: False,
+    median: Tensor | None = None,
 ) -> tuple[Gaussian, list[Gaussian]]:
     """Find a normal density with a high ELBO, without a step size to choose.
 
@@ -59,6 +60,7 @@ def best_gaussian(
         diagonal: Restrict the covariance to a diagonal.
         say: Takes a sentence about every decision.
         over: Asked now and then whether to make do with what there is.
+        median: Of the prior, (D), another point to start from.
 
     Returns:
         The best, and what became of the other candidates.
@@ -68,7 +70,7 @@ def best_gaussian(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
     blind, aware = [], []
-    for group in candidates(target, generator):
+    for group in candidates(target, generator, median):
         scored = [score(target, g, judge) for g in group]
         blind.append(scored[0])
         aware.append(max(scored[1:], key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf))
@@ -100,11 +102,16 @@ def best_gaussian(
     return refined, [g for g in tried if g is not best]
 
 
-def candidates(target: Target, generator: torch.Generator) -> Iterator[list[Gaussian]]:
+def candidates(
+    target: Target, generator: torch.Generator, median: Tensor | None = None
+) -> Iterator[list[Gaussian]]:
     """Normals to start from: for each start point, guesses of several kinds."""
     identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
     identity = identity.diag() if target.dim <= FULL_RANK_DIM else identity
     starts = target.starts(generator)
+    if median is not None:
+        # The last of them is random.
+        starts[-1] = median
     if target.dim > LARGE:
         # A Hessian costs 2 D gradients: two starts of different kinds have to do.
         starts = starts[[0, -3]]

@@ -24,6 +24,8 @@ LEAST_FALL = 3.0
 NAMED, LOADING = 6, 0.2
 # Numbers of double precision that training of a full-rank base takes for each of its D^2 / 2.
 COPIES = 12
+# Guides with a covariance matrix whatever D is; flows take one of low rank beyond 2000.
+FULL_RANK = ("fullrank", "affine", "spline")
 MOST_BYTES = 16e9
 
 
@@ -37,6 +39,7 @@ class Look:
         of_prior: Whether they are draws from the prior.
         finite: Share of them with a finite log density.
         smooth: Share of them whose gradient is finite too.
+        median: Median of draws from the prior, (D); none where it is not proper.
     """
 
     dim: int
@@ -44,6 +47,7 @@ class Look:
     of_prior: bool
     finite: float
     smooth: float
+    median: Tensor | None = None
 
     def __str__(self) -> str:
         what = "draws from the prior" if self.of_prior else "random points"
@@ -76,8 +80,9 @@ def look(target: Target, seed: int) -> Look:
             f"The log density of {target.name} is finite at none of {len(points)} points: check "
             "that the data lie in the supports, and rescale data or priors that are far apart."
         )
-    share = (float(mask.double().mean()) for mask in (finite, smooth))
-    return Look(target.dim, len(points), of_prior, *share)
+    median = points.median(0).values.to(target.dtype) if of_prior else None
+    shares = [float(mask.double().mean()) for mask in (finite, smooth)]
+    return Look(target.dim, len(points), of_prior, shares[0], shares[1], median)
 
 
 def check_integrable(target: Target, g: Gaussian) -> str:
@@ -149,11 +154,11 @@ def label(target: Target, column: int) -> str:
 
 
 def check_size(dim: int, guide: str) -> None:
-    """Refuse a full-rank base that would not fit into memory."""
+    """Refuse a covariance matrix that would not fit into memory."""
     need = COPIES * dim * dim / 2 * 8
-    if need > MOST_BYTES:
+    if guide in FULL_RANK and need > MOST_BYTES:
         raise ValueError(
             f"guide '{guide}' has a covariance matrix of {dim} x {dim} numbers, and would take "
-            f"about {need / 1e9:.0f} GB: choose 'meanfield' or 'affine_lowrank', or leave the "
-            "guide to 'auto'."
+            f"about {need / 1e9:.0f} GB: choose 'lowrank' or 'meanfield', or leave "
+            "the guide to 'auto'."
         )

@@ -125,13 +125,15 @@ class Run:
     def go(self) -> None:
         """Start, train, check, and go on while the check fails; an interrupt keeps the best."""
         say, clock = self.record.log.append, self.settings.clock
-        say(str(look(self.target, self.seed(LOOK))))
+        seen = look(self.target, self.seed(LOOK))
+        say(str(seen))
         self.best, self.others = best_gaussian(
             self.target,
             self.seed(BUILD),
             self.name == "meanfield",
             say,
             lambda: clock.over(START_SHARE),
+            seen.median,
         )
         say(check_integrable(self.target, self.best))
         torch.manual_seed(self.seed(BUILD))
