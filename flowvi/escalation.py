@@ -50,12 +50,21 @@ def escalate(run: Run) -> None:
         hopeless = run.interrupted or run.record.stopped or run.settings.clock.over(0.9)
         if trusted(run.kept) or hopeless:
             return
-        new = attempt(run, run.kept)
-        if new is None:
-            continue
-        run.check(new)
-        taken = better(new, run.kept)
         name = (attempt.__doc__ or "").split("\n")[0].rstrip(".")
+        try:
+            new = attempt(run, run.kept)
+            if new is None:
+                continue
+            run.check(new)
+        except KeyboardInterrupt:
+            run.interrupted = True
+            run.record.log.append(f"{name}: interrupted")
+            return
+        except (ValueError, RuntimeError) as error:
+            # What there was before is a result all the same.
+            run.record.log.append(f"{name}: failed, {error}")
+            continue
+        taken = better(new, run.kept)
         word = "kept" if taken else "dropped"
         run.record.log.append(f"{name}: {words(run.kept)} before, {words(new)} after: {word}")
         run.kept = new if taken else run.kept

@@ -212,7 +212,12 @@ class Run:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
         if hopeless or not math.isfinite(diagnosis.gap) or self.settings.clock.over(0.8):
             return ""
-        return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+        try:
+            return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+        except (ValueError, RuntimeError) as error:
+            # It only looks for what may be missing.
+            self.record.log.append(f"annealing from a wide start failed, {error}")
+            return ""
 
     def _rate(self, trainer: Trainer, gap: float) -> float:
         steps, clock = self.settings.steps, self.settings.clock

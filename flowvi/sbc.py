@@ -160,7 +160,9 @@ def _one(task: _Task) -> Outcome:
     names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
         target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
-        fitted = fit(target, seed=seed, progress=False, **common.settings)
+        # Ranks need independent draws of one guide, whatever they are worth.
+        settings = {"escalate": False, **common.settings}
+        fitted = fit(target, seed=seed, progress=False, **settings)
         drawn = fitted.draw(common.draws, seed=seed)
         diagnosis = diagnose(drawn)
         with warnings.catch_warnings():

@@ -100,6 +100,52 @@ def test_nothing_is_tried_without_escalation(short):
     assert flowvi.diagnose(fit.draw(1000)).verdict == DISTRUST
 
 
+def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
+    def broken(run: run.Run, kept: Kept) -> Kept:
+        """Something that breaks."""
+        raise RuntimeError("no luck")
+
+    monkeypatch.setattr(escalation, "ATTEMPTS", (broken,))
+
+    fit = flowvi.fit(two_bumps(), progress=False)
+
+    assert "Something that breaks: failed, no luck" in fit.log
+    assert math.isfinite(fit.bounds[0])
+
+
+def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
+    def pressed(run: run.Run, kept: Kept) -> Kept:
+        """Ctrl-C."""
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(escalation, "ATTEMPTS", (pressed, escalation.components))
+
+    fit = flowvi.fit(two_bumps(), progress=False)
+
+    assert fit.meta["interrupted"] and fit.meta["guide"] == "fullrank"
+
+
+def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
+    """Two wells on each of four axes: sixteen modes, of which searches see a few."""
+    monkeypatch.setattr(run, "MOST_STAGES", 1)
+    monkeypatch.setattr(run, "STEADY_STEPS", 300)
+    monkeypatch.setattr(escalation, "ATTEMPTS", (escalation.tempered,))
+    grid = torch.linspace(-4, 4, 8001)
+    wells = (-(grid**4) + 6 * grid**2).exp()
+    log_z = 4 * torch.trapezoid(wells, grid).log().item()
+
+    def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+        return (-(v["x"] ** 4) + 6 * v["x"] ** 2).sum()
+
+    target = flowvi.from_density(log_prob, {"x": flowvi.Site((4,))})
+
+    fit = flowvi.fit(target, progress=False)
+
+    diagnosis = flowvi.diagnose(fit.draw(4000))
+    assert fit.meta["guide"] == "marginals"
+    assert abs(diagnosis.log_evidence - log_z) < 4 * diagnosis.log_evidence_se + 0.02
+
+
 def test_restarts_in_different_modes_are_joined(short):
     target = two_bumps(10.0)
     settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, True, Clock())

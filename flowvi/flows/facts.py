@@ -49,6 +49,13 @@ FACTS = {
     ),
     "loft": Facts("D", "D", "closed", False, "the last layer of a deep flow, against overflow"),
     "maf": Facts("L D² H", "L D H", "closed", True, "priors, and fits to given draws"),
+    "marginals": Facts(
+        "L D H + D bins",
+        "L D H + D bins",
+        "closed",
+        False,
+        "many modes along the axes, from a wide start; the fit tries it by itself",
+    ),
     "naf": Facts(
         "L D H", "20 L D² H", "numeric", True, "posteriors of strange shape, D up to twenty or so"
     ),
