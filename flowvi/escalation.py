@@ -12,7 +12,7 @@ import torch
 
 from flowvi.bootstrap import refine_bootstrap
 from flowvi.diagnostics import VERDICTS
-from flowvi.draws import diagnose, draw
+from flowvi.draws import Draws, diagnose, draw
 from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
 from flowvi.nuts import Plan, run_chains
@@ -34,6 +34,8 @@ ANNEALED_DIM = 200
 ANNEALED_ROUNDS = 150
 # Chains that take longer are left to those who ask for them.
 CHAIN_SECONDS = 900.0
+# Longer chains follow where the first know too little.
+PLANS = (Plan(), Plan(draws=3000))
 # Nats by which a bound decides between two guides, and the same for k-hat.
 CLEARLY = 0.1
 THINNER = 0.05
@@ -176,19 +178,24 @@ def sampled(run: Run, kept: Kept) -> Kept | None:
     if not isinstance(kept.guide, Pushforward) or kept.words:
         return None
     began, clock = run.settings.clock.seconds, run.settings.clock
-    found = run_chains(
-        run.target,
-        kept.guide,
-        Plan(),
-        run.seed(CHAINS),
-        {"model": run.target.name, "guide": kept.name},
-        progress=run.settings.progress,
-        over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
-    )
-    if found is None:
-        run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
-        return None
-    return replace(kept, chains=found)
+    found: Draws | None = None
+    for plan in PLANS:
+        longer = run_chains(
+            run.target,
+            kept.guide,
+            plan,
+            run.seed(CHAINS),
+            {"model": run.target.name, "guide": kept.name},
+            progress=run.settings.progress,
+            over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
+        )
+        if longer is None:
+            run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
+            break
+        found = longer
+        if diagnose(found).verdict == VERDICTS[0]:
+            break
+    return None if found is None else replace(kept, chains=found)
 
 
 def joined(runs: Sequence[Run]) -> Kept | None:

@@ -15,6 +15,7 @@ from flowvi import escalation, run
 from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
 from flowvi.escalation import better, extend
+from flowvi.gaussians import Gaussian
 from flowvi.guides import FlowGuide, make_guide
 from flowvi.nuts import Plan
 from flowvi.run import Kept
@@ -48,7 +49,7 @@ def short(monkeypatch):
     """Stages and chains as short as they can be."""
     monkeypatch.setattr(run, "STEADY_STEPS", 60)
     monkeypatch.setattr(run, "MOST_STAGES", 1)
-    monkeypatch.setattr(escalation, "Plan", lambda: Plan(200, 400, 2))
+    monkeypatch.setattr(escalation, "PLANS", (Plan(200, 400, 2),))
 
 
 def judged(verdict: str, bound: float, khat: float) -> Kept:
@@ -153,6 +154,7 @@ def test_restarts_in_different_modes_are_joined(short):
     for one, side in zip(runs, (-5.0, 5.0), strict=True):
         guide = one.placed(make_guide("fullrank", 2))
         guide.start(torch.full((2,), side), torch.eye(2))
+        one.best = Gaussian(torch.full((2,), side), torch.eye(2), "a side")
         one.kept = Kept(guide, "fullrank", lr=1e-3, judged=one.trainer(guide).judge())
 
     whole = escalation.joined(runs)
@@ -178,7 +180,7 @@ def _only_chains(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(run, "STEADY_STEPS", 30)
     patch.setattr(run, "MOST_STAGES", 1)
     patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
-    patch.setattr(escalation, "Plan", lambda: Plan(300, 600, 4))
+    patch.setattr(escalation, "PLANS", (Plan(300, 600, 4), Plan(300, 1500, 4)))
 
 
 @pytest.fixture(scope="module")
@@ -192,7 +194,7 @@ def ended_in_chains():
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 
-    assert draws.mcmc and draws.z.shape == (4, 600, 3)
+    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] >= 600
     assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
     assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
 
@@ -209,7 +211,7 @@ def test_draws_of_chains_come_with_the_evidence(ended_in_chains):
 
 
 def test_fewer_draws_of_chains_are_thinned(ended_in_chains):
-    few, all_ = (ended_in_chains.draw(n) for n in (50, 600))
+    few, all_ = (ended_in_chains.draw(n) for n in (50, 4000))
 
     assert few.z.shape == (4, 50, 3)
     assert np.array_equal(few.z[:, -1], all_.z[:, -1])
