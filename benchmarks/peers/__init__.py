@@ -1,0 +1,1 @@
+"""Variational fits of the posteriors of the corpus by other libraries."""
