@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from flowvi._version import __version__
+from flowvi.compiling import Compile
 from flowvi.draws import Draws, draw
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
@@ -97,6 +98,7 @@ def fit(
     seed: int = 0,
     budget: float | None = None,
     escalate: bool = True,
+    compile: Compile = "auto",
     progress: bool = True,
     callback: Callable[[Step], object] | None = None,
 ) -> Fit:
@@ -113,7 +115,8 @@ def fit(
     The result is then checked as `diagnose` does. While it is not to be
     trusted, other guides are tried (`flowvi.escalation`), and at last NUTS in
     the guide's space. The global random number generators are left as they
-    were, and without a budget a seed gives the same bits on one machine.
+    were. Without a budget and with compile=False, a seed gives the same bits on
+    one machine; a compiled step agrees with the eager one to rounding.
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
@@ -130,6 +133,10 @@ def fit(
         budget: Seconds that the fit may take; as many as it needs without.
         escalate: Whether to go on with other guides, and at last with Markov chains, while
             the result is not to be trusted; with guide="auto" and steps not given.
+        compile: Whether the gradient of a step is compiled by a C++ compiler. "auto": in a
+            process beside a long fit, which switches over when that is done, or at once where
+            an earlier fit left it in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
+            on or off, decides what "auto" does.
         progress: Show a bar, if the error stream is a terminal.
         callback: Called with a `Step` after each; a true answer stops the fit.
 
@@ -138,7 +145,7 @@ def fit(
             bound for this target.
     """
     objective = _objective(objective, particles)
-    _check(target, objective, steps, lr, particles, restarts, seed, budget)
+    _check(target, objective, steps, lr, particles, restarts, seed, budget, compile)
     if isinstance(guide, str):
         check_size(target.dim, guide)
     if isinstance(guide, Guide) and guide.dim != target.dim:
@@ -155,6 +162,7 @@ def fit(
         # parameters belong to the guide that they were trained with.
         escalate and guide == "auto" and steps is None and not list(target.parameters()),
         Clock(budget),
+        compile,
     )
     runs: list[Run] = []
     with _own_randomness(target), _threads(target, particles or PARTICLES):
@@ -249,6 +257,7 @@ def _check(
     restarts: int,
     seed: int,
     budget: float | None,
+    compile: Compile,
 ) -> None:
     for name, value in (("steps", steps), ("particles", particles), ("restarts", restarts)):
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -259,6 +268,8 @@ def _check(
         raise ValueError(f"budget must be a positive number of seconds; got {budget}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
     if restarts > 1 and list(target.parameters()):
         raise ValueError(
             f"{target.name} has parameters of its own, which every restart would train anew: "

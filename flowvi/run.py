@@ -177,6 +177,8 @@ class Run:
             self.record.log.append(f"interrupted after {len(self.record.rows)} steps")
             if isinstance(interrupt, Interrupted):
                 kept.judged = interrupt.judged
+        finally:
+            trainer.fast.stop()
         if isinstance(kept.guide, MixtureGuide):
             self.record.log += overlap(kept.guide).complaints
 

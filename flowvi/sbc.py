@@ -161,7 +161,7 @@ def _one(task: _Task) -> Outcome:
     try:
         target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
         # Ranks need independent draws of one guide, whatever they are worth.
-        settings = {"escalate": False, **common.settings}
+        settings = {"escalate": False, "compile": False, **common.settings}
         fitted = fit(target, seed=seed, progress=False, **settings)
         drawn = fitted.draw(common.draws, seed=seed)
         diagnosis = diagnose(drawn)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowvi.compiling import Accelerator, Compile
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import stream
 from flowvi.guides import Guide
@@ -25,6 +27,8 @@ from flowvi.target import Target
 RATES = (3e-3, 1e-3, 3e-4)
 TRIAL_STEPS = 60
 JUDGE_DRAWS = 2000
+# Steps between two looks for a compiled step.
+POLL = 20
 # Gaps below this are known better than bounds.
 NARROW = 0.1
 # Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
@@ -71,6 +75,7 @@ class Settings:
         callback: Told of every step; a true answer stops.
         escalate: Whether to go on while the result is not to be trusted.
         clock: The time that is left.
+        compile: Whether to compile the step.
     """
 
     objective: Objective
@@ -82,6 +87,7 @@ class Settings:
     callback: Callable[[Step], object] | None
     escalate: bool
     clock: Clock
+    compile: Compile = "auto"
 
 
 class Row(NamedTuple):
@@ -158,9 +164,15 @@ class Trainer:
     ) -> None:
         self.target, self.guide, self.settings = target, guide, settings
         self.restart, self.record = restart, record
-        self.trained = [p for p in guide.parameters() if p.requires_grad]
-        self.trained += [p for p in target.parameters() if p.requires_grad]
         self.log_density: LogDensity = target.log_prob
+        self.fast = Accelerator(
+            [guide, target],
+            self._bound,
+            settings.repeats,
+            settings.compile if isinstance(settings.objective, Renyi) else False,
+            record.log.append,
+        )
+        self.trained = self.fast.trained
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
@@ -305,9 +317,11 @@ class Trainer:
         quiet: bool = False,
     ) -> int:
         """Take steps until `end` or the callback says so; returns how many."""
-        guard, record = Guard(), self.record
+        guard, record, began = Guard(), self.record, time.perf_counter()
         with self._bar(steps, quiet) as bar:
             for i in range(steps):
+                if self.fast.pending and not quiet and i % POLL == POLL - 1:
+                    self._accelerate(stage, steps, (time.perf_counter() - began) / i)
                 optimiser.param_groups[0]["lr"] = rate(i)
                 row = self._step(stage, optimiser, guard, rate(i))
                 if not quiet:
@@ -319,6 +333,25 @@ class Trainer:
         if guard.skipped and not quiet:
             record.log.append(f"{guard.skipped} of {i + 1} steps skipped by the gradient guard")
         return i + 1
+
+    def _accelerate(self, stage: Stage, steps: int, seconds: float) -> None:
+        """Compile the step if enough of them are ahead.
+
+        Args:
+            stage: What is trained.
+            steps: Its steps, at most.
+            seconds: What one takes.
+        """
+        if self.settings.steps is None:
+            # The decay, and a stage of twice the draws.
+            steps = steps + steps // 2 if stage.steady else steps
+            steps *= 3
+        self.fast.consider(min(steps * seconds, self.settings.clock.left), self._example())
+        self.fast.poll(self._example())
+
+    def _example(self) -> list[Tensor]:
+        """Rows that take no random numbers."""
+        return [torch.arange(batch) for _, batch in self.target.subsampled.values()]
 
     def _tell(self, bar: tqdm[Any], i: int) -> None:
         if i % 20 == 0:
@@ -336,14 +369,10 @@ class Trainer:
         return self.record.stopped
 
     def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, guard: Guard, lr: float) -> Row:
-        bound = self._bound(stage.repeats)
-        gradients = torch.autograd.grad(-bound, self.trained, allow_unused=True)
-        flat = torch.cat(
-            [
-                (torch.zeros_like(p) if g is None else g).reshape(-1)
-                for p, g in zip(self.trained, gradients, strict=True)
-            ]
-        )
+        rows, plain = self._rows(), self.log_density == self.target.log_prob
+        compiled = plain and self.fast.takes(stage.repeats)
+        gradient = self.fast.gradient if compiled else self.fast.eager
+        bound, flat = gradient(stage.repeats, rows)
         value = bound.item()
         admitted, norm = guard.admits(value, flat)
         if admitted:
@@ -355,21 +384,20 @@ class Trainer:
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, lr, not admitted, draws, len(self.record.stages) - 1)
 
-    def _bound(self, repeats: int) -> Tensor:
-        batch = self._batch()
+    def _bound(self, repeats: int, rows: Sequence[Tensor]) -> Tensor:
+        batch = dict(zip(self.target.subsampled, rows, strict=True))
 
         def log_p(z: Tensor) -> Tensor:
-            return self.log_density(z) if batch is None else self.target.log_prob(z, batch)
+            return self.target.log_prob(z, batch) if batch else self.log_density(z)
 
         return estimate(self.settings.objective, log_p, self.guide, repeats).bound.mean()
 
-    def _batch(self) -> Mapping[str, Tensor] | None:
-        if not self.target.subsampled:
-            return None
-        return {
-            name: torch.randperm(size, device=self.target.device)[:batch]
-            for name, (size, batch) in self.target.subsampled.items()
-        }
+    def _rows(self) -> list[Tensor]:
+        """Random rows of every subsampled plate."""
+        return [
+            torch.randperm(size, device=self.target.device)[:batch]
+            for size, batch in self.target.subsampled.values()
+        ]
 
     def _optimiser(self, lr: float) -> torch.optim.Optimizer:
         return torch.optim.Adam(self.trained, lr=lr, fused=True)

@@ -6,6 +6,7 @@ skipped, as `SVI.run(stable_update=True)` does.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -37,20 +38,18 @@ def fit(
     numpyro.enable_x64()
     model, arrays = (MODELS | SERIES)[name], tuple(tensor.numpy() for tensor in args)
     guide, elbo = GUIDES[kind](model), Trace_ELBO(num_particles=PARTICLES)
-
-    def inference(step_size: Any) -> Any:
-        return SVI(model, guide, Adam(lambda _: step_size), elbo)
-
+    svi = SVI(model, guide, Adam(budget.step_size()), elbo)
     start, at_end = jax.random.split(jax.random.PRNGKey(seed))
-    state = inference(budget.step_size()).init(start, *arrays)
+    state = svi.init(start, *arrays)
 
     @jax.jit
     def train(state: Any, count: Any, step_size: Any) -> Any:
-        svi = inference(step_size)
-        return jax.lax.fori_loop(0, count, lambda _, s: svi.stable_update(s, *arrays)[0], state)
+        now = copy.copy(svi)
+        now.optim = Adam(lambda _: step_size)
+        return jax.lax.fori_loop(0, count, lambda _, s: now.stable_update(s, *arrays)[0], state)
 
     state, steps = spend(train, state, budget)
-    params = inference(0.0).get_params(state)
+    params = svi.get_params(state)
     for_draws, for_elbo = jax.random.split(at_end)
     values = guide.sample_posterior(for_draws, params, *arrays, sample_shape=(DRAWS,))
     if wanted - values.keys():

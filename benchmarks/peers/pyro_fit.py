@@ -13,8 +13,10 @@ import corpus
 import numpy as np
 import pyro
 import torch
+from pyro.distributions import ImproperUniform
 from pyro.infer import SVI, Predictive, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, init_to_median
+from pyro.infer.autoguide.initialization import InitMessenger
 from pyro.optim import Adam
 from torch import Tensor
 from torch.distributions import biject_to
@@ -24,9 +26,23 @@ from .pyro_models import model_of
 
 FLOWS = 3
 PARTICLES = 100
+
+
+def start(site: dict[str, Any]) -> Tensor:
+    """The prior's median, or the image of zero where the prior is flat."""
+    prior = site["fn"]
+    while isinstance(prior, torch.distributions.Independent):
+        prior = prior.base_dist
+    if not isinstance(prior, ImproperUniform):
+        return init_to_median(site)
+    bijection = biject_to(site["fn"].support)
+    return bijection(torch.zeros(bijection.inverse_shape(site["fn"].shape())))
+
+
 GUIDES: dict[str, Callable[[Any], Any]] = {
-    "mvn": lambda model: AutoMultivariateNormal(model, init_loc_fn=init_to_median),
-    "iaf": lambda model: AutoIAFNormal(model, num_transforms=FLOWS),
+    "mvn": lambda model: AutoMultivariateNormal(model, init_loc_fn=start),
+    # It takes a start, and lets it be.
+    "iaf": lambda model: AutoIAFNormal(InitMessenger(start)(model), num_transforms=FLOWS),
 }
 
 
@@ -56,7 +72,12 @@ def sampled(
 ) -> dict[str, np.ndarray]:
     """Draws of the guide; the model is run over them where it has a value that is wanted."""
     z = guide.get_posterior().sample((DRAWS,))
-    values = {site["name"]: biject_to(site["fn"].support)(u) for site, u in guide._unpack_latent(z)}
+    # One by one: as a batch, Pyro confuses the draws with plates.
+    draws = [
+        {site["name"]: biject_to(site["fn"].support)(u) for site, u in guide._unpack_latent(row)}
+        for row in z
+    ]
+    values = {name: torch.stack([draw[name] for draw in draws]) for name in draws[0]}
     if derived := wanted - values.keys():
         replay = Predictive(model, posterior_samples=values, return_sites=sorted(derived))
         values |= replay(*args)

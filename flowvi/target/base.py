@@ -61,8 +61,8 @@ class Target(nn.Module):
         self._functions = functions
         self._trial = trial
         self._maps: dict[str, Batched] = {}
-        self._own = list((own or {}).values())
-        for i, p in enumerate(self._own):
+        self._count = len(own or {})
+        for i, p in enumerate((own or {}).values()):
             self.register_parameter(f"own_{i}", p)
 
     @property
@@ -216,6 +216,11 @@ class Target(nn.Module):
             return t.to(fn(t.new_empty(0)).device)
 
         return super()._apply(move, recurse)
+
+    @property
+    def _own(self) -> list[Tensor]:
+        """The model's own parameters, or what stands in for them."""
+        return [getattr(self, f"own_{i}") for i in range(self._count)]
 
     def _map(self, which: str) -> Batched:
         """The batched form of one of the target's functions, made when first asked for."""
