@@ -18,7 +18,7 @@ LAYERS = [
     {"_version"},
     {"flows", "target", "diagnostics"},
     {"guides"},
-    {"objectives", "overlap"},
+    {"objectives", "overlap", "compiling"},
     {"draws"},
     {
         *("fit", "run", "training", "escalation", "stopping", "schedule", "checkpoint"),
@@ -147,7 +147,11 @@ def dangers(tree: ast.AST) -> Iterator[str]:
 
 @pytest.mark.parametrize("name", FILES)
 def test_no_text_is_run_as_code(name):
-    assert not list(dangers(ast.parse(FILES[name].read_text())))
+    found = set(dangers(ast.parse(FILES[name].read_text())))
+    # What is to be compiled goes to the worker through a folder that only its owner can enter.
+    allowed = {"pickle"} if name in {"compiling/background.py", "compiling/worker.py"} else set()
+
+    assert not found - allowed
 
 
 @pytest.mark.parametrize(

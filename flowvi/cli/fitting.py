@@ -8,12 +8,14 @@ from flowvi.cli import results
 from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import DISTRUSTED, INTERRUPTED, interruptible, plain_warnings, said_plainly
+from flowvi.compiling import Compile
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import diagnose
 from flowvi.fit import Fit, fit
 from flowvi.objectives import Renyi
 
 MAX_SEED = 2**32 - 1
+COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
 @click.command(
@@ -87,6 +89,13 @@ Exit codes:
     is_flag=True,
     help="Do not go on with other guides and NUTS where the result is not to be trusted.",
 )
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compile the step; auto: beside a long fit, which goes on meanwhile.",
+)
 @click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
 @click.option(
     "--out",
@@ -108,6 +117,7 @@ def fit_command(
     seed: int,
     budget: float | None,
     no_escalate: bool,
+    compile: str,
     quiet: bool,
     out: Path,
 ) -> None:
@@ -131,6 +141,7 @@ def fit_command(
                 seed=seed,
                 budget=budget,
                 escalate=not no_escalate,
+                compile=COMPILE[compile],
                 progress=not quiet,
             )
         fitted.save(out / results.FIT)

@@ -72,14 +72,16 @@ class Compilation:
         torch.set_rng_state(state)
         with source.open("wb") as file:
             pickle.dump((self.graph.module, (*self._inputs, *noise)), file)
-        self._process = subprocess.Popen(
-            [sys.executable, worker.__file__, str(source), str(self.package)],
-            env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=(Path(self._work.name) / "errors").open("wb"),
-            start_new_session=True,  # an interrupt is for the fit, which ends this one
-        )
+        command = [sys.executable, worker.__file__, str(source), str(self.package)]
+        with (Path(self._work.name) / "errors").open("wb") as errors:
+            self._process = subprocess.Popen(
+                command,
+                env={**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"},
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=errors,
+                start_new_session=True,  # an interrupt is for the fit, which ends this one
+            )
 
     def done(self, wait: bool = False) -> bool:
         """Whether there is nothing more to wait for."""
