@@ -61,14 +61,15 @@ def fit(
 def spend(train: Callable[..., Any], state: Any, budget: Budget) -> tuple[Any, int]:
     """Call `train` for a share of the budget at a time; the state and the number of steps.
 
-    The first calls, of one step each, compile it and find how long a step takes.
+    The first call compiles it, for which there is no charge.
     """
-    steps, count = 0, 1
-    while steps == 0 or not budget.over():
+    state = jax.block_until_ready(train(state, 1, budget.step_size()))
+    budget = Budget(budget.seconds)
+    steps, count = 1, 1
+    while not budget.over():
         began = budget.spent()
         state = jax.block_until_ready(train(state, count, budget.step_size()))
         steps += count
-        if steps > 1:
-            share = budget.seconds / PARTS / max(budget.spent() - began, 1e-6)
-            count = max(1, int(count * min(share, 10.0)))
+        share = budget.seconds / PARTS / max(budget.spent() - began, 1e-6)
+        count = max(1, int(count * min(share, 10.0)))
     return state, steps

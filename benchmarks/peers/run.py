@@ -2,8 +2,8 @@
 
     python -m peers.run METHOD NAME --seconds 30 [--seed 0] [--shared DIR]
 
-The seconds run from after the imports, and training stops when they are spent;
-the draws, 4000, come on top and are in the seconds that are printed. Errors are
+Training stops when the seconds are spent, which do not count imports and the
+compilation by JAX; that and the draws, 4000, are in the seconds that are printed. Errors are
 null where the fit failed; the note says why.
 """
 
