@@ -118,6 +118,10 @@ def fit(
     were. Without a budget and with compile=False, a seed gives the same bits on
     one machine; a compiled step agrees with the eager one to rounding.
 
+    In the processes of a `torch.distributed` group, as `torchrun` starts them, each
+    makes the same choices and takes draws of its own: P processes take the steps
+    of one with P times the draws, and all return the same guide.
+
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
         guide: "auto", a name in `GUIDES` or `FLOWS`, or a guide.

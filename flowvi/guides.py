@@ -87,6 +87,11 @@ class Guide(nn.Module):
             (score,) = torch.autograd.grad(log_prob.sum(), fixed)
         return Scored(z, log_q, log_share, score)
 
+    def skip(self, shape: tuple[int, ...]) -> None:
+        """Take the random numbers of `strata` and `scored` from the generator, and no draws."""
+        with torch.no_grad():
+            self.strata(shape)
+
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of the part that each draw of `strata` came from, less the whole's."""
         return z.new_zeros(())
@@ -141,6 +146,9 @@ class Pushforward(Guide):
         # In the order of `sample`, so that both give the same bits.
         log_q = self.base.log_prob(eps) - (flow_ladj + affine_ladj)
         return Scored(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
+
+    def skip(self, shape: tuple[int, ...]) -> None:
+        self.base.sample(shape)
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.affine.set_(loc, scale_tril)
@@ -259,6 +267,10 @@ class MixtureGuide(Guide):
         share = self.log_weights(context).movedim(-1, 0) - math.log(shape[0])
         share = share.repeat_interleave(shape[0], dim=0)
         return Strata(z, self.log_prob(z, context), _between(share, z.dim() - 1))
+
+    def skip(self, shape: tuple[int, ...]) -> None:
+        for part in self._parts():
+            part.skip(shape)
 
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         scores = self.log_parts(z, context)

@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from flowvi import parallel
+
 BLOCK, TRIM = 10, 2
 LEAST = 400
 EVERY = 50
@@ -32,8 +34,8 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning."""
-        return time.perf_counter() - self.began
+        """Seconds since the beginning; those of the first process, where there are several."""
+        return parallel.agreed(time.perf_counter() - self.began)
 
     @property
     def left(self) -> float:

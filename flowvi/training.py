@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from flowvi import parallel
 from flowvi.compiling import Accelerator, Compile
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import stream
@@ -169,7 +170,7 @@ class Trainer:
             [guide, target],
             self._bound,
             settings.repeats,
-            settings.compile if isinstance(settings.objective, Renyi) else False,
+            _compiled(settings),
             record.log.append,
         )
         self.trained = self.fast.trained
@@ -221,7 +222,9 @@ class Trainer:
 
         An interrupt ends the stage, keeps the best, and is raised again.
         """
-        start = self.vector()
+        # A guide of the user's own may have been made differently in every process.
+        start = parallel.shared(self.vector())
+        self.set(start)
         average = Average()
         interrupt: KeyboardInterrupt | None = None
         self.record.stages.append(stage.name)
@@ -363,16 +366,13 @@ class Trainer:
             return False
         most = self.settings.steps or max(steps, step)
         told = Step(step, most, *row[:3], guard.skipped, self.restart)
-        if self.settings.callback(told):
+        if parallel.agreed(bool(self.settings.callback(told))):
             self.record.log.append(f"stopped by the callback after {step} steps")
             self.record.stopped = True
         return self.record.stopped
 
     def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, guard: Guard, lr: float) -> Row:
-        rows, plain = self._rows(), self.log_density == self.target.log_prob
-        compiled = plain and self.fast.takes(stage.repeats)
-        gradient = self.fast.gradient if compiled else self.fast.eager
-        bound, flat = gradient(stage.repeats, rows)
+        bound, flat = self._gradient(stage.repeats)
         value = bound.item()
         admitted, norm = guard.admits(value, flat)
         if admitted:
@@ -383,6 +383,23 @@ class Trainer:
             optimiser.step()
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, lr, not admitted, draws, len(self.record.stages) - 1)
+
+    def _gradient(self, repeats: int) -> tuple[Tensor, Tensor]:
+        """Bound and the gradient of minus it; of the draws of all processes, where they are many.
+
+        Each skips the random numbers of the others.
+        """
+        plain = self.log_density == self.target.log_prob
+        compiled = plain and self.fast.takes(repeats)
+        gradient = self.fast.gradient if compiled else self.fast.eager
+        objective = self.settings.objective
+        for process in range(parallel.size()):
+            rows = self._rows()
+            if process == parallel.rank():
+                bound, flat = gradient(repeats, rows)
+            elif isinstance(objective, Renyi):
+                self.guide.skip((objective.particles, repeats))
+        return parallel.averaged(bound, flat)
 
     def _bound(self, repeats: int, rows: Sequence[Tensor]) -> Tensor:
         batch = dict(zip(self.target.subsampled, rows, strict=True))
@@ -423,10 +440,17 @@ class Trainer:
         return found[best]
 
     def _bar(self, steps: int, quiet: bool) -> tqdm[Any]:
-        hidden = quiet or not self.settings.progress or not sys.stderr.isatty()
+        hidden = quiet or parallel.rank() or not self.settings.progress or not sys.stderr.isatty()
         name = self.record.stages[-1] if self.record.stages else ""
         words = f"{self.target.name} ({name})" if name else self.target.name
-        return tqdm(total=steps, desc=words, unit="step", disable=hidden, dynamic_ncols=True)
+        return tqdm(total=steps, desc=words, unit="step", disable=bool(hidden), dynamic_ncols=True)
+
+
+def _compiled(settings: Settings) -> Compile:
+    """Several processes would compile the same on processors that they need."""
+    if not isinstance(settings.objective, Renyi):
+        return False
+    return False if parallel.size() > 1 and settings.compile == "auto" else settings.compile
 
 
 class Interrupted(Exception):

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import click
 
+from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
@@ -27,6 +28,7 @@ Examples:
   flowvi fit models/garch11.py --data garch.json --out results/garch
   flowvi fit models/funnel.py --guide realnvp --objective "iwelbo(16)" \\
       --steps 5000 --restarts 4 --seed 1 --out results/funnel
+  torchrun --nproc-per-node 4 -m flowvi fit models/garch11.py --out results/garch
 
 \b
 Exit codes:
@@ -129,7 +131,7 @@ def fit_command(
     """
     check_path(model)
     results.check_folder(out)
-    with plain_warnings(), interruptible():
+    with parallel.launched(), plain_warnings(), interruptible():
         target = load_target(model, data)
         with said_plainly():
             fitted = fit(
@@ -144,6 +146,8 @@ def fit_command(
                 compile=COMPILE[compile],
                 progress=not quiet,
             )
+        if parallel.rank():
+            return  # the first process writes and speaks
         fitted.save(out / results.FIT)
         verdict = _report(fitted, draws, seed, out, quiet)
     if fitted.meta["interrupted"]:

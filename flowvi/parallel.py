@@ -1,0 +1,75 @@
+"""Data parallel fits: the processes of a torch.distributed group share the draws of each step.
+
+Every process runs the whole fit. What is random comes from the same seeds
+everywhere, so that all processes make the same choices; in a step each takes its
+own draws, and the gradients are averaged. P processes of K draws take the steps
+of one with P K.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def size() -> int:
+    """Number of processes P; 1 outside a group."""
+    return dist.get_world_size() if _grouped() else 1
+
+
+def rank() -> int:
+    """Number of this process, from 0."""
+    return dist.get_rank() if _grouped() else 0
+
+
+def averaged(bound: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    """Means over the processes of a scalar and of a vector (P)."""
+    if size() == 1:
+        return bound, gradient
+    both = torch.cat([bound.detach().reshape(1).to(gradient.dtype), gradient])
+    dist.all_reduce(both)
+    both /= size()
+    return both[0], both[1:]
+
+
+def agreed(value: float) -> float:
+    """What the first process has: for clocks, and for answers from outside."""
+    if size() == 1:
+        return value
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    told = torch.tensor([value], dtype=torch.float64, device=device)
+    dist.broadcast(told, src=0)
+    return float(told)
+
+
+def shared(vector: Tensor) -> Tensor:
+    """The first process's vector, in all of them."""
+    if size() > 1:
+        vector = vector.clone()
+        dist.broadcast(vector, src=0)
+    return vector
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Join the group of `torchrun`, if that started this process."""
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or _grouped():
+        yield
+        return
+    cuda = torch.cuda.is_available()
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
+    dist.init_process_group("nccl" if cuda else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def _grouped() -> bool:
+    return dist.is_available() and dist.is_initialized()

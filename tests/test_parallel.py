@@ -1,0 +1,101 @@
+"""Several processes take the steps of one with as many draws."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from test_compiling import schools
+
+import flowvi
+from flowvi import parallel
+from flowvi.guides import GUIDES, make_guide
+
+REPOSITORY = Path(__file__).parents[1]
+SCRIPT = """
+import json, sys, torch
+sys.path.insert(0, {tests!r})
+torch.set_default_dtype(torch.float64)
+from test_parallel import fitted, somewhere
+from flowvi import parallel
+with parallel.launched():
+    found = fitted({name!r}, 64)
+    facts = [parallel.size(), found.history["bound"].tolist(), somewhere(found), found.log]
+    open(f"{out}/{{parallel.rank()}}.json", "w").write(json.dumps(facts))
+"""
+
+
+def fitted(name: str, particles: int) -> flowvi.Fit:
+    torch.manual_seed(parallel.rank())  # what a process did before must not matter
+    target = schools()
+    return flowvi.fit(
+        target, name, steps=60, lr=0.01, particles=particles, escalate=False, progress=False
+    )
+
+
+def somewhere(found: flowvi.Fit) -> list[float]:
+    """The density of the guide at a few points, which says what its parameters are."""
+    z = torch.linspace(-1.0, 1.0, 30).reshape(3, 10)
+    return found.guide.log_prob(z).tolist()
+
+
+def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", *command],
+        cwd=REPOSITORY,
+        capture_output=True,
+        text=True,
+    )
+
+
+@pytest.mark.parametrize("name", ["realnvp", "fullrank"])
+def test_two_processes_are_one_with_twice_the_draws(name, tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), name=name, out=str(tmp_path)))
+
+    done = torchrun("--nproc-per-node", "2", str(script))
+
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    alone = fitted(name, 128)
+    assert first == second
+    assert first[0] == 2
+    np.testing.assert_allclose(first[1], alone.history["bound"], rtol=1e-8)
+    np.testing.assert_allclose(first[2], somewhere(alone), rtol=1e-8)
+
+
+def test_the_first_process_writes_and_speaks(tmp_path):
+    out = tmp_path / "out"
+
+    done = torchrun(
+        *("--nproc-per-node", "2", "-m", "flowvi", "fit", "models/eight_schools.py"),
+        *("--guide", "fullrank", "--steps", "40", "--quiet", "--out", str(out)),
+    )
+
+    assert (out / "posterior.nc").exists(), done.stderr
+    assert done.stdout.count("k-hat") == 1
+
+
+def test_outside_a_group_nothing_is_shared():
+    bound, gradient = torch.tensor(1.0), torch.arange(3.0)
+
+    assert (parallel.size(), parallel.rank()) == (1, 0)
+    assert parallel.averaged(bound, gradient) == (bound, gradient)
+    assert parallel.agreed(2.5) == 2.5
+    assert parallel.shared(gradient) is gradient
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nsf_coupling", *sorted(GUIDES)])
+def test_skipping_takes_the_random_numbers_of_a_step(name):
+    guide = make_guide(name, 5)
+    state = torch.get_rng_state()
+    guide.scored((16, 1))
+    after = torch.get_rng_state()
+
+    torch.set_rng_state(state)
+    guide.skip((16, 1))
+
+    assert torch.equal(torch.get_rng_state(), after)
