@@ -25,10 +25,10 @@ from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
 from flowvi.run import Kept, Run
 from flowvi.stopping import Clock
 from flowvi.target import Target
+from flowvi.threads import best_threads
 from flowvi.training import Objective, Row, Settings, Step, particles_of
 
 PARTICLES = 64
-SINGLE_THREAD_BELOW = 2_000_000
 
 
 @dataclass
@@ -169,7 +169,7 @@ def fit(
         compile,
     )
     runs: list[Run] = []
-    with _own_randomness(target), _threads(target, particles or PARTICLES):
+    with _own_randomness(target), best_threads(target, particles or PARTICLES):
         for restart in range(restarts):
             name = guide if isinstance(guide, str) else ""
             chosen = copy.deepcopy(guide) if isinstance(guide, Guide) else None
@@ -296,16 +296,3 @@ def _own_randomness(target: Target) -> Iterator[None]:
     devices = [target.device] if target.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
-
-
-@contextmanager
-def _threads(target: Target, particles: int) -> Iterator[None]:
-    """One thread where the arrays are too small to share, as many as before afterwards."""
-    before = torch.get_num_threads()
-    rows = sum(t.numel() for t in target.observed.values())
-    if particles * (target.dim + rows) < SINGLE_THREAD_BELOW:
-        torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)

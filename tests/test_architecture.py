@@ -22,7 +22,7 @@ LAYERS = [
     {"draws"},
     {
         *("fit", "run", "training", "escalation", "stopping", "schedule", "checkpoint"),
-        *("init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
+        *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
     },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},

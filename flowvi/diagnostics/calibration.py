@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from scipy import stats
 
 # Below this, ranks are called miscalibrated.
 LEVEL = 0.01
@@ -39,6 +38,8 @@ def uniformity(ranks: np.ndarray, levels: int) -> Uniformity:
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788.
     """
+    from scipy import stats  # slow to import
+
     u = (ranks + np.random.default_rng(0).random(ranks.shape)) / (levels + 1)
     ks = np.array([stats.kstest(column, "uniform").pvalue for column in u.T])
     squares = (stats.norm.ppf(u) ** 2).sum(0)
@@ -55,6 +56,8 @@ def symmetry(probabilities: np.ndarray) -> np.ndarray:
     References:
         Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538, section 4.
     """
+    from scipy import stats  # slow to import
+
     return np.array([stats.wilcoxon(column - 0.5).pvalue for column in probabilities.T])
 
 

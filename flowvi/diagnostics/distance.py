@@ -6,7 +6,6 @@ from itertools import combinations
 from typing import NamedTuple
 
 import numpy as np
-from scipy.spatial.distance import cdist
 
 # Points of each restart; the cost grows with the square.
 POINTS = 400
@@ -50,6 +49,8 @@ def distances(z: np.ndarray) -> Distances:
 
 
 def _energy(x: np.ndarray, y: np.ndarray) -> float:
+    from scipy.spatial.distance import cdist  # slow to import
+
     between = 2 * cdist(x, y).mean()
     within = cdist(x, x).mean() + cdist(y, y).mean()
     return float(max(between - within, 0.0) / between) if between > 0 else 0.0
