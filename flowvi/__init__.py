@@ -11,9 +11,9 @@ from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi
+from flowvi.records import Step
 from flowvi.sbc import sbc
 from flowvi.target import ModelError, Site, Target, from_density, from_pyro
-from flowvi.training import Step
 
 __all__ = [
     "FLOWS",

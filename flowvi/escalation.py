@@ -16,9 +16,9 @@ from flowvi.draws import Draws, diagnose, draw
 from flowvi.flows import Chain
 from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
 from flowvi.nuts import Plan, run_chains
+from flowvi.records import ANNEAL, CHAINS, CHECK
 from flowvi.run import CHECK_DRAWS, Kept, Run
 from flowvi.tempering import MOST_DIM
-from flowvi.training import ANNEAL, CHAINS, CHECK
 
 # A mixture of more components than this would take too long to train.
 MOST_COMPONENTS = 3

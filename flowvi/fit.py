@@ -22,11 +22,12 @@ from flowvi.escalation import joined
 from flowvi.guides import Guide
 from flowvi.look import check_size
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
+from flowvi.records import Objective, Row, Settings, Step
 from flowvi.run import Kept, Run
 from flowvi.stopping import Clock
 from flowvi.target import Target
 from flowvi.threads import best_threads
-from flowvi.training import Objective, Row, Settings, Step, particles_of
+from flowvi.training import particles_of
 
 PARTICLES = 64
 

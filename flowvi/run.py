@@ -18,24 +18,21 @@ from flowvi.guides import FULL_RANK_DIM, Guide, MixtureGuide, make_guide
 from flowvi.init import best_gaussian
 from flowvi.look import check_integrable, look
 from flowvi.overlap import overlap
-from flowvi.target import Target
-from flowvi.tempering import MOST_DIM, found_beyond, wide_gaussian
-from flowvi.training import (
+from flowvi.records import (
     ANNEAL,
     BUILD,
     CHECK,
     COVER,
     LOOK,
-    RATES,
-    TRIAL_STEPS,
     WIDE,
-    Interrupted,
     Judged,
     Record,
     Settings,
     Stage,
-    Trainer,
 )
+from flowvi.target import Target
+from flowvi.tempering import MOST_DIM, found_beyond, wide_gaussian
+from flowvi.training import RATES, TRIAL_STEPS, Interrupted, Trainer
 
 # Below this KL(q || p) the start needs no flow.
 NOTHING_LEFT = 0.003

@@ -21,7 +21,7 @@ LAYERS = [
     {"objectives", "overlap", "compiling"},
     {"draws"},
     {
-        *("fit", "run", "training", "escalation", "stopping", "schedule", "checkpoint"),
+        *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
     },

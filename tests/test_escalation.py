@@ -18,9 +18,9 @@ from flowvi.escalation import better, extend
 from flowvi.gaussians import Gaussian
 from flowvi.guides import FlowGuide, make_guide
 from flowvi.nuts import Plan
+from flowvi.records import Judged, Settings
 from flowvi.run import Kept
 from flowvi.stopping import Clock
-from flowvi.training import Judged, Settings
 
 TRUST, _, DISTRUST = VERDICTS
 
