@@ -188,6 +188,18 @@ def test_a_compiler_that_fails_is_said_and_leaves_nothing(cache, tmp_path, monke
 
 
 @compiler
+def test_a_folder_that_cannot_be_written_to_is_said(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLOWVI_CACHE", str(tmp_path / "file" / "cache"))
+    made = accelerator(schools(), make_guide("meanfield", 10), compile=True)
+
+    made.consider(1e6, [])
+
+    assert len(made.said) == 1 and "Not a directory" in made.said[0]
+    assert not made.pending
+
+
+@compiler
 def test_what_is_wrong_in_the_cache_is_deleted(cache):
     made = accelerator(schools(), make_guide("meanfield", 10), compile=True)
     graph = trace(made.module)

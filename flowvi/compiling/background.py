@@ -25,8 +25,10 @@ SUFFIX = ".pt2"
 
 def folder() -> Path:
     """Where compiled steps are kept: FLOWVI_CACHE, or flowvi in the user's cache folder."""
-    default = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "flowvi"
-    return Path(os.environ.get("FLOWVI_CACHE") or default)
+    if own := os.environ.get("FLOWVI_CACHE"):
+        return Path(own)
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(cache) / "flowvi"
 
 
 def available() -> str:
@@ -39,7 +41,7 @@ def available() -> str:
 
 def anything_kept() -> bool:
     """Whether earlier fits left compiled steps."""
-    return any(folder().glob(f"*{SUFFIX}"))
+    return folder().is_dir() and any(folder().glob(f"*{SUFFIX}"))
 
 
 class Compilation:
@@ -61,9 +63,19 @@ class Compilation:
         self._work: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Begin to compile, beside whatever comes next; nothing if it was done before."""
+        """Begin to compile, beside whatever comes next; nothing if it was done before.
+
+        What stands in the way, such as a folder that cannot be written to, is in `failed`.
+        """
         if self.kept or self._process is not None:
             return
+        try:
+            self._start()
+        except (OSError, pickle.PicklingError, TypeError, AttributeError) as error:
+            self.failed = str(error)
+            self._clean()
+
+    def _start(self) -> None:
         self.package.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
         self._work = tempfile.TemporaryDirectory(prefix="flowvi-")
         source = Path(self._work.name) / "graph"

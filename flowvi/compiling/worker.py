@@ -19,16 +19,18 @@ def main() -> None:
 
     torch.set_num_threads(1)
     source, package = sys.argv[1:]
+    # Two fits of one model may be at it; whichever ends last wins.
+    new = f"{package}.{os.getpid()}.new.pt2"
     with open(source, "rb") as file:
         module, inputs = pickle.load(file)
     with torch.no_grad():
         program = torch.export.export(module, inputs)
         torch._inductor.aoti_compile_and_package(
             program,
-            package_path=f"{package}.new.pt2",
+            package_path=new,
             inductor_configs={"aot_inductor.compile_wrapper_opt_level": "O0"},
         )
-    os.replace(f"{package}.new.pt2", package)
+    os.replace(new, package)
 
 
 if __name__ == "__main__":
