@@ -1,5 +1,6 @@
 """The compiled step is the eager step, is made beside the fit, and is never in its way."""
 
+import inspect
 import subprocess
 
 import numpy as np
@@ -58,6 +59,12 @@ def perturbed(guide: Guide) -> Guide:
     return guide
 
 
+def small(name: str, dim: int) -> Guide:
+    """A guide of two layers, where the depth can be chosen."""
+    takes = name in FLOWS and "depth" in inspect.signature(FLOWS[name]).parameters
+    return make_guide(name, dim, **({"depth": 2} if takes else {}))
+
+
 def same_as_eager(made: Accelerator, rows) -> None:
     """The recorded graph, at other parameters than it was recorded at, on the eager noise."""
     graph = trace(made.module, rows)
@@ -99,7 +106,7 @@ def schools() -> Target:
 @pytest.mark.parametrize("name, objective", CASES, ids=str)
 def test_the_graph_of_every_guide_is_its_eager_step_or_is_refused(name, objective):
     target = schools()
-    made = accelerator(target, perturbed(make_guide(name, target.dim)), objective)
+    made = accelerator(target, perturbed(small(name, target.dim)), objective)
     try:
         same_as_eager(made, [])
     except NotOneGraph as refused:
