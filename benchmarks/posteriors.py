@@ -10,11 +10,12 @@ verdict; whether it is right; and the seconds from capture to draws.
 
 A fit is good if no mean is off by more than 0.1 sds and no sd by more than 10 %.
 A verdict is right if the draws that it recommends have no mean off by more than
-0.15 sds and no sd by more than 15 %, beyond two standard errors of the comparison
-(the reference draws are a sample too, and the sd of a heavy-tailed parameter is
-known to 10 % at best), and, where it says "do not trust", if the resampled draws
-have some mean off by more than 0.1 sds or sd by more than 10 %. Rows are added to FILE.jsonl as
-they come, and those that it holds are not run again.
+0.15 sds and no sd by more than 15 %, beyond two standard errors of the
+comparison (the reference draws are a sample too, and the sd of a heavy-tailed
+parameter is known to 10 % at best), and, where it says "do not trust", if the
+resampled draws have some mean off by more than 0.1 sds or sd by more than 10 %.
+Rows are added to FILE.jsonl as they come, and those that it holds are not run
+again.
 """
 
 from __future__ import annotations

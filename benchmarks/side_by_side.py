@@ -1,14 +1,15 @@
 """Other libraries on the posteriors of the corpus, for the seconds that flowvi took.
 
     python benchmarks/posteriors.py --out rows.jsonl
-    python benchmarks/side_by_side.py rows.jsonl --out peers.jsonl [--longest 60] [NAME ...]
+    python benchmarks/side_by_side.py rows.jsonl [NAME ...] --out peers.jsonl [--longest 60]
 
 Needs `pip install "flowvi[benchmark]"`. Each fit is a process of its own with
 one thread, and trains for as long as flowvi's whole fit of that posterior in
-rows.jsonl, at most --longest seconds. PyMC's code is compiled, and cached, by a
-short fit before. Per posterior and library: the largest error of a mean, in
-posterior standard deviations, and of a standard deviation, relative. Rows are
-added to peers.jsonl as they come, and those that it holds are not run again.
+rows.jsonl, at most --longest seconds. NumPyro compiles before that time begins,
+and a short fit before has PyMC's code compiled and cached. Per posterior and
+library: the largest error of a mean, in posterior standard deviations, and of a
+standard deviation, relative. Rows are added to peers.jsonl as they come, and
+those that it holds are not run again.
 """
 
 from __future__ import annotations
@@ -69,13 +70,18 @@ def main() -> None:
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     ours = {name: row for (name, seed), row in read(options.rows).items() if seed == 0}
+    names = options.names or sorted(ours)
+    if missing := [name for name in names if name not in ours]:
+        parser.error(
+            f"{options.rows} has no row of seed 0 for {', '.join(missing)}; it has "
+            f"{', '.join(sorted(ours)) or 'none'}. Run posteriors.py --out {options.rows} first."
+        )
     peers: dict[tuple[str, str], dict[str, Any]] = {}
     if options.out and options.out.exists():
         rows = [json.loads(text) for text in options.out.read_text().splitlines()]
         peers = {(row["posterior"], row["method"]): row for row in rows}
     print(f"{'posterior':<28}{'s':>6}{'flowvi':>12}" + "".join(f"{m:>21}" for m in METHODS))
     good = dict.fromkeys(METHODS, 0)
-    names = options.names or sorted(ours)
     for name in names:
         seconds = min(ours[name]["seconds"], options.longest)
         for method in METHODS:

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from flowvi._version import __version__
-from flowvi.compiling import Compile
+from flowvi.compiling import Compile, asked
 from flowvi.draws import Draws, draw
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
@@ -141,7 +141,7 @@ def fit(
         compile: Whether the gradient of a step is compiled by a C++ compiler. "auto": in a
             process beside a long fit, which switches over when that is done, or at once where
             an earlier fit left it in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
-            on or off, decides what "auto" does.
+            on or off, decides what "auto" does. Steps on a GPU are not compiled.
         progress: Show a bar, if the error stream is a terminal.
         callback: Called with a `Step` after each; a true answer stops the fit.
 
@@ -150,7 +150,7 @@ def fit(
             bound for this target.
     """
     objective = _objective(objective, particles)
-    _check(target, objective, steps, lr, particles, restarts, seed, budget, compile)
+    _check(target, objective, steps, lr, particles, restarts, seed, budget)
     if isinstance(guide, str):
         check_size(target.dim, guide)
     if isinstance(guide, Guide) and guide.dim != target.dim:
@@ -167,7 +167,7 @@ def fit(
         # parameters belong to the guide that they were trained with.
         escalate and guide == "auto" and steps is None and not list(target.parameters()),
         Clock(budget),
-        compile,
+        asked(compile),
     )
     runs: list[Run] = []
     with _own_randomness(target), best_threads(target, particles or PARTICLES):
@@ -262,7 +262,6 @@ def _check(
     restarts: int,
     seed: int,
     budget: float | None,
-    compile: Compile,
 ) -> None:
     for name, value in (("steps", steps), ("particles", particles), ("restarts", restarts)):
         if value is not None and (not isinstance(value, int) or value < 1):
@@ -273,8 +272,6 @@ def _check(
         raise ValueError(f"budget must be a positive number of seconds; got {budget}.")
     if not isinstance(seed, int) or seed < 0:
         raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
-    if compile not in (True, False, "auto"):
-        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
     if restarts > 1 and list(target.parameters()):
         raise ValueError(
             f"{target.name} has parameters of its own, which every restart would train anew: "

@@ -247,12 +247,12 @@ class Trainer:
             # The decay, and a stage of twice the draws.
             steps = steps + steps // 2 if stage.steady else steps
             steps *= 3
-        self.fast.consider(min(steps * seconds, self.settings.clock.left), self._example())
-        self.fast.poll(self._example())
-
-    def _example(self) -> list[Tensor]:
-        """Rows that take no random numbers."""
-        return [torch.arange(batch) for _, batch in self.target.subsampled.values()]
+        # Rows that take no random numbers.
+        rows = [
+            torch.arange(batch, device=self.target.device)
+            for _, batch in self.target.subsampled.values()
+        ]
+        self.fast.consider(min(steps * seconds, self.settings.clock.left), rows)
 
     def _tell(self, bar: tqdm[Any], i: int) -> None:
         if i % 20 == 0:

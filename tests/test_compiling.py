@@ -271,3 +271,65 @@ def test_the_environment_decides_what_auto_means(word, meaning, monkeypatch):
 def test_compile_takes_three_values():
     with pytest.raises(ValueError, match="compile must be True, False or"):
         flowvi.fit(schools(), compile="maybe", progress=False)
+
+
+def test_a_word_that_means_nothing_is_refused_before_the_fit(monkeypatch):
+    monkeypatch.setenv("FLOWVI_COMPILE", "yes")
+
+    with pytest.raises(ValueError, match="FLOWVI_COMPILE must be on, off or auto; got 'yes'"):
+        flowvi.fit(schools(), progress=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_step_that_is_wrong_by_more_than_rounding_is_refused(dtype):
+    guide = make_guide("meanfield", 10).to(dtype)
+    made = accelerator(schools(), guide)
+    graph = trace(made.module)
+    made._compilation = background.Compilation(graph, nn.utils.parameters_to_vector(made.trained))
+
+    for off, refused in ((0.0, False), (0.1, True), (float("nan"), True)):
+        made.compiled = lambda *inputs, off=off: tuple(x + off for x in graph.module(*inputs))
+        assert bool(made._check([])) == refused
+
+
+def subsampled(size: int) -> Target:
+    """A plate of which a step sees some rows, and a parameter of the model's own."""
+    pyro.clear_param_store()
+    y = torch.linspace(-1.0, 2.0, 20)
+
+    def model(y):
+        scale = pyro.param("scale", torch.tensor(1.5), constraint=dist.constraints.positive)
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y), subsample_size=size) as rows:
+            pyro.sample("y", dist.Normal(mu, scale), obs=y[rows])
+
+    return flowvi.from_pyro(model, y)
+
+
+def test_rows_and_parameters_of_the_model_are_inputs_of_the_graph():
+    target = subsampled(5)
+    made = accelerator(target, perturbed(make_guide("fullrank", target.dim)))
+    assert [size for size, _ in target.subsampled.values()] == [20]
+    assert any(p is own for own in target.parameters() for p in made.trained)
+
+    graph = trace(made.module, rows_of(target))
+
+    flat = nn.utils.parameters_to_vector(made.trained).detach()
+    for _ in range(3):
+        rows, state = rows_of(target), torch.get_rng_state()
+        value, gradient = made.eager(REPEATS, rows)
+        torch.set_rng_state(state)
+        found = graph.module(flat, *rows, *graph.draw())
+        torch.testing.assert_close(found[0], value)
+        torch.testing.assert_close(found[1], gradient)
+
+
+def test_the_key_knows_the_number_of_rows():
+    keys = set()
+    for size in (5, 6):
+        target = subsampled(size)
+        made = accelerator(target, make_guide("meanfield", target.dim))
+        graph = trace(made.module, rows_of(target))
+        assert graph.inputs[1] == ((size,), torch.int64)
+        keys.add(graph.key())
+    assert len(keys) == 2

@@ -16,7 +16,7 @@ class Budget:
     """Wall seconds from now on.
 
     Args:
-        seconds: Length of the optimisation, compiling included.
+        seconds: Length of the optimisation.
     """
 
     seconds: float

@@ -2,9 +2,9 @@
 
     python -m peers.run METHOD NAME --seconds 30 [--seed 0] [--shared DIR]
 
-Training stops when the seconds are spent, which do not count imports and the
-compilation by JAX; that and the draws, 4000, are in the seconds that are printed. Errors are
-null where the fit failed; the note says why.
+Training stops when the seconds are spent, which do not count imports and
+NumPyro's compilation; that and the draws, 4000, are in the seconds that are
+printed. Errors are null where the fit failed; the note says why.
 """
 
 from __future__ import annotations

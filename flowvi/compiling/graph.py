@@ -36,20 +36,21 @@ class Graph(NamedTuple):
     Attributes:
         module: (parameters (P), *rows, *noise) -> bound (), gradient of minus the bound (P).
         noise: What draws the noise, in the order in which the eager step draws it.
-        rows: How many index tensors of subsampled plates it takes.
+        inputs: Shape and type of the parameters and of each index tensor.
     """
 
     module: fx.GraphModule
     noise: tuple[Source, ...]
-    rows: int
+    inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
     def draw(self) -> list[Tensor]:
         """The noise of one step, from the global generator: the numbers of the eager step."""
         return [source.operation(*source.args, **source.kwargs) for source in self.noise]
 
     def key(self) -> str:
-        """A digest of the operations, the constants and what they are compiled with."""
+        """A digest of operations, constants, inputs and what they are compiled with."""
         digest = hashlib.sha256(self.module.code.encode())
+        digest.update(repr(self.inputs).encode())
         for name, value in sorted(_constants(self.module).items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)} {value.stride()}".encode())
             flat = value.detach().cpu().contiguous().reshape(-1)
@@ -123,7 +124,7 @@ def trace(bound: Bound, rows: Sequence[Tensor] = ()) -> Graph:
     noise = _lift_noise(module)
     _refuse(module)
     module.recompile()
-    return Graph(module, noise, len(rows))
+    return Graph(module, noise, tuple((tuple(x.shape), x.dtype) for x in (flat, *rows)))
 
 
 def _lift_noise(module: fx.GraphModule) -> tuple[Source, ...]:

@@ -18,14 +18,24 @@ Compile = bool | Literal["auto"]
 Gradient = Callable[[int, Sequence[Tensor]], tuple[Tensor, Tensor]]
 # Seconds of training ahead that make it worth to look for a compiled step, and to make one.
 LOOK_SECONDS, MAKE_SECONDS = 10.0, 40.0
-# Largest error of a compiled value or gradient, in units of the precision and of its size.
+# Largest error of a compiled value or gradient, in units of the precision and of its size; the
+# root of the precision where that is less, as it is in single precision.
 ROUNDING = 1e6
+WORDS: dict[str, Compile] = {"on": True, "off": False, "auto": "auto"}
 
 
 def asked(compile: Compile) -> Compile:
-    """What "auto" means here: FLOWVI_COMPILE, if it is set to on or off, has the last word."""
-    word = os.environ.get("FLOWVI_COMPILE", "")
-    return {"on": True, "off": False}.get(word, compile) if compile == "auto" else compile
+    """What "auto" means here: FLOWVI_COMPILE, if it is set to on or off, has the last word.
+
+    Raises:
+        ValueError: Either has a value that means nothing.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
+    word = os.environ.get("FLOWVI_COMPILE") or "auto"
+    if word not in WORDS:
+        raise ValueError(f"The variable FLOWVI_COMPILE must be on, off or auto; got {word!r}.")
+    return WORDS[word] if compile == "auto" else compile
 
 
 def processors() -> int:
@@ -43,7 +53,8 @@ class Accelerator:
         bound: (estimates, rows of subsampled plates) -> mean of so many estimates.
         repeats: Estimates in one call of the compiled step. A multiple of it takes more calls,
             so that a change of the number of draws compiles nothing anew.
-        compile: Whether to wait for it, to do without, or "auto": to train on meanwhile.
+        compile: What `asked` returned: whether to wait for it, to do without, or "auto": to
+            train on meanwhile.
         say: Takes a line of the log.
     """
 
@@ -58,7 +69,7 @@ class Accelerator:
         self.bound, self.repeats, self.say = bound, repeats, say
         self.module = Bound(modules, lambda *rows: bound(repeats, rows))
         self.trained = list(self.module.trained().values())
-        self.compile = asked(compile)
+        self.compile = compile
         self.compiled: Compiled | None = None
         self._compilation: Compilation | None = None
         self._began = 0.0
@@ -69,27 +80,36 @@ class Accelerator:
         return self.compile is not False and self.compiled is None
 
     def consider(self, seconds: float, rows: Sequence[Tensor]) -> None:
-        """Begin to compile if that is worth it, and wait for it if asked to.
+        """Begin to compile if that is worth it; switch over if the compiled step is there.
 
         Args:
             seconds: Training ahead, at the pace of the eager step.
             rows: Rows of subsampled plates, as an example.
         """
-        if self._compilation is not None or not self.pending:
+        if self.pending and self._compilation is None:
+            self._begin(seconds, rows)
+        made = self._compilation
+        if made is None or not self.pending or not made.done(wait=self.compile is True):
             return
+        self.compiled = made.load()
+        wrong = made.failed or self._check(rows)
+        if wrong:
+            self._refuse(wrong)
+
+    def _begin(self, seconds: float, rows: Sequence[Tensor]) -> None:
+        """Record the step and begin to compile it, if enough training is ahead."""
         alone = processors() < 2
         make = self.compile is True or (seconds >= MAKE_SECONDS and not alone)
         if not (make or (seconds >= LOOK_SECONDS and anything_kept())):
             return
-        why = "" if self.trained[0].device.type == "cpu" else "only steps on the CPU are"
-        why = why or available()
+        elsewhere = self.trained[0].device.type != "cpu"
+        if why := "only steps on the CPU are" if elsewhere else available():
+            self._refuse(why)
+            return
         try:
-            if why:
-                raise NotOneGraph(why)
             graph = trace(self.module, rows)
         except NotOneGraph as error:
-            self.say(f"the step is not compiled: {error}")
-            self.compile = False
+            self._refuse(str(error))
             return
         flat = nn.utils.parameters_to_vector(self.trained)
         self._compilation = Compilation(graph, flat, rows)
@@ -98,21 +118,10 @@ class Accelerator:
             self._compilation.start()
         elif not self._compilation.kept:
             self.compile = False
-            return
-        self.poll(rows, wait=self.compile is True)
 
-    def poll(self, rows: Sequence[Tensor], wait: bool = False) -> None:
-        """Switch over if the compiled step is there."""
-        made = self._compilation
-        if made is None or not self.pending or not made.done(wait):
-            return
-        compiled = made.load()
-        if compiled is not None:
-            self.compiled = compiled
-            made.failed = self._check(rows)
-        if made.failed:
-            self.say(f"the step is not compiled: {made.failed}")
-            self.compile, self.compiled = False, None
+    def _refuse(self, why: str) -> None:
+        self.say(f"the step is not compiled: {why}")
+        self.compile, self.compiled = False, None
 
     def takes(self, repeats: int) -> bool:
         """Whether a compiled step is there for so many estimates."""
@@ -155,9 +164,12 @@ class Accelerator:
         torch.set_rng_state(state)
         (expected, slow), (found, fast) = timed
         for name, a, b in zip(("bound", "gradient"), expected, found, strict=True):
-            error = float((a - b).abs().max()) / float(a.abs().max().clamp(min=1.0))
-            if bool(a.isfinite().all()) and not error <= ROUNDING * torch.finfo(a.dtype).eps:
-                return f"its {name} would be off by {error:.1g} of its size"
+            size = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
+            eps = torch.finfo(a.dtype).eps
+            allowed = min(ROUNDING * eps, eps**0.5) * max(size, 1.0)
+            if not torch.isclose(a, b, rtol=0.0, atol=allowed, equal_nan=True).all():
+                off = float((a - b).abs().max())
+                return f"its {name} would be off by {off:.1g}, where rounding allows {allowed:.1g}"
         made = self._compilation
         how = "found" if made is not None and made.kept else "compiled meanwhile"
         self.say(
