@@ -10,8 +10,8 @@ from torch import Tensor
 
 from flowvi.chains import Point, Space, constant, move, space_of
 from flowvi.guides import Guide
+from flowvi.randomness import own_randomness
 from flowvi.target import Target
-from flowvi.target.runner import own_randomness
 
 ACCEPTANCE = 0.65
 FIRST_STEP = 0.5

@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from flowvi.anneal import Annealed, Ladder
 from flowvi.guides import Guide
 from flowvi.init import Say
+from flowvi.randomness import own_randomness
 from flowvi.schedule import Average, Guard, decayed
 from flowvi.target import Target
-from flowvi.target.runner import own_randomness
 
 ROUNDS = 300
 BATCH = 256

@@ -3,33 +3,33 @@
 from __future__ import annotations
 
 import copy
-import json
+import hashlib
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save
-from torch import nn
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from flowvi.draws import Draws, tabulate
+from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
 from flowvi.fit import Fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide
+from flowvi.randomness import own_randomness
+from flowvi.states import check_module, packed, read_module, read_tensors, tensors_of
 from flowvi.target import Target
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-FORMAT = 1
+FORMAT = 2
+# Files of the first format have no checksums, and names without a part of them.
+READABLE = (1, 2)
 MANIFEST = "fit.json"
-CHAINS = "chains.safetensors"
-
-
-class CheckpointError(ValueError):
-    """A folder does not hold a fit that can be used here."""
+HISTORY, OWN, CHAINS = "history", "target", "chains"
+FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
+NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
 
 
 def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
@@ -41,14 +41,16 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
     """
     path = Path(folder)
     path.mkdir(parents=True, exist_ok=True)
-    for i, guide in enumerate(fit.guides):
-        _write(path / f"guide_{i}.safetensors", _tensors(guide))
-    _write(path / "history.safetensors", {k: torch.as_tensor(v) for k, v in fit.history.items()})
-    own = {n: p for n, p in fit.target.named_parameters() if n.startswith("own_")}
+    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)}
+    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
+    own: dict[str, Tensor] = {
+        n: p for n, p in fit.target.named_parameters() if n.startswith("own_")
+    }
     if own:
-        _write(path / "target.safetensors", own)
+        parts[OWN] = own
     if fit.chains is not None:
-        _write(path / CHAINS, _chain_arrays(fit.chains))
+        parts[CHAINS] = _chain_arrays(fit.chains)
+    files = {part: _write(path, part, tensors) for part, tensors in parts.items()}
     manifest = {
         "format": FORMAT,
         "latents": latents(fit.target),
@@ -57,9 +59,14 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
         "log": fit.log,
         "meta": fit.meta,
         "chains": None if fit.chains is None else fit.chains.meta,
+        "files": files,
     }
-    # Written last: a folder with a manifest is a whole one.
-    _replace(path / MANIFEST, json.dumps(manifest, indent=1).encode())
+    # Written last: until then the folder holds what it held before.
+    write_json(path / MANIFEST, manifest)
+    kept = {file["name"] for file in files.values()}
+    for file in path.iterdir():
+        if NAME.fullmatch(file.name) and file.name not in kept:
+            file.unlink()
     return path
 
 
@@ -77,19 +84,52 @@ def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = N
     """
     path = Path(folder)
     manifest = _manifest(path)
-    _compare(manifest["latents"], latents(target), path)
+    compare_latents(manifest["latents"], latents(target), path)
+    files = _Files(path, manifest.get("files"))
     guides = []
     for i in range(manifest["guides"]):
-        new = _build(manifest["meta"]["specs"][i], target, guide, path)
-        _fill(new, path / f"guide_{i}.safetensors")
+        file, seal = files.of(f"guide_{i}")
+        with own_randomness():
+            new = _build(manifest["meta"]["specs"][i], target, guide, file, seal)
         guides.append(new)
-    if (path / "target.safetensors").exists():
-        _fill_own(target, path / "target.safetensors")
-    history = {k: v.numpy() for k, v in _read(path / "history.safetensors").items()}
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    history = {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
     meta, log, bounds = manifest["meta"], manifest["log"], manifest["bounds"]
     chains = manifest.get("chains")
-    table = None if chains is None else _chains(target, path / CHAINS, chains)
+    table = None if chains is None else _chains(target, *files.of(CHAINS), chains)
     return Fit(target, guides, bounds, history, log, meta, table)
+
+
+class _Files:
+    """Names and seals of the files of a folder, by what they hold."""
+
+    def __init__(self, path: Path, files: Mapping[str, Any] | None) -> None:
+        self.path, self.files = path, files
+
+    def has(self, part: str) -> bool:
+        if self.files is None:
+            return (self.path / f"{part}.safetensors").exists()
+        return part in self.files
+
+    def of(self, part: str) -> tuple[Path, Seal | None]:
+        if self.files is None:
+            return self.path / f"{part}.safetensors", None
+        try:
+            file = self.files[part]
+            name, seal = str(file["name"]), Seal(int(file["size"]), str(file["sha256"]))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path / MANIFEST} names no file for '{part}'.") from None
+        if not NAME.fullmatch(name):
+            raise CheckpointError(f"{self.path / MANIFEST}: '{name}' is no name of a fit's file.")
+        return self.path / name, seal
+
+
+def _write(path: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a file under a name that no other content has, so that none is overwritten."""
+    content = packed(tensors)
+    name = f"{part}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+    return {"name": name, **write_whole(path / name, content)._asdict()}
 
 
 def _chain_arrays(chains: Draws) -> dict[str, Tensor]:
@@ -99,9 +139,9 @@ def _chain_arrays(chains: Draws) -> dict[str, Tensor]:
     }
 
 
-def _chains(target: Target, file: Path, meta: dict[str, Any]) -> Draws:
+def _chains(target: Target, file: Path, seal: Seal | None, meta: dict[str, Any]) -> Draws:
     """The table of saved chains, evaluated anew."""
-    arrays = _read(file)
+    arrays = read_tensors(file, seal)
     z, log_q = arrays.pop("z"), arrays.pop("log_q")
     size = target.chunk()
     pieces = [zip(a.split(size), b.split(size), strict=True) for a, b in zip(z, log_q, strict=True)]
@@ -122,6 +162,16 @@ def latents(target: Target) -> dict[str, Any]:
     }
 
 
+def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:
+    """Refuse what was fitted to another model, by the first site that differs."""
+    for name in [*saved, *(n for n in here if n not in saved)]:
+        if saved.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{where} was fitted to another model: site '{name}' was "
+                f"{saved.get(name, 'absent')} there and is {here.get(name, 'absent')} here."
+            )
+
+
 def _manifest(path: Path) -> dict[str, Any]:
     file = path / MANIFEST
     if not path.is_dir():
@@ -130,80 +180,59 @@ def _manifest(path: Path) -> dict[str, Any]:
         raise CheckpointError(
             f"{path} holds no {MANIFEST}: it is no saved fit, or not a whole one."
         )
-    try:
-        manifest = json.loads(file.read_text())
-    except ValueError as error:
-        raise CheckpointError(f"{file} is not the JSON that fit.save wrote: {error}.") from None
+    manifest = read_json(file)
     version = manifest.get("format") if isinstance(manifest, dict) else None
-    if version != FORMAT:
-        raise CheckpointError(f"{file} has format {version}; this flowvi reads format {FORMAT}.")
+    if version not in READABLE:
+        raise CheckpointError(
+            f"{file} has format {version}; this flowvi reads format {READABLE[0]} to {FORMAT}."
+        )
+    whole = all(isinstance(manifest.get(key), kind) for key, kind in FIELDS.items())
+    specs = manifest["meta"].get("specs") if whole else None
+    if not whole or not isinstance(specs, list) or len(specs) != manifest["guides"]:
+        raise CheckpointError(f"{file} is not a file that flowvi wrote: parts of it are missing.")
     return dict(manifest)
 
 
-def _compare(saved: dict[str, Any], here: dict[str, Any], path: Path) -> None:
-    for name in [*saved, *(n for n in here if n not in saved)]:
-        if saved.get(name) != here.get(name):
-            raise CheckpointError(
-                f"{path} was fitted to another model: site '{name}' was "
-                f"{saved.get(name, 'absent')} there and is {here.get(name, 'absent')} here."
-            )
-
-
-def _build(spec: dict[str, Any], target: Target, guide: Guide | None, path: Path) -> Guide:
-    name = spec["name"]
+def _build(
+    spec: dict[str, Any], target: Target, own: Guide | None, file: Path, seal: Seal | None
+) -> Guide:
+    """A guide as it was built, with the numbers of a file."""
+    name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
     if name in GUIDES or name in FLOWS:
-        new = make_guide(name, target.dim, **spec["sizes"])
-    elif guide is not None:
-        new = copy.deepcopy(guide)
+        _check_sizes(sizes, file, seal)
+        try:
+            with torch.device("meta"):
+                # Without its numbers, it takes no memory.
+                check_module(file, make_guide(name, target.dim, **sizes), seal)
+            new = make_guide(name, target.dim, **sizes)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{file} fits no guide '{name}' of {sizes}: {error}") from None
+    elif own is not None:
+        new = copy.deepcopy(own)
     else:
         raise CheckpointError(
-            f"{path} holds a guide of your own making ({name}); "
+            f"{file.parent} holds a guide of your own making ({name}); "
             "pass one of the same build: flowvi.load(folder, target, guide=...)."
         )
-    return new.to(dtype=target.dtype, device=target.device)
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, seal)
+    return new
 
 
-def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
+def _check_sizes(sizes: Mapping[str, Any], file: Path, seal: Seal | None) -> None:
+    """Refuse more layers than there are bytes in the file, before any are built."""
+    read_start(file, 1, seal)
+    for value in tree_leaves(dict(sizes)):
+        if isinstance(value, int) and value > file.stat().st_size:
+            raise CheckpointError(f"{file} is too small for a guide of {sizes}.")
 
 
-def _fill(module: nn.Module, file: Path) -> None:
-    found, wanted = _read(file), module.state_dict()
-    for name in [*wanted, *(n for n in found if n not in wanted)]:
-        if name not in found or name not in wanted or found[name].shape != wanted[name].shape:
-            came = tuple(found[name].shape) if name in found else "absent"
-            want = tuple(wanted[name].shape) if name in wanted else "absent"
-            raise CheckpointError(f"{file}: tensor '{name}' is {came}, but the guide's is {want}.")
-    module.load_state_dict(found)
-
-
-def _fill_own(target: Target, file: Path) -> None:
-    found, wanted = _read(file), dict(target.named_parameters())
+def _fill_own(target: Target, file: Path, seal: Seal | None) -> None:
+    found, wanted = read_tensors(file, seal), dict(target.named_parameters())
     for name, value in found.items():
         if name not in wanted or wanted[name].shape != value.shape:
             raise CheckpointError(f"{file}: parameter '{name}' does not fit {target.name}.")
         with torch.no_grad():
             wanted[name].copy_(value)
-
-
-def _read(file: Path) -> dict[str, Tensor]:
-    if not file.exists():
-        raise CheckpointError(f"{file} is missing.")
-    if file.stat().st_size == 0:
-        raise CheckpointError(f"{file} is empty (0 bytes): an incomplete write?")
-    try:
-        return load_file(file)
-    except SafetensorError as error:
-        raise CheckpointError(f"{file} is not a file that fit.save wrote: {error}.") from None
-
-
-def _write(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    whole = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
-    _replace(file, save(whole))
-
-
-def _replace(file: Path, content: bytes) -> None:
-    """Write a whole file or none: through a temporary one in the same folder."""
-    temporary = file.with_name(f".{file.name}.{os.getpid()}")
-    temporary.write_bytes(content)
-    os.replace(temporary, file)

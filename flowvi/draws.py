@@ -14,8 +14,8 @@ from torch import Tensor
 from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Diagnosis, Where
 from flowvi.guides import Guide
+from flowvi.randomness import own_randomness
 from flowvi.target import Target
-from flowvi.target.runner import own_randomness
 
 DRAWING = 0
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -22,6 +21,7 @@ from flowvi.escalation import joined
 from flowvi.guides import Guide
 from flowvi.look import check_size
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
+from flowvi.randomness import own_randomness
 from flowvi.records import Objective, Row, Settings, Step
 from flowvi.run import Kept, Run
 from flowvi.stopping import Clock
@@ -170,7 +170,7 @@ def fit(
         asked(compile),
     )
     runs: list[Run] = []
-    with _own_randomness(target), best_threads(target, particles or PARTICLES):
+    with own_randomness(), best_threads(target, particles or PARTICLES):
         for restart in range(restarts):
             name = guide if isinstance(guide, str) else ""
             chosen = copy.deepcopy(guide) if isinstance(guide, Guide) else None
@@ -287,10 +287,3 @@ def _check(
             f"{describe(objective)} over global latents needs every row in each weight, but plate "
             f"'{plate}' is subsampled: it would not be a bound. Use the ELBO, or the full plate."
         )
-
-
-@contextmanager
-def _own_randomness(target: Target) -> Iterator[None]:
-    devices = [target.device] if target.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        yield

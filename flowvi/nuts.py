@@ -17,8 +17,8 @@ from tqdm import tqdm
 from flowvi.chains import constant
 from flowvi.draws import Draws, diagnose, tabulate
 from flowvi.guides import Guide, Pushforward
+from flowvi.randomness import own_randomness
 from flowvi.target import Target
-from flowvi.target.runner import own_randomness
 
 MAX_DEPTH = 10
 # How often a start is drawn again where the posterior is not finite.

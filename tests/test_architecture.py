@@ -15,7 +15,8 @@ PACKAGE = Path(flowvi.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Modules and packages from the bottom up; the parts of the first two layers stand alone.
 LAYERS = [
-    {"_version", "parallel"},
+    {"_version", "parallel", "randomness", "files"},
+    {"states"},
     {"flows", "target", "diagnostics"},
     {"guides"},
     {"objectives", "overlap", "compiling"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
     {"plots", "cli"},
 ]
-ALONE = 2
+ALONE = 3
 FACES = {"__init__", "__main__"}
 # Names that other people's programs rely on.
 PUBLIC = {

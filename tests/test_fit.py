@@ -330,6 +330,17 @@ def test_a_guide_of_ones_own_is_loaded_into_one_of_the_same_build(tmp_path):
     assert np.array_equal(fit.draw(50).z, again.draw(50).z)
 
 
+def _guide(folder: Path) -> Path:
+    (file,) = folder.glob("guide_0-*.safetensors")
+    return file
+
+
+def _flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 64
+    path.write_bytes(content)
+
+
 def _truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:100])
 
@@ -338,11 +349,12 @@ def _truncate(path: Path) -> None:
     ("harm", "message"),
     [
         (lambda f: (f / "fit.json").unlink(), "holds no fit.json"),
-        (lambda f: (f / "fit.json").write_text("{"), "is not the JSON"),
+        (lambda f: (f / "fit.json").write_text("{"), "not a file that flowvi wrote"),
         (lambda f: (f / "fit.json").write_text('{"format": 99}'), "has format 99"),
-        (lambda f: (f / "guide_0.safetensors").write_bytes(b""), r"empty \(0 bytes\)"),
-        (lambda f: _truncate(f / "guide_0.safetensors"), "not a file that fit.save wrote"),
-        (lambda f: (f / "guide_0.safetensors").unlink(), "is missing"),
+        (lambda f: _guide(f).write_bytes(b""), r"empty \(0 bytes\)"),
+        (lambda f: _truncate(_guide(f)), "100 bytes where .* were written"),
+        (lambda f: _flip(_guide(f)), "another checksum"),
+        (lambda f: _guide(f).unlink(), "is missing"),
     ],
 )
 def test_a_damaged_folder_is_refused_by_file(tmp_path, harm, message):

@@ -13,6 +13,7 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from flowvi.randomness import own_randomness
 from flowvi.target import checks, enumeration, rows, scores
 from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
@@ -21,7 +22,7 @@ from flowvi.target.facts import Facts, Functions, ModelError
 from flowvi.target.handlers import FromVector, ToVector
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.program import Density
-from flowvi.target.runner import Runner, own_randomness
+from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,15 +18,6 @@ from flowvi.target import checks, scores
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Prior, quiet, run
 from flowvi.target.parameters import Parameters
-
-
-@contextmanager
-def own_randomness(seed: int) -> Iterator[None]:
-    """Random numbers from a seed, which leave those of the caller as they were."""
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
-        yield
 
 
 @dataclass

@@ -11,13 +11,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from flowvi.randomness import own_randomness
 from flowvi.target import checks, rows
 from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
 from flowvi.target.handlers import Owned, Unseen, quiet
 from flowvi.target.layout import Layout
-from flowvi.target.runner import Runner, own_randomness
+from flowvi.target.runner import Runner
 from flowvi.target.tape import LatentValueRead, Unrecordable, record
 
 CHUNK = 1000

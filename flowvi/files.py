@@ -1,0 +1,193 @@
+"""Files that are whole or not there.
+
+A reader is given a `Seal`, the size and the checksum that the writer noted, and takes no
+file that differs from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+# A header, or a file of JSON, that is longer does not come from here.
+LONGEST_TEXT = 16 * 2**20
+LOCK = "lock"
+# What a crash leaves of a file that was being written.
+PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
+
+
+class CheckpointError(ValueError):
+    """A file or a folder does not hold what flowvi wrote there."""
+
+
+class Seal(NamedTuple):
+    """What a reader checks a file by.
+
+    Attributes:
+        size: Bytes.
+        sha256: Their checksum.
+    """
+
+    size: int
+    sha256: str
+
+
+# Writing.
+
+
+def write_whole(file: Path, content: bytes) -> Seal:
+    """Write all bytes of a file, or leave it as it was, whatever happens meanwhile.
+
+    They go to a temporary file beside it, which then takes its place and its
+    mode. A link stays one; what it points at is replaced.
+
+    Raises:
+        OSError: The disk is full, or the file is a device or a folder.
+    """
+    final = file.resolve()
+    old = final.stat() if final.exists() else None
+    if old is not None and not stat.S_ISREG(old.st_mode):
+        raise OSError(f"{file} is no regular file; nothing was written to it.")
+    part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
+    try:
+        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as out:
+            if old is not None:
+                os.fchmod(out.fileno(), stat.S_IMODE(old.st_mode))
+            out.write(content)
+            out.flush()
+            os.fsync(out.fileno())
+        os.replace(part, final)
+    except BaseException:
+        part.unlink(missing_ok=True)
+        raise
+    _sync(final.parent)
+    return Seal(len(content), hashlib.sha256(content).hexdigest())
+
+
+def write_json(file: Path, content: Any) -> Seal:
+    """Write lists, dictionaries with names as keys, numbers and text."""
+    return write_whole(file, json.dumps(content, indent=1).encode())
+
+
+# Reading.
+
+
+def read_whole(file: Path, seal: Seal | None = None) -> bytes:
+    """Read a file, if it is the one that was sealed.
+
+    Raises:
+        CheckpointError: It is missing, empty, no regular file, or not as it was written.
+    """
+    with _opened(file, seal) as source:
+        content = source.read()
+    if seal is not None and hashlib.sha256(content).hexdigest() != seal.sha256:
+        raise CheckpointError(f"{file} has another checksum than when it was written: damaged?")
+    return content
+
+
+def read_start(file: Path, size: int, seal: Seal | None = None) -> bytes:
+    """Read the first bytes of a file, if it has the size that was sealed."""
+    with _opened(file, seal) as source:
+        return source.read(size)
+
+
+def read_json(file: Path, seal: Seal | None = None) -> Any:
+    """Read a file of JSON."""
+    if len(read_start(file, LONGEST_TEXT + 1)) > LONGEST_TEXT:
+        raise CheckpointError(f"{file} is longer than any that flowvi writes.")
+    return parsed(read_whole(file, seal), file)
+
+
+def parsed(text: bytes, file: Path) -> Any:
+    """Read JSON that was found in a file."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"{file} is not a file that flowvi wrote: {error}.") from None
+
+
+# Folders.
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder, also those of other processes, and sweep it.
+
+    The lock goes with the process, however that ends.
+
+    Raises:
+        CheckpointError: Another run has it, whose process the message names, or nothing can be
+            written there.
+    """
+    try:
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+    except OSError as error:
+        raise CheckpointError(f"{folder / LOCK} cannot be locked: {error.strerror}.") from None
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            owner = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "unknown"
+            raise CheckpointError(
+                f"{folder} is in use by another run ({owner}); wait for it or name another folder."
+            ) from None
+        since = time.strftime("%Y-%m-%d %H:%M:%S")
+        os.ftruncate(handle, 0)
+        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, {since}".encode(), 0)
+        sweep(folder)
+        yield
+    finally:
+        os.close(handle)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what crashes left of files that were being written."""
+    for file in folder.iterdir():
+        if PART.fullmatch(file.name) and file.is_file() and not file.is_symlink():
+            file.unlink(missing_ok=True)
+
+
+@contextmanager
+def _opened(file: Path, seal: Seal | None) -> Iterator[BinaryIO]:
+    try:
+        # A pipe would keep a reader waiting.
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+    except FileNotFoundError:
+        raise CheckpointError(f"{file} is missing.") from None
+    except OSError as error:
+        raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
+    try:
+        found = os.fstat(handle)
+        if not stat.S_ISREG(found.st_mode):
+            raise CheckpointError(f"{file} is no regular file.")
+        if found.st_size == 0:
+            raise CheckpointError(f"{file} is empty (0 bytes): an incomplete write?")
+        if seal is not None and found.st_size != seal.size:
+            raise CheckpointError(
+                f"{file} has {found.st_size} bytes where {seal.size} were written: it was cut "
+                "off or changed."
+            )
+        with os.fdopen(handle, "rb", closefd=False) as source:
+            yield source
+    finally:
+        os.close(handle)
+
+
+def _sync(folder: Path) -> None:
+    """Have the names in a folder written to the disk."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
