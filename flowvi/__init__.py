@@ -1,6 +1,7 @@
 """flowvi: normalizing-flow guides for arbitrary Bayesian models."""
 
 from flowvi._version import __version__
+from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
 from flowvi.checkpoint import load
 from flowvi.compare import compare
 from flowvi.draws import Draws, bounds, diagnose, resample, where
@@ -18,7 +19,9 @@ from flowvi.target import ModelError, Site, Target, from_density, from_pyro
 __all__ = [
     "FLOWS",
     "GUIDES",
+    "LIKELIHOODS",
     "OBJECTIVES",
+    "PRIORS",
     "Draws",
     "Fit",
     "FlowGuide",
@@ -29,6 +32,7 @@ __all__ = [
     "Step",
     "Target",
     "__version__",
+    "bayesian",
     "bounds",
     "compare",
     "diagnose",

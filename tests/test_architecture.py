@@ -26,7 +26,7 @@ LAYERS = [
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
     },
-    {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc"},
+    {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc", "bnn"},
     {"plots", "cli"},
 ]
 ALONE = 3
@@ -35,7 +35,7 @@ FACES = {"__init__", "__main__"}
 PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
-    *("evidence", "compare", "neutra", "sbc"),
+    *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}
