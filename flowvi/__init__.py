@@ -1,6 +1,7 @@
 """flowvi: normalizing-flow guides for arbitrary Bayesian models."""
 
 from flowvi._version import __version__
+from flowvi.amortised import Amortised, PerRow
 from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
 from flowvi.checkpoint import load
 from flowvi.compare import compare
@@ -10,11 +11,15 @@ from flowvi.fit import Fit, fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
+from flowvi.minibatch import Minibatch
 from flowvi.neutra import neutra
-from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi
+from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
 from flowvi.records import Step
+from flowvi.row_draws import RowBounds, RowDraws
+from flowvi.row_fit import RowFit
+from flowvi.row_training import Epoch
 from flowvi.sbc import sbc
-from flowvi.target import ModelError, Site, Target, from_density, from_pyro
+from flowvi.target import LocalTarget, ModelError, Site, Target, from_density, from_pyro
 
 __all__ = [
     "FLOWS",
@@ -22,12 +27,20 @@ __all__ = [
     "LIKELIHOODS",
     "OBJECTIVES",
     "PRIORS",
+    "Amortised",
     "Draws",
+    "Epoch",
     "Fit",
     "FlowGuide",
     "FullRank",
+    "LocalTarget",
     "MeanField",
+    "Minibatch",
     "ModelError",
+    "PerRow",
+    "RowBounds",
+    "RowDraws",
+    "RowFit",
     "Site",
     "Step",
     "Target",
@@ -48,5 +61,6 @@ __all__ = [
     "resample",
     "sbc",
     "to_inference_data",
+    "wake_sleep",
     "where",
 ]

@@ -8,25 +8,29 @@ import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from flowvi.amortised import amortised
 from flowvi.draws import Draws, tabulate
 from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
 from flowvi.fit import Fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide
 from flowvi.randomness import own_randomness
+from flowvi.row_fit import RowFit
 from flowvi.states import check_module, packed, read_module, read_tensors, tensors_of
-from flowvi.target import Target
+from flowvi.target import LocalTarget, Target
 
 FORMAT = 2
 # Files of the first format have no checksums, and names without a part of them.
 READABLE = (1, 2)
 MANIFEST = "fit.json"
+# The kind of a fit that has latents for each row.
+ROWS = "rows"
 HISTORY, OWN, CHAINS = "history", "target", "chains"
 FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
 NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
@@ -50,28 +54,51 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
         parts[OWN] = own
     if fit.chains is not None:
         parts[CHAINS] = _chain_arrays(fit.chains)
-    files = {part: _write(path, part, tensors) for part, tensors in parts.items()}
     manifest = {
-        "format": FORMAT,
         "latents": latents(fit.target),
         "guides": len(fit.guides),
         "bounds": fit.bounds,
         "log": fit.log,
         "meta": fit.meta,
         "chains": None if fit.chains is None else fit.chains.meta,
-        "files": files,
     }
-    # Written last: until then the folder holds what it held before.
-    write_json(path / MANIFEST, manifest)
-    kept = {file["name"] for file in files.values()}
-    for file in path.iterdir():
-        if NAME.fullmatch(file.name) and file.name not in kept:
-            file.unlink()
-    return path
+    return _save(path, parts, manifest)
 
 
-def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = None) -> Fit:
-    """Read a fit that `Fit.save` wrote.
+def save_rows(fit: RowFit, folder: str | os.PathLike[str]) -> Path:
+    """Write a fit of latents of rows to a folder."""
+    path = Path(folder)
+    path.mkdir(parents=True, exist_ok=True)
+    parts = {"guide_0": tensors_of(fit.guide)}
+    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
+    own: dict[str, Tensor] = dict(fit.target.named_parameters())
+    if own:
+        parts[OWN] = own
+    manifest = {
+        "kind": ROWS,
+        "latents": latents(fit.target),
+        "guides": 1,
+        "bounds": [],
+        "log": fit.log,
+        "meta": fit.meta,
+    }
+    return _save(path, parts, manifest)
+
+
+@overload
+def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = None) -> Fit: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike[str], target: LocalTarget, guide: Guide | None = None
+) -> RowFit: ...
+
+
+def load(
+    folder: str | os.PathLike[str], target: Target | LocalTarget, guide: Guide | None = None
+) -> Fit | RowFit:
+    """Read a fit that `Fit.save` or `RowFit.save` wrote.
 
     Args:
         folder: Where it was written.
@@ -84,8 +111,11 @@ def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = N
     """
     path = Path(folder)
     manifest = _manifest(path)
+    _same_kind(manifest.get("kind") == ROWS, isinstance(target, LocalTarget), path)
     compare_latents(manifest["latents"], latents(target), path)
     files = _Files(path, manifest.get("files"))
+    if isinstance(target, LocalTarget):
+        return _load_rows(files, manifest, target, guide)
     guides = []
     for i in range(manifest["guides"]):
         file, seal = files.of(f"guide_{i}")
@@ -99,6 +129,50 @@ def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = N
     chains = manifest.get("chains")
     table = None if chains is None else _chains(target, *files.of(CHAINS), chains)
     return Fit(target, guides, bounds, history, log, meta, table)
+
+
+def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
+    """Write the files of a fit, and the manifest that names them."""
+    files = {part: _write(path, part, tensors) for part, tensors in parts.items()}
+    # Written last: until then the folder holds what it held before.
+    write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    kept = {file["name"] for file in files.values()}
+    for file in path.iterdir():
+        if NAME.fullmatch(file.name) and file.name not in kept:
+            file.unlink()
+    return path
+
+
+def _load_rows(
+    files: _Files, manifest: dict[str, Any], target: LocalTarget, guide: Guide | None
+) -> RowFit:
+    meta = manifest["meta"]
+    spec = meta["specs"][0]
+    file, seal = files.of("guide_0")
+    if guide is not None:
+        new = copy.deepcopy(guide)
+    elif not spec.get("own") and spec.get("name") in {*GUIDES, *FLOWS}:
+        with own_randomness():
+            new = amortised(target, spec["name"])
+    else:
+        raise CheckpointError(
+            f"{file.parent} holds a guide of your own making ({spec.get('name')}); "
+            "pass one of the same build: flowvi.load(folder, target, guide=...)."
+        )
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, seal)
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    history = {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
+    return RowFit(target, new, history, manifest["log"], meta)
+
+
+def _same_kind(there: bool, here: bool, path: Path) -> None:
+    kinds = ("one vector of latents", "latents for each row (local=)")
+    if there != here:
+        raise CheckpointError(
+            f"{path} was fitted to a model with {kinds[there]}; this target has {kinds[here]}."
+        )
 
 
 class _Files:
@@ -150,7 +224,7 @@ def _chains(target: Target, file: Path, seal: Seal | None, meta: dict[str, Any])
         return tabulate(target, pieces, meta, stats)
 
 
-def latents(target: Target) -> dict[str, Any]:
+def latents(target: Target | LocalTarget) -> dict[str, Any]:
     """Name, shape, support and columns of each latent site, as JSON has them."""
     return {
         name: {
@@ -229,7 +303,7 @@ def _check_sizes(sizes: Mapping[str, Any], file: Path, seal: Seal | None) -> Non
             raise CheckpointError(f"{file} is too small for a guide of {sizes}.")
 
 
-def _fill_own(target: Target, file: Path, seal: Seal | None) -> None:
+def _fill_own(target: Target | LocalTarget, file: Path, seal: Seal | None) -> None:
     found, wanted = read_tensors(file, seal), dict(target.named_parameters())
     for name, value in found.items():
         if name not in wanted or wanted[name].shape != value.shape:

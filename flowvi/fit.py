@@ -5,10 +5,10 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
@@ -20,12 +20,15 @@ from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.guides import Guide
 from flowvi.look import check_size
-from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, elbo
+from flowvi.minibatch import Minibatch
+from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
 from flowvi.records import Objective, Row, Settings, Step
+from flowvi.row_fit import RowFit, fit_rows
+from flowvi.row_training import Epoch
 from flowvi.run import Kept, Run
 from flowvi.stopping import Clock
-from flowvi.target import Target
+from flowvi.target import LocalTarget, Target
 from flowvi.threads import best_threads
 from flowvi.training import particles_of
 
@@ -87,10 +90,47 @@ class Fit:
         return "\n".join([head, *(f"  {line}" for line in self.log)])
 
 
+@overload
 def fit(
     target: Target,
+    guide: str | Guide = ...,
+    objective: Objective | WakeSleep | str | None = ...,
+    *,
+    steps: int | None = ...,
+    lr: float | None = ...,
+    particles: int | None = ...,
+    restarts: int = ...,
+    seed: int = ...,
+    budget: float | None = ...,
+    escalate: bool = ...,
+    compile: Compile = ...,
+    progress: bool = ...,
+    callback: Callable[[Step], object] | None = ...,
+) -> Fit: ...
+
+
+@overload
+def fit(
+    target: LocalTarget,
+    guide: str | Guide = ...,
+    objective: Objective | WakeSleep | str | None = ...,
+    *,
+    lr: float | None = ...,
+    seed: int = ...,
+    budget: float | None = ...,
+    progress: bool = ...,
+    callback: Callable[[Epoch], object] | None = ...,
+    epochs: int | None = ...,
+    batch_size: int | None = ...,
+    validation: Any = ...,
+    minibatch: Minibatch | None = ...,
+) -> RowFit: ...
+
+
+def fit(
+    target: Target | LocalTarget,
     guide: str | Guide = "auto",
-    objective: Objective | str | None = None,
+    objective: Objective | WakeSleep | str | None = None,
     *,
     steps: int | None = None,
     lr: float | None = None,
@@ -101,8 +141,12 @@ def fit(
     escalate: bool = True,
     compile: Compile = "auto",
     progress: bool = True,
-    callback: Callable[[Step], object] | None = None,
-) -> Fit:
+    callback: Callable[[Any], object] | None = None,
+    epochs: int | None = None,
+    batch_size: int | None = None,
+    validation: Any = None,
+    minibatch: Minibatch | None = None,
+) -> Fit | RowFit:
     """Fit a guide to a target, starting at the best Gaussian that can be found.
 
     A full-rank Gaussian is fitted first, from several start points; the flow
@@ -122,6 +166,9 @@ def fit(
     In the processes of a `torch.distributed` group, as `torchrun` starts them, each
     makes the same choices and takes draws of its own: P processes take the steps
     of one with P times the draws, and all return the same guide.
+
+    A target with latents for each row (`local=`) is fitted on minibatches instead: epochs,
+    batch_size, validation and minibatch are for it, and what comes back is a `RowFit`.
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
@@ -143,12 +190,34 @@ def fit(
             an earlier fit left it in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
             on or off, decides what "auto" does. Steps on a GPU are not compiled.
         progress: Show a bar, if the error stream is a terminal.
-        callback: Called with a `Step` after each; a true answer stops the fit.
+        callback: Called with a `Step` after each, or for rows with an `Epoch`; a true answer
+            stops the fit.
+        epochs: For rows: times that each is visited; 40 by default.
+        batch_size: For rows: how many a step takes; 100 by default.
+        validation: For rows: other rows, or the share of them to hold out, to judge epochs by.
+        minibatch: For rows: all other settings, such as the warm-up of the prior's weight.
 
     Raises:
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """
+    if isinstance(target, LocalTarget):
+        others = {"steps": steps, "particles": particles, "restarts": restarts - 1 or None}
+        _refuse("has latents for each row", others)
+        rows: Any = objective
+        return fit_rows(
+            target,
+            guide,
+            rows,
+            settings=_minibatch(minibatch, epochs=epochs, batch_size=batch_size, lr=lr),
+            validation=validation,
+            seed=seed,
+            budget=budget,
+            progress=progress,
+            callback=callback,
+        )
+    for_rows = {"epochs": epochs, "batch_size": batch_size, "validation": validation}
+    _refuse("has no latents for each row (local=)", {**for_rows, "minibatch": minibatch})
     objective = _objective(objective, particles)
     _check(target, objective, steps, lr, particles, restarts, seed, budget)
     if isinstance(guide, str):
@@ -234,7 +303,19 @@ def describe(objective: Objective) -> str:
     return f"{name} (K = {objective.particles}, {objective.gradient})"
 
 
-def _objective(objective: Objective | str | None, particles: int | None) -> Objective:
+def _refuse(why: str, given: Mapping[str, Any]) -> None:
+    """Refuse settings of the other kind of fit."""
+    for name, value in given.items():
+        if value is not None:
+            raise ValueError(f"The target {why}: {name} has no meaning for it; got {value}.")
+
+
+def _minibatch(minibatch: Minibatch | None, **given: Any) -> Minibatch:
+    """Settings with what was given beside them."""
+    return replace(minibatch or Minibatch(), **{k: v for k, v in given.items() if v is not None})
+
+
+def _objective(objective: Objective | WakeSleep | str | None, particles: int | None) -> Objective:
     if objective is None:
         return elbo(particles or PARTICLES)
     if isinstance(objective, str):
@@ -245,7 +326,11 @@ def _objective(objective: Objective | str | None, particles: int | None) -> Obje
             raise ValueError(
                 "forward_kl needs draws to fit to: pass objective=OBJECTIVES['forward_kl'](z)."
             )
-        return OBJECTIVES[objective]()
+        objective = OBJECTIVES[objective]()
+    if isinstance(objective, WakeSleep):
+        raise ValueError(
+            "wake_sleep is for latents of rows (local=); for others use elbo() or iwelbo(16)."
+        )
     return objective
 
 

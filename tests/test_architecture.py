@@ -19,12 +19,14 @@ LAYERS = [
     {"states"},
     {"flows", "target", "diagnostics"},
     {"guides"},
+    {"amortised"},
     {"objectives", "overlap", "compiling"},
     {"draws"},
     {
         *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
+        *("minibatch", "row_training", "row_draws", "row_fit"),
     },
     {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc", "bnn"},
     {"plots", "cli"},
@@ -36,6 +38,7 @@ PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
     *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
+    *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

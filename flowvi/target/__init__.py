@@ -3,6 +3,8 @@
 from flowvi.target.base import Target
 from flowvi.target.density import from_density
 from flowvi.target.facts import ModelError, Site
+from flowvi.target.local import LocalTarget
+from flowvi.target.local_rows import Batch
 from flowvi.target.pyro_model import from_pyro
 
-__all__ = ["ModelError", "Site", "Target", "from_density", "from_pyro"]
+__all__ = ["Batch", "LocalTarget", "ModelError", "Site", "Target", "from_density", "from_pyro"]

@@ -34,12 +34,18 @@ class Batched(nn.Module):
             self.graph = None
             self.__dict__["function"] = point
 
+    @property
+    def point(self) -> PointFunction:
+        """The function of one point, recorded or as it was."""
+        found: PointFunction = self.graph if self.graph is not None else self.__dict__["function"]
+        return found
+
     def forward(self, z: Tensor, *inputs: Tensor) -> Any:
         """Evaluate. (*S, D) -> tree of (*S, ...)."""
         shape = z.shape[:-1]
         flat = z.reshape(-1, z.shape[-1]).to(self.dtype)
         inputs = tuple(x.to(self.dtype) if x.is_floating_point() else x for x in inputs)
-        point = self.graph if self.graph is not None else self.__dict__["function"]
+        point = self.point
         if self.how == "loop":
             rows = [point(row, *inputs) for row in flat]
             out = tree_map(lambda *leaves: torch.stack(leaves), *rows)

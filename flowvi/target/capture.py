@@ -34,7 +34,9 @@ class Trial:
         return [(self.points, self.inputs), *((self.points[:1], other) for other in self.others)]
 
 
-def capture(function: PointFunction, trial: Trial, name: str, reads: bool = False) -> Batched:
+def capture(
+    function: PointFunction, trial: Trial, name: str, reads: bool = False, double: bool = True
+) -> Batched:
     """Find the fastest way to evaluate a log density for many points that agrees with it.
 
     Tried in turn: a recorded graph, written in double precision; the same in
@@ -46,6 +48,7 @@ def capture(function: PointFunction, trial: Trial, name: str, reads: bool = Fals
         trial: Where to compare.
         name: What to call the function in messages.
         reads: Whether the function may read values into Python, as a loop allows.
+        double: Whether to try double precision first.
 
     Raises:
         ModelError: The function does not agree with itself, draws random numbers, or
@@ -54,7 +57,7 @@ def capture(function: PointFunction, trial: Trial, name: str, reads: bool = Fals
     own = trial.points.dtype
     ways = [("tape", torch.float64), ("tape", own), ("vmap", own)]
     reasons: list[str] = []
-    for how, dtype in ways[own == torch.float64 :]:
+    for how, dtype in ways[own == torch.float64 or not double :]:
         try:
             batched = _batched(function, trial, how, dtype)
             if not reasons:

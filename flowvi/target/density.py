@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -12,32 +13,65 @@ from flowvi.target.base import Target
 from flowvi.target.bijections import bijection
 from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Site
+from flowvi.target.local import LocalTarget
+from flowvi.target.local_density import PlainRows
 from flowvi.target.program import Density
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
 
+@overload
 def from_density(
-    log_prob: Callable[[dict[str, Tensor]], Tensor], sites: Mapping[str, Site]
-) -> Target:
+    log_prob: Callable[..., Tensor],
+    sites: Mapping[str, Site],
+    data: None = None,
+    local: None = None,
+) -> Target: ...
+
+
+@overload
+def from_density(
+    log_prob: Callable[..., Tensor], sites: Mapping[str, Site], data: Any, local: str
+) -> LocalTarget: ...
+
+
+def from_density(
+    log_prob: Callable[..., Tensor],
+    sites: Mapping[str, Site],
+    data: Any = None,
+    local: str | None = None,
+) -> Target | LocalTarget:
     """Make a target of a differentiable log density on named, constrained values.
 
     Args:
         log_prob: Takes a dict of one value a site, each of its site's shape, and returns
             the log density there, (), up to a constant. Jacobians are added by flowvi.
         sites: Name -> `Site(shape, support)`.
+        data: For latents that each row of the data has of its own, the rows: a tensor, a tuple
+            of tensors, a `Dataset` or a `DataLoader`. The log density then takes the values of
+            one row and, behind them, its data; an `nn.Module` has its parameters trained.
+        local: What to call the rows.
+
+    Returns:
+        The target; with `local` a `LocalTarget`.
 
     Raises:
         ModelError: The density cannot be evaluated or captured.
     """
-    return _Plain(log_prob, dict(sites)).target()
+    plain = _Plain(log_prob, dict(sites))
+    if local is None and data is None:
+        return plain.target()
+    if local is None or data is None:
+        raise ModelError(
+            "data and local belong together: data=x, local='row' gives each row of x a latent "
+            f"vector; got local={local!r}{' and no data' if data is None else ''}."
+        )
+    return PlainRows(plain, data, local).target()
 
 
 class _Plain:
     """One density on its way to a target."""
 
-    def __init__(
-        self, log_prob: Callable[[dict[str, Tensor]], Tensor], sites: dict[str, Site]
-    ) -> None:
+    def __init__(self, log_prob: Callable[..., Tensor], sites: dict[str, Site]) -> None:
         if not sites:
             raise ModelError("from_density needs at least one site, such as {'mu': flowvi.Site()}.")
         self.log_prob, self.sites = log_prob, sites
@@ -55,28 +89,19 @@ class _Plain:
 
     def target(self) -> Target:
         trial = Trial(self._points())
-        batched = capture(self._density, trial, self.name, reads=True)
-        dims = {
-            name: site.dims or tuple(f"{name}_dim_{i}" for i in range(len(site.shape)))
-            for name, site in self.sites.items()
-        }
-        facts = Facts(self.name, self.sites, self.slices, dims=dims)
-        functions = Functions(self._values, self._inverse)
+        batched = capture(self.density, trial, self.name, reads=True)
+        facts = Facts(self.name, self.sites, self.slices, dims=self.dims())
+        functions = Functions(self.values, self.inverse)
         return Target(facts, Density(batched, frozen=True), functions, trial)
 
-    def _values(self, z: Tensor) -> dict[str, Tensor]:
-        return {
-            name: self.transforms[name](z[self.slices[name]].reshape(self.shapes[name]))
-            for name in self.sites
-        }
-
-    def _density(self, z: Tensor) -> Tensor:
+    def density(self, z: Tensor, *row: Tensor) -> Tensor:
+        """Log density at a point, Jacobian included; row is the data of one row, if any."""
         values, ladj = {}, z.new_zeros(())
         for name, transform in self.transforms.items():
             u = z[self.slices[name]].reshape(self.shapes[name])
             values[name] = transform(u)
             ladj = ladj + transform.log_abs_det_jacobian(u, values[name]).sum()
-        log_p = self.log_prob(values)
+        log_p = self.log_prob(values, *row)
         if not isinstance(log_p, Tensor) or log_p.shape != ():
             came = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
             raise ModelError(
@@ -85,13 +110,28 @@ class _Plain:
             )
         return log_p + ladj
 
-    def _inverse(self, flat: Tensor) -> Tensor:
+    def values(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of the sites at a point (D)."""
+        return {
+            name: self.transforms[name](z[self.slices[name]].reshape(self.shapes[name]))
+            for name in self.sites
+        }
+
+    def inverse(self, flat: Tensor) -> Tensor:
+        """The point of flattened values."""
         values = split(flat, self.sites)
         return torch.cat([t.inv(values[name]).reshape(-1) for name, t in self.transforms.items()])
 
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """A name for each axis of each site."""
+        return {
+            name: site.dims or tuple(f"{name}_dim_{i}" for i in range(len(site.shape)))
+            for name, site in self.sites.items()
+        }
+
     def _points(self) -> Tensor:
         like = torch.zeros(self.dim)
-        points = finite_points(nearby(like), lambda z: bool(self._density(z).isfinite()))
+        points = finite_points(nearby(like), lambda z: bool(self.density(z).isfinite()))
         if points is None:
             raise ModelError(
                 f"{self.name} is not finite at any of {TRIES} points near the centre of the "

@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, overload
 
 import pyro
 import torch
@@ -21,6 +21,8 @@ from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError
 from flowvi.target.handlers import FromVector, ToVector
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
+from flowvi.target.local import LocalTarget
+from flowvi.target.local_model import from_local_model
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
@@ -29,9 +31,19 @@ from flowvi.target.vectors import TRIES, finite_points, nearby, split
 RUNS = 3
 
 
+@overload
+def from_pyro(
+    model: Callable[..., Any], *args: Any, local: None = None, **kwargs: Any
+) -> Target: ...
+
+
+@overload
+def from_pyro(model: Callable[..., Any], *args: Any, local: str, **kwargs: Any) -> LocalTarget: ...
+
+
 def from_pyro(
     model: Callable[..., Any], *args: Any, local: str | None = None, **kwargs: Any
-) -> Target:
+) -> Target | LocalTarget:
     """Capture a Pyro model as a log density on R^D.
 
     The model runs a few times now and never again while a guide is fitted:
@@ -41,22 +53,22 @@ def from_pyro(
     Args:
         model: A Pyro model: a function, a callable object or a `PyroModule`.
         *args: Its positional arguments; numpy arrays become tensors.
-        local: Name of the plate whose latents are local, one vector a row.
+        local: Name of the plate whose latents are local, one vector a row. The model may
+            then be called with all rows, as tensors whose first axis is the plate's, or with a
+            `torch.utils.data.Dataset` or `DataLoader` in their place.
         **kwargs: Its keyword arguments.
 
     Returns:
-        The target, evaluated in double precision where the model allows it.
+        The target, evaluated in double precision where the model allows it; with `local` a
+        `LocalTarget`, in the model's own precision.
 
     Raises:
         ModelError: The model cannot be written as a density on R^D; the
             message names the site or line and says what to do.
     """
-    if local is not None:
-        raise ModelError(
-            f"local='{local}': latents in a plate cannot yet have a guide that reads their row; "
-            "leave local out to give every row its own latents."
-        )
     with own_randomness(0):
+        if local is not None:
+            return from_local_model(Runner(model, args, kwargs), name_of(model), local)
         return _Capture(Runner(model, args, kwargs), name_of(model)).target()
 
 

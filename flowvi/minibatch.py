@@ -1,0 +1,191 @@
+"""How a guide for local latents is trained on minibatches, and the bound that a step maximises."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowvi.guides import Guide
+from flowvi.objectives import Renyi, WakeSleep
+from flowvi.target import Batch, LocalTarget
+
+# The step size falls to this share.
+LAST = 0.02
+# A prior weight of nothing at all would divide by zero.
+LEAST_BETA = 1e-3
+
+Warm = Literal["linear", "cyclical"]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    r"""How to go through the rows.
+
+    With a weight :math:`\beta < 1` a step maximises
+    :math:`E_q[\log p(x \mid z) + \beta (\log p(z) - \log q(z))]`, and with free bits
+    :math:`\lambda` it replaces the batch's mean divergence by
+    :math:`\max(\lambda, \mathrm{KL})`. Neither is a bound: both are for training only, and
+    what is reported is always the bound itself.
+
+    Args:
+        batch_size: Rows B of a step.
+        epochs: Times that every row is visited.
+        lr: Step size of Adam.
+        decay: Share of the steps, at the end, in which the step size falls linearly to 2 %.
+        warmup_epochs: Epochs over which beta rises to one.
+        warmup: "linear" once, or "cyclical": in four cycles over all epochs, in the first
+            half of each, if warmup_epochs is positive.
+        free_bits: Nats of divergence that are free, in total over the latents of a row.
+        patience: Epochs without a better validation bound before training ends; none without.
+        transform: Applied to the data of every training batch at every visit; random
+            numbers come from torch's generator, which the fit seeds.
+        workers: Processes that fetch items of a `Dataset`.
+        amp: Whether to compute in bfloat16 where torch deems that safe, on a GPU.
+
+    References:
+        Bowman et al. (2016), arXiv:1511.06349, Sønderby et al. (2016), arXiv:1602.02282: warm-up.
+        Fu et al. (2019), arXiv:1903.10145: in cycles.
+        Kingma et al. (2016), arXiv:1606.04934, section C.8: free bits.
+    """
+
+    batch_size: int = 100
+    epochs: int = 40
+    lr: float = 1e-3
+    decay: float = 0.5
+    warmup_epochs: int = 0
+    warmup: Warm = "linear"
+    free_bits: float = 0.0
+    patience: int | None = None
+    transform: Callable[..., Any] | None = None
+    workers: int = 0
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        for name in ("batch_size", "epochs"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
+        for name in ("warmup_epochs", "free_bits", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
+        if not 0 < self.lr < math.inf:
+            raise ValueError(f"lr must be a positive number; got {self.lr}.")
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1]; got {self.decay}.")
+        if self.patience is not None and self.patience < 1:
+            raise ValueError(f"patience must be at least 1 epoch; got {self.patience}.")
+        if self.warmup not in ("linear", "cyclical"):
+            raise ValueError(f"warmup must be 'linear' or 'cyclical'; got '{self.warmup}'.")
+
+    def rate(self, done: float) -> float:
+        """Step size after a share of all steps."""
+        falling = max(0.0, done - (1 - self.decay)) / self.decay if self.decay else 0.0
+        return self.lr * (1 - (1 - LAST) * falling)
+
+    def beta(self, epoch: float) -> float:
+        """Weight of prior and guide after a number of epochs."""
+        if not self.warmup_epochs:
+            return 1.0
+        if self.warmup == "linear":
+            return min(1.0, max(LEAST_BETA, epoch / self.warmup_epochs))
+        cycle = self.epochs / 4
+        return min(1.0, max(LEAST_BETA, 2 * (epoch % cycle) / cycle))
+
+    def transformed(self, batch: Batch) -> Batch:
+        """The batch as a step sees it."""
+        if self.transform is None:
+            return batch
+        data = self.transform(*batch.data)
+        return Batch(batch.places, (data,) if isinstance(data, Tensor) else tuple(data))
+
+
+class RowStep(NamedTuple):
+    """What a step maximises, and what it tells.
+
+    Attributes:
+        objective: Mean over the batch, to be differentiated.
+        bound: Mean of the rows' bounds, at beta = 1 and without free bits.
+        divergence: Mean of log q - log p(z); NaN where the density has no parts.
+    """
+
+    objective: Tensor
+    bound: Tensor
+    divergence: Tensor
+
+
+def row_step(
+    target: LocalTarget,
+    guide: Guide,
+    objective: Renyi | WakeSleep,
+    batch: Batch,
+    beta: float = 1.0,
+    free_bits: float = 0.0,
+) -> RowStep:
+    r"""Evaluate the bound of a batch of rows.
+
+    With weight beta the objective sees :math:`\log p(x \mid z) / \beta + \log p(z)`, and its
+    value is multiplied by beta.
+
+    Args:
+        target: The log densities of rows.
+        guide: A density for every row.
+        objective: The bound.
+        batch: The rows.
+        beta: Weight of prior and guide.
+        free_bits: Nats of divergence that are free.
+    """
+    seen: list[Tensor] = []
+
+    def log_p(z: Tensor) -> Tensor:
+        seen[:] = target.terms(z, batch).unbind(-1)
+        return seen[0] + seen[1] if beta == 1.0 else seen[0] / beta + seen[1]
+
+    context: Any = batch  # a guide for rows is conditioned on them
+    estimate = objective(log_p, guide, context)
+    likelihood = seen[0]
+    wanted = beta * estimate.bound.mean()
+    bound = estimate.bound.detach()
+    if beta < 1.0:
+        log_w = estimate.log_w - (1 / beta - 1) * likelihood.detach()
+        one_stratum = len(log_w) == objective.particles
+        with torch.no_grad():
+            bound = (
+                objective.bound(log_w)
+                if one_stratum
+                else objective(lambda z: target.log_prob(z, batch), guide, context).bound
+            )
+    divergence = (likelihood.detach() / beta - estimate.log_w).mean()
+    if free_bits > 0 and divergence < free_bits:
+        wanted = likelihood.mean() - beta * free_bits
+    if not target.has_parts:
+        divergence = divergence.new_full((), math.nan)
+    return RowStep(wanted, bound.mean(), divergence)
+
+
+def check_objective(target: LocalTarget, objective: Any, settings: Minibatch) -> None:
+    """Refuse what has no meaning for rows."""
+    if not isinstance(objective, Renyi | WakeSleep):
+        raise ValueError(
+            "Rows need an objective that draws its own samples, such as elbo(), iwelbo(16) or "
+            f"wake_sleep(16); got {type(objective).__name__}."
+        )
+    special = settings.warmup_epochs > 0 or settings.free_bits > 0
+    if special and not target.has_parts:
+        raise ValueError(
+            f"warmup_epochs and free_bits weigh the prior of z, but the density of {target.name} "
+            "does not fall apart into likelihood and prior: it is written by hand, or sums out "
+            "discrete latents."
+        )
+    if settings.free_bits > 0 and not (isinstance(objective, Renyi) and objective.alpha == 1.0):
+        raise ValueError("free_bits are for the ELBO: use elbo(), or leave them out.")
+    if target.shared is not None:
+        names = ", ".join(f"'{name}'" for name in target.shared.sites)
+        raise ValueError(
+            f"{names} of {target.name} are latents that all rows share: a guide for rows leaves "
+            "them out. Fit nested(target, guide), whose posterior is over both, or make them "
+            "parameters (pyro.param)."
+        )

@@ -1,0 +1,316 @@
+"""Training on minibatches of rows: epochs, validation, early stopping."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from flowvi import parallel
+from flowvi.draws import stream
+from flowvi.guides import Guide
+from flowvi.minibatch import Minibatch, row_step
+from flowvi.objectives import Renyi, WakeSleep
+from flowvi.randomness import own_randomness
+from flowvi.records import JUDGE, TRAIN, TRIAL
+from flowvi.schedule import Guard
+from flowvi.stopping import Clock
+from flowvi.target import Batch, LocalTarget
+
+ORDER = TRIAL
+
+
+class Epoch(NamedTuple):
+    """What is told after every epoch.
+
+    Attributes:
+        epoch: Number of the epoch, from 1.
+        bound: Mean bound of a row over the epoch's steps, in nats.
+        validation: The same on the validation rows; NaN without.
+        divergence: Mean of log q - log p(z).
+        lr: Step size at its end.
+        beta: Weight of prior and guide at its end.
+        skipped: Steps skipped.
+        seconds: Since the fit began.
+    """
+
+    epoch: int
+    bound: float
+    validation: float
+    divergence: float
+    lr: float
+    beta: float
+    skipped: int
+    seconds: float
+
+
+@dataclass
+class RowState:
+    """Where a training is: all that a continuation needs.
+
+    Attributes:
+        epochs: What was told so far.
+        best: Parameters with the best validation bound, and that bound.
+        since: Epochs since then.
+    """
+
+    epochs: list[Epoch] = field(default_factory=list)
+    best: Tensor | None = None
+    best_bound: float = -math.inf
+    since: int = 0
+    interrupted: bool = False
+
+
+class RowTrainer:
+    """Trains a guide for rows, and the target's own parameters with it.
+
+    Args:
+        target: The log densities of rows.
+        guide: The guide, changed in place.
+        objective: The bound.
+        settings: How to go through the rows.
+        rows: Places of the rows to train on.
+        validation: Rows that are not trained on.
+        seed: Of everything random.
+        clock: The time that is left.
+        progress: Whether to show a bar.
+        callback: Told of every epoch; a true answer stops.
+    """
+
+    def __init__(
+        self,
+        target: LocalTarget,
+        guide: Guide,
+        objective: Renyi | WakeSleep,
+        settings: Minibatch,
+        rows: Tensor,
+        validation: Batch | None,
+        seed: int,
+        clock: Clock,
+        progress: bool = False,
+        callback: Callable[[Epoch], object] | None = None,
+    ) -> None:
+        self.target, self.guide, self.objective = target, guide, objective
+        self.settings, self.rows, self.validation = settings, rows, validation
+        self.seed, self.clock, self.progress, self.callback = seed, clock, progress, callback
+        self.guard = Guard()
+        self.state = RowState()
+        learned = {id(p): p for m in (guide, target) for p in m.parameters() if p.requires_grad}
+        self.flat = Flat(list(learned.values()))
+        self.optimiser = torch.optim.Adam([self.flat.vector], lr=settings.lr, fused=True)
+        self.save: Callable[[], None] = lambda: None
+
+    @property
+    def steps(self) -> int:
+        """Steps of an epoch."""
+        return math.ceil(len(self.rows) / self.settings.batch_size)
+
+    def run(self) -> RowState:
+        """Train until the last epoch, or for as long as it pays."""
+        state, settings = self.state, self.settings
+        first = len(state.epochs)
+        total = settings.epochs * self.steps
+        with self._bar(total, first * self.steps) as bar:
+            try:
+                for epoch in range(first, settings.epochs):
+                    told = self._epoch(epoch, bar)
+                    state.epochs.append(told)
+                    self._judge(told)
+                    self.save()
+                    stop = self.callback is not None and bool(self.callback(told))
+                    if parallel.agreed(stop) or self._tired() or self.clock.over():
+                        break
+            except KeyboardInterrupt:
+                state.interrupted = True
+        if state.best is not None:
+            self.flat.set(state.best)
+        self.flat.release()
+        return state
+
+    def bound_of(self, batch: Batch) -> float:
+        """Mean bound of rows on fresh draws, the same noise at every call."""
+        with own_randomness(stream(self.seed, JUDGE)), torch.no_grad():
+            total = 0.0
+            for part in pieces(batch, self.settings.batch_size):
+                found = row_step(self.target, self.guide, self.objective, part)
+                total += float(found.bound) * len(part.places)
+        return total / len(batch.places)
+
+    def _epoch(self, epoch: int, bar: tqdm[Any]) -> Epoch:
+        settings = self.settings
+        torch.manual_seed(stream(self.seed, TRAIN, epoch))
+        skipped, bounds, divergences, lr, beta = self.guard.skipped, [], [], settings.lr, 1.0
+        for i, batch in enumerate(self._batches(epoch)):
+            done = (epoch * self.steps + i) / (settings.epochs * self.steps)
+            lr, beta = settings.rate(done), settings.beta(epoch + i / self.steps)
+            bound, divergence = self._step(settings.transformed(batch), lr, beta)
+            bounds.append(bound)
+            divergences.append(divergence)
+            bar.update()
+            if i % 20 == 0:
+                bar.set_postfix_str(f"bound {np.mean(bounds[-100:]):.3f}")
+        seen = np.array(bounds)[np.isfinite(bounds)]
+        return Epoch(
+            epoch + 1,
+            float(seen.mean()) if len(seen) else math.nan,
+            math.nan if self.validation is None else self.bound_of(self.validation),
+            float(np.mean(divergences)),
+            lr,
+            beta,
+            self.guard.skipped - skipped,
+            self.clock.seconds,
+        )
+
+    def _step(self, batch: Batch, lr: float, beta: float) -> tuple[float, float]:
+        if parallel.size() > 1:
+            part = slice(parallel.rank(), None, parallel.size())
+            batch = Batch(batch.places[part], tuple(t[part] for t in batch.data))
+        self.flat.zero()
+        with self._precision():
+            found = row_step(
+                self.target, self.guide, self.objective, batch, beta, self.settings.free_bits
+            )
+        (-found.objective).backward()
+        bound, gradient = found.bound, self.flat.gradient
+        if parallel.size() > 1:
+            bound, averaged = parallel.averaged(bound, gradient)
+            gradient.copy_(averaged)
+        admitted, _ = self.guard.admits(float(bound), gradient)
+        if admitted:
+            self.optimiser.param_groups[0]["lr"] = lr
+            self.optimiser.step()
+        return float(bound), float(found.divergence)
+
+    def _judge(self, told: Epoch) -> None:
+        state = self.state
+        if self.validation is None:
+            return
+        if told.validation > state.best_bound:
+            state.best, state.best_bound, state.since = self.flat.copy(), told.validation, 0
+        else:
+            state.since += 1
+
+    def _tired(self) -> bool:
+        patience = self.settings.patience
+        return patience is not None and self.state.since >= patience
+
+    def _batches(self, epoch: int) -> Iterator[Batch]:
+        generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
+        order = self.rows[torch.randperm(len(self.rows), generator=generator)]
+        size, arguments = self.settings.batch_size, self.target.arguments
+        items = arguments.items()
+        if items is None or not self.settings.workers:
+            for index in order.split(size):
+                yield self.target.batch(index)
+            return
+        loader: DataLoader[Any] = DataLoader(
+            _Numbered(items),
+            batch_sampler=[index.tolist() for index in order.split(size)],
+            num_workers=self.settings.workers,
+            collate_fn=_Collated(arguments.collated),
+        )
+        for batch in loader:
+            yield batch.to(self.target.device)
+
+    def _precision(self) -> AbstractContextManager[Any]:
+        if not self.settings.amp or self.target.device.type != "cuda":
+            return nullcontext()
+        return torch.autocast("cuda", torch.bfloat16)
+
+    def _bar(self, total: int, done: int) -> tqdm[Any]:
+        hidden = parallel.rank() > 0 or not self.progress or not sys.stderr.isatty()
+        return tqdm(
+            total=total,
+            initial=done,
+            desc=self.target.name,
+            unit="step",
+            disable=hidden,
+            dynamic_ncols=True,
+        )
+
+
+class Flat:
+    """Parameters as stretches of one vector, and their gradients likewise.
+
+    One vector takes one call of the optimiser, whatever the number of parameters.
+
+    Args:
+        parameters: Of one precision.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self.parameters = parameters
+        kinds = {(p.dtype, p.device) for p in parameters}
+        if len(kinds) != 1:
+            raise ValueError(
+                "Guide and model need parameters of one precision and device; got "
+                f"{', '.join(sorted(f'{d} on {v}' for d, v in kinds)) or 'none at all'}."
+            )
+        with torch.no_grad():
+            vector = torch.cat([p.reshape(-1) for p in parameters])
+        self.vector = nn.Parameter(vector)
+        self.gradient = self.vector.grad = torch.zeros_like(vector)
+        start = 0
+        for p in parameters:
+            part = slice(start, start + p.numel())
+            p.data = self.vector.data[part].view_as(p)
+            p.grad = self.gradient[part].view_as(p)
+            start += p.numel()
+
+    def zero(self) -> None:
+        """Forget the gradients."""
+        self.gradient.zero_()
+
+    def copy(self) -> Tensor:
+        """The values of all parameters."""
+        return self.vector.detach().clone()
+
+    def set(self, values: Tensor) -> None:
+        """Give all parameters other values."""
+        with torch.no_grad():
+            self.vector.copy_(values)
+
+    def release(self) -> None:
+        """Give every parameter memory of its own again."""
+        for p in self.parameters:
+            p.data, p.grad = p.data.clone(), None
+
+
+def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+    """A batch in smaller ones."""
+    for start in range(0, len(batch.places), size):
+        part = slice(start, start + size)
+        yield Batch(batch.places[part], tuple(t[part] for t in batch.data))
+
+
+class _Numbered(Dataset[Any]):
+    """Items with their places."""
+
+    def __init__(self, items: Any) -> None:
+        self.items = items
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, i: int) -> tuple[int, Any]:
+        return i, self.items[i]
+
+
+class _Collated:
+    """Numbered items as a batch."""
+
+    def __init__(self, collate: Callable[[list[Any]], tuple[Tensor, ...]]) -> None:
+        self.collate = collate
+
+    def __call__(self, numbered: list[tuple[int, Any]]) -> Batch:
+        index, items = zip(*numbered, strict=True)
+        return Batch(torch.tensor(index), self.collate(list(items)))

@@ -1,0 +1,347 @@
+"""A model with one latent vector a row of the data, as the log densities of its rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowvi.target.base import Target
+from flowvi.target.batched import Batched, quiet_fallback
+from flowvi.target.facts import ModelError, Site
+from flowvi.target.local_rows import Arguments, Batch
+
+# Draws the data given latent values, or everything where those are None:
+# (values, rows, theta, seed), values each (R, *shape).
+RowSimulator = Callable[
+    [Mapping[str, Tensor] | None, Batch, Tensor | None, int], dict[str, np.ndarray]
+]
+
+
+@dataclass
+class LocalFacts:
+    """What is known of a local model beside its density.
+
+    Args:
+        name: Name of the model.
+        plate: Name of the plate.
+        sites: Local latent sites, of one row.
+        slices: Columns of z that belong to each.
+        deterministics: Names of derived values of a row.
+        observed: Names of the observed sites in the plate.
+        dims: For each of these names, a name for each axis of one row's value.
+        rows: The model's arguments.
+        parts: Whether the density falls apart into likelihood and prior of z.
+    """
+
+    name: str
+    plate: str
+    sites: dict[str, Site]
+    slices: dict[str, slice]
+    deterministics: tuple[str, ...]
+    observed: tuple[str, ...]
+    dims: dict[str, tuple[str, ...]]
+    rows: Arguments
+    parts: bool = True
+
+
+@dataclass
+class RowFunctions:
+    """Functions of one row: of z (D), theta (G) if there is one, parameters, and the row's data.
+
+    Args:
+        terms: Log likelihood and log prior of z, Jacobian included, (2).
+        values: Latents and deterministics by name.
+        inverse: Flattened values of the sites, in place of z, -> z (D).
+        simulate: Draws from the model.
+    """
+
+    terms: Batched
+    values: Batched
+    inverse: Batched
+    simulate: RowSimulator | None = None
+
+
+class LocalTarget(nn.Module):
+    r"""The log densities of the rows of a plate, each with a latent vector z_n of its own.
+
+    .. math:: \log p(x_n, z_n \mid \theta) + \log|\det \partial / \partial z_n|
+
+    They are not scaled: a bound on the evidence of all N rows is N times a mean over
+    rows, and importance weights are those of one row. Made by `from_pyro` and
+    `from_density` with `local=`. Parameters of the model (`pyro.module`, `pyro.param`)
+    are parameters of the target and are trained in a fit.
+
+    Attributes:
+        name: Name of the model.
+        plate: Name of the plate.
+        dim: Length D of the latent vector of a row.
+        rows: Number of rows N.
+        sites: Local latent sites, of one row.
+        shared: The log density of the latents theta that all rows share, or None.
+
+    Args:
+        facts: Names and shapes.
+        functions: Of one row.
+        shared: The latents that all rows share.
+        own: Parameters of the model.
+    """
+
+    def __init__(
+        self,
+        facts: LocalFacts,
+        functions: RowFunctions,
+        shared: Target | None = None,
+        own: Mapping[str, nn.Parameter] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name, self.plate, self.sites = facts.name, facts.plate, facts.sites
+        self.slices, self.dims = facts.slices, facts.dims
+        self.deterministics, self.observed = facts.deterministics, facts.observed
+        self.arguments, self.rows = facts.rows, facts.rows.size
+        self.dim = max(s.stop for s in facts.slices.values())
+        self.has_parts = facts.parts
+        self.shared = shared
+        self._functions = functions
+        self._terms = functions.terms
+        self._count = len(own or {})
+        for i, p in enumerate((own or {}).values()):
+            self.register_parameter(f"own_{i}", p)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the densities are evaluated."""
+        return self._terms.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the densities are evaluated."""
+        held = [*self._own, *self._terms.buffers()]
+        return held[0].device if held else torch.device("cpu")
+
+    def batch(self, index: Tensor | Sequence[int] | None = None) -> Batch:
+        """Rows of the data that the model was captured with; all of them by default."""
+        if index is None:
+            index = torch.arange(self.rows)
+        return self.arguments.batch(index).to(self.device)
+
+    def as_batch(self, data: Any) -> Batch:
+        """Rows as people give them: a `Batch`, a tensor or a tuple of tensors of any N.
+
+        Raises:
+            ValueError: They are not like those of the model.
+        """
+        if isinstance(data, Batch):
+            return data.to(self.device)
+        tensors = tuple(
+            torch.as_tensor(t) for t in (data if isinstance(data, list | tuple) else [data])
+        )
+        like = self.arguments.batch([0]).data
+        shapes = [tuple(t.shape[1:]) for t in tensors]
+        expected = [tuple(t.shape[1:]) for t in like]
+        if shapes != expected or len({t.shape[0] for t in tensors}) != 1:
+            raise ValueError(
+                f"Rows for {self.name} need tensors of shapes "
+                f"{', '.join(str(('N', *s)) for s in expected)}; got "
+                f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
+            )
+        data = tuple(t.to(e.dtype) for t, e in zip(tensors, like, strict=True))
+        return Batch(torch.arange(len(data[0])), data).to(self.device)
+
+    def log_prob(self, z: Tensor, batch: Any = None, theta: Tensor | None = None) -> Tensor:
+        """Log density of rows and their latent vectors. (*S, B, D) -> (*S, B).
+
+        Args:
+            z: Latent vectors.
+            batch: The rows: a `Batch`, or their data; all rows by default.
+            theta: Latents that the rows share, (G) or (*T, G), where S = (*K, *T).
+        """
+        return self.terms(z, batch, theta).sum(-1)
+
+    def terms(self, z: Tensor, batch: Any = None, theta: Tensor | None = None) -> Tensor:
+        """Log likelihood, and log prior of z with its Jacobian. (*S, B, D) -> (*S, B, 2).
+
+        Where discrete latents are summed out the first is the whole density and the second 0.
+        """
+        out: Tensor = self._mapped(self._terms, z, batch, theta)
+        return out.to(z.dtype)
+
+    def constrain(
+        self, z: Tensor, batch: Any = None, theta: Tensor | None = None
+    ) -> dict[str, Tensor]:
+        """Values of latent and deterministic sites. (*S, B, D) -> (*S, B, *shape) by name."""
+        out: dict[str, Tensor] = self._mapped(self._functions.values, z, batch, theta)
+        return out
+
+    def unconstrain(
+        self, values: Mapping[str, Any], batch: Any = None, theta: Tensor | None = None
+    ) -> Tensor:
+        """Latent vectors of values of all latent sites. Each (*S, B, *shape) -> (*S, B, D).
+
+        Raises:
+            ValueError: A site is missing.
+        """
+        columns = []
+        for name, site in self.sites.items():
+            if name not in values:
+                came = ", ".join(values) or "none"
+                raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
+            value = torch.as_tensor(values[name], device=self.device).to(self.dtype)
+            columns.append(value.reshape(*value.shape[: value.dim() - len(site.shape)], -1))
+        flat = torch.cat(columns, -1)
+        out: Tensor = self._mapped(self._functions.inverse, flat, batch, theta)
+        return out
+
+    def prior(self, n: int, seed: int = 0, theta: Tensor | None = None) -> dict[str, np.ndarray]:
+        """Draw n new rows, latents and data: name -> (n, *shape).
+
+        Data that the model does not observe are those of its first rows.
+        """
+        batch = self.batch(torch.arange(n) % self.rows)
+        return self._simulated()(None, batch, theta, seed)
+
+    def predictive(
+        self, z: Tensor, batch: Any = None, theta: Tensor | None = None, seed: int = 0
+    ) -> dict[str, np.ndarray]:
+        """Simulate the data of rows given their latent vectors. (*S, B, D) -> (*S, B, *shape)."""
+        rows = self._rows(batch)
+        lead, many = z.shape[:-1], z.shape[:-2].numel()
+        repeated = Batch(rows.places.repeat(many), tuple(_repeated(t, many) for t in rows.data))
+        with torch.no_grad():
+            values = self.constrain(z, rows, theta)
+            flat = {k: values[k].reshape(-1, *self.sites[k].shape) for k in self.sites}
+            found = self._simulated()(flat, repeated, theta, seed)
+        return {k: v.reshape(*lead, *v.shape[1:]) for k, v in found.items()}
+
+    def __repr__(self) -> str:
+        sizes = ", ".join(f"{name} {s.stop - s.start}" for name, s in self.slices.items())
+        shared = "" if self.shared is None else f"; shared: {self.shared.dim}"
+        what = f"D = {self.dim} for each of {self.rows} rows; {sizes}{shared}"
+        return f"LocalTarget({self.name}: {what})"
+
+    @property
+    def _own(self) -> list[Tensor]:
+        return [getattr(self, f"own_{i}") for i in range(self._count)]
+
+    def _simulated(self) -> RowSimulator:
+        if self._functions.simulate is None:
+            raise ModelError(f"{self.name} is a plain density; it cannot simulate data.")
+        return self._functions.simulate
+
+    def _rows(self, batch: Any) -> Batch:
+        return self.batch() if batch is None else self.as_batch(batch)
+
+    def _mapped(self, function: Batched, z: Tensor, batch: Any, theta: Tensor | None) -> Any:
+        rows = batch if isinstance(batch, Batch) else self._rows(batch)
+        self._check(z, rows, theta)
+        lead = z.shape[:-2]
+        common = torch.Size() if theta is None else theta.shape[:-1]
+        many = lead[: len(lead) - len(common)].numel()
+        z = z.reshape(many, common.numel(), *z.shape[-2:]).to(function.dtype)
+        shared = [] if theta is None else [theta.reshape(-1, theta.shape[-1]).to(function.dtype)]
+        cast = [t.to(function.dtype) if t.is_floating_point() else t for t in rows.data]
+        out = mapped(function, z, shared, self._own, cast)
+
+        def shaped(t: Tensor) -> Tensor:
+            return t.reshape(*lead, *t.shape[2:])
+
+        return {k: shaped(v) for k, v in out.items()} if isinstance(out, dict) else shaped(out)
+
+    def _check(self, z: Tensor, rows: Batch, theta: Tensor | None) -> None:
+        if z.dim() < 2 or z.shape[-1] != self.dim or z.shape[-2] != len(rows.places):
+            raise ValueError(
+                f"z must have shape (*S, B, D) with B = {len(rows.places)} rows and D = {self.dim} "
+                f"for {self.name}; got {tuple(z.shape)}."
+            )
+        wanted = 0 if self.shared is None else self.shared.dim
+        came = 0 if theta is None else theta.shape[-1]
+        if wanted != came:
+            raise ValueError(
+                f"{self.name} has {wanted} unconstrained coordinates that all rows share; theta "
+                f"has {came}."
+            )
+
+
+def mapped(
+    function: Batched,
+    z: Tensor,
+    theta: Sequence[Tensor],
+    own: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> Any:
+    """Evaluate a function of one row for samples S, values T of theta, and rows B.
+
+    Args:
+        function: Of z (D), theta (G), parameters, and one row's data.
+        z: (S, T, B, D).
+        theta: Nothing, or one tensor (T, G).
+        own: Parameters, the same for all.
+        rows: Data, each (B, *shape).
+
+    Returns:
+        A tree of (S, T, B, *shape).
+    """
+    point = function.point
+    if function.how == "loop":
+        return _looped(point, z, theta, own, rows)
+    same = [None] * len(own)
+
+    def call(z: Tensor, *inputs: Tensor) -> Any:
+        return point(z, *inputs)
+
+    by_row = torch.func.vmap(call, (0, *[None for _ in theta], *same, *[0 for _ in rows]))
+    by_sample, by_theta = by_row, by_row
+    rest = [None] * (len(theta) + len(own) + len(rows))
+    # A level that has one entry is left out: each costs time at every operation.
+    if len(z) > 1:
+        by_sample = torch.func.vmap(by_row, (0, *rest))
+    if z.shape[1] > 1:
+        dims = (0 if len(z) == 1 else 1, *[0 for _ in theta], *rest[len(theta) :])
+        by_theta = torch.func.vmap(by_sample, dims, out_dims=0 if len(z) == 1 else 1)
+    else:
+        by_theta = by_sample
+    arguments = z if len(z) > 1 else z[0]
+    shared = list(theta)
+    if z.shape[1] == 1:
+        arguments = arguments.squeeze(-3)
+        shared = [t[0] for t in theta]
+    with quiet_fallback():
+        out = by_theta(arguments, *shared, *own, *rows)
+    lead = z.shape[:3]
+    cut = arguments.dim() - 1
+
+    def whole(t: Tensor) -> Tensor:
+        return t.reshape(*lead, *t.shape[cut:])
+
+    return {k: whole(v) for k, v in out.items()} if isinstance(out, dict) else whole(out)
+
+
+def _looped(
+    point: Callable[..., Any],
+    z: Tensor,
+    theta: Sequence[Tensor],
+    own: Sequence[Tensor],
+    rows: Sequence[Tensor],
+) -> Any:
+    samples, thetas, count, _ = z.shape
+    found = [
+        point(z[s, t, b], *(x[t] for x in theta), *own, *(x[b] for x in rows))
+        for s in range(samples)
+        for t in range(thetas)
+        for b in range(count)
+    ]
+
+    def whole(leaves: list[Tensor]) -> Tensor:
+        return torch.stack(leaves).reshape(samples, thetas, count, *leaves[0].shape)
+
+    if isinstance(found[0], dict):
+        return {k: whole([f[k] for f in found]) for k in found[0]}
+    return whole(found)
+
+
+def _repeated(t: Tensor, many: int) -> Tensor:
+    return t.repeat(many, *[1] * (t.dim() - 1))
