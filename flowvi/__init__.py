@@ -14,6 +14,8 @@ from flowvi.inference_data import to_inference_data
 from flowvi.minibatch import Minibatch
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
+from flowvi.pyro_elbo import IWELBO
+from flowvi.pyro_guide import GuideDistribution, PyroGuide, pyro_guide
 from flowvi.records import Step
 from flowvi.row_draws import RowBounds, RowDraws
 from flowvi.row_fit import RowFit
@@ -24,6 +26,7 @@ from flowvi.target import LocalTarget, ModelError, Site, Target, from_density, f
 __all__ = [
     "FLOWS",
     "GUIDES",
+    "IWELBO",
     "LIKELIHOODS",
     "OBJECTIVES",
     "PRIORS",
@@ -33,11 +36,13 @@ __all__ = [
     "Fit",
     "FlowGuide",
     "FullRank",
+    "GuideDistribution",
     "LocalTarget",
     "MeanField",
     "Minibatch",
     "ModelError",
     "PerRow",
+    "PyroGuide",
     "RowBounds",
     "RowDraws",
     "RowFit",
@@ -57,6 +62,7 @@ __all__ = [
     "iwelbo",
     "load",
     "neutra",
+    "pyro_guide",
     "renyi",
     "resample",
     "sbc",

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -61,9 +61,11 @@ class Guide(nn.Module):
 
     Attributes:
         dim: Length D of z.
+        pathwise: Whether the gradient of an average over draws is that of the draws.
     """
 
     dim: int
+    pathwise: ClassVar[bool] = True
 
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         """Draw `shape` reparameterised samples for every row of the context."""
@@ -239,6 +241,8 @@ class MixtureGuide(Guide):
         Inference with Mixtures", arXiv:2003.01687: stratified bounds.
         Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: their path gradients.
     """
+
+    pathwise: ClassVar[bool] = False
 
     def __init__(
         self, components: Iterable[Guide], logits: Tensor | None = None, context_dim: int = 0

@@ -28,7 +28,10 @@ LAYERS = [
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
         *("minibatch", "row_training", "row_draws", "row_fit"),
     },
-    {"inference_data", "evidence", "compare", "neutra", "outcomes", "sbc", "bnn"},
+    {
+        *("inference_data", "evidence", "compare", "neutra", "outcomes", "sbc", "bnn"),
+        *("pyro_guide", "pyro_elbo"),
+    },
     {"plots", "cli"},
 ]
 ALONE = 3
@@ -39,6 +42,7 @@ PUBLIC = {
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
     *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
+    *("pyro_guide", "IWELBO", "GuideDistribution"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
 
 from flowvi.target import rows
 from flowvi.target.batched import Batched
@@ -106,6 +107,35 @@ class Target(nn.Module):
         self._check(z)
         out: dict[str, Tensor] = self._map("values")(z, *self._inputs())
         return out
+
+    def latents(self, z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Map points to the values of the latent sites, and the log Jacobians of these maps.
+
+        Returns:
+            Values (*S, *shape), and log|det d value / d z| (*S, *batch shape), by site.
+
+        Raises:
+            ModelError: The target is no Pyro model.
+        """
+        self._check(z)
+        if self._functions.latents is None:
+            raise ModelError(f"{self.name} is a plain density; it has no Pyro sites.")
+        values, ladjs = self._map("latents")(z, *self._inputs())
+        return values, ladjs
+
+    @property
+    def messages(self) -> Mapping[str, Any]:
+        """Pyro's record of each latent site in one run of the model; empty for plain densities."""
+        return self._functions.messages
+
+    @property
+    def parameters_of_model(self) -> dict[str, tuple[nn.Parameter, Constraint]]:
+        """Parameters of the model itself, unconstrained, with the constraints on their values."""
+        supports = self._facts.parameters
+        return {
+            name: (getattr(self, f"own_{i}"), constraint)
+            for i, (name, constraint) in enumerate(supports.items())
+        }
 
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """Map values of the latent sites to points. Each (*S, *shape) -> (*S, D).

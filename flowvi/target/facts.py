@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -49,6 +50,7 @@ class Facts:
         dims: For each of all these names, a name for each axis.
         improper: Sites whose prior has no integral.
         subsampled: Plates that are subsampled: size and batch size.
+        parameters: Parameters of the model itself, with the constraints on their values.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Facts:
     dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
     improper: tuple[str, ...] = ()
     subsampled: dict[str, tuple[int, int]] = field(default_factory=dict)
+    parameters: dict[str, Constraint] = field(default_factory=dict)
 
     def sizes(self) -> str:
         """How many columns of z each site has, in words."""
@@ -75,9 +78,13 @@ class Functions:
         inverse: Flattened values of the sites -> z (D,).
         likelihood: z (D,) -> pointwise log likelihood of each observed site.
         simulate: Draws from the model.
+        latents: z (D,) -> values of the latent sites, and log Jacobians of their supports.
+        messages: Pyro's record of each latent site in one run.
     """
 
     values: PointFunction
     inverse: PointFunction
     likelihood: PointFunction | None = None
     simulate: Simulator | None = None
+    latents: PointFunction | None = None
+    messages: Mapping[str, Any] = field(default_factory=dict)

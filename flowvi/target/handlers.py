@@ -96,12 +96,16 @@ class FromVector(Messenger):
     """Give every latent site its stretch of one unconstrained vector.
 
     The support is that of the *current* values: where it depends on other
-    latents, so does the transform. The log Jacobian is summed in `ladj`.
+    latents, so does the transform.
 
     Args:
         z: The vector, (D,).
         slices: Columns of each site.
         shapes: Unconstrained shape of each site.
+
+    Attributes:
+        ladjs: Log Jacobian of each site, by its batch shape.
+        ladj: Their sum.
     """
 
     def __init__(
@@ -110,6 +114,7 @@ class FromVector(Messenger):
         super().__init__()
         self.z, self.slices, self.shapes = z, slices, shapes
         self.ladj: Tensor = z.new_zeros(())
+        self.ladjs: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
@@ -118,7 +123,8 @@ class FromVector(Messenger):
         transform = bijection_of(msg["fn"])
         u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
         value = transform(u)
-        self.ladj = self.ladj + transform.log_abs_det_jacobian(u, value).sum()
+        self.ladjs[name] = transform.log_abs_det_jacobian(u, value)
+        self.ladj = self.ladj + self.ladjs[name].sum()
         msg["value"], msg["done"] = value, True
 
 
@@ -190,10 +196,28 @@ def quiet() -> Iterator[None]:
     theirs = projected_normal.safe_normalize
     projected_normal.safe_normalize = _normalised
     try:
-        with pyro.get_param_store().scope(), pyro.validation_enabled(False):
+        with store_aside(), pyro.validation_enabled(False):
             yield
     finally:
         projected_normal.safe_normalize = theirs
+
+
+@contextmanager
+def store_aside() -> Iterator[None]:
+    """Put an empty parameter store in the place of Pyro's, whose parameters stay in use."""
+    store = pyro.get_param_store()
+    # The store's own scope takes from parameters what a training in progress asks them for.
+    used = [
+        (p, vars(p)["unconstrained"])
+        for _, p in store.named_parameters()
+        if "unconstrained" in vars(p)
+    ]
+    try:
+        with store.scope():
+            yield
+    finally:
+        for p, reference in used:
+            p.unconstrained = reference
 
 
 def _normalised(x: Tensor, *, p: float = 2) -> Tensor:

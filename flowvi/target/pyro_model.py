@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, overload
 
-import pyro
 import torch
 from pyro import poutine
 from pyro.distributions.util import scale_and_mask
@@ -19,7 +18,7 @@ from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError
-from flowvi.target.handlers import FromVector, ToVector
+from flowvi.target.handlers import FromVector, ToVector, store_aside
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
@@ -77,7 +76,7 @@ class _Capture:
 
     def __init__(self, runner: Runner, name: str) -> None:
         self.runner, self.name = runner, name
-        with pyro.get_param_store().scope():
+        with store_aside():
             runs = [runner.prior(validate=i == 0) for i in range(RUNS)]
         self.traces = [trace for trace, _ in runs]
         self.first, self.data = runs[0]
@@ -103,7 +102,14 @@ class _Capture:
         return Target(
             facts,
             Density(batched, frozen=not self.parameters),
-            Functions(self._values, self._inverse, likelihood, simulate),
+            Functions(
+                self._values,
+                self._inverse,
+                likelihood,
+                simulate,
+                self._latents,
+                self.layout.latents,
+            ),
             trial,
             self.parameters,
         )
@@ -125,6 +131,11 @@ class _Capture:
         trace = self._trace(self._from_vector(z), inputs)
         # A deterministic value may not depend on z, or be a number.
         return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
+
+    def _latents(self, z: Tensor, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        handler = self._from_vector(z)
+        trace = self._trace(handler, inputs)
+        return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
         handler = ToVector(split(flat, self.layout.sites))
@@ -191,6 +202,7 @@ class _Capture:
             dims,
             layout.improper(),
             self.runner.drawn,
+            dict(self.runner.parameters.supports),
         )
 
     def _all_data(self) -> dict[str, Tensor]:
