@@ -119,6 +119,25 @@ def test_a_plate_within_the_rows_belongs_to_them():
     torch.testing.assert_close(target.log_prob(z), expected)
 
 
+@pytest.mark.parametrize("model", [length, subsampled, nested_plates])
+def test_many_rows_at_once_are_rows_one_by_one(model):
+    """From the second call of a size on, the model's own operations on all rows are recorded."""
+    target = flowvi.from_pyro(model, torch.randn(N), local="data")
+    z = torch.randn(3, 4, N, target.dim, requires_grad=True)
+
+    def gradient():
+        found = target.log_prob(z)
+        return found.detach(), torch.autograd.grad(found.pow(2).sum(), z)[0]
+
+    alone, together = gradient(), gradient()
+    replayed = gradient()
+
+    assert target._programs.works and target._programs.programs[12 * N] is not None
+    for a, b, c in zip(alone, together, replayed, strict=True):
+        torch.testing.assert_close(a, b)
+        torch.testing.assert_close(b, c, rtol=0, atol=0)
+
+
 def hierarchy(x):
     mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
     s = pyro.sample("s", dist.HalfNormal(1.0))
@@ -139,6 +158,8 @@ def test_latents_that_rows_share_are_a_target_of_their_own():
     prior = dist.Normal(mu[:, None], 2 * s[:, None]).log_prob(z[..., 0])
     expected = prior + dist.Normal(z[..., 0].exp(), 1.0).log_prob(x)
     torch.testing.assert_close(target.log_prob(z, theta=theta), expected)
+    torch.testing.assert_close(target.log_prob(z, theta=theta), expected)
+    assert target._programs.works
     one = target.log_prob(z[:, 1], theta=theta[1])
     torch.testing.assert_close(one, expected[:, 1])
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from flowvi.target.base import Target
 from flowvi.target.batched import Batched, quiet_fallback
 from flowvi.target.facts import ModelError, Site
+from flowvi.target.local_program import RowPrograms
 from flowvi.target.local_rows import Arguments, Batch
 
 # Draws the data given latent values, or everything where those are None:
@@ -58,12 +60,14 @@ class RowFunctions:
         values: Latents and deterministics by name.
         inverse: Flattened values of the sites, in place of z, -> z (D).
         simulate: Draws from the model.
+        together: The terms of many rows at once: of z (R, D), and data with R rows, (R, 2).
     """
 
     terms: Batched
     values: Batched
     inverse: Batched
     simulate: RowSimulator | None = None
+    together: Callable[..., Tensor] | None = None
 
 
 class LocalTarget(nn.Module):
@@ -108,6 +112,8 @@ class LocalTarget(nn.Module):
         self.shared = shared
         self._functions = functions
         self._terms = functions.terms
+        together = functions.together
+        self._programs = None if together is None else RowPrograms(together)
         self._count = len(own or {})
         for i, p in enumerate((own or {}).values()):
             self.register_parameter(f"own_{i}", p)
@@ -167,7 +173,7 @@ class LocalTarget(nn.Module):
 
         Where discrete latents are summed out the first is the whole density and the second 0.
         """
-        out: Tensor = self._mapped(self._terms, z, batch, theta)
+        out: Tensor = self._mapped(self._terms, z, batch, theta, self._programs)
         return out.to(z.dtype)
 
     def constrain(
@@ -235,7 +241,19 @@ class LocalTarget(nn.Module):
     def _rows(self, batch: Any) -> Batch:
         return self.batch() if batch is None else self.as_batch(batch)
 
-    def _mapped(self, function: Batched, z: Tensor, batch: Any, theta: Tensor | None) -> Any:
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        if self._programs is not None:
+            self._programs.clear()
+        return super()._apply(fn, recurse)
+
+    def _mapped(
+        self,
+        function: Batched,
+        z: Tensor,
+        batch: Any,
+        theta: Tensor | None,
+        programs: RowPrograms | None = None,
+    ) -> Any:
         rows = batch if isinstance(batch, Batch) else self._rows(batch)
         self._check(z, rows, theta)
         lead = z.shape[:-2]
@@ -244,7 +262,8 @@ class LocalTarget(nn.Module):
         z = z.reshape(many, common.numel(), *z.shape[-2:]).to(function.dtype)
         shared = [] if theta is None else [theta.reshape(-1, theta.shape[-1]).to(function.dtype)]
         cast = [t.to(function.dtype) if t.is_floating_point() else t for t in rows.data]
-        out = mapped(function, z, shared, self._own, cast)
+        alone = partial(mapped, function, z, shared, self._own, cast)
+        out = alone() if programs is None else programs(alone, z, shared, self._own, cast)
 
         def shaped(t: Tensor) -> Tensor:
             return t.reshape(*lead, *t.shape[2:])

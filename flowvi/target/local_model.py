@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import pyro
 import torch
 from pyro import poutine
-from pyro.poutine.messenger import Messenger
-from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 
 from flowvi.randomness import own_randomness
@@ -21,16 +17,16 @@ from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture, capture_values
 from flowvi.target.facts import Facts, Functions, ModelError, Site
-from flowvi.target.handlers import FromVector, Owned, ToVector, Unseen, is_improper, quiet
+from flowvi.target.handlers import FromVector, ToVector, is_improper
 from flowvi.target.layout import Layout, layout_of
 from flowvi.target.local import LocalFacts, LocalTarget, RowFunctions
-from flowvi.target.local_rows import Arguments, Batch, sizes
+from flowvi.target.local_rows import Batch
+from flowvi.target.local_runner import TOGETHER, FromRows, Rows
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.vectors import finite_points, nearby, split
 
 RUNS = 3
-TOGETHER = 3
 
 
 def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
@@ -44,109 +40,13 @@ def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
     Raises:
         ModelError: There is no such plate, or its rows do not stand for themselves.
     """
-    return _LocalCapture(_Rows.of(runner, name, plate), name, plate).target()
-
-
-class Unscaled(Messenger):
-    """Undo the scale N / B of one plate."""
-
-    def __init__(self, plate: str) -> None:
-        super().__init__()
-        self.plate = plate
-
-    def _pyro_sample(self, msg: Any) -> None:
-        for frame in msg["cond_indep_stack"]:
-            if frame.name == self.plate:
-                msg["scale"] = msg["scale"] * frame.size / frame.full_size
-
-
-class _Rows:
-    """Runs a model on some of its rows."""
-
-    def __init__(self, runner: Runner, arguments: Arguments, plate: str) -> None:
-        self.runner, self.arguments, self.plate = runner, arguments, plate
-
-    @classmethod
-    def of(cls, runner: Runner, name: str, plate: str) -> _Rows:
-        """Find out which arguments have a row for each of the plate's."""
-        seen: set[str] = set()
-        failed: Exception | None = None
-        for size in sizes(runner.args, runner.kwargs):
-            rows = cls(runner, Arguments(runner.args, runner.kwargs, size), plate)
-            few = min(TOGETHER, size)
-            try:
-                trace, _ = rows.prior(rows.arguments.batch(range(few)).data, False)
-            except Exception as error:  # another size may be that of the plate
-                failed = failed or error
-                continue
-            frames = [f for s in trace.nodes.values() for f in s.get("cond_indep_stack", ())]
-            seen |= {frame.name for frame in frames}
-            full = {frame.full_size for frame in frames if frame.name == plate}
-            if full and full <= {few, size}:
-                return rows
-        if failed is not None and not seen:
-            raise failed
-        plates = ", ".join(sorted(seen)) or "none"
-        raise ModelError(
-            f"local='{plate}': {name} has no plate of that name with one entry for each row of "
-            f"its data; its plates are: {plates}."
-        )
-
-    def on(self, data: Sequence[Tensor]) -> Runner:
-        """The model on some rows."""
-        args, kwargs = self.arguments.call(data)
-        return replace(self.runner, args=args, kwargs=kwargs, drawn={})
-
-    def prior(
-        self, data: Sequence[Tensor], validate: bool
-    ) -> tuple[poutine.Trace, dict[str, Tensor]]:
-        """One run from the prior on some rows."""
-        with whole(self.plate, len(data[0]) if data else 1):
-            return self.on(data).prior(validate)
-
-    def trace(
-        self,
-        handler: Callable[[Any], Any],
-        data: Sequence[Tensor],
-        own: Sequence[Tensor],
-        enumerate_from: int | None = None,
-    ) -> poutine.Trace:
-        """One scored run on latent values that handlers serve, without the plate's scale."""
-        runner = self.on(data)
-        runner.model = Unscaled(self.plate)(runner.model)
-        with whole(self.plate, len(data[0]) if data else 1):
-            trace, _ = runner.trace(handler, own, enumerate_from)
-        return trace
-
-    def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
-        """One run in which the data are drawn, and all latents that are not given."""
-        runner = self.on(data)
-        free = Owned(runner.parameters)(poutine.condition(Unseen()(runner.model), values))
-        with quiet(), whole(self.plate, len(data[0]) if data else 1):
-            return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
-
-
-@contextmanager
-def whole(plate: str, rows: int) -> Iterator[None]:
-    """Let a plate hold the rows that the model is called with, whatever size it names."""
-    theirs = SubsampleMessenger._subsample
-
-    def own(name: str, size: int | None = None, *rest: Any) -> Any:
-        if name != plate:
-            return theirs(name, size, *rest)
-        return (rows if size is None else size), rows, torch.arange(rows)
-
-    SubsampleMessenger._subsample = staticmethod(own)
-    try:
-        yield
-    finally:
-        SubsampleMessenger._subsample = staticmethod(theirs)
+    return _LocalCapture(Rows.of(runner, name, plate), name, plate).target()
 
 
 class _LocalCapture:
     """One model with local latents on its way to a target."""
 
-    def __init__(self, rows: _Rows, name: str, plate: str) -> None:
+    def __init__(self, rows: Rows, name: str, plate: str) -> None:
         self.rows, self.name, self.plate = rows, name, plate
         self.first_row = rows.arguments.batch([0]).data
         with pyro.get_param_store().scope():
@@ -202,7 +102,13 @@ class _LocalCapture:
                 self.rows.arguments,
                 parts,
             ),
-            RowFunctions(terms, values, inverse, self._simulate),
+            RowFunctions(
+                terms,
+                values,
+                inverse,
+                self._simulate,
+                None if self.local.enumerated else self._together,
+            ),
             shared,
             self.own,
         )
@@ -226,6 +132,26 @@ class _LocalCapture:
         return torch.stack(
             [sum(likelihood, 0.0 * handler.ladj), sum(prior[1:], prior[0]) + handler.ladj]
         )
+
+    def _together(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        """The terms of many rows at once, (R, D) -> (R, 2)."""
+        theta, own, _ = self._taken(inputs)
+        data = inputs[len(theta) + len(own) :]
+        handler = FromRows(z, self.local, self.axes)
+        trace = self.rows.trace(_both(handler, self._from_theta(theta)), data, own)
+        prior, likelihood = handler.ladj, torch.zeros_like(handler.ladj)
+        for site in checks.scored(trace):
+            if self._is_local(site):
+                frame = next(f for f in site["cond_indep_stack"] if f.name == self.plate)
+                rows = site["log_prob"].movedim(frame.dim, 0)
+                if len(rows) != len(z):
+                    raise ModelError(f"Site '{site['name']}' has {len(rows)} densities.")
+                rows = rows.reshape(len(z), -1).sum(-1)
+                if site["name"] in self.local.sites:
+                    prior = prior + rows
+                else:
+                    likelihood = likelihood + rows
+        return torch.stack([likelihood, prior], -1)
 
     def _values(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         trace, _ = self._trace(z, inputs)
