@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ import torch
 from flowvi._version import __version__
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import Draws, diagnose
+from flowvi.row_draws import RowDraws
 from flowvi.target import Target
 
 if TYPE_CHECKING:
@@ -30,13 +31,36 @@ STATS = {
 }
 
 
+@overload
 def to_inference_data(
     draws: Draws,
+    *,
+    prior: int = ...,
+    predictive: bool = ...,
+    log_likelihood: bool = ...,
+    seed: int = ...,
+) -> az.InferenceData: ...
+
+
+@overload
+def to_inference_data(
+    draws: RowDraws,
+    *,
+    predictive: bool = ...,
+    log_likelihood: bool = ...,
+    particles: int = ...,
+    seed: int = ...,
+) -> az.InferenceData: ...
+
+
+def to_inference_data(
+    draws: Draws | RowDraws,
     *,
     prior: int = 0,
     predictive: bool = False,
     log_likelihood: bool = True,
     seed: int = 0,
+    particles: int = 1000,
 ) -> az.InferenceData:
     """Bring draws into ArviZ's groups.
 
@@ -51,7 +75,21 @@ def to_inference_data(
         predictive: Whether to simulate data for every draw.
         log_likelihood: Whether to evaluate it for every draw and observation.
         seed: Seed of the prior and the predictive draws.
+        particles: For draws for rows, whose log likelihood is an importance-weighted bound on
+            log p(x_n): its number of particles.
     """
+    if isinstance(draws, RowDraws):
+        from flowvi.row_inference_data import rows_to_inference_data
+
+        if prior:
+            raise ValueError("Draws for rows come without the prior: use target.prior(n).")
+        return rows_to_inference_data(
+            draws,
+            predictive=predictive,
+            log_likelihood=log_likelihood,
+            particles=particles,
+            seed=seed,
+        )
     # ArviZ takes seconds to import.
     import arviz as az
 
@@ -97,7 +135,7 @@ def attributes(draws: Draws) -> dict[str, str | int | float]:
         facts |= asdict(diagnose(draws))
     else:
         facts["verdict"] = f"not judged: fewer than {MIN_DRAWS} draws"
-    return {key: _storable(value) for key, value in facts.items()}
+    return {key: storable(value) for key, value in facts.items()}
 
 
 class Labels:
@@ -224,7 +262,7 @@ def _coordinate(labels: Sequence[Any]) -> np.ndarray:
     return np.asarray([str(label) for label in labels])
 
 
-def _storable(value: Any) -> str | int | float:
+def storable(value: Any) -> str | int | float:
     """What a NetCDF attribute can hold: numbers and strings; the rest as JSON."""
     if isinstance(value, bool):
         return int(value)

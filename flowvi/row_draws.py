@@ -98,6 +98,7 @@ class RowDraws:
         batch: The rows.
         target: Where names and dims come from.
         meta: JSON-able facts about the fit.
+        guide: What drew them.
     """
 
     z: np.ndarray
@@ -107,6 +108,7 @@ class RowDraws:
     batch: Batch
     target: LocalTarget
     meta: dict[str, Any] = field(default_factory=dict)
+    guide: Guide | None = None
 
     @property
     def log_weights(self) -> np.ndarray:
@@ -207,7 +209,7 @@ def row_draws(
     named = {name: _whole([v[name] for v in values]) for name in values[0]}
     # A draw that cannot be scored has weight zero.
     scores = np.where(np.isfinite(scores), scores, -np.inf)
-    return RowDraws(drawn, scores, own, named, batch, target, dict(meta or {}))
+    return RowDraws(drawn, scores, own, named, batch, target, dict(meta or {}), guide)
 
 
 def chunk(target: LocalTarget, batch: Batch) -> int:

@@ -29,7 +29,16 @@ LAYERS = [
         *("minibatch", "row_training", "row_draws", "row_fit"),
     },
     {
-        *("inference_data", "evidence", "compare", "neutra", "outcomes", "sbc", "bnn"),
+        *(
+            "inference_data",
+            "row_inference_data",
+            "evidence",
+            "compare",
+            "neutra",
+            "outcomes",
+            "sbc",
+            "bnn",
+        ),
         *("pyro_guide", "pyro_elbo"),
     },
     {"plots", "cli"},

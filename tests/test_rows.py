@@ -295,6 +295,22 @@ def test_draws_are_of_the_posterior(normal):
     np.testing.assert_allclose(new["z"].mean(), 1.5, atol=tolerance)
 
 
+def test_draws_for_rows_reach_arviz(normal, tmp_path):
+    target, evidence = normal
+    fit = flowvi.fit(target, exact_guide(), epochs=1, lr=1e-9)
+    draws = fit.draw(30, rows=[4, 9])
+
+    idata = flowvi.to_inference_data(draws, predictive=True, particles=10)
+    idata.to_netcdf(tmp_path / "rows.nc")
+
+    assert idata.posterior["z"].dims == ("chain", "draw", "data")
+    assert list(idata.posterior["data"]) == [4, 9]
+    assert idata.sample_stats["log_weight"].shape == (1, 30, 2)
+    assert idata.posterior_predictive["x"].shape == (1, 30, 2)
+    np.testing.assert_allclose(idata.observed_data["x"], target.batch([4, 9]).data[0])
+    np.testing.assert_allclose(idata.log_likelihood["x"][0, 0], evidence[[4, 9]], atol=1e-5)
+
+
 @pytest.mark.parametrize("own", [False, True])
 def test_saved_fits_come_back(ppca, tmp_path, own):
     target, _ = ppca

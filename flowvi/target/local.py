@@ -60,6 +60,7 @@ class RowFunctions:
         values: Latents and deterministics by name.
         inverse: Flattened values of the sites, in place of z, -> z (D).
         simulate: Draws from the model.
+        observed: Observed values of rows, each (R, *shape).
         together: The terms of many rows at once: of z (R, D), and data with R rows, (R, 2).
     """
 
@@ -67,6 +68,7 @@ class RowFunctions:
     values: Batched
     inverse: Batched
     simulate: RowSimulator | None = None
+    observed: Callable[[Batch], dict[str, Tensor]] | None = None
     together: Callable[..., Tensor] | None = None
 
 
@@ -209,6 +211,11 @@ class LocalTarget(nn.Module):
         """
         batch = self.batch(torch.arange(n) % self.rows)
         return self._simulated()(None, batch, theta, seed)
+
+    def observations(self, batch: Any = None) -> dict[str, Tensor]:
+        """Observed values of rows, by site: (B, *shape) each. Empty for a plain density."""
+        found = self._functions.observed
+        return {} if found is None else found(self._rows(batch))
 
     def predictive(
         self, z: Tensor, batch: Any = None, theta: Tensor | None = None, seed: int = 0

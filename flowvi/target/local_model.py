@@ -107,6 +107,7 @@ class _LocalCapture:
                 values,
                 inverse,
                 self._simulate,
+                self._observed,
                 None if self.local.enumerated else self._together,
             ),
             shared,
@@ -306,6 +307,12 @@ class _LocalCapture:
         )
         functions = Functions(self._common_values, self._common_inverse)
         return Target(facts, Density(batched, frozen=not own), functions, trial, self.own)
+
+    def _observed(self, batch: Batch) -> dict[str, Tensor]:
+        with own_randomness(0):
+            _, data = self.rows.prior(batch.data, validate=False)
+        local = {name: value for name, value in data.items() if name in self.axes}
+        return {name: value.movedim(self.axes[name], 0) for name, value in local.items()}
 
     def _simulate(
         self,
