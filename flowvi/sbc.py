@@ -21,6 +21,8 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws import diagnose, resample, stream
 from flowvi.fit import fit
 from flowvi.outcomes import Outcome, Store
+from flowvi.row_fit import RowFit
+from flowvi.row_sbc import sbc_rows
 from flowvi.target import ModelError, Target, from_pyro
 
 Truth = Mapping[str, np.ndarray]
@@ -28,7 +30,7 @@ Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
 
 
 def sbc(
-    model: Callable[..., Any],
+    model: Callable[..., Any] | RowFit,
     *args: Any,
     simulate: Simulate | None = None,
     fits: int = 100,
@@ -47,8 +49,11 @@ def sbc(
     uniform; resampled draws are ranked as well. P_q(theta < truth) is
     symmetric about 1/2 if the guide's centre is right (VSBC).
 
+    For an amortised guide one fit serves all: `sbc(row_fit, fits=1000)` simulates rows
+    and asks its guide for each.
+
     Args:
-        model: A Pyro model.
+        model: A Pyro model; or a `RowFit`, whose guide is judged.
         *args: Its arguments. Observed values in them are replaced by simulated ones.
         simulate: Seed -> (arguments of the model, true values by name), where the
             model cannot simulate its own data, or the design is to vary.
@@ -65,6 +70,8 @@ def sbc(
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788: SBC.
         Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538: VSBC.
     """
+    if isinstance(model, RowFit):
+        return sbc_rows(model, fits=fits, draws=draws, levels=levels, seed=seed)
     if fits < 2 or draws < MIN_DRAWS or not 1 <= levels <= draws:
         raise ValueError(
             f"sbc needs fits >= 2, draws >= {MIN_DRAWS} and levels from 1 to draws; got "

@@ -29,17 +29,8 @@ LAYERS = [
         *("minibatch", "row_training", "row_draws", "row_fit"),
     },
     {
-        *(
-            "inference_data",
-            "row_inference_data",
-            "evidence",
-            "compare",
-            "neutra",
-            "outcomes",
-            "sbc",
-            "bnn",
-        ),
-        *("pyro_guide", "pyro_elbo"),
+        *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo"),
     },
     {"plots", "cli"},
 ]

@@ -295,6 +295,22 @@ def test_draws_are_of_the_posterior(normal):
     np.testing.assert_allclose(new["z"].mean(), 1.5, atol=tolerance)
 
 
+@pytest.mark.parametrize(("scale", "right"), [(1.0, True), (0.7, False)])
+def test_one_fit_serves_all_simulated_rows(normal, scale, right):
+    """Ranks under the exact posterior are uniform; under one too narrow they are not."""
+    target, _ = normal
+    guide = exact_guide()
+    with torch.no_grad():
+        guide.guide.affine.params.value[1] += math.log(scale)
+    fit = flowvi.fit(target, guide, epochs=1, lr=1e-9)
+
+    found = flowvi.sbc(fit, fits=300, draws=200, levels=99)
+
+    assert found.plain.shape == (300, 1) and found.labels == ("z",)
+    assert (found.uniform["plain"] > 0.01) == right
+    assert found.uniform["resampled"] > 0.001
+
+
 def test_draws_for_rows_reach_arviz(normal, tmp_path):
     target, evidence = normal
     fit = flowvi.fit(target, exact_guide(), epochs=1, lr=1e-9)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
@@ -38,6 +38,7 @@ class LocalFacts:
         dims: For each of these names, a name for each axis of one row's value.
         rows: The model's arguments.
         parts: Whether the density falls apart into likelihood and prior of z.
+        columns: Which of the data each observed site has as its values.
     """
 
     name: str
@@ -49,6 +50,7 @@ class LocalFacts:
     dims: dict[str, tuple[str, ...]]
     rows: Arguments
     parts: bool = True
+    columns: dict[str, int] = field(default_factory=dict)
 
 
 @dataclass
@@ -111,6 +113,7 @@ class LocalTarget(nn.Module):
         self.arguments, self.rows = facts.rows, facts.rows.size
         self.dim = max(s.stop for s in facts.slices.values())
         self.has_parts = facts.parts
+        self.columns = facts.columns
         self.shared = shared
         self._functions = functions
         self._terms = functions.terms
@@ -216,6 +219,23 @@ class LocalTarget(nn.Module):
         """Observed values of rows, by site: (B, *shape) each. Empty for a plain density."""
         found = self._functions.observed
         return {} if found is None else found(self._rows(batch))
+
+    def replaced(self, batch: Batch, values: Mapping[str, np.ndarray]) -> Batch:
+        """Rows with other values at all observed sites, (B, *shape) each.
+
+        Raises:
+            ModelError: A site observes something that the model computes from its arguments.
+        """
+        data = list(batch.data)
+        for name in self.observed:
+            if name not in self.columns:
+                raise ModelError(
+                    f"Site '{name}' observes none of the model's arguments as they are: its data "
+                    "cannot be replaced. Pass them as an argument of their own."
+                )
+            old = data[self.columns[name]]
+            data[self.columns[name]] = torch.as_tensor(values[name]).to(old)
+        return Batch(batch.places, tuple(data))
 
     def predictive(
         self, z: Tensor, batch: Any = None, theta: Tensor | None = None, seed: int = 0

@@ -101,6 +101,7 @@ class _LocalCapture:
                 {n: self._row_dims(n) for n in self.axes},
                 self.rows.arguments,
                 parts,
+                self._columns(),
             ),
             RowFunctions(
                 terms,
@@ -307,6 +308,17 @@ class _LocalCapture:
         )
         functions = Functions(self._common_values, self._common_inverse)
         return Target(facts, Density(batched, frozen=not own), functions, trial, self.own)
+
+    def _columns(self) -> dict[str, int]:
+        """Which of the data each observed site has as its values."""
+        arguments = self.rows.arguments
+        batch = arguments.batch(range(min(TOGETHER, arguments.size)))
+        found: dict[str, int] = {}
+        for name, value in self._observed(batch).items():
+            for i, t in enumerate(batch.data):
+                if t.shape == value.shape and torch.equal(t.to(value.dtype), value):
+                    found.setdefault(name, i)
+        return found
 
     def _observed(self, batch: Batch) -> dict[str, Tensor]:
         with own_randomness(0):
