@@ -1,5 +1,7 @@
 """The command line: `flowvi COMMAND`, one module for each command."""
 
+import warnings
+
 import click
 
 from flowvi._version import __version__
@@ -22,6 +24,8 @@ Examples:
 @click.version_option(__version__, message="%(prog)s %(version)s")
 def main() -> None:
     """Fit normalizing-flow guides to Bayesian models, and say whether to trust them."""
+    # ArviZ announces its next version once a day; nobody who runs a command can act on that.
+    warnings.filterwarnings("ignore", r"\s*ArviZ is undergoing", FutureWarning)
 
 
 main.add_command(fit_command)
