@@ -32,7 +32,7 @@ LAYERS = [
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
         *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo"),
     },
-    {"plots", "cli"},
+    {"vae", "plots", "cli"},
 ]
 ALONE = 3
 FACES = {"__init__", "__main__"}

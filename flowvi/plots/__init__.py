@@ -1,10 +1,27 @@
 """Pictures of a fit: each function returns the matplotlib axes that it drew on."""
 
 from flowvi.plots.evidence import plot_evidence
+from flowvi.plots.images import (
+    plot_epochs,
+    plot_images,
+    plot_latent_map,
+    plot_reconstructions,
+)
 from flowvi.plots.khat import plot_khat
 from flowvi.plots.loss import plot_loss
 from flowvi.plots.pair import plot_pair
 from flowvi.plots.sbc import plot_sbc
 from flowvi.plots.where import plot_where
 
-__all__ = ["plot_evidence", "plot_khat", "plot_loss", "plot_pair", "plot_sbc", "plot_where"]
+__all__ = [
+    "plot_epochs",
+    "plot_evidence",
+    "plot_images",
+    "plot_khat",
+    "plot_latent_map",
+    "plot_loss",
+    "plot_pair",
+    "plot_reconstructions",
+    "plot_sbc",
+    "plot_where",
+]

@@ -1,0 +1,193 @@
+"""Images to train on: files, scikit-learn's digits, and three ways to make pixels 0 or 1."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SPLITS = ("train", "val", "test")
+SEED = 20110411
+
+
+@dataclass(frozen=True)
+class Images:
+    """A data set of grey or black-and-white images.
+
+    Attributes:
+        name: What to call it.
+        train: Training images, (N, H, W).
+        val: Validation images.
+        test: Test images.
+        visit: Applied to training images at every visit; None leaves them as they are.
+        labels: Classes of the images of a split, by its name, where there are any.
+    """
+
+    name: str
+    train: Tensor
+    val: Tensor
+    test: Tensor
+    visit: "Binarise | None" = None
+    labels: Mapping[str, Tensor] | None = None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width."""
+        height, width = self.train.shape[1:]
+        return height, width
+
+    def first(self, train: int | None = None, test: int | None = None) -> "Images":
+        """The first so many images of the training and of the other splits, with their labels."""
+        counts = {"train": train, "val": test, "test": test}
+        labels = {k: v[: counts[k]] for k, v in (self.labels or {}).items()}
+        return replace(
+            self,
+            train=self.train[:train],
+            val=self.val[:test],
+            test=self.test[:test],
+            labels=labels or None,
+        )
+
+
+class Binarise:
+    """Draw black-and-white images from grey ones, anew at every call.
+
+    Args:
+        seed: Of a generator of its own, whose numbers do not depend on what else is drawn;
+            None for torch's, which a fit seeds for every epoch, so that it can be resumed.
+    """
+
+    def __init__(self, seed: int | None = None) -> None:
+        self.generator = None if seed is None else torch.Generator().manual_seed(seed)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Grey values in [0, 1] to 0 and 1, each 1 with a probability of its value."""
+        return (torch.rand(x.shape, generator=self.generator).to(x) < x).to(x.dtype)
+
+
+def load(
+    path: str | Path | None = None,
+    binarise: str = "static",
+    split: str | None = None,
+) -> Images:
+    """Read a data set of images.
+
+    A file holds ``train_x``, ``val_x`` and ``test_x`` (N, H, W) with grey
+    levels 0 to 255, and may hold ``*_bits``, fixed black-and-white versions packed
+    by `numpy.packbits`, and labels ``*_y``; or ``x`` (N, H, W) with one or more
+    orders ``perm_*``. Without a file the images are the 1797 digits of scikit-learn.
+
+    Args:
+        path: An ``.npz`` file, or None for the digits.
+        binarise: "static": pixels drawn once, those of the file where it has them;
+            "dynamic": training images drawn anew at every visit, the others once;
+            "threshold": 1 above half of the range; "grey": values in [0, 1];
+            "levels": whole numbers from 0 to 255.
+        split: Which of the orders ``perm_*`` to cut into 80, 10 and 10 %; the first by default.
+
+    Raises:
+        ValueError: The file does not hold what is needed; the message names it.
+    """
+    if binarise not in WAYS:
+        raise ValueError(f"No binarisation named '{binarise}'; choose from {', '.join(WAYS)}.")
+    name, arrays = _digits() if path is None else _file(Path(path), split)
+    levels = {k: arrays[f"{k}_x"] for k in SPLITS}
+    found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}
+    visit = None
+    if binarise == "dynamic":
+        found["train"] = _grey(levels["train"], None, 0)
+        visit = Binarise()
+    labels = {k: torch.as_tensor(arrays[f"{k}_y"]).long() for k in SPLITS if f"{k}_y" in arrays}
+    return Images(name, **found, visit=visit, labels=labels or None)
+
+
+def _drawn(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
+    if bits is None:
+        return Binarise(SEED + place)(_grey(levels, None, place))
+    flat = np.unpackbits(bits, axis=1)[:, : levels[0].size]
+    return torch.as_tensor(flat).reshape(levels.shape).to(torch.get_default_dtype())
+
+
+def _threshold(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
+    return torch.as_tensor(levels > 127).to(torch.get_default_dtype())
+
+
+def _grey(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
+    return _levels(levels, bits, place) / 255
+
+
+def _levels(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
+    return torch.as_tensor(np.asarray(levels)).to(torch.get_default_dtype())
+
+
+# Of grey levels, packed bits or None, and the place of the split.
+WAYS: dict[str, Callable[[np.ndarray, np.ndarray | None, int], Tensor]] = {
+    "static": _drawn,
+    "dynamic": _drawn,
+    "threshold": _threshold,
+    "grey": _grey,
+    "levels": _levels,
+}
+
+
+def _digits() -> tuple[str, dict[str, np.ndarray]]:
+    """The digits of scikit-learn, 8 x 8 with 17 grey levels, in an order without the writers'."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "Without a file the images are scikit-learn's digits; install it by "
+            "`pip install flowvi[data]`, or name a file."
+        ) from error
+    digits = load_digits()
+    order = np.random.default_rng(SEED).permutation(len(digits.images))
+    levels = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
+    return "digits", _cut(levels, {"y": digits.target[order]})
+
+
+def _file(path: Path, split: str | None) -> tuple[str, dict[str, np.ndarray]]:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}; give an .npz file of images.")
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            arrays = {key: held[key] for key in held.files}
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+    orders = [key for key in arrays if key.startswith("perm_")]
+    if split is not None and split not in orders:
+        had = ", ".join(orders) or "none"
+        raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
+    if "train_x" not in arrays and "x" in arrays:
+        chosen = split or (orders[0] if orders else "")
+        order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
+        arrays = _cut(arrays["x"][order], {})
+    for key in (f"{k}_x" for k in SPLITS):
+        if key not in arrays:
+            raise ValueError(
+                f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
+                "val_x and test_x of shape (N, H, W) with grey levels 0 to 255, or x."
+            )
+        _check(path, key, arrays[key])
+    return path.stem, arrays
+
+
+def _check(path: Path, key: str, levels: np.ndarray) -> None:
+    if levels.ndim != 3 or levels.dtype.kind not in "ui" or levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"{path}: '{key}' must have shape (N, H, W) and whole grey levels 0 to 255; got "
+            f"{levels.dtype} of shape {levels.shape} from {levels.min():g} to {levels.max():g}."
+        )
+
+
+def _cut(levels: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Cut rows into the three splits, the last two a tenth each, in hundreds of many."""
+    unit = 100 if len(levels) >= 1000 else 1
+    tests = unit * -(-len(levels) // (10 * unit))
+    ends = [0, len(levels) - 2 * tests, len(levels) - tests, len(levels)]
+    return {
+        f"{split}_{key}": array[ends[i] : ends[i + 1]]
+        for key, array in {"x": levels, **others}.items()
+        for i, split in enumerate(SPLITS)
+    }
