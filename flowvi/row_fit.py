@@ -189,7 +189,11 @@ def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
             f"The guide has parameters for {guide.vectors.num_embeddings} rows but {target.name} "
             f"has {target.rows}."
         )
-    new = copy.deepcopy(guide).to(dtype=target.dtype, device=target.device)
+    own = {id(p) for p in target.parameters()}
+    # What guide and model share, as with a prior made of the guide, stays shared.
+    shared = any(id(p) in own for p in guide.parameters())
+    new = guide if shared else copy.deepcopy(guide)
+    new = new.to(dtype=target.dtype, device=target.device)
     inner = getattr(new, "guide", new)
     return type(inner).__name__, new
 

@@ -5,6 +5,7 @@ import warnings
 import click
 
 from flowvi._version import __version__
+from flowvi.cli.autoencoding import vae_command
 from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fitting import fit_command
 from flowvi.cli.listing import list_command
@@ -31,3 +32,4 @@ def main() -> None:
 main.add_command(fit_command)
 main.add_command(evidence_command)
 main.add_command(list_command)
+main.add_command(vae_command)

@@ -2,7 +2,7 @@
 
 import difflib
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable
 
 import click
 
@@ -15,6 +15,17 @@ AUTO = "auto"
 BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
 CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
 WHOLE = re.compile(r"[+-]?\d+")
+
+
+def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
+    """Checks that a value is one of these names."""
+
+    def checked(ctx: click.Context, param: click.Parameter, value: str) -> str:
+        if value not in choices:
+            raise click.BadParameter(unknown(kind, value, sorted(choices)))
+        return value
+
+    return checked
 
 
 def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -36,15 +36,15 @@ class Judged(NamedTuple):
     word: str
 
 
-def check_folder(folder: Path) -> None:
-    """Make the folder of results, or say why it cannot be used."""
+def check_folder(folder: Path, names: Iterable[str] = FILES) -> None:
+    """Make the folder of results, or say why it cannot be used, or one of the files in it."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or str(error)
         raise _refused(f"'{folder}' cannot hold the results: {why}.") from None
-    for name in FILES:
+    for name in names:
         if (folder / name).exists() and not (folder / name).is_file():
             raise _refused(f"'{folder / name}' is in the way: it is not a file.")
     if (folder / FIT).exists() and not (folder / FIT).is_dir():

@@ -139,14 +139,15 @@ def _coloured(ax: Axes, points: np.ndarray, labels: np.ndarray) -> None:
 
     classes = np.unique(labels)
     if len(classes) > COLOURS:
-        ax.scatter(*points.T, c=labels, s=6, cmap="viridis", lw=0)
+        ax.scatter(points[:, 0], points[:, 1], c=labels, s=6, cmap="viridis", lw=0)
         return
     colours = mpl.colormaps["tab10"]
     for i, name in enumerate(classes):
-        some = points[labels == name]
-        ax.plot(*some.T, ".", ms=3, color=colours(i), alpha=0.6)
+        x, y = points[labels == name].T
+        ax.plot(x, y, ".", ms=3, color=colours(i), alpha=0.6)
         ax.text(
-            *np.median(some, axis=0),
+            float(np.median(x)),
+            float(np.median(y)),
             str(name),
             color=colours(i),
             weight="bold",

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 SPLITS = ("train", "val", "test")
 SEED = 20110411
@@ -21,7 +22,8 @@ class Images:
         train: Training images, (N, H, W).
         val: Validation images.
         test: Test images.
-        visit: Applied to training images at every visit; None leaves them as they are.
+        visit: What makes the model's images of training images, anew at every visit; None where
+            they are that already.
         labels: Classes of the images of a split, by its name, where there are any.
     """
 
@@ -31,6 +33,16 @@ class Images:
     test: Tensor
     visit: "Binarise | None" = None
     labels: Mapping[str, Tensor] | None = None
+
+    @property
+    def rows(self) -> "Tensor | Visits":
+        """What a model is captured with, and a fit visits: `from_pyro(model, images.rows, ...)`."""
+        return self.train if self.visit is None else Visits(self.train, self.visit)
+
+    @property
+    def example(self) -> Tensor:
+        """Training images as the model sees them, drawn once where they are drawn, (N, H, W)."""
+        return self.train if self.visit is None else Binarise(SEED)(self.train)
 
     @property
     def size(self) -> tuple[int, int]:
@@ -65,6 +77,24 @@ class Binarise:
     def __call__(self, x: Tensor) -> Tensor:
         """Grey values in [0, 1] to 0 and 1, each 1 with a probability of its value."""
         return (torch.rand(x.shape, generator=self.generator).to(x) < x).to(x.dtype)
+
+
+class Visits(Dataset[Tensor]):
+    """Images that are made anew whenever they are looked at.
+
+    Args:
+        x: What they are made of, (N, H, W).
+        visit: Makes one of one.
+    """
+
+    def __init__(self, x: Tensor, visit: Binarise) -> None:
+        self.x, self.visit = x, visit
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, i: int) -> Tensor:
+        return self.visit(self.x[i])
 
 
 def load(

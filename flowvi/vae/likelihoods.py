@@ -157,6 +157,8 @@ class Gaussian(Likelihood):
         floor: The least scale.
     """
 
+    log_excess: Tensor
+
     def __init__(self, scale: float = 0.3, learned: bool = True, floor: float = 0.01) -> None:
         super().__init__()
         if not scale > floor > 0:
@@ -165,7 +167,10 @@ class Gaussian(Likelihood):
             )
         self.floor = floor
         start = torch.tensor(math.log(scale - floor))
-        self.log_excess = nn.Parameter(start, requires_grad=learned)
+        if learned:
+            self.log_excess = nn.Parameter(start)
+        else:
+            self.register_buffer("log_excess", start)
 
     @property
     def scale(self) -> Tensor:

@@ -1,4 +1,4 @@
-"""A variational autoencoder from named parts: a Pyro model and the parts of its guide."""
+"""A variational autoencoder from named parts: a Pyro model and its guide."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from flowvi.guides import Guide
+from flowvi.amortised import Amortised
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.nets import NETS, Decoder, Encoder, pixel_means
 from flowvi.vae.posteriors import posterior
@@ -64,20 +64,18 @@ class Autoencoder:
 
     Attributes:
         generator: The model of images; `generator.model` is the Pyro model.
-        encoder: Features of an image.
-        inner: The guide that reads these features.
+        guide: The guide, whose context are images.
         parts: Names and sizes that it was built from, as JSON has them.
     """
 
     generator: Generator
-    encoder: Encoder
-    inner: Guide
+    guide: Amortised
     parts: dict[str, Any]
 
     @property
     def dim(self) -> int:
         """Length D of the latent vector."""
-        return self.inner.dim
+        return self.guide.dim
 
     def model(self, x: Tensor) -> None:
         """The Pyro model of images (N, H, W)."""
@@ -147,7 +145,7 @@ def build(
         "net_sizes": dict(net_sizes or {}),
         "seed": seed,
     }
-    return Autoencoder(Generator(before, decoder, family), encoder, inner, parts)
+    return Autoencoder(Generator(before, decoder, family), Amortised(encoder, inner), parts)
 
 
 def named(

@@ -34,16 +34,21 @@ def posterior(name: str, dim: int, context_dim: int, **sizes: Any) -> Guide:
 
 
 def amortised(flow: str, **defaults: Any) -> Callable[..., Guide]:
-    """A builder of a flow of `FLOWS` between unit noise and a scale and shift of each coordinate.
+    """A builder of a narrow normal around a function of the features, pushed through a flow.
+
+    The flow sees where in the latent space the normal lies, and can bring the posteriors of all
+    images together to the prior; all of its parameters are functions of the features as well.
+    Scales and shifts of all images alike come last.
 
     Args:
-        flow: Its name.
+        flow: Row of `FLOWS`.
         **defaults: Its sizes, unless others are asked for.
     """
 
     def build(dim: int, context_dim: int, **sizes: Any) -> Guide:
         layers = FLOWS[flow](dim, context_dim, **{**defaults, **sizes})
-        return FlowGuide(dim, layers, attentive(Diagonal(dim, context_dim)))
+        first = attentive(Diagonal(dim, context_dim))
+        return FlowGuide(dim, Chain([first, layers]), Diagonal(dim))
 
     return build
 
@@ -130,27 +135,21 @@ def shifted(dim: int, context_dim: int) -> FlowGuide:
         dim: Length D of the latent vector.
         context_dim: Number of features C.
     """
-    return FlowGuide(dim, Shifted(dim, context_dim), _identity(dim))
-
-
-def _identity(dim: int) -> Diagonal:
-    """Scales of one that stay so."""
-    layer = Diagonal(dim)
-    return layer.requires_grad_(False)
+    return FlowGuide(dim, Shifted(dim, context_dim), Diagonal(dim))
 
 
 POSTERIORS: dict[str, Callable[..., Guide]] = {
-    "coupling": amortised("realnvp", depth=4),
+    "coupling": amortised("realnvp", depth=4, hidden=300),
     "fullrank": fullrank,
     "fvae": fvae,
     "gaussian": gaussian,
     "householder": amortised("householder"),
-    "iaf": amortised("iaf", depth=2),
+    "iaf": amortised("iaf", depth=2, hidden=300),
     "planar": amortised("planar", depth=4),
     "radial": amortised("radial", depth=4),
     "shifted": shifted,
-    "spline": amortised("nsf_coupling", depth=2),
-    "spline_autoregressive": amortised("nsf_autoregressive", depth=2),
+    "spline": amortised("nsf_coupling", depth=2, hidden=128),
+    "spline_autoregressive": amortised("nsf_autoregressive", depth=2, hidden=128),
     "sylvester": amortised("sylvester"),
     "sylvester_householder": amortised("sylvester_householder"),
     "sylvester_triangular": amortised("sylvester_triangular"),

@@ -181,7 +181,9 @@ class VampPrior(Prior):
         return self.guide.sample((), context).z.reshape(*shape, self.dim)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        scores = self.guide.log_prob(z.unsqueeze(-2), self.encoder(self.images))
+        context = self.encoder(self.images)
+        every = z.unsqueeze(-2).expand(*z.shape[:-1], len(context), -1)
+        scores = self.guide.log_prob(every, context)
         return torch.logsumexp(self.logits.log_softmax(-1) + scores, dim=-1)
 
 
