@@ -17,6 +17,7 @@ from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
 from flowvi.pyro_elbo import IWELBO
 from flowvi.pyro_guide import GuideDistribution, PyroGuide, pyro_guide
 from flowvi.records import Step
+from flowvi.report import report
 from flowvi.row_draws import RowBounds, RowDraws
 from flowvi.row_fit import RowFit
 from flowvi.row_training import Epoch
@@ -64,6 +65,7 @@ __all__ = [
     "neutra",
     "pyro_guide",
     "renyi",
+    "report",
     "resample",
     "sbc",
     "to_inference_data",

@@ -131,6 +131,23 @@ def load(
     return Fit(target, guides, bounds, history, log, meta, table)
 
 
+def read_record(
+    folder: Path,
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict[str, Any]]:
+    """Read what is written beside the guides of a saved fit, without its model.
+
+    Returns:
+        Facts about the fit, its history as arrays, its log, and its latent sites.
+
+    Raises:
+        CheckpointError: The folder holds no fit.
+    """
+    manifest = _manifest(folder)
+    history = read_tensors(*_Files(folder, manifest.get("files")).of(HISTORY))
+    arrays = {name: column.numpy() for name, column in history.items()}
+    return manifest["meta"], arrays, tuple(manifest["log"]), manifest["latents"]
+
+
 def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
     """Write the files of a fit, and the manifest that names them."""
     files = {part: _write(path, part, tensors) for part, tensors in parts.items()}

@@ -12,7 +12,8 @@ import numpy as np
 
 from flowvi.diagnostics import VERDICTS, Estimate
 from flowvi.draws import Draws, diagnose, resample
-from flowvi.evidence import evidence, has_group
+from flowvi.evidence import evidence
+from flowvi.groups import has_group
 from flowvi.inference_data import to_inference_data
 
 if TYPE_CHECKING:

@@ -11,6 +11,7 @@ import numpy as np
 from flowvi import diagnostics
 from flowvi.diagnostics import LADDER, VERDICTS, Evidence
 from flowvi.draws import Draws, check_proper, diagnose
+from flowvi.groups import has_group
 
 if TYPE_CHECKING:
     import arviz as az
@@ -107,9 +108,3 @@ def _stats(source: az.InferenceData) -> Any:
     if "log_p" not in stats or "log_q" not in stats:
         raise ValueError(MISSING)
     return stats
-
-
-def has_group(idata: az.InferenceData, group: str) -> bool:
-    """Whether InferenceData, or the tree of later versions of ArviZ, has a group."""
-    names = idata.groups() if callable(idata.groups) else idata.groups
-    return any(str(name).strip("/") == group for name in names)

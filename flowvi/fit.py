@@ -15,9 +15,10 @@ import torch
 
 from flowvi._version import __version__
 from flowvi.compiling import Compile, asked
-from flowvi.draws import Draws, draw
+from flowvi.draws import Draws, draw, stream, tabulate
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
+from flowvi.gaussians import Gaussian
 from flowvi.guides import Guide
 from flowvi.look import check_size
 from flowvi.minibatch import Minibatch
@@ -33,6 +34,8 @@ from flowvi.threads import best_threads
 from flowvi.training import particles_of
 
 PARTICLES = 64
+# The stream of random numbers of `draw_start`.
+START = 1_000_000
 
 
 @dataclass
@@ -48,6 +51,7 @@ class Fit:
         meta: JSON-able facts: guide, objective, steps, particles, lr, seed, seconds ...
         chains: Draws of Markov chains in the space of the best guide, where nothing else
             was to be trusted.
+        start: The Gaussian that the best restart began with; None for a loaded fit.
     """
 
     target: Target
@@ -57,6 +61,7 @@ class Fit:
     log: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     chains: Draws | None = None
+    start: Gaussian | None = None
 
     @property
     def guide(self) -> Guide:
@@ -77,6 +82,23 @@ class Fit:
         if self.chains is None:
             return drawn
         return replace(self.chains.thinned(n), weighted=drawn)
+
+    def draw_start(self, n: int = 1000, seed: int = 0) -> Draws:
+        """Draw from the Gaussian that the fit began with, to see what the guide adds.
+
+        Args:
+            n: Number of draws.
+            seed: Seed of the draws; the caller's generators are left alone.
+
+        Raises:
+            ValueError: The fit was loaded, and a saved fit does not hold its start.
+        """
+        if self.start is None:
+            raise ValueError("This fit was loaded: its Gaussian start was not saved.")
+        chunk = self.target.chunk()
+        with torch.no_grad(), own_randomness(stream(seed, START)):
+            pieces = [self.start.draw(min(chunk, n - done)) for done in range(0, n, chunk)]
+            return tabulate(self.target, [pieces], {"guide": "Gaussian start"})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the fit to a folder, without pickle; `flowvi.load` reads it back."""
@@ -284,7 +306,8 @@ def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept
     if chains is not None:
         chains = replace(chains, meta={**meta, **chains.meta})
     guides, bounds = [k.guide for k in kept], [k.bound for k in kept]
-    return Fit(target, guides, bounds, history, log, meta, chains)
+    best = runs[int(np.argmax(bounds)) if len(kept) == len(runs) else 0].best
+    return Fit(target, guides, bounds, history, log, meta, chains, best)
 
 
 def _missed(kept: list[Kept]) -> list[str]:

@@ -57,6 +57,12 @@ class Gaussian:
             return self.loc + eps * self.scale_tril
         return self.loc + eps @ self.scale_tril.mT
 
+    def draw(self, n: int) -> tuple[Tensor, Tensor]:
+        """Draws (n, D) and their log density (n)."""
+        eps = torch.randn(n, len(self.loc), dtype=self.loc.dtype, device=self.loc.device)
+        log_density = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1)
+        return self.at(eps), log_density - self.log_det
+
     @property
     def widths(self) -> Tensor:
         """Standard deviations, (D)."""

@@ -6,16 +6,19 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
+from functools import partial
 from typing import TYPE_CHECKING, Any, overload
 
 import numpy as np
 import torch
+from numpy.typing import ArrayLike
 
 from flowvi._version import __version__
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import Draws, diagnose
+from flowvi.groups import make_groups
 from flowvi.row_draws import RowDraws
-from flowvi.target import Target
+from flowvi.target import ModelError, Target
 
 if TYPE_CHECKING:
     import arviz as az
@@ -23,6 +26,8 @@ if TYPE_CHECKING:
 
 Arrays = Mapping[str, np.ndarray]
 
+# Groups with a number for each draw and observation are left out beyond this many (400 MB).
+MAX_NUMBERS = 50_000_000
 SAMPLE = ("chain", "draw")
 STATS = {
     "log_p": "log joint density of model and data, log Jacobian included",
@@ -36,8 +41,12 @@ def to_inference_data(
     draws: Draws,
     *,
     prior: int = ...,
-    predictive: bool = ...,
+    predictive: bool | int = ...,
     log_likelihood: bool = ...,
+    predictions: Mapping[str, ArrayLike] | None = ...,
+    dims: Mapping[str, Sequence[str]] | None = ...,
+    coords: Mapping[str, Sequence[Any]] | None = ...,
+    start: Draws | None = ...,
     seed: int = ...,
 ) -> az.InferenceData: ...
 
@@ -57,8 +66,12 @@ def to_inference_data(
     draws: Draws | RowDraws,
     *,
     prior: int = 0,
-    predictive: bool = False,
+    predictive: bool | int = False,
     log_likelihood: bool = True,
+    predictions: Mapping[str, ArrayLike] | None = None,
+    dims: Mapping[str, Sequence[str]] | None = None,
+    coords: Mapping[str, Sequence[Any]] | None = None,
+    start: Draws | None = None,
     seed: int = 0,
     particles: int = 1000,
 ) -> az.InferenceData:
@@ -72,8 +85,13 @@ def to_inference_data(
     Args:
         draws: Draws of a fit, plain or resampled.
         prior: Draws wanted from the prior and the prior predictive.
-        predictive: Whether to simulate data for every draw.
+        predictive: Whether to simulate data for every draw, or for how many of each chain.
         log_likelihood: Whether to evaluate it for every draw and observation.
+        predictions: Values at new data, from `predict`, each (chain, draw, ...).
+        dims: Names of the axes of variables, in place of those of the model's plates.
+        coords: Labels along dims, in place of the model's.
+        start: Draws of the Gaussian that the fit began with, from `fit.draw_start`; for
+            a group of flowvi's own, ``gaussian_start``.
         seed: Seed of the prior and the predictive draws.
         particles: For draws for rows, whose log likelihood is an importance-weighted bound on
             log p(x_n): its number of particles.
@@ -85,18 +103,20 @@ def to_inference_data(
             raise ValueError("Draws for rows come without the prior: use target.prior(n).")
         return rows_to_inference_data(
             draws,
-            predictive=predictive,
+            predictive=bool(predictive),
             log_likelihood=log_likelihood,
             particles=particles,
             seed=seed,
         )
-    # ArviZ takes seconds to import.
-    import arviz as az
-
     target = draws.target
     groups: dict[str, Arrays] = {"posterior": draws.values, "sample_stats": _stats(draws)}
     if predictive:
-        groups["posterior_predictive"] = _predictive(draws, seed)
+        some = draws if predictive is True else draws.thinned(int(predictive))
+        groups["posterior_predictive"] = _predictive(some, seed)
+    if predictions is not None:
+        groups["predictions"] = _predictions(draws, predictions)
+    if start is not None:
+        groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws)
     if prior:
@@ -106,13 +126,33 @@ def to_inference_data(
         groups[name] = _arrays(tensors)
 
     names = [name for arrays in groups.values() for name in arrays]
-    labels, attrs = Labels(target.dims, target.coords, names), attributes(draws)
+    labels = Labels({**target.dims, **(dims or {})}, {**target.coords, **(coords or {})}, names)
+    attrs = attributes(draws)
     datasets: dict[str, Any] = {
         group: labels.dataset(arrays, () if group in data else SAMPLE, attrs)
         for group, arrays in groups.items()
         if arrays
     }
-    return az.InferenceData(**datasets)
+    return make_groups(datasets)
+
+
+def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> az.InferenceData:
+    """Every group that the model has and that is not too large, for a file or a report.
+
+    Args:
+        draws: Draws of a fit.
+        start: Draws of the Gaussian that the fit began with.
+        predicted: Draws of each chain for which data are simulated, if the model can.
+    """
+    rows = sum(value.numel() for value in draws.target.observed.values())
+    some = predicted if 0 < predicted * rows <= MAX_NUMBERS else 0
+    made = partial(
+        to_inference_data, draws, log_likelihood=len(draws) * rows <= MAX_NUMBERS, start=start
+    )
+    try:
+        return made(predictive=some)
+    except ModelError:  # a model that can be scored need not be one to draw data from
+        return made()
 
 
 def attributes(draws: Draws) -> dict[str, str | int | float]:
@@ -228,6 +268,18 @@ def _predictive(draws: Draws, seed: int) -> Arrays:
     """Data simulated for every draw, (chain, draw, *shape)."""
     latents = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in draws.target.sites}
     return _by_chain(draws.target.predictive(latents, seed), draws)
+
+
+def _predictions(draws: Draws, values: Mapping[str, ArrayLike]) -> Arrays:
+    """Values at new data, checked: one for each draw."""
+    arrays = {name: np.asarray(value) for name, value in values.items()}
+    for name, array in arrays.items():
+        if array.shape[:2] != draws.log_p.shape:
+            raise ValueError(
+                f"predictions['{name}'] must begin with the shape {draws.log_p.shape} of the "
+                f"draws, (chain, draw); got {array.shape}."
+            )
+    return arrays
 
 
 def _stats(draws: Draws) -> Arrays:

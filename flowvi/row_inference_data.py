@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from flowvi.groups import make_groups
 from flowvi.inference_data import SAMPLE, Labels, storable
 from flowvi.row_draws import RowDraws, row_bounds
 
@@ -35,8 +36,6 @@ def rows_to_inference_data(
         particles: Their number of particles.
         seed: Seed of the predictive draws and the bounds.
     """
-    import arviz as az
-
     target, plate = draws.target, draws.target.plate
     dims = {name: (plate, *target.dims[name]) for name in target.dims}
     stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_weights}
@@ -65,4 +64,4 @@ def rows_to_inference_data(
     }
     if observed:
         datasets["observed_data"] = labels.dataset(observed, (), attrs)
-    return az.InferenceData(**datasets)
+    return make_groups(datasets)

@@ -15,7 +15,7 @@ PACKAGE = Path(flowvi.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Modules and packages from the bottom up; the parts of the first two layers stand alone.
 LAYERS = [
-    {"_version", "parallel", "randomness", "files"},
+    {"_version", "parallel", "groups", "randomness", "files"},
     {"states"},
     {"flows", "target", "diagnostics"},
     {"guides"},
@@ -30,9 +30,11 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved"),
     },
-    {"vae", "plots", "cli"},
+    {"vae", "plots"},
+    {"report"},
+    {"cli"},
 ]
 ALONE = 3
 FACES = {"__init__", "__main__"}
@@ -42,7 +44,7 @@ PUBLIC = {
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
     *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
-    *("pyro_guide", "IWELBO", "GuideDistribution"),
+    *("pyro_guide", "IWELBO", "GuideDistribution", "report"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

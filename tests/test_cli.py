@@ -18,7 +18,7 @@ from flowvi.cli.model_file import load_target
 from flowvi.schedule import Guard
 
 SCHOOLS = Path(__file__).parents[1] / "models" / "eight_schools.py"
-FILES = {"posterior.nc", "summary.csv", "loss.png", "pair.png", "fit"}
+FILES = {"posterior.nc", "summary.csv", "loss.png", "pair.png", "report.html", "fit"}
 HEAD = """
 import pyro
 import pyro.distributions as dist
@@ -55,6 +55,13 @@ def folder(tmp_path, monkeypatch) -> Path:
     """An empty working folder."""
     monkeypatch.chdir(tmp_path)
     return tmp_path
+
+
+@pytest.fixture(autouse=True)
+def short_report(monkeypatch) -> None:
+    """A report takes seconds; what is in it is the business of test_report."""
+    module = sys.modules["flowvi.report"]
+    monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
 
 
 def run(*arguments: object) -> Result:

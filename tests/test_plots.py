@@ -8,7 +8,7 @@ import torch
 
 from flowvi.draws import Draws, draw, resample
 from flowvi.guides import MeanField
-from flowvi.plots import plot_khat, plot_loss, plot_pair
+from flowvi.plots import plot_khat, plot_loss, plot_marginals, plot_pair, plot_predictive
 from flowvi.target import Site, from_density
 
 mpl.use("Agg")
@@ -130,3 +130,44 @@ def test_khat_of_any_weights_is_drawn(spread):
 
     assert plot_khat(log_w, ax) is ax
     ax.figure.canvas.draw()
+
+
+def test_marginals_show_every_set_on_every_panel(draws):
+    axes = plot_marginals({"flow": draws, "resampled": resample(draws)}, columns=2)
+
+    titles = [ax.get_title("left") for ax in axes.flat]
+    assert titles == ["mu", "tau", "theta[c0]", "theta[c1]", "theta[c2]", "theta[c3]"]
+    assert all(len(ax.patches) == 3 for ax in axes.flat)  # two outlines, the last one filled
+    named = plot_marginals({"flow": draws}, ["theta[c8]"])
+    assert [ax.get_title("left") for ax in named.flat] == ["theta[c8]"]
+
+
+def test_marginals_refuse_more_sets_than_there_are_colours(draws):
+    with pytest.raises(ValueError, match="1 to 4 sets of draws; got 5"):
+        plot_marginals({str(i): draws for i in range(5)})
+
+
+@pytest.mark.parametrize("rows", [6, 200])
+def test_prediction_shows_the_data_among_what_was_predicted(rows):
+    rng = np.random.default_rng(0)
+    labels = [f"row {i}" for i in range(rows)]
+
+    ax = plot_predictive(rng.normal(size=rows), rng.normal(size=(2, 50, rows)), labels, "y")
+
+    words = [text.get_text() for text in ax.get_legend().get_texts()]
+    assert words[-1] == "observed" and "predicted" in words[0]
+    if rows == 6:
+        assert [t.get_text() for t in ax.get_xticklabels()] == labels
+
+
+def test_prediction_of_another_shape_is_refused():
+    with pytest.raises(ValueError, match=r"end in the shape \(3,\)"):
+        plot_predictive(np.zeros(3), np.zeros((10, 4)))
+
+
+def test_dollars_in_names_are_no_formulas():
+    target = from_density(lambda v: -v["$a_$"].square(), {"$a_$": Site()})
+    table = draw(target, [MeanField(1)], 200)
+
+    for axes in (plot_pair(table), plot_marginals({"x": table})):
+        axes.flat[0].figure.canvas.draw()

@@ -9,6 +9,7 @@ from flowvi.cli.autoencoding import vae_command
 from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fitting import fit_command
 from flowvi.cli.listing import list_command
+from flowvi.cli.reporting import report_command
 
 __all__ = ["main"]
 
@@ -33,3 +34,4 @@ main.add_command(fit_command)
 main.add_command(evidence_command)
 main.add_command(list_command)
 main.add_command(vae_command)
+main.add_command(report_command)

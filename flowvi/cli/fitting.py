@@ -8,7 +8,14 @@ from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
-from flowvi.cli.speech import DISTRUSTED, INTERRUPTED, interruptible, plain_warnings, said_plainly
+from flowvi.cli.speech import (
+    DISTRUSTED,
+    INTERRUPTED,
+    as_typed,
+    interruptible,
+    plain_warnings,
+    said_plainly,
+)
 from flowvi.compiling import Compile
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import diagnose
@@ -148,6 +155,7 @@ def fit_command(
             )
         if parallel.rank():
             return  # the first process writes and speaks
+        fitted.meta["command"] = as_typed(ctx)
         fitted.save(out / results.FIT)
         verdict = _report(fitted, draws, seed, out, quiet)
     if fitted.meta["interrupted"]:
@@ -166,7 +174,7 @@ def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
     numbers = results.summary(kept)
     try:
         # All files before the first word: whoever reads the output may hang up early.
-        written = list(results.write(fitted, draws, kept, numbers, out))
+        written = [*results.write(fitted, draws, kept, numbers, out), results.write_report(out)]
     finally:
         click.echo(str(diagnosis))
     if not quiet:

@@ -15,18 +15,23 @@ import numpy as np
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, resample
 from flowvi.fit import Fit
-from flowvi.inference_data import to_inference_data
+from flowvi.groups import write_groups
+from flowvi.inference_data import all_groups, to_inference_data
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
-FILES = ("posterior.nc", "resampled.nc", "guide.nc", "summary.csv", "loss.png", "pair.png")
+REPORT = "report.html"
+FILES = (
+    *("posterior.nc", "resampled.nc", "guide.nc", "summary.csv", "loss.png", "pair.png"),
+    REPORT,
+)
 FIT = "fit"
-# The pointwise log likelihood is left out of the files beyond this many numbers (400 MB).
-MAX_LIKELIHOOD = 50_000_000
 QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95}
 TABLE_ROWS = 20
+# Draws of each chain for which data are simulated, and of the Gaussian start.
+PREDICTED, STARTED = 400, 2000
 
 
 class Judged(NamedTuple):
@@ -97,7 +102,8 @@ def write(
     for name in ("resampled.nc", "guide.nc"):
         # One of an earlier fit would pass for this one's.
         (folder / name).unlink(missing_ok=True)
-    whole(folder / "posterior.nc", lambda file: _netcdf(draws, file))
+    start = None if fit.start is None else fit.draw_start(STARTED)
+    whole(folder / "posterior.nc", lambda file: _netcdf(draws, file, start, PREDICTED))
     if draws.weighted is None:
         yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
     else:
@@ -117,6 +123,14 @@ def write(
     yield "pair.png", f"marginals and pairs of the {kept.word} draws"
 
 
+def write_report(folder: Path) -> tuple[str, str]:
+    """Write the report on a folder whose other files are written; its name and what it holds."""
+    from flowvi.report import report
+
+    whole(folder / REPORT, lambda file: report(folder, file))
+    return REPORT, "all of this on one page, to read and to pass on"
+
+
 def whole(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file whole or not at all: under another name in its folder first."""
     final = path.resolve()
@@ -130,20 +144,16 @@ def whole(path: Path, write: Callable[[Path], object]) -> None:
         part.unlink(missing_ok=True)
 
 
-def _netcdf(draws: Draws, file: Path) -> None:
-    rows = sum(value.numel() for value in draws.target.observed.values())
-    small = len(draws) * rows <= MAX_LIKELIHOOD
-    to_inference_data(draws, log_likelihood=small).to_netcdf(str(file), engine="h5netcdf")
+def _netcdf(draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0) -> None:
+    write_groups(all_groups(draws, start, predicted), file)
 
 
 def _loss(fit: Fit, file: Path) -> None:
     from flowvi.plots import plot_loss
+    from flowvi.plots.loss import stage_names
 
-    names = [
-        f"restart {r}" if len(fit.guides) > 1 else fit.meta["stages"][r][s]
-        for r, s in zip(fit.history["restart"], fit.history["stage"], strict=True)
-    ]
-    history = {"bound": fit.history["bound"], "stage": np.array(names)}
+    names = stage_names(fit.history, fit.meta["stages"])
+    history = {"bound": fit.history["bound"], "stage": names}
     save(plot_loss(history).figure, file)
 
 

@@ -1,12 +1,31 @@
 """How commands say what went wrong, and their exit codes."""
 
+import shlex
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 import click
+from click.core import ParameterSource
 
 DISTRUSTED, INTERRUPTED = 3, 130
+
+
+def as_typed(ctx: click.Context) -> str:
+    """The command with the options that were given, for the record."""
+    words = ["flowvi", str(ctx.info_name)]
+    for parameter in ctx.command.params:
+        name = str(parameter.name)
+        if ctx.get_parameter_source(name) is not ParameterSource.COMMANDLINE:
+            continue
+        value = ctx.params[name]
+        if isinstance(parameter, click.Argument):
+            words.append(str(value))
+        elif isinstance(parameter, click.Option) and parameter.is_flag:
+            words.append(parameter.opts[0])
+        else:
+            words += [parameter.opts[0], str(value)]
+    return shlex.join(words)
 
 
 @contextmanager

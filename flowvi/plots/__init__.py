@@ -9,7 +9,9 @@ from flowvi.plots.images import (
 )
 from flowvi.plots.khat import plot_khat
 from flowvi.plots.loss import plot_loss
+from flowvi.plots.marginals import plot_marginals
 from flowvi.plots.pair import plot_pair
+from flowvi.plots.predictive import plot_predictive
 from flowvi.plots.sbc import plot_sbc
 from flowvi.plots.where import plot_where
 
@@ -20,7 +22,9 @@ __all__ = [
     "plot_khat",
     "plot_latent_map",
     "plot_loss",
+    "plot_marginals",
     "plot_pair",
+    "plot_predictive",
     "plot_reconstructions",
     "plot_sbc",
     "plot_where",

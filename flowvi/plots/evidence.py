@@ -23,7 +23,7 @@ def plot_evidence(evidence: Evidence, ax: Axes | None = None) -> Axes:
     """
     rungs = _rungs(evidence)
     names = [name for name, *_ in rungs]
-    with style():
+    with style(mathematics=True):
         ax = ax or new_axes((6.0, 0.6 + 0.34 * len(rungs)))
         for place, (_, value, se, marker, colour) in enumerate(rungs):
             error = 0.0 if math.isnan(se) else 2 * se

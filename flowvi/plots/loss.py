@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -59,6 +59,24 @@ def plot_loss(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
             _mark_stages(ax, np.asarray(history["stage"]).astype(str).tolist())
         ax.legend(loc="lower right")
     return ax
+
+
+def stage_names(history: Mapping[str, ArrayLike], stages: Sequence[Sequence[str]]) -> np.ndarray:
+    """A name for every step of a fit: its stage, or its restart where there are several.
+
+    Args:
+        history: ``restart`` and ``stage`` of every step.
+        stages: Names of the stages of each restart.
+    """
+    restarts = np.asarray(history["restart"]).astype(int)
+    places = np.asarray(history["stage"]).astype(int)
+    many = len(stages) > 1
+    return np.array(
+        [
+            f"restart {r}" if many or not stages else stages[r][s]
+            for r, s in zip(restarts, places, strict=True)
+        ]
+    )
 
 
 def _running_quantiles(y: np.ndarray) -> tuple[np.ndarray, ...]:

@@ -29,7 +29,7 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
     Returns:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
-    columns = _scalars(draws, names)
+    columns = scalars(draws, names)
     labels, size = list(columns), len(columns)
     with style():
         import matplotlib.pyplot as plt
@@ -55,18 +55,20 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
     return np.asarray(axes)
 
 
-def _scalars(draws: Draws, names: Sequence[str] | None) -> dict[str, np.ndarray]:
-    """Columns to show, by label."""
+def scalars(
+    draws: Draws, names: Sequence[str] | None = None, most: int = DEFAULT_SCALARS
+) -> dict[str, np.ndarray]:
+    """Columns to show, by label; without names the model's scalars first, `most` in all."""
     if names is None:
         scalars_first = sorted(draws.values, key=lambda name: draws[name].ndim > 2)
-        every = (element for name in scalars_first for element in _elements(draws, name))
+        every = (element for name in scalars_first for element in elements(draws, name))
         varying = ((label, x) for _, label, x in every if np.isfinite(x).all() and np.ptp(x) > 0)
-        return dict(itertools.islice(varying, DEFAULT_SCALARS))
+        return dict(itertools.islice(varying, most))
     columns: dict[str, np.ndarray] = {}
     for name in names:
         value = name if name in draws.values else name.partition("[")[0]
         wanted = {
-            label: x for index, label, x in _elements(draws, value) if name in (value, index, label)
+            label: x for index, label, x in elements(draws, value) if name in (value, index, label)
         }
         if not wanted:
             raise KeyError(f"'{value}' has shape {draws[value].shape[2:]}; it has no '{name}'.")
@@ -79,7 +81,7 @@ def _scalars(draws: Draws, names: Sequence[str] | None) -> dict[str, np.ndarray]
     return columns
 
 
-def _elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
+def elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Every scalar of a value: its name by index, its name by label, its draws."""
     value = draws[name]
     axes = [draws.target.coords.get(dim) for dim in draws.target.dims.get(name, ())]

@@ -31,7 +31,7 @@ def plot_sbc(calibration: Calibration) -> np.ndarray:
     """
     ks, width = uniformity(calibration.plain, calibration.levels)
     shown = np.sort(np.argsort(np.minimum(ks, width))[:MAX_SCALARS])
-    with style():
+    with style(mathematics=True):
         import matplotlib.pyplot as plt
 
         size = (max(2.1 * len(shown), 3.5), 4.2)

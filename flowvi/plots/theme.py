@@ -32,11 +32,15 @@ STYLE: Any = {
 
 
 @contextmanager
-def style() -> Iterator[None]:
-    """The look of these plots, without a change to anybody else's."""
+def style(mathematics: bool = False) -> Iterator[None]:
+    """The look of these plots, without a change to anybody else's.
+
+    Args:
+        mathematics: Whether dollar signs mark formulas; in names of the user's they do not.
+    """
     import matplotlib as mpl
 
-    with mpl.rc_context(STYLE):
+    with mpl.rc_context({**STYLE, "text.parse_math": mathematics}):
         yield
 
 

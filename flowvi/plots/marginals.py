@@ -1,0 +1,77 @@
+"""Marginals of several tables of draws on top of each other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from flowvi.draws import Draws
+from flowvi.plots.pair import MAX_SCALARS, scalars
+from flowvi.plots.theme import BLUE, GREY, ORANGE, style
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BINS = 32
+COLOURS = (GREY, BLUE, ORANGE, "#4d8f5b")
+
+
+def plot_marginals(
+    sets: Mapping[str, Draws], names: Sequence[str] | None = None, columns: int = 3
+) -> np.ndarray:
+    """Outlines of histograms, one panel for each scalar.
+
+    Args:
+        sets: Draws by what to call them, such as the Gaussian start, the flow and the
+            resampled ones; four at most.
+        names: What to show, as in `plot_pair`; three rows of scalars without.
+        columns: Panels side by side.
+
+    Returns:
+        Axes, (rows, columns); those of empty panels are switched off.
+    """
+    if not 1 <= len(sets) <= len(COLOURS):
+        raise ValueError(
+            f"plot_marginals shows 1 to {len(COLOURS)} sets of draws; got {len(sets)}."
+        )
+    last = list(sets.values())[-1]
+    labels = list(scalars(last, names, min(3 * columns, MAX_SCALARS)))
+    shown = {name: scalars(draws, labels) for name, draws in sets.items()}
+    across = min(columns, len(labels))
+    down = -(-len(labels) // across)
+    with style():
+        import matplotlib.pyplot as plt
+
+        figure, axes = plt.subplots(
+            down,
+            across,
+            figsize=(2.4 * across, 1.75 * down + 0.3),
+            squeeze=False,
+            layout="constrained",
+        )
+        for ax in axes.flat[len(labels) :]:
+            ax.set_axis_off()
+        for ax, label in zip(axes.flat, labels, strict=False):
+            _panel(ax, label, {name: found[label] for name, found in shown.items()})
+        figure.legend(
+            *axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(sets)
+        )
+    return np.asarray(axes)
+
+
+def _panel(ax: Axes, label: str, columns: Mapping[str, np.ndarray]) -> None:
+    ends = [np.quantile(x[np.isfinite(x)], (0.003, 0.997)) for x in columns.values()]
+    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+    edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
+    for (name, x), colour in zip(columns.items(), COLOURS, strict=False):
+        last = name == list(columns)[-1]
+        heights, _ = np.histogram(x, edges, density=True)
+        ax.stairs(heights, edges, color=colour, lw=1.4, label=name, fill=False)
+        if last:
+            ax.stairs(heights, edges, color=colour, alpha=0.15, fill=True)
+    ax.set(yticks=[], xlim=(edges[0], edges[-1]), ylim=(0, None))
+    ax.spines["left"].set_visible(False)
+    ax.set_title(label)
+    ax.locator_params(axis="x", nbins=4)

@@ -1,0 +1,102 @@
+"""Tables of draws read back from ArviZ's groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from flowvi.diagnostics import Diagnosis
+from flowvi.draws import Draws
+from flowvi.target import Target
+
+if TYPE_CHECKING:
+    import arviz as az
+
+LISTS = ("reasons", "distances", "improper", "missed")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a table of draws knows of its target, once that is gone.
+
+    Attributes:
+        name: Name of the model.
+        dims: For each value, the names of its axes.
+        coords: Labels along them.
+        improper: Sites whose prior has no integral.
+        sites: None: the latents are among the values.
+        slices: None: the unconstrained vector is not kept.
+        deterministics: None.
+    """
+
+    name: str
+    dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    coords: dict[str, list[Any]] = field(default_factory=dict)
+    improper: tuple[str, ...] = ()
+    sites: dict[str, Any] = field(default_factory=dict)
+    slices: dict[str, slice] = field(default_factory=dict)
+    deterministics: tuple[str, ...] = ()
+
+
+def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
+    """The table of draws in a file that flowvi wrote, for pictures and diagnostics.
+
+    Args:
+        idata: What `to_inference_data` made.
+        group: The group that holds the values.
+    """
+    posterior = idata[group]
+    attrs = facts(idata)
+    values, dims = {}, {}
+    for key, variable in posterior.data_vars.items():
+        name = str(variable.attrs.get("original_name", key))
+        values[name] = variable.values
+        dims[name] = tuple(map(str, variable.dims[2:]))
+    names = Names(
+        str(attrs.get("model", "")),
+        dims,
+        {str(dim): list(posterior[dim].values) for dim in posterior.dims if dim in posterior},
+        tuple(attrs.get("improper", ())),
+    )
+    lead = (posterior.sizes["chain"], posterior.sizes["draw"])
+    log_p, log_q = np.full(lead, np.nan), np.full(lead, np.nan)
+    if group == "posterior":
+        stats = idata["sample_stats"]
+        log_p, log_q = stats["log_p"].values, stats["log_q"].values
+    return Draws(np.zeros((*lead, 0)), log_p, log_q, values, cast(Target, names), attrs)
+
+
+def facts(idata: az.InferenceData) -> dict[str, Any]:
+    """The attributes of the posterior; what was written as JSON is read."""
+    return {str(key): _read(value) for key, value in idata["posterior"].attrs.items()}
+
+
+def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
+    """The verdict that was written with the draws; None where there were too few to judge."""
+    attrs = facts(idata)
+    if "khat" not in attrs:
+        return None
+    known = {f.name: attrs[f.name] for f in fields(Diagnosis) if f.name in attrs}
+    known["reasons"] = tuple(known.get("reasons", ()))
+    known["distances"] = tuple(map(tuple, known.get("distances", ())))
+    for key in ("draws", "divergences"):
+        known[key] = int(known.get(key, 0))
+    for f in fields(Diagnosis):
+        if f.type == "float" or f.type is float:
+            known[f.name] = float(known.get(f.name, math.nan))
+    return Diagnosis(**known)
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value
