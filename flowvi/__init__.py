@@ -11,6 +11,7 @@ from flowvi.fit import Fit, fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
+from flowvi.loo import loo
 from flowvi.minibatch import Minibatch
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
@@ -62,6 +63,7 @@ __all__ = [
     "from_pyro",
     "iwelbo",
     "load",
+    "loo",
     "neutra",
     "pyro_guide",
     "renyi",

@@ -5,6 +5,7 @@ Everything that differs between them is in this module.
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,9 @@ def write_groups(idata: az.InferenceData, path: Path) -> None:
     """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr."""
     if path.suffix == ZARR:
         _zarr()
-        idata.to_zarr(str(path))
+        tree = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
+        # The third format has no settled way to write labels yet.
+        tree.to_zarr(str(path), zarr_format=2)
     else:
         idata.to_netcdf(str(path), engine=ENGINE)
 
@@ -60,15 +63,12 @@ def read_groups(path: Path) -> az.InferenceData:
 
 def _read(path: Path) -> Any:
     import arviz as az
-
-    if hasattr(az, "InferenceData"):
-        if path.suffix == ZARR:
-            return az.from_zarr(str(path))
-        return az.from_netcdf(str(path), engine=ENGINE)
     import xarray as xr
 
-    tree = xr.open_datatree(str(path), engine="zarr" if path.suffix == ZARR else ENGINE)
-    return tree.load()
+    if hasattr(az, "InferenceData") and path.suffix != ZARR:
+        return az.from_netcdf(str(path), engine=ENGINE)
+    with xr.open_datatree(str(path), engine="zarr" if path.suffix == ZARR else ENGINE) as tree:
+        return make_groups({name: node.to_dataset().load() for name, node in tree.children.items()})
 
 
 def _zarr() -> None:
@@ -76,3 +76,29 @@ def _zarr() -> None:
         import zarr  # noqa: F401
     except ImportError:
         raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.") from None
+
+
+def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:
+    """ArviZ's record of LOO, pointwise; with fields of one's own in place of its own.
+
+    Args:
+        idata: Groups with the log likelihood.
+        name: The observed site.
+        fields: By the names of ArviZ 0.23.
+    """
+    import arviz as az
+
+    if fields is None:
+        return az.loo(idata, var_name=name, pointwise=True)
+    if not hasattr(az, "InferenceData"):
+        # ArviZ 1 makes the same correction itself.
+        stats = idata["sample_stats"]
+        corrected: Any = vars(az)["loo_approximate_posterior"]
+        return corrected(idata, stats["log_p"], stats["log_q"], var_name=name, pointwise=True)
+    with warnings.catch_warnings():
+        # About draws that are not corrected yet.
+        warnings.simplefilter("ignore")
+        record = az.loo(idata, var_name=name, pointwise=True, reff=1.0, scale="log")
+    for key, value in fields.items():
+        record[key] = value
+    return record

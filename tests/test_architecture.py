@@ -30,7 +30,7 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo"),
     },
     {"vae", "plots"},
     {"report"},
@@ -44,7 +44,7 @@ PUBLIC = {
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
     *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
-    *("pyro_guide", "IWELBO", "GuideDistribution", "report"),
+    *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

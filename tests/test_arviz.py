@@ -1,0 +1,208 @@
+"""ArviZ's statistics and plots are right on what a fit gives, its files lose nothing."""
+
+import importlib.util
+import math
+
+import arviz as az
+import matplotlib.pyplot as plt
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+import xarray as xr
+
+import flowvi
+from flowvi.draws import draw, resample
+from flowvi.groups import read_groups, write_groups
+from flowvi.guides import FullRank
+from flowvi.saved import draws_of
+
+ROWS = 12
+FORMATS = ["nc", "zarr"] if importlib.util.find_spec("zarr") else ["nc"]
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Passing a dict or None as alias_mapping",  # ArviZ's plots, and how it calls others
+    "ignore::DeprecationWarning:arviz",
+    "ignore::FutureWarning:arviz",
+)
+
+
+def line(x, y, flat=False):
+    slope = pyro.sample("slope", dist.Normal(x.new_zeros(()), 2.0))
+    level = pyro.sample("level", dist.Normal(x.new_zeros(()), 2.0))
+    with pyro.plate("row", len(y)):
+        mean = pyro.deterministic("mean", level + (0.0 if flat else 1.0) * slope * x)
+        pyro.sample("y", dist.Normal(mean, 0.5), obs=y)
+
+
+def data():
+    x = torch.linspace(-1.0, 1.0, ROWS, dtype=torch.float64)
+    noise = torch.tensor([0.3, -0.6, 0.2, 0.9, -0.4, 0.1, -0.2, 0.5, -0.8, 0.4, 0.0, -0.3])
+    return x, 0.8 * x + 0.5 + 0.7 * noise.double()
+
+
+def exact(x, y, rows=slice(None)):
+    """Mean and covariance of (slope, level) given some rows."""
+    design = torch.stack([x, torch.ones_like(x)], -1)[rows]
+    covariance = torch.linalg.inv(design.mT @ design / 0.25 + torch.eye(2).double() / 4.0)
+    return covariance @ design.mT @ y[rows] / 0.25, covariance
+
+
+def exact_loo(x, y, out=True):
+    """Log predictive density of each row given the others, or given all."""
+    found = []
+    for n in range(ROWS):
+        mean, covariance = exact(x, y, [i for i in range(ROWS) if i != n or not out])
+        row = torch.stack([x[n], torch.ones(()).double()])
+        sd = (row @ covariance @ row + 0.25).sqrt()
+        found.append(dist.Normal(row @ mean, sd).log_prob(y[n]).item())
+    return np.array(found)
+
+
+def table(width=1.2, shift=0.1, flat=False, n=4000):
+    """Two chains of draws of a guide that is off by a known amount."""
+    torch.set_default_dtype(torch.float64)
+    x, y = data()
+    target = flowvi.from_pyro(line, x, y, flat).label({"row": [f"r{i}" for i in range(ROWS)]})
+    mean, covariance = exact(0.0 * x if flat else x, y)
+    guide = FullRank(2)
+    guide.start(mean + shift, width * torch.linalg.cholesky(covariance))
+    return draw(target, [guide, guide], n // 2, seed=1, meta={"guide": "fullrank", "seed": 1})
+
+
+@pytest.fixture(scope="module")
+def draws():
+    return table()
+
+
+@pytest.fixture(scope="module")
+def idata(draws):
+    rows = [f"new {i}" for i in range(3)]
+    new = {"y": np.zeros((*draws.log_p.shape, 3))}
+    return flowvi.to_inference_data(
+        draws,
+        prior=50,
+        predictive=True,
+        predictions=new,
+        dims={"y": ["row"]},
+        coords={"row": [f"row {i}" for i in range(ROWS)], "y_dim_0": rows},
+    )
+
+
+def test_all_groups_are_there(idata):
+    assert set(idata.groups()) == {
+        *("posterior", "posterior_predictive", "log_likelihood", "sample_stats"),
+        *("prior", "prior_predictive", "observed_data", "constant_data", "predictions"),
+    }
+
+
+def test_dims_and_coords_can_be_given(idata):
+    assert list(idata.posterior["row"].values)[:2] == ["row 0", "row 1"]
+    assert idata.predictions["y"].dims[2] != "row"  # of another size
+
+
+def test_predictions_of_other_draws_are_refused(draws):
+    with pytest.raises(ValueError, match=r"\['y'\] must begin with the shape \(2, 2000\)"):
+        flowvi.to_inference_data(draws, predictions={"y": np.zeros((2, 5, 3))})
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_a_file_loses_nothing(idata, tmp_path, kind):
+    path = tmp_path / f"all.{kind}"
+
+    write_groups(idata, path)
+    again = read_groups(path)
+
+    assert again.groups() == idata.groups()
+    for group in idata.groups():
+        xr.testing.assert_identical(
+            again[group].drop_attrs(deep=False), idata[group].drop_attrs(deep=False)
+        )
+        kept = {k: v for k, v in idata[group].attrs.items() if v == v}
+        found = again[group].attrs
+        assert {k: found[k] for k in kept} == kept
+
+
+def test_a_file_of_another_kind_is_refused(tmp_path):
+    (tmp_path / "x.nc").write_text("no NetCDF")
+
+    with pytest.raises(ValueError, match="cannot be read as ArviZ's groups"):
+        read_groups(tmp_path / "x.nc")
+
+
+def test_loo_is_that_of_the_exact_posterior(draws, idata):
+    """And without the correction it is not: the guide is wider and off."""
+    expected = exact_loo(*data())
+
+    corrected = flowvi.loo(idata)
+    plain = az.loo(idata, pointwise=True)
+
+    error = np.abs(corrected.loo_i.values - expected)
+    assert error.max() < 0.05
+    assert abs(corrected.elpd_loo - expected.sum()) < 0.1
+    assert abs(plain.elpd_loo - expected.sum()) > 2 * abs(corrected.elpd_loo - expected.sum())
+    assert corrected.elpd_loo == pytest.approx(flowvi.loo(draws).elpd_loo)
+    p_loo = exact_loo(*data(), out=False).sum() - expected.sum()
+    assert corrected.p_loo == pytest.approx(p_loo, abs=0.05)
+    assert corrected.pareto_k.dims == ("row",)
+
+
+def test_loo_of_resampled_draws_is_arviz_s_own(draws):
+    resampled = flowvi.to_inference_data(resample(draws))
+
+    assert flowvi.loo(resampled).elpd_loo == pytest.approx(az.loo(resampled).elpd_loo)
+
+
+def test_loo_says_which_rows_rest_on_few_draws():
+    with pytest.warns(UserWarning, match=r"above 0\.\d+ for \d+ of 12 observations"):
+        found = flowvi.loo(table(width=0.3, shift=0.4, n=400))
+
+    assert found.warning
+
+
+def test_loo_needs_one_site(draws):
+    bare = flowvi.to_inference_data(draws, log_likelihood=False)
+
+    with pytest.raises(ValueError, match="no pointwise log likelihood"):
+        flowvi.loo(bare)
+    with pytest.raises(ValueError, match="No observed site named 'z'; choose from y"):
+        flowvi.loo(draws, "z")
+
+
+def test_arviz_compares_the_corrected_numbers(draws):
+    flat = table(flat=True)
+
+    ranked = az.compare({"line": flowvi.loo(draws), "flat": flowvi.loo(flat)})
+
+    assert list(ranked.index) == ["line", "flat"]
+    assert ranked.loc["flat", "elpd_diff"] > 0
+
+
+def test_loo_pit_is_about_uniform(idata):
+    found = az.loo_pit(idata, y="y")
+
+    assert found.shape == (ROWS,)
+    assert ((found > 0) & (found < 1)).all()
+    assert abs(found.mean() - 0.5) < 4 * math.sqrt(1 / 12 / ROWS)
+
+
+def test_arviz_draws_what_a_fit_gives(draws, idata):
+    axes = [
+        az.plot_khat(flowvi.loo(idata)),
+        az.plot_ppc(idata, num_pp_samples=10),
+        az.plot_forest(idata, var_names=["slope", "level"], combined=True)[0],
+        az.plot_pair(idata, var_names=["slope", "level"]),
+        az.plot_loo_pit(idata, y="y"),
+        az.plot_posterior(idata, var_names=["slope"]),
+    ]
+    plt.close("all")
+
+    assert all(ax is not None for ax in axes)
+
+
+def test_trees_of_later_versions_are_read(draws, idata):
+    """ArviZ 1 keeps groups in a tree of xarray."""
+    tree = xr.DataTree.from_dict({group: idata[group] for group in idata.groups()})
+
+    assert flowvi.evidence(tree).log_evidence == flowvi.evidence(idata).log_evidence
+    np.testing.assert_array_equal(draws_of(tree).log_weights, draws.log_weights)
