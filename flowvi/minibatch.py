@@ -14,7 +14,8 @@ from flowvi.guides import Guide
 from flowvi.objectives import Renyi, WakeSleep
 from flowvi.target import Batch, LocalTarget
 
-# The step size falls to this share.
+# Steps in which the step size rises, and the share to which it falls at the end.
+WARM_UP = 200
 LAST = 0.02
 # A prior weight of nothing at all would divide by zero.
 LEAST_BETA = 1e-3
@@ -33,7 +34,7 @@ class Minibatch:
     what is reported is always the bound itself.
 
     Args:
-        batch_size: Rows B of a step.
+        batch_size: Most rows of a step; batches are as equal as can be.
         epochs: Times that every row is visited.
         lr: Step size of Adam.
         decay: Share of the steps, at the end, in which the step size falls linearly to 2 %.
@@ -81,10 +82,17 @@ class Minibatch:
         if self.warmup not in ("linear", "cyclical"):
             raise ValueError(f"warmup must be 'linear' or 'cyclical'; got '{self.warmup}'.")
 
-    def rate(self, done: float) -> float:
-        """Step size after a share of all steps."""
+    def rate(self, step: int, steps: int) -> float:
+        """Size of a step: a short linear warm-up, constant, then falling.
+
+        Args:
+            step: Number of the step, from 0.
+            steps: Number of all steps.
+        """
+        rising = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
+        done = step / steps
         falling = max(0.0, done - (1 - self.decay)) / self.decay if self.decay else 0.0
-        return self.lr * (1 - (1 - LAST) * falling)
+        return self.lr * rising * (1 - (1 - LAST) * falling)
 
     def beta(self, epoch: float) -> float:
         """Weight of prior and guide after a number of epochs."""

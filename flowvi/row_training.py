@@ -147,11 +147,12 @@ class RowTrainer:
 
     def _epoch(self, epoch: int, bar: tqdm[Any]) -> Epoch:
         settings = self.settings
-        torch.manual_seed(stream(self.seed, TRAIN, epoch))
+        # Processes go through the same rows in the same order, and take noise of their own.
+        torch.manual_seed(stream(self.seed, TRAIN, epoch, parallel.rank()))
         skipped, bounds, divergences, lr, beta = self.guard.skipped, [], [], settings.lr, 1.0
         for i, batch in enumerate(self._batches(epoch)):
-            done = (epoch * self.steps + i) / (settings.epochs * self.steps)
-            lr, beta = settings.rate(done), settings.beta(epoch + i / self.steps)
+            lr = settings.rate(epoch * self.steps + i, settings.epochs * self.steps)
+            beta = settings.beta(epoch + i / self.steps)
             bound, divergence = self._step(settings.transformed(batch), lr, beta)
             bounds.append(bound)
             divergences.append(divergence)
@@ -171,24 +172,37 @@ class RowTrainer:
         )
 
     def _step(self, batch: Batch, lr: float, beta: float) -> tuple[float, float]:
-        if parallel.size() > 1:
-            part = slice(parallel.rank(), None, parallel.size())
-            batch = Batch(batch.places[part], tuple(t[part] for t in batch.data))
-        self.flat.zero()
-        with self._precision():
-            found = row_step(
-                self.target, self.guide, self.objective, batch, beta, self.settings.free_bits
-            )
-        (-found.objective).backward()
-        bound, gradient = found.bound, self.flat.gradient
-        if parallel.size() > 1:
-            bound, averaged = parallel.averaged(bound, gradient)
-            gradient.copy_(averaged)
-        admitted, _ = self.guard.admits(float(bound), gradient)
+        bound, divergence = self._gradient(batch, beta)
+        admitted, _ = self.guard.admits(float(bound), self.flat.gradient)
         if admitted:
             self.optimiser.param_groups[0]["lr"] = lr
             self.optimiser.step()
-        return float(bound), float(found.divergence)
+        return float(bound), float(divergence)
+
+    def _gradient(self, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
+        """Bound and divergence of a batch; its gradient is left in the flat vector.
+
+        Of several processes each takes its part of the rows.
+        """
+        count, processes = len(batch.places), parallel.size()
+        if processes > 1:
+            part = slice(parallel.rank(), None, processes)
+            batch = Batch(batch.places[part], tuple(t[part] for t in batch.data))
+        self.flat.zero()
+        bound = divergence = self.flat.gradient.new_zeros(())
+        if len(batch.places):
+            with self._precision():
+                found = row_step(
+                    self.target, self.guide, self.objective, batch, beta, self.settings.free_bits
+                )
+            # Parts need not be equal: their means over all processes make that of the batch.
+            share = len(batch.places) * processes / count
+            (-share * found.objective).backward()
+            bound, divergence = share * found.bound, found.divergence
+        if processes > 1:
+            bound, averaged = parallel.averaged(bound, self.flat.gradient)
+            self.flat.gradient.copy_(averaged)
+        return bound, divergence
 
     def _judge(self, told: Epoch) -> None:
         state = self.state
@@ -206,15 +220,18 @@ class RowTrainer:
     def _batches(self, epoch: int) -> Iterator[Batch]:
         generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
         order = self.rows[torch.randperm(len(self.rows), generator=generator)]
-        size, arguments = self.settings.batch_size, self.target.arguments
+        # As equal as can be: a last batch of a few rows would take as long a step as a whole one.
+        parts = order.tensor_split(self.steps)
+        arguments = self.target.arguments
         items = arguments.items()
         if items is None or not self.settings.workers:
-            for index in order.split(size):
-                yield self.target.batch(index)
+            for places in parts:
+                yield self.target.batch(places)
             return
         loader: DataLoader[Any] = DataLoader(
             _Numbered(items),
-            batch_sampler=[index.tolist() for index in order.split(size)],
+            generator=torch.Generator().manual_seed(stream(self.seed, ORDER, epoch, 1)),
+            batch_sampler=[places.tolist() for places in parts],
             num_workers=self.settings.workers,
             collate_fn=_Collated(arguments.collated),
         )

@@ -12,10 +12,13 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import flowvi
+from flowvi import parallel
 from flowvi.amortised import Encoder, amortised
 from flowvi.guides import FullRank, MeanField, make_guide
 from flowvi.minibatch import row_step
 from flowvi.objectives import Renyi, WakeSleep
+from flowvi.row_training import RowTrainer
+from flowvi.stopping import Clock
 
 N, D, P = 40, 2, 3
 
@@ -200,8 +203,9 @@ def test_schedules():
 
     assert [linear.beta(e) for e in (0, 2.5, 5, 9)] == [1e-3, 0.5, 1.0, 1.0]
     assert [cyclical.beta(e) for e in (0.5, 1.0, 1.5, 2.5)] == [0.5, 1.0, 1.0, 0.5]
-    assert [linear.rate(s) for s in (0.0, 0.5)] == [1.0, 1.0]
-    assert linear.rate(1.0) == pytest.approx(0.02) and flowvi.Minibatch(decay=0.0).rate(1.0) == 1e-3
+    assert [linear.rate(s, 1000) for s in (0, 99, 499)] == [0.01, 1.0, 1.0]
+    assert linear.rate(999, 1000) == pytest.approx(0.02, abs=0.002)
+    assert flowvi.Minibatch(decay=0.0).rate(999, 1000) == 1e-3
 
 
 def test_same_seed_same_bits_and_the_callers_numbers_stay(normal):
@@ -382,3 +386,46 @@ def test_settings_of_rows_are_refused_for_other_targets():
         flowvi.fit(target, epochs=3)
     with pytest.raises(ValueError, match="wake_sleep is for latents of rows"):
         flowvi.fit(target, objective="wake_sleep")
+
+
+@pytest.mark.parametrize("rows", [7, 1])
+def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
+    """The mean of two processes' gradients is that of one with all rows, parts equal or not."""
+    target, _ = normal
+    guide = perturbed(exact_guide(), std=0.3)
+    settings = (flowvi.elbo(2000), flowvi.Minibatch(), torch.arange(N), None, 0, Clock())
+    trainer = RowTrainer(target, guide, *settings)
+    batch = target.batch(range(rows))
+
+    def gradient():
+        found = []
+        for _ in range(20):
+            bound, _ = trainer._gradient(batch, 1.0)
+            found.append(torch.cat([bound.reshape(1), trainer.flat.gradient]))
+        return torch.stack(found)
+
+    whole = gradient()
+    monkeypatch.setattr(parallel, "size", lambda: 2)
+    monkeypatch.setattr(parallel, "averaged", lambda bound, gradient: (bound, gradient))
+    parts = []
+    for rank in range(2):
+        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        parts.append(gradient())
+    both = (parts[0] + parts[1]) / 2
+
+    se = (whole.var(0) / 20 + both.var(0) / 20).sqrt()
+    assert ((whole - both).mean(0).abs() < 4.5 * se + 1e-12).all()
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_items_come_from_a_data_set(workers):
+    """Worker processes fetch the same rows in the same order."""
+    x = torch.randn(30)
+    by_items = flowvi.from_pyro(length, torch.utils.data.TensorDataset(x), local="data")
+    by_tensor = flowvi.from_pyro(length, x, local="data")
+    settings = flowvi.Minibatch(epochs=1, batch_size=10, workers=workers)
+
+    one = flowvi.fit(by_items, "meanfield", minibatch=settings)
+    two = flowvi.fit(by_tensor, "meanfield", minibatch=settings)
+
+    np.testing.assert_allclose(one.history["bound"], two.history["bound"])
