@@ -121,7 +121,7 @@ def ppca():
     return flowvi.from_pyro(model, x, local="data"), evidence
 
 
-@pytest.mark.parametrize(("name", "epochs"), [("auto", 60), ("fullrank", 150)])
+@pytest.mark.parametrize(("name", "epochs"), [("auto", 120), ("fullrank", 150)])
 def test_a_fit_reaches_the_evidence(ppca, name, epochs):
     target, evidence = ppca
     fit = flowvi.fit(target, name, flowvi.elbo(4), epochs=epochs, batch_size=20, lr=1e-2)
