@@ -149,5 +149,6 @@ def subsampled_plates(trace: poutine.Trace, subsampled: Mapping[str, Any]) -> No
                 raise ModelError(
                     f"Site '{name}' is local to plate '{frame.name}', which is subsampled: a guide "
                     f"over all latents would give {frame.size} vectors to {frame.full_size} rows. "
-                    "Use the full plate (no subsample_size), or make the site global."
+                    f"Give every row a guide that reads it, from_pyro(..., local='{frame.name}'), "
+                    "use the full plate (no subsample_size), or make the site global."
                 )
