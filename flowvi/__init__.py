@@ -15,6 +15,7 @@ from flowvi.loo import loo
 from flowvi.minibatch import Minibatch
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
+from flowvi.predict import Prediction, predict
 from flowvi.pyro_elbo import IWELBO
 from flowvi.pyro_guide import GuideDistribution, PyroGuide, pyro_guide
 from flowvi.records import Step
@@ -44,6 +45,7 @@ __all__ = [
     "Minibatch",
     "ModelError",
     "PerRow",
+    "Prediction",
     "PyroGuide",
     "RowBounds",
     "RowDraws",
@@ -65,6 +67,7 @@ __all__ = [
     "load",
     "loo",
     "neutra",
+    "predict",
     "pyro_guide",
     "renyi",
     "report",

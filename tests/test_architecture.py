@@ -30,7 +30,7 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict"),
     },
     {"vae", "plots"},
     {"report"},
@@ -42,7 +42,7 @@ FACES = {"__init__", "__main__"}
 PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
-    *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS"),
+    *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS", "predict"),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
     *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),

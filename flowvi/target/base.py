@@ -200,6 +200,33 @@ class Target(nn.Module):
         given = {name: np.asarray(values[name]) for name in self.sites}
         return self._functions.simulate(given, len(next(iter(given.values()))), seed)
 
+    def rerun(
+        self,
+        values: Mapping[str, np.ndarray],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seed: int,
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Run the model on other arguments, given latent values, (n, *shape) each.
+
+        Args:
+            values: Of the latent sites.
+            args: Positional arguments of the model.
+            kwargs: Its keyword arguments.
+            seed: Of whatever is drawn.
+
+        Returns:
+            Draws of all other sites, (n, *shape) each, observed ones included; and the pointwise
+            log likelihood of the data that these arguments bring, (n, *rows) each.
+
+        Raises:
+            ModelError: A latent has another shape with these arguments.
+        """
+        if self._functions.rerun is None:
+            raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
+        given = {name: np.asarray(values[name]) for name in self.sites}
+        return self._functions.rerun(given, args, kwargs, seed)
+
     def label(self, coords: Mapping[str, Sequence[Any]]) -> Target:
         """Give labels to dims; returns the target itself."""
         sizes = self._dim_sizes()

@@ -16,6 +16,13 @@ from flowvi.target.batched import PointFunction
 # Draws the data given latent values, or everything where those are None: (values, n, seed).
 Simulator = Callable[[Mapping[str, np.ndarray] | None, int, int], dict[str, np.ndarray]]
 
+# Runs the model on other arguments: (latent values, arguments, keyword arguments, seed) -> draws
+# of all other sites, and the log likelihood of the data among the arguments.
+Rerun = Callable[
+    [Mapping[str, np.ndarray], tuple[Any, ...], dict[str, Any], int],
+    tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
+]
+
 
 class ModelError(ValueError):
     """The model cannot be written as a density on R^D."""
@@ -80,6 +87,7 @@ class Functions:
         simulate: Draws from the model.
         latents: z (D,) -> values of the latent sites, and log Jacobians of their supports.
         messages: Pyro's record of each latent site in one run.
+        rerun: Draws from the model with other arguments.
     """
 
     values: PointFunction
@@ -88,3 +96,4 @@ class Functions:
     simulate: Simulator | None = None
     latents: PointFunction | None = None
     messages: Mapping[str, Any] = field(default_factory=dict)
+    rerun: Rerun | None = None

@@ -55,7 +55,7 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
         shapes[name] = bijection_of(site["fn"]).inv(site["value"]).shape
         slices[name] = slice(start, start + shapes[name].numel())
         start = slices[name].stop
-        sites[name] = Site(tuple(site["value"].shape), support_of(site["fn"]), _dims(site))
+        sites[name] = Site(tuple(site["value"].shape), support_of(site["fn"]), dims_of(site))
     nodes = {name: s for name, s in trace.nodes.items() if s["type"] == "sample"}
     frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.dim is not None]
     plates = {n: s["fn"].size for n, s in nodes.items() if isinstance(s["fn"], _Subsample)}
@@ -66,14 +66,14 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
         slices,
         shapes,
         tuple(name for name, site in nodes.items() if is_deterministic(site)),
-        {name: _dims(site) for name, site in (latents | values).items()},
+        {name: dims_of(site) for name, site in (latents | values).items()},
         plates,
         max((-f.dim for f in frames), default=0),
         tuple(name for name, site in nodes.items() if checks.is_enumerated(site)),
     )
 
 
-def _dims(site: Mapping[str, Any]) -> tuple[str, ...]:
+def dims_of(site: Mapping[str, Any]) -> tuple[str, ...]:
     """A name for each axis of a site's value: its plates, then made-up ones."""
     value = site["value"]
     batch = value.dim() - site["fn"].event_dim

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowvi.randomness import own_randomness
 from flowvi.target import checks, enumeration, rows, scores
+from flowvi.target.again import rerunner
 from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, capture
@@ -99,6 +100,7 @@ class _Capture:
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
         simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
+        again = rerunner(self.runner, self.layout, self._on)
         return Target(
             facts,
             Density(batched, frozen=not self.parameters),
@@ -109,10 +111,16 @@ class _Capture:
                 simulate,
                 self._latents,
                 self.layout.latents,
+                again,
             ),
             trial,
             self.parameters,
         )
+
+    def _on(self, runner: Runner) -> Target:
+        """The same model on other arguments."""
+        with own_randomness(0):
+            return _Capture(runner, self.name).target()
 
     # The functions of one point that are recorded.
 

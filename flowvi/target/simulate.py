@@ -50,10 +50,10 @@ def simulator(
         out: Values = {}
         with own_randomness(seed), torch.no_grad():
             if given is None:
-                out = _Draws(runner, {}, batches[0])({}, batches[0], n, [*reported, *observed])
+                out = ManyRuns(runner, {}, batches[0])({}, batches[0], n, [*reported, *observed])
                 values = {name: out[name] for name in layout.sites}
             if given is not None or runner.drawn:
-                draw = _Draws(runner, values, batches[0])
+                draw = ManyRuns(runner, values, batches[0])
                 pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
                 out |= rows.assemble(pieces, runner.drawn, layout.dims, lead=1)
         return {name: value.cpu().numpy() for name, value in out.items()}
@@ -61,17 +61,18 @@ def simulator(
     return simulate
 
 
-class _Draws:
+class ManyRuns:
     """Many runs of a model at once, where it can be recorded; one by one where it cannot.
 
     Args:
         runner: The model.
         values: What is given at sites, (n, *shape) each.
         batch: Rows for plates that draw theirs.
+        chunk: How many to make at a time.
     """
 
-    def __init__(self, runner: Runner, values: Values, batch: Values) -> None:
-        self.runner = runner
+    def __init__(self, runner: Runner, values: Values, batch: Values, chunk: int = CHUNK) -> None:
+        self.runner, self.chunk = runner, chunk
         self.names, self.plates = list(values), list(batch)
         # A graph has at least one input, which says how often to draw.
         inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
@@ -84,9 +85,10 @@ class _Draws:
     def __call__(self, values: Values, batch: Values, n: int, names: Sequence[str]) -> Values:
         """Draw some sites, (n, *shape) each."""
         parts = []
-        for start in range(0, n, CHUNK):
-            some = {name: value[start : start + CHUNK] for name, value in values.items()}
-            parts.append(self._some(some, batch, min(CHUNK, n - start)))
+        for start in range(0, n, self.chunk):
+            some = {name: value[start : start + self.chunk] for name, value in values.items()}
+            made = self._some(some, batch, min(self.chunk, n - start))
+            parts.append({name: made[name] for name in names})
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
     def _some(self, values: Values, batch: Values, n: int) -> Values:

@@ -1,0 +1,101 @@
+"""Run a captured model on other arguments, given values of its latents."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from flowvi.randomness import own_randomness
+from flowvi.target import checks, rows
+from flowvi.target.base import Target
+from flowvi.target.facts import ModelError, Rerun
+from flowvi.target.handlers import is_deterministic, observes
+from flowvi.target.layout import Layout, dims_of
+from flowvi.target.runner import Runner
+from flowvi.target.simulate import CHUNK, ManyRuns
+
+# Numbers of all sites' values that are held at a time.
+NUMBERS = 5_000_000
+
+Arrays = dict[str, np.ndarray]
+
+
+def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]) -> Rerun:
+    """A function that runs a model on other arguments; see `Target.rerun`.
+
+    Args:
+        runner: The model with the arguments that it was fitted to.
+        layout: Its latent sites.
+        capture: Makes a target of the model with other arguments.
+    """
+
+    def rerun(
+        given: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+    ) -> tuple[Arrays, Arrays]:
+        new = Runner(runner.model, args, kwargs, runner.parameters)
+        with own_randomness(seed), torch.no_grad():
+            trace, data = new.prior(validate=True)
+            values = _values(given, layout, trace, runner.dtype)
+            drawn = _drawn(new, trace, values)
+        scores: Arrays = {}
+        if data:
+            target = capture(new)
+            fixed = {name: values[name] for name in target.sites if name in values}
+            scores = _scores(target, fixed)
+        return drawn, scores
+
+    return rerun
+
+
+def _values(
+    given: Mapping[str, np.ndarray], layout: Layout, trace: poutine.Trace, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    """Values of the latents that the model has with its new arguments."""
+    found = {}
+    for name, site in layout.sites.items():
+        if name not in trace.nodes:
+            continue
+        node = trace.nodes[name]
+        if node["is_observed"]:
+            raise ModelError(
+                f"Site '{name}' is latent in the fit, but these arguments bring data for it."
+            )
+        if tuple(node["value"].shape) != tuple(site.shape):
+            raise ModelError(
+                f"Site '{name}' has shape {tuple(site.shape)} in the fit and "
+                f"{tuple(node['value'].shape)} with these arguments: there are draws of the rows "
+                "that were fitted only. Predict for those rows, or draw new ones within the model."
+            )
+        found[name] = torch.as_tensor(given[name]).to(dtype)
+    return found
+
+
+def _drawn(new: Runner, trace: poutine.Trace, values: dict[str, Tensor]) -> Arrays:
+    """Draws of all sites that have no value."""
+    sites = {
+        s["name"]: s
+        for s in checks.valued(trace)
+        if s["name"] not in values and (observes(s) or is_deterministic(s) or checks.is_latent(s))
+    }
+    batches = [batch for _, batch in rows.cover(new.drawn)]
+    n = len(next(iter(values.values()))) if values else 1
+    size = sum(int(torch.as_tensor(s["value"]).numel()) for s in checks.valued(trace))
+    runs = ManyRuns(new, values, batches[0], int(np.clip(NUMBERS // size, 1, CHUNK)))
+    pieces = [(batch, runs(values, batch, n, list(sites))) for batch in batches]
+    dims = {name: dims_of(site) for name, site in sites.items()}
+    out = rows.assemble(pieces, new.drawn, dims, lead=1)
+    return {name: value.cpu().numpy() for name, value in out.items()}
+
+
+def _scores(target: Target, values: dict[str, Tensor]) -> Arrays:
+    """Pointwise log likelihood of the data, in chunks."""
+    with torch.no_grad():
+        z = target.unconstrain(values)
+        parts = [target.log_likelihood(part) for part in z.split(target.chunk())]
+    names = parts[0]
+    return {name: torch.cat([part[name] for part in parts]).cpu().numpy() for name in names}
