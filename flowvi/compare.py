@@ -11,16 +11,17 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowvi.diagnostics import VERDICTS, Estimate
-from flowvi.draws import Draws, diagnose, resample
+from flowvi.draws import Draws, diagnose
 from flowvi.evidence import evidence
 from flowvi.groups import has_group
 from flowvi.inference_data import to_inference_data
+from flowvi.loo import loo
 
 if TYPE_CHECKING:
     import arviz as az
     import pandas as pd
 
-TRUST, RESAMPLE, DISTRUST = VERDICTS
+TRUST, _, DISTRUST = VERDICTS
 
 
 @dataclass(frozen=True)
@@ -87,9 +88,8 @@ def compare(
     """Compare models of the same data.
 
     By evidence: from the weights of each fit's draws, all models equally
-    probable beforehand. By leave-one-out prediction: `az.compare`, where the
-    log likelihood of every observation is there. Draws are resampled first
-    if that is what their verdict asks for.
+    probable beforehand. By leave-one-out prediction, corrected for the
+    approximation (`flowvi.loo`), where the log likelihood of every observation is there.
 
     Args:
         models: Name -> draws of a fit, or what `to_inference_data` made of them.
@@ -134,21 +134,15 @@ def _row(name: str, own: Estimate, note: str, known: Mapping[str, Estimate]) -> 
 
 
 def _groups(source: Draws | az.InferenceData) -> az.InferenceData:
-    if not isinstance(source, Draws):
-        return source
-    judged = not source.resampled and not source.mcmc and diagnose(source).verdict == RESAMPLE
-    return to_inference_data(resample(source) if judged else source)
+    return to_inference_data(source) if isinstance(source, Draws) else source
 
 
 def _untrusted(name: str, source: Draws | az.InferenceData) -> str:
     if isinstance(source, Draws):
         verdict = diagnose(source).verdict
-        return f"{name}: the draws behind LOO are not trusted." if verdict == DISTRUST else ""
-    verdict = source["posterior"].attrs.get("verdict", TRUST)
-    plain = verdict == RESAMPLE and not source["posterior"].attrs.get("resampled", 0)
-    if verdict == DISTRUST or plain:
-        return f"{name}: the plain draws are behind LOO, and their verdict is '{verdict}'."
-    return ""
+    else:
+        verdict = source["posterior"].attrs.get("verdict", TRUST)
+    return f"{name}: the draws behind LOO are not trusted." if verdict == DISTRUST else ""
 
 
 def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
@@ -184,7 +178,8 @@ def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataF
         # How ArviZ calls pandas is not the caller's affair.
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        table: pd.DataFrame = az.compare(dict(able), ic="loo", var_name=var_name)
+        found = {name: loo(idata, var_name) for name, idata in able.items()}
+        table: pd.DataFrame = az.compare(found)
     return table
 
 

@@ -204,7 +204,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
             stacklevel=2,
         )
     weights = np.exp(diagnostics.psis(draws.log_weights.ravel()).log_weights)
-    rows = _stratified(weights, n or len(draws), np.random.default_rng(seed))
+    rows = stratified(weights, n or len(draws), np.random.default_rng(seed))
 
     def pick(array: np.ndarray) -> np.ndarray:
         return array.reshape(-1, *array.shape[2:])[rows][None]
@@ -345,7 +345,7 @@ def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
     return torch.cat(list(chunks)).cpu().numpy()
 
 
-def _stratified(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
+def stratified(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
     """Indices drawn in proportion to the weights, one from each n-th of their sum, shuffled."""
     heights = np.cumsum(weights)
     points = (np.arange(n) + rng.random(n)) / n

@@ -9,6 +9,8 @@ import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 if TYPE_CHECKING:
     import arviz as az
 
@@ -34,11 +36,23 @@ def has_group(idata: az.InferenceData, group: str) -> bool:
     return any(str(name).strip("/") == group for name in names)
 
 
+def to_dataset(group: Any) -> Any:
+    """A group as a data set: it is one already, or a node of a tree."""
+    return group.to_dataset() if hasattr(group, "to_dataset") else group
+
+
+def xr_index(places: np.ndarray) -> Any:
+    """Places along a new axis of draws, for pointwise indexing."""
+    import xarray as xr
+
+    return xr.DataArray(places, dims="draw")
+
+
 def write_groups(idata: az.InferenceData, path: Path) -> None:
     """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr."""
     if path.suffix == ZARR:
         _zarr()
-        tree = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
+        tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
         # The third format has no settled way to write labels yet.
         tree.to_zarr(str(path), zarr_format=2)
     else:

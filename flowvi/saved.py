@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from flowvi.diagnostics import Diagnosis
-from flowvi.draws import Draws
+from flowvi.diagnostics import Diagnosis, psis
+from flowvi.draws import Draws, stratified
+from flowvi.groups import has_group, make_groups, to_dataset, xr_index
 from flowvi.target import Target
 
 if TYPE_CHECKING:
@@ -68,6 +69,50 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
         stats = idata["sample_stats"]
         log_p, log_q = stats["log_p"].values, stats["log_q"].values
     return Draws(np.zeros((*lead, 0)), log_p, log_q, values, cast(Target, names), attrs)
+
+
+def resample_groups(
+    idata: az.InferenceData, seed: int = 0, n: int | None = None
+) -> az.InferenceData:
+    """Draws of a file, resampled by their smoothed weights: one chain, all weigh the same.
+
+    Groups with a value for each draw are resampled, those of data kept, others left out.
+
+    Args:
+        idata: Draws of a guide, as `to_inference_data` made them.
+        seed: Seed of the resampling.
+        n: Draws wanted; as many as there are without it.
+
+    Raises:
+        ValueError: The draws have no weights.
+    """
+    stats = idata["sample_stats"]
+    if "log_weight" not in stats:
+        raise ValueError("These draws have no weights: they are resampled already, or of NUTS.")
+    log_w = stats["log_weight"].values
+    weights = np.exp(psis(log_w.ravel()).log_weights)
+    rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
+    groups: dict[str, Any] = {}
+    for group in ("posterior", "sample_stats", "log_likelihood"):
+        if has_group(idata, group):
+            groups[group] = _picked(to_dataset(idata[group]), rows, log_w.shape)
+    groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")
+    for group in ("observed_data", "constant_data"):
+        if has_group(idata, group):
+            groups[group] = to_dataset(idata[group]).copy()
+    for dataset in groups.values():
+        dataset.attrs["resampled"] = 1
+    return make_groups(groups)
+
+
+def _picked(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """Rows of the pooled draws, as the one chain of a data set."""
+    chain, place = np.divmod(rows, shape[1])
+    picked = dataset.isel(chain=xr_index(chain), draw=xr_index(place))
+    new = picked.drop_vars(["chain", "draw"], errors="ignore").expand_dims(chain=[0])
+    order = dict.fromkeys(new.data_vars, ("chain", "draw", ...))
+    ordered = new.assign({name: new[name].transpose(*dims) for name, dims in order.items()})
+    return ordered.assign_coords(draw=np.arange(len(rows))).assign_attrs(dataset.attrs)
 
 
 def facts(idata: az.InferenceData) -> dict[str, Any]:

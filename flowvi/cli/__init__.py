@@ -9,7 +9,10 @@ from flowvi.cli.autoencoding import vae_command
 from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fitting import fit_command
 from flowvi.cli.listing import list_command
+from flowvi.cli.new_model import new_model_command
+from flowvi.cli.refitting import neutra_command, sbc_command
 from flowvi.cli.reporting import report_command
+from flowvi.cli.saved_draws import compare_command, resample_command
 
 __all__ = ["main"]
 
@@ -35,3 +38,8 @@ main.add_command(evidence_command)
 main.add_command(list_command)
 main.add_command(vae_command)
 main.add_command(report_command)
+main.add_command(compare_command)
+main.add_command(resample_command)
+main.add_command(neutra_command)
+main.add_command(sbc_command)
+main.add_command(new_model_command)

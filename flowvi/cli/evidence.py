@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import click
 
 from flowvi.cli import results
+from flowvi.cli.answers import answer, json_option
 from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
 from flowvi.evidence import evidence
 
@@ -41,8 +42,9 @@ Exit codes:
     metavar="FILE",
     help="Draws of neutra, saved as NetCDF, for an upper bound.",
 )
+@json_option
 @click.pass_context
-def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None) -> None:
+def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_json: bool) -> None:
     """Print lower bounds, estimates and upper bounds of the log evidence, and draw them.
 
     DIR is a folder that `flowvi fit` wrote. The model file is not needed: the
@@ -55,7 +57,6 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None) -> Non
         draws, mcmc = folder / "guide.nc", mcmc or draws
     with plain_warnings(), said_plainly():
         found = evidence(_read(draws), None if mcmc is None else _read(mcmc))
-    click.echo(str(found))
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
@@ -63,7 +64,8 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None) -> Non
 
     picture = folder / PICTURE
     results.whole(picture, lambda file: results.save(plot_evidence(found).figure, file))
-    click.echo(f"\nIn {folder}:\n  {PICTURE:<13} the bounds and estimates as a picture")
+    where = f"In {folder}:\n  {PICTURE:<13} the bounds and estimates as a picture"
+    answer(as_json, {"evidence": found, "picture": picture}, f"{found}\n\n{where}")
     if not found.reliable:
         ctx.exit(DISTRUSTED)
 

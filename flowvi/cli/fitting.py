@@ -6,6 +6,7 @@ import click
 
 from flowvi import parallel
 from flowvi.cli import results
+from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
@@ -113,6 +114,7 @@ Exit codes:
     metavar="DIR",
     help="Folder of the results; made if needed.",
 )
+@json_option
 @click.pass_context
 def fit_command(
     ctx: click.Context,
@@ -129,6 +131,7 @@ def fit_command(
     compile: str,
     quiet: bool,
     out: Path,
+    as_json: bool,
 ) -> None:
     """Fit a guide to the model in MODEL.py and write draws, summary and pictures to a folder.
 
@@ -157,7 +160,7 @@ def fit_command(
             return  # the first process writes and speaks
         fitted.meta["command"] = as_typed(ctx)
         fitted.save(out / results.FIT)
-        verdict = _report(fitted, draws, seed, out, quiet)
+        verdict = _report(fitted, draws, seed, out, quiet, as_json)
     if fitted.meta["interrupted"]:
         click.echo("Interrupted: these are the results of the steps until then.", err=True)
         ctx.exit(INTERRUPTED)
@@ -165,7 +168,7 @@ def fit_command(
         ctx.exit(DISTRUSTED)
 
 
-def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
+def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool) -> str:
     """Draw, judge, print and write; returns the verdict."""
     draws = fitted.draw(n, seed=seed)
     with said_plainly():
@@ -176,8 +179,13 @@ def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool) -> str:
         # All files before the first word: whoever reads the output may hang up early.
         written = [*results.write(fitted, draws, kept, numbers, out), results.write_report(out)]
     finally:
-        click.echo(str(diagnosis))
-    if not quiet:
+        if not as_json:
+            click.echo(str(diagnosis))
+    files = dict(written)
+    if as_json:
+        facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": files}
+        answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
+    elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
         for name, what in [*written, (f"{results.FIT}/", "the fitted guide, for flowvi.load")]:
             click.echo(f"  {name:<13} {what}")

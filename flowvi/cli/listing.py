@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import BOUNDS
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES
@@ -41,9 +42,13 @@ Examples:
     show_default=True,
     help="Where `flowvi list models` looks.",
 )
-def list_command(kind: str, folder: Path) -> None:
+@json_option
+def list_command(kind: str, folder: Path, as_json: bool) -> None:
     """List what there is to choose from. Model files are read, not run."""
     rows = list(_models(folder) if kind == "models" else _registry(kind))
+    if as_json:
+        answer(True, [{"name": name, "what": line} for name, line in rows], "")
+        return
     width = max((len(name) for name, _ in rows), default=0)
     for name, line in rows:
         click.echo(f"{name:<{width}}  {line}")

@@ -4,7 +4,7 @@ import difflib
 import importlib.util
 import inspect
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
@@ -26,6 +26,23 @@ def load_target(path: Path, data: Path | None) -> Target:
         path: A file with `model`, `data` and optionally `coords`.
         data: What its `data` reads, if it reads a file.
     """
+    run, arguments, coords = _parts(path, data)
+    with _blaming(path):
+        target = from_pyro(run, *arguments)
+        target.name = path.stem
+        return target.label(coords)
+
+
+def load_arguments(path: Path, data: Path | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Run a model file, and return its model and what that is called with."""
+    run, arguments, _ = _parts(path, data)
+    return run, arguments
+
+
+def _parts(
+    path: Path, data: Path | None
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
+    """Model, arguments and labels of a model file."""
     module = _run(path)
     for name in ("model", "data"):
         if not callable(getattr(module, name, None)):
@@ -35,10 +52,7 @@ def load_target(path: Path, data: Path | None) -> Target:
             )
     arguments = _arguments(module, path, data)
     _check_call(module, path, arguments)
-    with _blaming(path):
-        target = from_pyro(module.model, *arguments)
-        target.name = path.stem
-        return target.label(getattr(module, "coords", {}))
+    return module.model, arguments, getattr(module, "coords", {})
 
 
 def check_path(path: Path) -> None:
