@@ -179,8 +179,8 @@ def test_nothing_to_approximate():
     mentions(refused(model, Y), "no latent sites", "obs=")
 
 
-def test_local_guides_are_for_later():
-    mentions(refused(normal_rows, Y, local="row"), "local='row'", "leave local out")
+def test_a_plate_without_latents_cannot_be_local():
+    mentions(refused(normal_rows, Y, local="row"), "local='row'", "Leave local out")
 
 
 # Data.
