@@ -2,6 +2,7 @@
 
 from flowvi._version import __version__
 from flowvi.amortised import Amortised, PerRow
+from flowvi.blocks import BlockGuide, Blocks
 from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
 from flowvi.checkpoint import load
 from flowvi.compare import compare
@@ -34,6 +35,8 @@ __all__ = [
     "OBJECTIVES",
     "PRIORS",
     "Amortised",
+    "BlockGuide",
+    "Blocks",
     "Draws",
     "Epoch",
     "Fit",

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 
 from flowvi._version import __version__
+from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
 from flowvi.draws import Draws, draw, stream, tabulate
 from flowvi.escalation import escalate as go_on
@@ -115,7 +116,7 @@ class Fit:
 @overload
 def fit(
     target: Target,
-    guide: str | Guide = ...,
+    guide: str | Guide | Blocks = ...,
     objective: Objective | WakeSleep | str | None = ...,
     *,
     steps: int | None = ...,
@@ -151,7 +152,7 @@ def fit(
 
 def fit(
     target: Target | LocalTarget,
-    guide: str | Guide = "auto",
+    guide: str | Guide | Blocks = "auto",
     objective: Objective | WakeSleep | str | None = None,
     *,
     steps: int | None = None,
@@ -194,7 +195,7 @@ def fit(
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
-        guide: "auto", a name in `GUIDES` or `FLOWS`, or a guide.
+        guide: "auto", a name in `GUIDES` or `FLOWS`, a guide, or `Blocks`.
         objective: From `elbo()`, `iwelbo(K)`, `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
         steps: Number of steps, in one stage; as many as it takes by default.
@@ -223,6 +224,12 @@ def fit(
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """
+    if isinstance(guide, Blocks):
+        if isinstance(target, LocalTarget):
+            raise ValueError(
+                "Blocks are for latents that all rows share; give rows a name or guide."
+            )
+        guide = guide.build(target)
     if isinstance(target, LocalTarget):
         others = {"steps": steps, "particles": particles, "restarts": restarts - 1 or None}
         _refuse("has latents for each row", others)

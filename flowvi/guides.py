@@ -8,13 +8,24 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from flowvi.flows import BASES, FLOWS, Base, Chain, Diagonal, Layer, LowRank, Normal, Triangular
+from flowvi.flows import (
+    BASES,
+    FLOWS,
+    Base,
+    Chain,
+    Diagonal,
+    Kronecker,
+    Layer,
+    LowRank,
+    Normal,
+    Triangular,
+)
 from flowvi.flows.nets import Amortised
 
 # Beyond so many dimensions a matrix of D x D is too much.
 FULL_RANK_DIM = 2000
 
-Affine = Diagonal | Triangular | LowRank
+Affine = Diagonal | Triangular | LowRank | Kronecker
 
 
 class Draw(NamedTuple):
@@ -196,6 +207,19 @@ class LowRankNormal(Pushforward):
         super().__init__(dim, Chain([]), LowRank(dim, context_dim, rank))
 
 
+class KroneckerNormal(Pushforward):
+    """A Gaussian of a matrix whose rows and columns are correlated.
+
+    Args:
+        dim: Length D of the latent vector, the matrix row by row.
+        context_dim: Length C of the context that its mean depends on; 0 for none.
+        rows: Number of rows of the matrix.
+    """
+
+    def __init__(self, dim: int, context_dim: int = 0, rows: int | None = None) -> None:
+        super().__init__(dim, Chain([]), Kronecker(dim, context_dim, rows))
+
+
 class FlowGuide(Pushforward):
     """Base noise pushed through a flow and then through an affine layer.
 
@@ -337,6 +361,7 @@ def mixture(
 
 GUIDES: dict[str, Callable[..., Guide]] = {
     "fullrank": FullRank,
+    "kronecker": KroneckerNormal,
     "lowrank": LowRankNormal,
     "meanfield": MeanField,
     "mixture": mixture,

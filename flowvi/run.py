@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from flowvi.blocks import BlockGuide
 from flowvi.coverage import left_out, sentence
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, diagnose, draw, stream
@@ -256,6 +257,8 @@ class Run:
     def _built(self) -> Kept:
         """The guide, started at the best Gaussian, or at several if it has components."""
         if self.given is not None:
+            if isinstance(self.given, BlockGuide) and self.given.spec is not None:
+                return self._started(Kept(self.given, "blocks", self.given.spec))
             return self._started(Kept(self.given, type(self.given).__name__))
         if self.name != "auto":
             return self._started(Kept(make_guide(self.name, self.target.dim), self.name))

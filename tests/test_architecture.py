@@ -19,7 +19,7 @@ LAYERS = [
     {"states"},
     {"flows", "target", "diagnostics"},
     {"guides"},
-    {"amortised"},
+    {"amortised", "blocks"},
     {"objectives", "overlap", "compiling"},
     {"draws"},
     {
@@ -42,9 +42,19 @@ FACES = {"__init__", "__main__"}
 PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
     *("Draws", "diagnose", "bounds", "resample", "to_inference_data", "elbo", "iwelbo", "renyi"),
-    *("evidence", "compare", "neutra", "sbc", "bayesian", "LIKELIHOODS", "PRIORS", "predict"),
+    *(
+        "evidence",
+        "compare",
+        "neutra",
+        "sbc",
+        "bayesian",
+        "LIKELIHOODS",
+        "PRIORS",
+        "predict",
+        "Blocks",
+    ),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
-    *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo"),
+    *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo", "Blocks"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

@@ -22,6 +22,7 @@ from flowvi.flows.coupling import (
 from flowvi.flows.glow import ActNorm, InvertibleLinear, glow
 from flowvi.flows.householder import Householder, householder
 from flowvi.flows.image import image_glow
+from flowvi.flows.kronecker import Kronecker
 from flowvi.flows.layer import Chain, Inverse, Layer
 from flowvi.flows.lowrank import LowRank
 from flowvi.flows.neural_autoregressive import naf
@@ -55,6 +56,7 @@ __all__ = [
     "Householder",
     "Inverse",
     "InvertibleLinear",
+    "Kronecker",
     "Layer",
     "Loft",
     "LowRank",
@@ -74,6 +76,7 @@ __all__ = [
 FLOWS: dict[str, Callable[..., Layer]] = {
     "affine": Triangular,
     "affine_diagonal": Diagonal,
+    "affine_kronecker": Kronecker,
     "affine_lowrank": LowRank,
     "ffjord": Continuous,
     "glow": glow,

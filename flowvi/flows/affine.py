@@ -67,6 +67,11 @@ class Diagonal(Layer):
         self.origin.copy_(loc)
         self.width.copy_(nearest_scales(scale_tril))
 
+    @torch.no_grad()
+    def lean(self, slope: Tensor) -> None:
+        """Add slope times the context to the mean, (D, C)."""
+        self.params.lean(slope / self.width[:, None])
+
 
 class Triangular(Layer):
     r"""Shift, and multiply by a lower triangular matrix with a positive diagonal.
@@ -130,6 +135,11 @@ class Triangular(Layer):
         self.lower.zero_()
         self.origin.copy_(loc)
         self.frame.copy_(scale_tril.diag() if scale_tril.dim() == 1 else scale_tril.tril())
+
+    @torch.no_grad()
+    def lean(self, slope: Tensor) -> None:
+        """Add slope times the context to the mean, (D, C)."""
+        self.params.lean(solve_triangular(self.frame, slope, upper=False))
 
     def _ladj(self, log_scale: Tensor) -> Tensor:
         return log_scale.sum(-1) + self.frame.diagonal().log().sum()

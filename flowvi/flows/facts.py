@@ -29,6 +29,9 @@ class Facts(NamedTuple):
 FACTS = {
     "affine": Facts("D²", "D²", "closed", False, "a Gaussian posterior"),
     "affine_diagonal": Facts("D", "D", "closed", False, "a first look; very large D"),
+    "affine_kronecker": Facts(
+        "D √D", "D √D", "closed", False, "the weights of a dense layer, as a matrix normal"
+    ),
     "affine_lowrank": Facts(
         "D rank", "D rank", "closed", False, "a Gaussian with few strong correlations, large D"
     ),

@@ -75,6 +75,11 @@ class LowRank(Layer):
         self.origin.copy_(loc)
         self.width.copy_(nearest_scales(scale_tril))
 
+    @torch.no_grad()
+    def lean(self, slope: Tensor) -> None:
+        """Add slope times the context to the mean, (D, C)."""
+        self.params.lean(slope / self.width[:, None])
+
     def _ladj(self, log_scale: Tensor, lower: Tensor) -> Tensor:
         inner = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)
         return (log_scale + self.width.log()).sum(-1) + inner

@@ -31,6 +31,13 @@ class Amortised(nn.Module):
             return self.value
         return linear(required(context, self.weight.shape[1]), self.weight, self.value)
 
+    @torch.no_grad()
+    def lean(self, slope: Tensor) -> None:
+        """Let the first parameters be linear in the context, by (n, C) slopes."""
+        if self.weight is None:
+            raise ValueError("A layer without a context cannot follow one.")
+        self.weight[: len(slope)] = slope
+
 
 class Perceptron(nn.Module):
     """A network with two hidden layers whose output starts at zero.
