@@ -14,6 +14,7 @@ from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
 from flowvi.loo import loo
 from flowvi.minibatch import Minibatch
+from flowvi.nested import NestedFit, nested
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
 from flowvi.predict import Prediction, predict
@@ -47,6 +48,7 @@ __all__ = [
     "MeanField",
     "Minibatch",
     "ModelError",
+    "NestedFit",
     "PerRow",
     "Prediction",
     "PyroGuide",
@@ -69,6 +71,7 @@ __all__ = [
     "iwelbo",
     "load",
     "loo",
+    "nested",
     "neutra",
     "predict",
     "pyro_guide",

@@ -30,7 +30,7 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict", "nested"),
     },
     {"vae", "plots"},
     {"report"},
@@ -54,7 +54,7 @@ PUBLIC = {
         "Blocks",
     ),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
-    *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo", "Blocks"),
+    *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo", "Blocks", "nested"),
     *("FLOWS", "GUIDES", "OBJECTIVES", "FlowGuide", "MeanField", "FullRank", "__version__"),
 }
 HEAVY = {"arviz", "matplotlib", "pandas", "xarray", "sklearn"}

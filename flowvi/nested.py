@@ -1,0 +1,290 @@
+"""Latents theta that all rows share, and latents z of each row, under one bound."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowvi.amortised import Amortised, amortised
+from flowvi.draws import Draws, stream
+from flowvi.guides import Guide, make_guide
+from flowvi.objectives import Renyi
+from flowvi.randomness import own_randomness
+from flowvi.schedule import Guard, decayed
+from flowvi.target import Batch, LocalTarget
+
+BUILD, TRAIN, DRAW = range(3)
+# Numbers of the latents of rows that are held at a time.
+NUMBERS = 2_000_000
+FULL_RANK = 500
+START_WIDTH = 0.3
+
+
+class Nested(nn.Module):
+    r"""A log density over theta whose likelihood is itself a bound over the latents of rows.
+
+    .. math::
+        \log p(\theta) + \frac{N}{B} \sum_{n \in B} L_K(x_n \mid \theta), \qquad
+        L_K = \log \frac{1}{K} \sum_k \frac{p(x_n, z_{nk} \mid \theta)}{q(z_{nk} \mid x_n, \theta)}
+
+    Each L_K is below :math:`\log p(x_n \mid \theta)` in expectation, and the scale N / B stands
+    outside of it: an ELBO over theta of this is a lower bound on the evidence, and unbiased
+    under minibatches.
+
+    Args:
+        target: A model with local latents and latents that all rows share.
+        inner: The guide of a row; its context is that of the row, then theta where
+            `sees_theta`.
+        sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x).
+    """
+
+    def __init__(self, target: LocalTarget, inner: Amortised, sees_theta: bool) -> None:
+        super().__init__()
+        self.target, self.inner, self.sees_theta = target, inner, sees_theta
+
+    def rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
+        """Bounds on the log likelihood of rows. (T, G) -> (T, B).
+
+        Args:
+            theta: Unconstrained values of the shared latents.
+            batch: The rows.
+            bound: Over the latents of a row.
+        """
+        seen = self.inner.context(batch)
+        context = seen.expand(len(theta), *seen.shape)
+        if self.sees_theta:
+            shared = theta.to(seen.dtype).unsqueeze(1).expand(*context.shape[:-1], -1)
+            context = torch.cat([context, shared], -1)
+
+        def log_p(z: Tensor) -> Tensor:
+            return self.target.log_prob(z, batch, theta)
+
+        return bound(log_p, self.inner.guide, context).bound
+
+    def log_prob(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
+        """An estimate of the density from some rows. (T, G) -> (T)."""
+        assert self.target.shared is not None
+        # N / B multiplies the bounds, not the weights in them.
+        scale = self.target.rows / len(batch.places)
+        rows = self.rows(theta, batch, bound).to(theta.dtype).sum(-1)
+        return self.target.shared.log_prob(theta) + scale * rows
+
+
+@dataclass
+class NestedFit:
+    """The result of a nested fit.
+
+    Attributes:
+        density: The density over theta, with the inner guide.
+        guide: The guide of theta.
+        particles: Draws K of each row's latents.
+        history: Bound at each step.
+        meta: JSON-able facts.
+    """
+
+    density: Nested
+    guide: Guide
+    particles: int
+    history: dict[str, np.ndarray] = field(default_factory=dict)
+    meta: dict[str, Any] = field(default_factory=dict)
+
+    def draw(self, n: int = 1000, particles: int | None = None, seed: int = 0) -> Draws:
+        """Draw theta, and evaluate the bound of all rows there.
+
+        `log_p` is log p(theta) plus the log of an unbiased estimate of the likelihood, from
+        K draws of each row: weights p / q estimate the evidence without bias, their mean
+        logarithm is the ELBO outside of the IW bound inside, and `bounds` and `diagnose` hold.
+
+        Args:
+            n: Draws of theta.
+            particles: Draws K of each row's latents; as many as in the fit without.
+            seed: Of all draws.
+        """
+        target = self.density.target
+        assert target.shared is not None
+        bound = Renyi(0.0, particles or self.particles, "total")
+        with torch.no_grad(), own_randomness(stream(seed, DRAW)):
+            theta, log_q = self.guide.sample((n,))
+            log_p = target.shared.log_prob(theta) + self._rows(theta, target.batch(), bound).sum(-1)
+            values = target.shared.constrain(theta)
+        return Draws(
+            theta.numpy()[None],
+            log_p.double().numpy()[None],
+            log_q.double().numpy()[None],
+            {name: value.numpy()[None] for name, value in values.items()},
+            target.shared,
+            {**self.meta, "particles": particles or self.particles},
+        )
+
+    def predictive_bound(
+        self, data: Any, n: int = 100, particles: int | None = None, seed: int = 0
+    ) -> np.ndarray:
+        r"""Lower bounds on the log predictive density of rows, averaged over theta, (rows).
+
+        .. math:: \log \tfrac{1}{M} \sum_m p_K(x \mid \theta_m), \qquad \theta_m \sim q
+
+        Args:
+            data: Rows, as the model was given them.
+            n: Draws M of theta.
+            particles: Draws K of each row's latents.
+            seed: Of all draws.
+        """
+        bound = Renyi(0.0, particles or self.particles, "total")
+        with torch.no_grad(), own_randomness(stream(seed, DRAW)):
+            theta, _ = self.guide.sample((n,))
+            rows = self._rows(theta, self.density.target.as_batch(data), bound)
+        found: np.ndarray = (torch.logsumexp(rows.double(), 0) - math.log(n)).numpy()
+        return found
+
+    def _rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
+        """Bounds of many rows in pieces that fit memory, (T, B)."""
+        size = max(1, NUMBERS // (bound.particles * len(theta) * self.density.target.dim))
+        pieces = [
+            Batch(places, tuple(t[start : start + size] for t in batch.data))
+            for start, places in _split(batch.places, size)
+        ]
+        return torch.cat([self.density.rows(theta, piece, bound) for piece in pieces], -1)
+
+
+def nested(
+    target: LocalTarget,
+    guide: str | Guide | None = None,
+    inner: str = "realnvp",
+    *,
+    particles: int = 8,
+    sees_theta: bool = True,
+    outer: int = 1,
+    batch_size: int | None = None,
+    steps: int = 1000,
+    draws: int = 8,
+    lr: float = 2e-2,
+    seed: int = 0,
+) -> NestedFit:
+    r"""Fit a guide of shared latents theta and one of the latents z of rows, together.
+
+    With `outer` = 1, the ELBO over theta of the importance-weighted bounds of rows: valid
+    and unbiased under minibatches. With M = `outer` > 1,
+
+    .. math::
+        E \log \frac{1}{M} \sum_m
+        \frac{p(\theta_m)}{q(\theta_m)} \prod_{n=1}^N p_K(x_n \mid \theta_m),
+
+    whose gradient weights each theta by its normalised posterior weight, held fixed. It needs
+    all rows in every weight.
+
+    Args:
+        target: From `from_pyro(..., local=)`, of a model that also has latents outside the plate.
+        guide: Of theta: a name, or a guide; full rank up to 500 dimensions, mean field beyond.
+        inner: Name of the guide of a row's latents.
+        particles: Draws K of each row's latents.
+        sees_theta: Whether the inner guide is q(z | x, theta), or q(z | x).
+        outer: Draws M of theta inside one bound.
+        batch_size: Rows of a step; all of them without.
+        steps: Number of steps.
+        draws: Estimates of the bound a step.
+        lr: Largest step size of Adam.
+        seed: Of everything random.
+
+    Raises:
+        ValueError: Rows are subsampled and outer > 1, or there are no shared latents.
+    """
+    _check(target, outer, batch_size, particles)
+    size = min(batch_size or target.rows, target.rows)
+    with own_randomness(stream(seed, BUILD)):
+        density = Nested(target, _inner(target, inner, sees_theta), sees_theta)
+        theta = _outer(target, guide)
+        torch.manual_seed(stream(seed, TRAIN))
+        # The score of the inner guide has mean zero where its bound stands alone, and not
+        # where the same draws are in a weight of the outer bound.
+        within = Renyi(0.0, particles, "dreg" if outer == 1 else "total")
+        over = Renyi(0.0 if outer > 1 else 1.0, outer, "dreg")
+        history = _train(density, theta, within, over, size, steps, max(1, draws // outer), lr)
+    meta = {"model": target.name, "guide": type(theta).__name__, "steps": steps, "seed": seed}
+    return NestedFit(density, theta, particles, {"bound": history}, meta)
+
+
+def _train(
+    density: Nested,
+    guide: Guide,
+    within: Renyi,
+    over: Renyi,
+    size: int,
+    steps: int,
+    repeats: int,
+    lr: float,
+) -> np.ndarray:
+    """Train all that has parameters; returns the bound at each step."""
+    found = {id(p): p for m in (guide, density) for p in m.parameters() if p.requires_grad}
+    learned = list(found.values())
+    optimiser, guard, bounds = torch.optim.Adam(learned, lr=lr), Guard(), []
+    for step in range(steps):
+        batch = density.target.batch(torch.randperm(density.target.rows)[:size])
+
+        def log_p(theta: Tensor, batch: Batch = batch) -> Tensor:
+            flat = theta.reshape(-1, theta.shape[-1])
+            return density.log_prob(flat, batch, within).reshape(theta.shape[:-1])
+
+        bound = over(log_p, guide, repeats=(repeats,)).bound.mean()
+        gradients = torch.autograd.grad(-bound, learned, allow_unused=True)
+        pairs = zip(learned, gradients, strict=True)
+        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
+        flat = torch.cat([g.flatten().to(bound.dtype) for g in whole])
+        admitted, _ = guard.admits(bound.item(), flat)
+        if admitted:
+            start = 0
+            for p in learned:
+                p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
+                start += p.numel()
+            optimiser.param_groups[0]["lr"] = decayed(step, steps, lr, False)
+            optimiser.step()
+        bounds.append(bound.item())
+    return np.array(bounds)
+
+
+def _check(target: LocalTarget, outer: int, batch_size: int | None, particles: int) -> None:
+    if target.shared is None:
+        raise ValueError(
+            f"{target.name} has no latents outside plate '{target.plate}': flowvi.fit(target) "
+            "fits the latents of rows alone."
+        )
+    if outer < 1 or particles < 1:
+        raise ValueError(f"outer and particles must be at least 1; got {outer} and {particles}.")
+    if outer > 1 and batch_size is not None and batch_size < target.rows:
+        raise ValueError(
+            f"With outer = {outer}, every weight of theta needs all {target.rows} rows: of batches "
+            f"of {batch_size} it would be no bound, because N / B does not commute with "
+            "log-mean-exp, and it can exceed the evidence. Use outer=1, or leave out batch_size."
+        )
+
+
+def _inner(target: LocalTarget, name: str, sees_theta: bool) -> Amortised:
+    assert target.shared is not None
+    built: Amortised = amortised(target, name)
+    if sees_theta:
+        width = built.context(target.batch([0])).shape[-1] + target.shared.dim
+        built = Amortised(built.encoder, make_guide(name, target.dim, width))
+    return built.to(dtype=target.dtype, device=target.device)
+
+
+def _outer(target: LocalTarget, guide: str | Guide | None) -> Guide:
+    """The guide of theta, started at a narrow normal at the centre of the supports."""
+    shared = target.shared
+    assert shared is not None
+    if not isinstance(guide, Guide):
+        name = guide or ("fullrank" if shared.dim <= FULL_RANK else "meanfield")
+        guide = make_guide(name, shared.dim)
+        guide = guide.to(dtype=shared.dtype, device=shared.device)
+        start = torch.zeros(shared.dim, dtype=shared.dtype, device=shared.device)
+        guide.start(start, torch.full_like(start, START_WIDTH))
+    return guide.to(dtype=shared.dtype, device=shared.device)
+
+
+def _split(places: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
+    for start in range(0, len(places), size):
+        yield start, places[start : start + size]

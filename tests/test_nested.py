@@ -1,0 +1,201 @@
+"""Bounds over theta of bounds over z stay below the evidence, and reach it where it is known."""
+
+import math
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+
+import flowvi
+from flowvi.draws import Draws
+from flowvi.nested import Nested, nested
+from flowvi.objectives import Renyi
+
+ROWS, NOISE = 30, 0.5
+
+
+def model(x):
+    theta = pyro.sample("theta", dist.Normal(torch.tensor(0.0), 1.0))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(z + theta, NOISE), obs=x)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def double():
+    """Double precision, before the fixtures of the module are made."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(before)
+
+
+@pytest.fixture(scope="module")
+def data():
+    torch.manual_seed(5)
+    return 1.1 * torch.randn(ROWS) + 0.7
+
+
+@pytest.fixture(scope="module")
+def target(data):
+    return flowvi.from_pyro(model, data, local="data")
+
+
+@pytest.fixture(scope="module")
+def evidence(data):
+    """All of it is normal: x has variance 1 + s^2 of its own, and 1 in common."""
+    covariance = (1 + NOISE**2) * torch.eye(ROWS) + torch.ones(ROWS, ROWS)
+    zero = torch.zeros(ROWS)
+    return float(dist.MultivariateNormal(zero, covariance).log_prob(data))
+
+
+@pytest.fixture(scope="module")
+def fitted(target):
+    return nested(target, inner="fullrank", batch_size=10, steps=600, particles=8)
+
+
+def test_minibatches_reach_the_evidence(fitted, evidence):
+    """The ELBO is within half a nat, the importance-weighted bound within a tenth."""
+    found = flowvi.diagnose(fitted.draw(1000))
+    (weighted,) = flowvi.bounds(fitted.draw(1000, particles=50), particles=(100,))
+
+    assert evidence - 0.5 < found.elbo < evidence + 4 * found.elbo_se
+    assert abs(found.log_evidence - evidence) < 0.1
+    assert evidence - 0.1 < weighted.bound < evidence + 4 * weighted.se
+
+
+def test_theta_has_its_posterior(fitted, data):
+    variance = 1 / (1 + ROWS / (1 + NOISE**2))
+    mean = variance * float(data.sum()) / (1 + NOISE**2)
+
+    theta = fitted.draw(2000)["theta"]
+
+    assert theta.mean() == pytest.approx(mean, abs=0.3 * variance**0.5)
+    assert theta.std() == pytest.approx(variance**0.5, rel=0.25)
+
+
+def test_minibatches_are_unbiased(fitted, target):
+    """The density from ten rows, over many batches, is that from all rows."""
+    theta, bound = torch.tensor([[0.4]]), Renyi(0.0, 4, "total")
+
+    with torch.no_grad():
+        some = torch.stack(
+            [
+                fitted.density.log_prob(theta, target.batch(torch.randperm(ROWS)[:10]), bound)
+                for _ in range(400)
+            ]
+        )
+        whole = torch.stack(
+            [fitted.density.log_prob(theta, target.batch(), bound) for _ in range(100)]
+        )
+
+    error = math.hypot(float(some.std()) / 20, float(whole.std()) / 10)
+    assert abs(float(some.mean() - whole.mean())) < 4 * error
+
+
+def test_bounds_of_rows_are_below_their_likelihood(fitted, target, data):
+    theta = torch.tensor([[0.2], [0.9]])
+
+    with torch.no_grad():
+        rows = torch.stack(
+            [fitted.density.rows(theta, target.batch(), Renyi(0.0, 2, "total")) for _ in range(300)]
+        )
+
+    exact = dist.Normal(theta, math.sqrt(1 + NOISE**2)).log_prob(data)
+    error = rows.std(0) / len(rows) ** 0.5
+    assert (rows.mean(0) < exact + 4.5 * error).all()
+
+
+@pytest.mark.parametrize("sees_theta", [True, False])
+@pytest.mark.parametrize("outer", [1, 4])
+def test_every_form_trains(target, evidence, outer, sees_theta):
+    fit = nested(
+        target, "meanfield", "meanfield", outer=outer, sees_theta=sees_theta, steps=40, particles=2
+    )
+
+    assert isinstance(fit.draw(50), Draws) and np.isfinite(fit.history["bound"]).all()
+    assert fit.history["bound"][-10:].mean() > fit.history["bound"][:5].mean()
+    assert fit.history["bound"].max() < evidence + 5
+
+
+@pytest.mark.parametrize("outer", [1, 3])
+def test_gradients_are_those_of_the_bound(target, fitted, outer):
+    """The gradient that trains is that of the bound as written, within 4.5 errors."""
+    guide, density = fitted.guide, fitted.density
+    learned = [*guide.parameters(), density.inner.guide.affine.params.value]
+
+    def one(within, over):
+        def log_p(theta):
+            flat = density.log_prob(theta.reshape(-1, 1), target.batch(), Renyi(0.0, 2, within))
+            return flat.reshape(theta.shape[:-1])
+
+        bound = Renyi(0.0 if outer > 1 else 1.0, outer, over)(log_p, guide, repeats=(40,)).bound
+        found = torch.autograd.grad(bound.mean(), learned, allow_unused=True)
+        return torch.cat([g.flatten() for g in found if g is not None])
+
+    within = "dreg" if outer == 1 else "total"
+    trained = torch.stack([one(within, "dreg") for _ in range(60)])
+    plain = torch.stack([one("total", "total") for _ in range(60)])
+
+    error = (trained.var(0) / 60 + plain.var(0) / 60).sqrt()
+    assert ((trained.mean(0) - plain.mean(0)).abs() < 4.5 * error + 1e-9).all()
+
+
+def test_new_rows_are_predicted_below_their_density(fitted, data):
+    """Averaged over the posterior of theta, a new row is normal."""
+    x = torch.tensor([-1.0, 0.5, 3.0])
+    variance = 1 / (1 + ROWS / (1 + NOISE**2))
+    mean = variance * float(data.sum()) / (1 + NOISE**2)
+
+    found = fitted.predictive_bound(x, n=400, particles=64)
+
+    exact = dist.Normal(mean, math.sqrt(1 + NOISE**2 + variance)).log_prob(x).numpy()
+    np.testing.assert_allclose(found, exact, atol=0.1)
+
+
+def test_weights_over_theta_need_all_rows(target):
+    with pytest.raises(ValueError, match=r"of batches of 10 it would be no bound.*outer=1"):
+        nested(target, outer=4, batch_size=10)
+
+
+def test_a_minibatch_bound_would_exceed_the_evidence(fitted, target, evidence):
+    """The counter-example: weights of ten of the rows, scaled to all of them."""
+    bound = Renyi(0.0, 8, "total")
+
+    with torch.no_grad():
+        found = []
+        for _ in range(200):
+            theta, log_q = MeanFieldOfPrior.sample(64)
+            batch = target.batch(torch.randperm(ROWS)[:3])
+            log_w = fitted.density.log_prob(theta, batch, bound) - log_q
+            found.append(torch.logsumexp(log_w, 0) - math.log(64))
+        values = torch.stack(found)
+
+    assert values.mean() - 4 * values.std() / len(values) ** 0.5 > evidence
+
+
+class MeanFieldOfPrior:
+    """Draws from the prior of theta and their log density."""
+
+    @staticmethod
+    def sample(n):
+        prior = dist.Normal(torch.tensor(0.0), 1.0)
+        theta = prior.sample((n, 1))
+        return theta, prior.log_prob(theta).sum(-1)
+
+
+def test_a_model_without_shared_latents_is_refused(data):
+    def alone(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+            pyro.sample("x", dist.Normal(z, 1.0), obs=x)
+
+    with pytest.raises(ValueError, match="has no latents outside plate 'data'"):
+        nested(flowvi.from_pyro(alone, data, local="data"))
+
+
+def test_the_inner_guide_is_a_module_of_the_density(fitted):
+    assert isinstance(fitted.density, Nested)
+    assert all(p.requires_grad for p in fitted.density.parameters())
