@@ -17,6 +17,7 @@ from flowvi._version import __version__
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import Draws, diagnose
 from flowvi.groups import make_groups
+from flowvi.predict import Prediction
 from flowvi.row_draws import RowDraws
 from flowvi.target import ModelError, Target
 
@@ -43,7 +44,7 @@ def to_inference_data(
     prior: int = ...,
     predictive: bool | int = ...,
     log_likelihood: bool = ...,
-    predictions: Mapping[str, ArrayLike] | None = ...,
+    predictions: Prediction | Mapping[str, ArrayLike] | None = ...,
     dims: Mapping[str, Sequence[str]] | None = ...,
     coords: Mapping[str, Sequence[Any]] | None = ...,
     start: Draws | None = ...,
@@ -68,7 +69,7 @@ def to_inference_data(
     prior: int = 0,
     predictive: bool | int = False,
     log_likelihood: bool = True,
-    predictions: Mapping[str, ArrayLike] | None = None,
+    predictions: Prediction | Mapping[str, ArrayLike] | None = None,
     dims: Mapping[str, Sequence[str]] | None = None,
     coords: Mapping[str, Sequence[Any]] | None = None,
     start: Draws | None = None,
@@ -87,7 +88,7 @@ def to_inference_data(
         prior: Draws wanted from the prior and the prior predictive.
         predictive: Whether to simulate data for every draw, or for how many of each chain.
         log_likelihood: Whether to evaluate it for every draw and observation.
-        predictions: Values at new data, from `predict`, each (chain, draw, ...).
+        predictions: From `predict`, or values at new data, each (chain, draw, ...).
         dims: Names of the axes of variables, in place of those of the model's plates.
         coords: Labels along dims, in place of the model's.
         start: Draws of the Gaussian that the fit began with, from `fit.draw_start`; for
@@ -270,8 +271,9 @@ def _predictive(draws: Draws, seed: int) -> Arrays:
     return _by_chain(draws.target.predictive(latents, seed), draws)
 
 
-def _predictions(draws: Draws, values: Mapping[str, ArrayLike]) -> Arrays:
+def _predictions(draws: Draws, found: Prediction | Mapping[str, ArrayLike]) -> Arrays:
     """Values at new data, checked: one for each draw."""
+    values = found.values if isinstance(found, Prediction) else found
     arrays = {name: np.asarray(value) for name, value in values.items()}
     for name, array in arrays.items():
         if array.shape[:2] != draws.log_p.shape:

@@ -40,6 +40,11 @@ def pyro_guide(fit: Fit) -> PyroGuide:
         ModelError: The target is a plain density, or Pyro's parameter store holds other
             values of the model's parameters.
     """
+    if not isinstance(fit, Fit):
+        raise ModelError(
+            f"pyro_guide needs a fit of one vector of latents; got a {type(fit).__name__}. For "
+            "latents of rows, use GuideDistribution in a guide of your own: docs/pyro.md shows one."
+        )
     if fit.chains is not None:
         warnings.warn(
             "The fit ended in NUTS because no guide was to be trusted; this is the best guide.",

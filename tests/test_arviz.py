@@ -101,6 +101,17 @@ def test_dims_and_coords_can_be_given(idata):
     assert idata.predictions["y"].dims[2] != "row"  # of another size
 
 
+def test_predictions_have_the_model_s_values_at_new_data(draws):
+    x = torch.tensor([2.0, 3.0], dtype=torch.float64)
+
+    new = flowvi.predict(draws, x, torch.zeros(2, dtype=torch.float64))
+    idata = flowvi.to_inference_data(draws, log_likelihood=False, predictions=new)
+
+    expected = draws["level"][..., None] + draws["slope"][..., None] * x.numpy()
+    np.testing.assert_allclose(idata.predictions["mean"], expected)
+    assert idata.predictions["y"].shape == (2, 2000, 2)
+
+
 def test_predictions_of_other_draws_are_refused(draws):
     with pytest.raises(ValueError, match=r"\['y'\] must begin with the shape \(2, 2000\)"):
         flowvi.to_inference_data(draws, predictions={"y": np.zeros((2, 5, 3))})

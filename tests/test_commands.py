@@ -164,6 +164,30 @@ def test_neutra_wants_the_model_of_the_fit(place, tmp_path):
     assert "'slope'" in done.stderr
 
 
+READS = SIMPLE.replace("data()", "data(path)").replace(
+    "torch.zeros(4, dtype=torch.float64)", "torch.as_tensor(numpy.loadtxt(path))"
+)
+
+
+def test_predict_runs_the_model_on_new_data(place, tmp_path, monkeypatch):
+    monkeypatch.setattr(sys.modules["flowvi.report"], "report", lambda _, f: f.write_text("x"))
+    text = "import numpy\n" + READS.replace('plate("row", 4)', 'plate("row", len(y))')
+    (tmp_path / "reads.py").write_text(text)
+    (tmp_path / "old").write_text("0.5\n1.5\n1.0\n")
+    (tmp_path / "new").write_text("3.0\n4.0\n")
+    model, old = tmp_path / "reads.py", ["--data", tmp_path / "old"]
+    assert run("fit", model, *old, "--out", tmp_path / "out", *FEW).exit_code == 0
+
+    options = ["--new", tmp_path / "new", "--draws", 200, "--json"]
+    done = run("predict", model, tmp_path / "out", *old, *options)
+
+    assert done.exit_code == 0, done.output
+    assert json.loads(done.stdout)["shapes"]["y"] == [1, 200, 2]
+    found = read_groups(tmp_path / "out/predictions.nc")["predictions"]["y"].values
+    # The posterior of the mean is N(0.75, 1/4), and a new value adds one.
+    assert abs(found.mean() - 0.75) < 5 * (1.25 / 200) ** 0.5
+
+
 def test_sbc_ranks_the_truth(place, tmp_path):
     options = ["--fits", 5, "--draws", 200, "--guide", "fullrank", "--steps", 1, "--quiet"]
 

@@ -313,6 +313,11 @@ def test_parameters_of_another_training_are_refused():
         flowvi.pyro_guide(fit)
 
 
+def test_what_is_no_fit_is_refused(fit):
+    with pytest.raises(flowvi.ModelError, match=r"needs a fit of one vector.*got a FlowGuide"):
+        flowvi.pyro_guide(fit.guide)
+
+
 def test_a_plain_density_has_no_sites():
     target = flowvi.from_density(lambda v: -(v["x"] ** 2), {"x": flowvi.Site()})
 

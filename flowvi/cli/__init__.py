@@ -10,6 +10,7 @@ from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fitting import fit_command
 from flowvi.cli.listing import list_command
 from flowvi.cli.new_model import new_model_command
+from flowvi.cli.predicting import predict_command
 from flowvi.cli.refitting import neutra_command, sbc_command
 from flowvi.cli.reporting import report_command
 from flowvi.cli.saved_draws import compare_command, resample_command
@@ -41,5 +42,6 @@ main.add_command(report_command)
 main.add_command(compare_command)
 main.add_command(resample_command)
 main.add_command(neutra_command)
+main.add_command(predict_command)
 main.add_command(sbc_command)
 main.add_command(new_model_command)
