@@ -72,10 +72,13 @@ class Clock:
         """Seconds until the end of the budget."""
         return math.inf if self.budget is None else self.budget - self.seconds
 
+    def spent(self, share: float = 1.0) -> bool:
+        """Whether a share of the budget is spent."""
+        return self.budget is not None and self.seconds >= share * self.budget
+
     def over(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent, or the fit was interrupted."""
-        spent = self.budget is not None and self.seconds >= share * self.budget
-        return spent or self.interrupted
+        return self.spent(share) or self.interrupted
 
 
 @dataclass

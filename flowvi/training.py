@@ -215,7 +215,7 @@ class Trainer:
 
                 def end(row: Row) -> bool:
                     # The decay takes about a third of the time.
-                    return course.plateau.add(row.bound) or clock.over(0.7 * stage.share)
+                    return course.plateau.add(row.bound) or clock.spent(0.7 * stage.share)
 
                 self._go(stage, lambda i: warmed(i, stage.lr), stage.steady, course, end)
             if self.record.stopped or course.lost:
@@ -238,7 +238,7 @@ class Trainer:
             if before >= row.lr and row.lr <= LAST_RATE * stage.lr:
                 course.average.add(self.vector())
             before = row.lr
-            return clock.over(stage.share)
+            return clock.spent(stage.share)
 
         self._go(stage, rate, steps, course, end)
 
