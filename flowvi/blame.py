@@ -57,24 +57,28 @@ def _in_the_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | Non
     first = int(bad.nonzero()[0])
     if high.any():
         first = int(high.nonzero()[0])
-        what = f"The log density is {log_p[first].item():g} at {int(high.sum())} of {len(z)} draws"
+        what = f"The log density is {log_p[first].item():g} at {int(high.sum())}"
     else:
-        what = (
-            f"The gradient of the log density is not finite at {int(bad.sum())} of {len(z)} draws"
-        )
+        what = f"The gradient of the log density is not finite at {int(bad.sum())}"
     columns = steep[first].nonzero().flatten().tolist()
-    site = label(target, columns[0]) if columns else _observed(target, z[first])
+    good = z[~bad][:1].detach()
+    site = label(target, columns[0]) if columns else _guilty(target, z[first], good, batch)
     operation = _operation(target, z[first], batch)
     where = f", first at site '{site}'" if site else ""
     where += f" (in {operation})" if operation else ""
     return f"{what} of {len(z)} draws{where}, such as at {_values(target, z[first])}."
 
 
-def _observed(target: Target, z: Tensor) -> str:
-    """The observed site whose log likelihood is not finite."""
+def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None) -> str:
+    """The observed site whose log likelihood is not finite, or the latent one to be moved."""
     with torch.no_grad():
         for name, value in target.log_likelihood(z.detach()).items():
             if not value.isfinite().all():
+                return name
+        for name, columns in target.slices.items():
+            moved = z.detach().clone()[None]
+            moved[:, columns] = good[:, columns] if len(good) else 0.0
+            if target.log_prob(moved, batch).isfinite().all():
                 return name
     return ""
 
