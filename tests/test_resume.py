@@ -87,8 +87,9 @@ def cut_at(step: int) -> Callable[[flowvi.Step], None]:
 
 @pytest.fixture(autouse=True, scope="module")
 def quick() -> Iterator[None]:
-    """A short search for a start, and few draws to judge by."""
+    """A short search for a start, few draws to judge by, and no waiting for the disk."""
     with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(os, "fsync", lambda handle: None)
         patched.setattr(init, "TRY_ROUNDS", 1)
         patched.setattr(init, "REFINE_ROUNDS", 1)
         patched.setattr(init, "NEWTON_STEPS", 1)
@@ -117,22 +118,20 @@ def own_guide() -> flowvi.FlowGuide:
     return flowvi.FlowGuide(2, flowvi.FLOWS["realnvp"](2, depth=2, hidden=8))
 
 
-COUNTED = {"steps": 40, "lr": 1e-2, "escalate": False}
+COUNTED = {"steps": 25, "lr": 1e-2, "escalate": False}
 FITS = {
     "a flow": (banana, lambda: "realnvp", COUNTED),
-    "a mixture": (bumps, lambda: "mixture", {**COUNTED, "steps": 12}),
     "a guide of one's own": (banana, own_guide, COUNTED),
     "two restarts": (banana, lambda: "fullrank", {**COUNTED, "restarts": 2}),
     "minibatches": (rows, lambda: "fullrank", COUNTED),
     "parameters of the model": (decoder, lambda: "fullrank", COUNTED),
-    "an importance-weighted bound": (banana, lambda: "planar", {**COUNTED, "objective": "iwelbo"}),
 }
 
 
 @pytest.mark.parametrize("name", FITS)
 def test_what_was_cut_off_goes_on_to_the_same_bits(tmp_path, every_step, name):
     make, guide, options = FITS[name]
-    cuts = (1, 17, 5) if name == "a flow" else (8,)
+    cuts = (1, 12, 5) if name == "a flow" else (8,)
     torch.manual_seed(0)
     whole = flowvi.fit(make(), guide(), seed=3, progress=False, **options)
     torch.manual_seed(0)
@@ -181,7 +180,7 @@ def cut_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, flowvi.Fit
         patched.setattr(journal, "SPARED", 0.0)
         whole = flowvi.fit(banana(), "fullrank", progress=False, **COUNTED)
         with pytest.raises(CutOff):
-            _fit(folder, callback=cut_at(20))
+            _fit(folder, callback=cut_at(12))
     return folder, whole
 
 
@@ -308,7 +307,7 @@ def test_a_checkpoint_is_not_written_over(cut):
     [
         ({"seed": 1}, "'seed' was 0 there and is 1 here"),
         ({"lr": 0.1}, "'lr' was 0.01 there and is 0.1"),
-        ({"steps": 41}, "'steps' was 40 there and is 41"),
+        ({"steps": 26}, "'steps' was 25 there and is 26"),
         ({"objective": "iwelbo"}, "'objective' was ELBO .* is IW-ELBO"),
     ],
 )
