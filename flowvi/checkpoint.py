@@ -15,14 +15,15 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flowvi.amortised import amortised
-from flowvi.draws import Draws, tabulate
 from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
 from flowvi.fit import Fit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide
+from flowvi.identity import latents
 from flowvi.randomness import own_randomness
 from flowvi.row_fit import RowFit
 from flowvi.states import check_module, packed, read_module, read_tensors, tensors_of
+from flowvi.tables import put_up, taken_down
 from flowvi.target import LocalTarget, Target
 
 FORMAT = 2
@@ -53,7 +54,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
     if own:
         parts[OWN] = own
     if fit.chains is not None:
-        parts[CHAINS] = _chain_arrays(fit.chains)
+        parts[CHAINS] = taken_down(fit.chains)["arrays"]
     manifest = {
         "latents": latents(fit.target),
         "guides": len(fit.guides),
@@ -127,7 +128,10 @@ def load(
     history = {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
     meta, log, bounds = manifest["meta"], manifest["log"], manifest["bounds"]
     chains = manifest.get("chains")
-    table = None if chains is None else _chains(target, *files.of(CHAINS), chains)
+    table = None
+    if chains is not None:
+        state = {"arrays": read_tensors(*files.of(CHAINS)), "meta": chains}
+        table = put_up(target, state)
     return Fit(target, guides, bounds, history, log, meta, table)
 
 
@@ -221,36 +225,6 @@ def _write(path: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, An
     content = packed(tensors)
     name = f"{part}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
     return {"name": name, **write_whole(path / name, content)._asdict()}
-
-
-def _chain_arrays(chains: Draws) -> dict[str, Tensor]:
-    return {
-        name: torch.as_tensor(array)
-        for name, array in {"z": chains.z, "log_q": chains.log_q, **chains.stats}.items()
-    }
-
-
-def _chains(target: Target, file: Path, seal: Seal | None, meta: dict[str, Any]) -> Draws:
-    """The table of saved chains, evaluated anew."""
-    arrays = read_tensors(file, seal)
-    z, log_q = arrays.pop("z"), arrays.pop("log_q")
-    size = target.chunk()
-    pieces = [zip(a.split(size), b.split(size), strict=True) for a, b in zip(z, log_q, strict=True)]
-    stats = {name: value.numpy() for name, value in arrays.items()}
-    with torch.no_grad():
-        return tabulate(target, pieces, meta, stats)
-
-
-def latents(target: Target | LocalTarget) -> dict[str, Any]:
-    """Name, shape, support and columns of each latent site, as JSON has them."""
-    return {
-        name: {
-            "shape": list(site.shape),
-            "support": repr(site.support),
-            "columns": [target.slices[name].start, target.slices[name].stop],
-        }
-        for name, site in target.sites.items()
-    }
 
 
 def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:

@@ -18,7 +18,10 @@ from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
 from flowvi.nuts import Plan, run_chains
 from flowvi.records import ANNEAL, CHAINS, CHECK
 from flowvi.run import CHECK_DRAWS, Kept, Run
+from flowvi.states import fill, tensors_of
+from flowvi.tables import put_up, taken_down
 from flowvi.tempering import MOST_DIM
+from flowvi.training import Interrupted
 
 # A mixture of more components than this would take too long to train.
 MOST_COMPONENTS = 3
@@ -58,7 +61,9 @@ def escalate(run: Run) -> None:
             if new is None:
                 continue
             run.check(new)
-        except KeyboardInterrupt:
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            if isinstance(interrupt, KeyboardInterrupt):
+                run.settings.clock.interrupt()
             run.interrupted = True
             run.record.log.append(f"{name}: interrupted")
             return
@@ -122,7 +127,13 @@ def tempered(run: Run, kept: Kept) -> Kept | None:
     # Couplings that learn from the start pull all draws into few modes.
     held = [p.requires_grad_(False) for p in couplings]
     trainer, repeats = run.trainer(new.guide), run.settings.repeats
-    trainer.cool(POWERS, COOLING_STEPS, repeats, SPLINE_RATE)
+    run.settings.journal.once(
+        "tempered",
+        run.record,
+        lambda: trainer.cool(POWERS, COOLING_STEPS, repeats, SPLINE_RATE),
+        lambda _: trainer.vector(),
+        lambda vector: trainer.set(vector.to(run.target.device)),
+    )
     run.improve(new, 0.6, "splines")
     for p in held:
         p.requires_grad_(True)
@@ -161,13 +172,19 @@ def annealed(run: Run, kept: Kept) -> Kept | None:
         return None
     clock = run.settings.clock
     new = Kept(copy.deepcopy(kept.guide), kept.name, kept.sizes, kept.lr)
-    refine_bootstrap(
-        run.target,
-        new.guide,
-        rounds=ANNEALED_ROUNDS,
-        seed=run.seed(ANNEAL),
-        say=run.record.log.append,
-        over=lambda: clock.over(0.8),
+    run.settings.journal.once(
+        "annealed",
+        run.record,
+        lambda: refine_bootstrap(
+            run.target,
+            new.guide,
+            rounds=ANNEALED_ROUNDS,
+            seed=run.seed(ANNEAL),
+            say=run.record.log.append,
+            over=lambda: clock.over(0.8),
+        ),
+        lambda _: tensors_of(new.guide),
+        lambda tensors: fill(new.guide, tensors, "The checkpoint"),
     )
     new.judged = run.trainer(new.guide).judge()
     return new
@@ -180,14 +197,24 @@ def sampled(run: Run, kept: Kept) -> Kept | None:
     began, clock = run.settings.clock.seconds, run.settings.clock
     found: Draws | None = None
     for plan in PLANS:
-        longer = run_chains(
-            run.target,
-            kept.guide,
-            plan,
-            run.seed(CHAINS),
-            {"model": run.target.name, "guide": kept.name},
-            progress=run.settings.progress,
-            over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
+
+        def chains(plan: Plan = plan) -> Draws | None:
+            return run_chains(
+                run.target,
+                kept.guide,
+                plan,
+                run.seed(CHAINS),
+                {"model": run.target.name, "guide": kept.name},
+                progress=run.settings.progress,
+                over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
+            )
+
+        longer = run.settings.journal.once(
+            "chains",
+            run.record,
+            chains,
+            lambda draws: None if draws is None else taken_down(draws),
+            lambda state: None if state is None else put_up(run.target, state),
         )
         if longer is None:
             run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")

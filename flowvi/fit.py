@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any, overload
 import numpy as np
 import torch
 
+from flowvi import parallel
 from flowvi._version import __version__
 from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
@@ -21,15 +23,18 @@ from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.gaussians import Gaussian
 from flowvi.guides import Guide
+from flowvi.identity import guide_words, latents, log_density
+from flowvi.journal import Journal
 from flowvi.look import check_size
 from flowvi.minibatch import Minibatch
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
-from flowvi.records import Objective, Row, Settings, Step
+from flowvi.records import Objective, Record, Row, Settings, Step
 from flowvi.row_fit import RowFit, fit_rows
 from flowvi.row_training import Epoch
 from flowvi.run import Kept, Run
-from flowvi.stopping import Clock
+from flowvi.shelf import opened, said
+from flowvi.stopping import Clock, interruptible
 from flowvi.target import LocalTarget, Target
 from flowvi.threads import best_threads
 from flowvi.training import particles_of
@@ -37,6 +42,8 @@ from flowvi.training import particles_of
 PARTICLES = 64
 # The stream of random numbers of `draw_start`.
 START = 1_000_000
+# Folder of the best guide so far in that of a checkpoint.
+BEST = "fit"
 
 
 @dataclass
@@ -129,6 +136,8 @@ def fit(
     compile: Compile = ...,
     progress: bool = ...,
     callback: Callable[[Step], object] | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    resume: bool = ...,
 ) -> Fit: ...
 
 
@@ -169,6 +178,8 @@ def fit(
     batch_size: int | None = None,
     validation: Any = None,
     minibatch: Minibatch | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> Fit | RowFit:
     """Fit a guide to a target, starting at the best Gaussian that can be found.
 
@@ -192,6 +203,9 @@ def fit(
 
     A target with latents for each row (`local=`) is fitted on minibatches instead: epochs,
     batch_size, validation and minibatch are for it, and what comes back is a `RowFit`.
+
+    Ctrl-C ends the present step; the best so far is returned, and `meta["interrupted"]` says
+    so. The second one stops at once.
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
@@ -219,8 +233,13 @@ def fit(
         batch_size: For rows: how many a step takes; 100 by default.
         validation: For rows: other rows, or the share of them to hold out, to judge epochs by.
         minibatch: For rows: all other settings, such as the warm-up of the prior's weight.
+        checkpoint: Folder where all that a fit needs to go on is kept as it comes, and the
+            best so far in its folder `fit`, for `flowvi.load`.
+        resume: Go on with what an earlier fit of the same arguments left there; begin where
+            there is nothing. The result has the bits of a fit that was not cut off.
 
     Raises:
+        CheckpointError: The folder is in use, or cannot be gone on with.
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """
@@ -231,7 +250,12 @@ def fit(
             )
         guide = guide.build(target)
     if isinstance(target, LocalTarget):
-        others = {"steps": steps, "particles": particles, "restarts": restarts - 1 or None}
+        others: dict[str, Any] = {
+            "steps": steps,
+            "particles": particles,
+            "restarts": restarts - 1 or None,
+        }
+        others |= {"checkpoint": checkpoint, "resume": resume or None}
         _refuse("has latents for each row", others)
         rows: Any = objective
         return fit_rows(
@@ -253,6 +277,8 @@ def fit(
         check_size(target.dim, guide)
     if isinstance(guide, Guide) and guide.dim != target.dim:
         raise ValueError(f"The guide has D = {guide.dim} but {target.name} has D = {target.dim}.")
+    clock, folder = Clock(budget), None if checkpoint is None else Path(checkpoint)
+    journal = Journal(clock, target.density)
     settings = Settings(
         objective,
         steps,
@@ -264,11 +290,26 @@ def fit(
         # Someone who counts the steps does not want them doubled; and the model's own
         # parameters belong to the guide that they were trained with.
         escalate and guide == "auto" and steps is None and not list(target.parameters()),
-        Clock(budget),
+        clock,
         asked(compile),
+        journal,
     )
     runs: list[Run] = []
-    with own_randomness(), best_threads(target, particles or PARTICLES):
+
+    def save() -> None:
+        ready = [run for run in runs if run.record.stages]
+        if folder is not None and ready:
+            _result(target, ready, settings, [run.kept for run in ready]).save(folder / BEST)
+
+    journal.kept = save
+    with (
+        own_randomness(),
+        best_threads(target, particles or PARTICLES),
+        opened(folder, _about(target, guide, settings, restarts), resume) as journal.shelf,
+        interruptible(clock),
+    ):
+        target.density.begin()
+        journal.parameters(target, Record())
         for restart in range(restarts):
             name = guide if isinstance(guide, str) else ""
             chosen = copy.deepcopy(guide) if isinstance(guide, Guide) else None
@@ -277,10 +318,34 @@ def fit(
             run.go()
             if settings.escalate:
                 go_on(run)
+            run.interrupted = run.interrupted or clock.interrupted
             if run.interrupted:
                 break
         whole = joined(runs) if settings.escalate and len(runs) > 1 else None
-    return _result(target, runs, settings, [whole] if whole else [run.kept for run in runs])
+        result = _result(target, runs, settings, [whole] if whole else [run.kept for run in runs])
+        if folder is not None and not parallel.rank():
+            with said(folder):
+                result.save(folder / BEST)
+    for failure in result.meta["failures"]:
+        warnings.warn(failure, stacklevel=2)
+    return result
+
+
+def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int) -> dict[str, Any]:
+    """What has to be the same for a fit to go on."""
+    return {
+        "model": target.name,
+        "site": latents(target),
+        "log density": log_density(target),
+        "guide": guide_words(guide),
+        "objective": describe(settings.objective),
+        "steps": settings.steps,
+        "lr": settings.lr,
+        "repeats": settings.repeats,
+        "restarts": restarts,
+        "seed": settings.seed,
+        "escalate": settings.escalate,
+    }
 
 
 def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept]) -> Fit:
@@ -301,10 +366,11 @@ def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept
         "lr": [k.lr for k in kept],
         "seed": settings.seed,
         "restarts": len(runs),
-        "seconds": settings.clock.seconds,
+        "seconds": settings.clock.own_seconds,
         "budget": settings.clock.budget,
         "interrupted": any(run.interrupted for run in runs),
         "skipped": int(history["skipped"].sum()),
+        "failures": [failure for run in runs for failure in run.record.failures],
         "missed": _missed(kept),
         "flowvi": __version__,
         "torch": str(torch.__version__),

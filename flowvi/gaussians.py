@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -50,6 +50,10 @@ class Gaussian:
     name: str
     elbo: float = -math.inf
     blind: bool = False
+
+    def state(self) -> dict[str, Any]:
+        """All of it, as `write_state` takes it."""
+        return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def at(self, eps: Tensor) -> Tensor:
         """Map standard normal noise to draws. (..., D) -> (..., D)."""

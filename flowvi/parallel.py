@@ -55,6 +55,12 @@ def shared(vector: Tensor) -> Tensor:
     return vector
 
 
+def meet() -> None:
+    """Wait until all processes are here."""
+    if size() > 1:
+        dist.barrier()
+
+
 @contextmanager
 def launched() -> Iterator[None]:
     """Join the group of `torchrun`, if that started this process."""

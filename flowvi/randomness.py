@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
+from torch import Tensor
 
 # Torch's generators and Pyro's handlers belong to the process, not to a thread.
 _TURN = threading.RLock()
@@ -24,3 +25,16 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         if seed is not None:
             torch.manual_seed(seed)
         yield
+
+
+def random_state() -> list[Tensor]:
+    """Where torch's generators are: that of the CPU, then those of GPUs in use."""
+    used = torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Go on from where the generators were."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(list(state[1:]))

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import torch
 
 from flowvi.compiling import Compile
+from flowvi.journal import Journal
 from flowvi.objectives import ForwardKL, Renyi
 from flowvi.stopping import Clock
 
@@ -54,6 +57,7 @@ class Settings:
         escalate: Whether to go on while the result is not to be trusted.
         clock: The time that is left.
         compile: Whether to compile the step.
+        journal: Where what came of its pieces is kept.
     """
 
     objective: Objective
@@ -66,6 +70,7 @@ class Settings:
     escalate: bool
     clock: Clock
     compile: Compile = "auto"
+    journal: Journal = field(default_factory=lambda: Journal(Clock()))
 
 
 class Row(NamedTuple):
@@ -118,9 +123,43 @@ class Stage:
 
 @dataclass
 class Record:
-    """What a restart leaves behind for its reader."""
+    """What a restart leaves behind for its reader.
+
+    Attributes:
+        rows: One for each step.
+        log: What was decided, and why.
+        stages: Their names.
+        failures: Why stages ended before their time, where steps could not be taken.
+        stopped: Whether the callback stopped the fit.
+    """
 
     rows: list[Row] = field(default_factory=list)
     log: list[str] = field(default_factory=list)
     stages: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
     stopped: bool = False
+
+    def marks(self) -> tuple[int, int, int, int]:
+        """How much there is by now."""
+        return len(self.rows), len(self.log), len(self.stages), len(self.failures)
+
+    def since(self, marks: Sequence[int]) -> dict[str, Any]:
+        """What was added after a mark, as `write_state` takes it."""
+        rows, log, stages, failures = marks
+        table = torch.tensor(self.rows[rows:], dtype=torch.float64)
+        return {
+            "rows": table.reshape(-1, len(Row._fields)),
+            "log": self.log[log:],
+            "stages": self.stages[stages:],
+            "failures": self.failures[failures:],
+            "stopped": self.stopped,
+        }
+
+    def extend(self, added: Mapping[str, Any]) -> None:
+        """Add what `since` returned."""
+        for bound, norm, lr, skipped, draws, stage in added["rows"].tolist():
+            self.rows.append(Row(bound, norm, lr, bool(skipped), int(draws), int(stage)))
+        self.log += added["log"]
+        self.stages += added["stages"]
+        self.failures += added["failures"]
+        self.stopped = added["stopped"]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flowvi.blocks import BlockGuide
 from flowvi.coverage import left_out, sentence
@@ -31,6 +32,7 @@ from flowvi.records import (
     Settings,
     Stage,
 )
+from flowvi.states import fill, tensors_of
 from flowvi.target import Target
 from flowvi.tempering import MOST_DIM, found_beyond, wide_gaussian
 from flowvi.training import RATES, TRIAL_STEPS, Interrupted, Trainer
@@ -122,10 +124,24 @@ class Run:
 
     def go(self) -> None:
         """Start, train, check, and go on while the check fails; an interrupt keeps the best."""
+        self.best, *self.others = self.settings.journal.once(
+            "start",
+            self.record,
+            self._start,
+            lambda found: [g.state() for g in found],
+            lambda found: [self._gaussian(g) for g in found],
+        )
+        torch.manual_seed(self.seed(BUILD))
+        self.kept = self._built()
+        self.improve(self.kept, FIRST_SHARE if self.settings.escalate else 1.0)
+        self.check(self.kept)
+
+    def _start(self) -> list[Gaussian]:
+        """The best Gaussian, and what became of other ways to one."""
         say, clock = self.record.log.append, self.settings.clock
         seen = look(self.target, self.seed(LOOK))
         say(str(seen))
-        self.best, self.others = best_gaussian(
+        best, others = best_gaussian(
             self.target,
             self.seed(BUILD),
             self.name == "meanfield",
@@ -133,11 +149,13 @@ class Run:
             lambda: clock.over(START_SHARE),
             seen.median,
         )
-        say(check_integrable(self.target, self.best))
-        torch.manual_seed(self.seed(BUILD))
-        self.kept = self._built()
-        self.improve(self.kept, FIRST_SHARE if self.settings.escalate else 1.0)
-        self.check(self.kept)
+        say(check_integrable(self.target, best))
+        return [best, *others]
+
+    def _gaussian(self, state: Mapping[str, Any]) -> Gaussian:
+        device = self.target.device
+        loc, scale = state["loc"].to(device), state["scale_tril"].to(device)
+        return Gaussian(**{**state, "loc": loc, "scale_tril": scale})
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
@@ -162,6 +180,7 @@ class Run:
         """
         trainer = self.trainer(kept.guide)
         kept.judged = trainer.judge()
+        self.interrupted = self.interrupted or self.settings.clock.interrupted
         if not trainer.trained or self.interrupted:
             return
         try:
@@ -171,10 +190,12 @@ class Run:
             else:
                 self._counted(trainer, kept)
         except (Interrupted, KeyboardInterrupt) as interrupt:
+            if isinstance(interrupt, KeyboardInterrupt):
+                self.settings.clock.interrupt()
+            elif interrupt.judged is not None:
+                kept.judged = interrupt.judged
             self.interrupted = True
             self.record.log.append(f"interrupted after {len(self.record.rows)} steps")
-            if isinstance(interrupt, Interrupted):
-                kept.judged = interrupt.judged
         finally:
             trainer.fast.stop()
         if isinstance(kept.guide, MixtureGuide):
@@ -223,7 +244,9 @@ class Run:
         steps, clock = self.settings.steps, self.settings.clock
         few = steps is not None and steps < 5 * TRIAL_STEPS
         little = steps is None and gap < LITTLE
-        return RATES[1] if few or little or clock.left < SEARCH_SECONDS else trainer.search()
+        if few or little or clock.left < SEARCH_SECONDS:
+            return RATES[1]
+        return self.settings.journal.once("rate", self.record, trainer.search, float, float)
 
     def _counted(self, trainer: Trainer, kept: Kept) -> None:
         assert self.settings.steps is not None
@@ -235,7 +258,7 @@ class Run:
         for i in range(MOST_STAGES):
             if self.settings.clock.over(share) or self.record.stopped:
                 return
-            before = kept.judged
+            before, failures = kept.judged, len(self.record.failures)
             stage = Stage(
                 f"{name} stage {i + 1}".strip(),
                 FEW_STEPS if before.gap < LITTLE and i == 0 else STEADY_STEPS,
@@ -248,6 +271,8 @@ class Run:
             gained = kept.judged.bound - before.bound
             left = kept.judged.gap if math.isfinite(kept.judged.gap) else math.inf
             enough = ENOUGH if kept.judged.khat < LIGHT else ENOUGH_HEAVY
+            if len(self.record.failures) > failures:
+                return
             if left <= enough or (i and gained < WORTH * (left + gained)):
                 return
             if self.settings.escalate and self._left_out(kept):
@@ -256,10 +281,15 @@ class Run:
 
     def _built(self) -> Kept:
         """The guide, started at the best Gaussian, or at several if it has components."""
-        if self.given is not None:
-            if isinstance(self.given, BlockGuide) and self.given.spec is not None:
-                return self._started(Kept(self.given, "blocks", self.given.spec))
-            return self._started(Kept(self.given, type(self.given).__name__))
+        guide = self.given
+        if guide is not None:
+            return self.settings.journal.once(
+                "guide",
+                self.record,
+                lambda: self._started(_own(guide)),
+                lambda kept: tensors_of(kept.guide),
+                self._given,
+            )
         if self.name != "auto":
             return self._started(Kept(make_guide(self.name, self.target.dim), self.name))
         name = "fullrank" if self.target.dim <= FULL_RANK_DIM else "lowrank"
@@ -269,6 +299,13 @@ class Run:
         if gap < NOTHING_LEFT:
             return gaussian
         return self.flow({"depth": _depth(gap)})
+
+    def _given(self, tensors: Mapping[str, Tensor]) -> Kept:
+        """The user's own guide, as it was when the fit began."""
+        assert self.given is not None
+        guide = self.placed(self.given)
+        fill(guide, tensors, "The checkpoint")
+        return _own(guide)
 
     def flow(self, sizes: dict[str, Any]) -> Kept:
         """A fresh flow on top of the best Gaussian."""
@@ -286,6 +323,13 @@ class Run:
             guide.start_many([(g.loc, g.scale_tril) for g in whole])
             self.record.log.append(f"components started at {len(starts)} different places")
         return kept
+
+
+def _own(guide: Guide) -> Kept:
+    """A guide of the user's own, with what it is built again from, where that is known."""
+    if isinstance(guide, BlockGuide) and guide.spec is not None:
+        return Kept(guide, "blocks", guide.spec)
+    return Kept(guide, type(guide).__name__)
 
 
 def _depth(gap: float) -> int:

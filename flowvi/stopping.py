@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
+import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import FrameType
 
 import numpy as np
 
@@ -23,7 +28,7 @@ ERRORS = 2.33
 
 @dataclass
 class Clock:
-    """Time since a fit began, and whether its budget is spent.
+    """Time since a fit began, and whether it has to come to its end.
 
     Args:
         budget: Seconds; no limit without.
@@ -31,20 +36,49 @@ class Clock:
 
     budget: float | None = None
     began: float = field(default_factory=time.perf_counter)
+    _asked: bool = False
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the fit was asked to stop; the first process, where there are several."""
+        return bool(parallel.agreed(self._asked))
+
+    def interrupt(self) -> None:
+        """Ask the fit to stop after its present step; the second time, it stops at once.
+
+        Raises:
+            KeyboardInterrupt: It was asked before.
+        """
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+
+    def set(self, seconds: float) -> None:
+        """Go on from a number of seconds."""
+        self.began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
         """Seconds since the beginning; those of the first process, where there are several."""
-        return parallel.agreed(time.perf_counter() - self.began)
+        return parallel.agreed(self.own_seconds)
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds since the beginning, of this process."""
+        return time.perf_counter() - self.began
 
     @property
     def left(self) -> float:
         """Seconds until the end of the budget."""
         return math.inf if self.budget is None else self.budget - self.seconds
 
-    def over(self, share: float = 1.0) -> bool:
+    def spent(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent."""
         return self.budget is not None and self.seconds >= share * self.budget
+
+    def over(self, share: float = 1.0) -> bool:
+        """Whether a share of the budget is spent, or the fit was interrupted."""
+        return self.spent(share) or self.interrupted
 
 
 @dataclass
@@ -101,6 +135,27 @@ class Plateau:
         noise = float(np.median(np.abs(np.diff(trace)))) / (0.6745 * math.sqrt(2))
         slope, error = _slope(middle)
         return slope * blocks / 2, error * blocks / 2, noise
+
+
+@contextmanager
+def interruptible(clock: Clock) -> Iterator[None]:
+    """Have Ctrl-C end a fit after its present step, and the second one at once.
+
+    Another handler than Python's own is left in its place; it may call `clock.interrupt`.
+    """
+    main = threading.current_thread() is threading.main_thread()
+    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def pressed(number: int, frame: FrameType | None) -> None:
+        clock.interrupt()
+
+    signal.signal(signal.SIGINT, pressed)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def _slope(y: np.ndarray) -> tuple[float, float]:

@@ -15,11 +15,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowvi import parallel
+from flowvi.blame import blamed
 from flowvi.compiling import Accelerator, Compile
+from flowvi.course import MOST_HALVINGS, Course
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import stream
 from flowvi.guides import Guide
 from flowvi.objectives import Estimate, ForwardKL, LogDensity, Renyi
+from flowvi.randomness import random_state, set_random_state
 from flowvi.records import (
     JUDGE,
     TRAIN,
@@ -33,7 +36,7 @@ from flowvi.records import (
     Step,
 )
 from flowvi.schedule import Average, Guard, constant, decayed, warmed
-from flowvi.stopping import Plateau
+from flowvi.states import fill, tensors_of
 from flowvi.target import Target
 
 RATES = (3e-3, 1e-3, 3e-4)
@@ -72,6 +75,7 @@ class Trainer:
             record.log.append,
         )
         self.trained = self.fast.trained
+        self._before = random_state()
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
@@ -80,13 +84,15 @@ class Trainer:
     def search(self) -> float:
         """Try step sizes briefly from the same start, on the same noise, and judge them."""
         start, found = self.vector(), {}
-        for lr in RATES:
+        try:
+            for lr in RATES:
+                self.set(start)
+                torch.manual_seed(self.seed(TRIAL))
+                trial = Stage("", 0, TRIAL_STEPS, self.settings.repeats, lr)
+                self._go(trial, constant(lr), TRIAL_STEPS, self._course(lr), quiet=True)
+                found[lr] = self.judge().bound
+        finally:
             self.set(start)
-            torch.manual_seed(self.seed(TRIAL))
-            trial = Stage("", 0, TRIAL_STEPS, self.settings.repeats, lr)
-            self._go(trial, constant(lr), TRIAL_STEPS, self._optimiser(lr), quiet=True)
-            found[lr] = self.judge().bound
-        self.set(start)
         finite = {lr: bound for lr, bound in found.items() if math.isfinite(bound)}
         lr = max(finite, key=lambda lr: finite[lr]) if finite else RATES[-1]
         tried = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in found.items())
@@ -105,36 +111,62 @@ class Trainer:
             lr: Step size.
         """
         torch.manual_seed(self.seed(TRAIN))
-        optimiser = self._optimiser(lr)
+        course = self._course(lr)
         self.record.stages.append("tempered")
         for power in powers:
             self.log_density = partial(_to_power, self.target, power)
             stage = Stage("tempered", steps, None, repeats, lr)
-            self._go(stage, constant(lr), steps, optimiser)
-            if self.record.stopped:
+            self._go(stage, constant(lr), steps, course)
+            if self.record.stopped or course.lost:
                 break
+            course.step, course.ended = 0, False
         self.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Judged:
         """Train for one stage and keep the best of its start, its last iterate and the average.
 
-        An interrupt ends the stage, keeps the best, and is raised again.
+        Raises:
+            Interrupted: The stage was interrupted; the best so far is kept.
         """
+        return self.settings.journal.once(
+            stage.name or "stage", self.record, lambda: self._run(stage), self._packed, self._redone
+        )
+
+    def _run(self, stage: Stage) -> Judged:
         # A guide of the user's own may have been made differently in every process.
-        start = parallel.shared(self.vector())
-        self.set(start)
-        average = Average()
-        interrupt: KeyboardInterrupt | None = None
-        self.record.stages.append(stage.name)
-        before = len(self.record.rows)
+        self.set(parallel.shared(self.vector()))
+        before, number = len(self.record.rows), len(self.record.stages)
+        course = self._course(stage.lr)
+        torch.manual_seed(self.seed(TRAIN) + number + 1)
+        standing = self.settings.journal.standing()
+        if standing is None:
+            self.record.stages.append(stage.name)
+        else:
+            course.restore(standing)
+        interrupted = False
         try:
-            self._train(stage, average)
-        except KeyboardInterrupt as pressed:
-            interrupt, average = pressed, Average()
-        judged = self._choose(stage, len(self.record.rows) - before, start, average.mean)
-        if interrupt is not None:
-            raise Interrupted(judged) from interrupt
+            self._train(stage, course)
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            if isinstance(interrupt, KeyboardInterrupt):
+                self.settings.clock.interrupt()
+            interrupted, course.average = True, Average()
+        steps = len(self.record.rows) - before
+        judged = self._choose(stage, steps, course.start, course.average.mean)
+        if interrupted:
+            raise Interrupted(judged)
         return judged
+
+    def _packed(self, judged: Judged) -> dict[str, Any]:
+        return {
+            "guide": tensors_of(self.guide),
+            "parameters": self.vector(),
+            "judged": list(judged),
+        }
+
+    def _redone(self, state: Mapping[str, Any]) -> Judged:
+        fill(self.guide, state["guide"], "The checkpoint")
+        self.set(state["parameters"].to(self.trained[0]))
+        return Judged(*state["judged"])
 
     def judge(self) -> Judged:
         """Bound and gap on fresh draws, the same noise for all that are judged."""
@@ -172,68 +204,114 @@ class Trainer:
         with torch.no_grad():
             nn.utils.vector_to_parameters(vector.clone(), self.trained)
 
-    def _train(self, stage: Stage, average: Average) -> None:
-        torch.manual_seed(self.seed(TRAIN) + len(self.record.stages))
-        optimiser, done = self._optimiser(stage.lr), 0
-        if stage.steady:
-            plateau, clock = Plateau(), self.settings.clock
+    def _course(self, lr: float) -> Course:
+        optimiser = torch.optim.Adam(self.trained, lr=lr, fused=True)
+        return Course(self.guide, self.trained, optimiser, self.vector(), self.record)
 
-            def end(row: Row) -> bool:
-                # The decay takes about a third of the time.
-                return plateau.add(row.bound) or clock.over(0.7 * stage.share)
-
-            done = self._go(stage, lambda i: warmed(i, stage.lr), stage.steady, optimiser, end)
-        decay = stage.decay or max(200, done // 2)
-        if not self.record.stopped:
-            self._decay(stage, decay, optimiser, average)
-
-    def _decay(
-        self, stage: Stage, steps: int, optimiser: torch.optim.Optimizer, average: Average
-    ) -> None:
+    def _train(self, stage: Stage, course: Course) -> None:
         clock = self.settings.clock
-        began, warm, before = clock.seconds, stage.steady == 0, 0.0
+        if not course.falling:
+            if stage.steady:
+
+                def end(row: Row) -> bool:
+                    # The decay takes about a third of the time.
+                    return course.plateau.add(row.bound) or clock.spent(0.7 * stage.share)
+
+                self._go(stage, lambda i: warmed(i, stage.lr), stage.steady, course, end)
+            if self.record.stopped or course.lost:
+                return
+            course.fall(clock.seconds)
+        self._decay(stage, stage.decay or max(200, course.steady // 2), course)
+
+    def _decay(self, stage: Stage, steps: int, course: Course) -> None:
+        clock, warm, before = self.settings.clock, stage.steady == 0, course.rate
 
         def rate(i: int) -> float:
             # Where time runs short, the step size falls with the time.
             limit = (clock.budget or math.inf) * stage.share
-            late = (clock.seconds - began) / max(limit - began, 1e-9) if limit < math.inf else 0.0
+            spent = clock.seconds - course.began if limit < math.inf else 0.0
+            late = spent / max(limit - course.began, 1e-9)
             return decayed(max(i, min(int(late * steps), steps - 1)), steps, stage.lr, warm)
 
         def end(row: Row) -> bool:
             nonlocal before
             if before >= row.lr and row.lr <= LAST_RATE * stage.lr:
-                average.add(self.vector())
+                course.average.add(self.vector())
             before = row.lr
-            return clock.over(stage.share)
+            return clock.spent(stage.share)
 
-        self._go(stage, rate, steps, optimiser, end)
+        self._go(stage, rate, steps, course, end)
 
     def _go(
         self,
         stage: Stage,
         rate: Callable[[int], float],
         steps: int,
-        optimiser: torch.optim.Optimizer,
+        course: Course,
         end: Callable[[Row], bool] = lambda row: False,
         quiet: bool = False,
-    ) -> int:
-        """Take steps until `end` or the callback says so; returns how many."""
-        guard, record, began = Guard(), self.record, time.perf_counter()
+    ) -> None:
+        """Take steps until there are enough, or `end` or the callback says so, or they fail."""
+        settings, first, began = self.settings, course.step, time.perf_counter()
         with self._bar(steps, quiet) as bar:
-            for i in range(steps):
-                if self.fast.pending and not quiet and i % POLL == POLL - 1:
-                    self._accelerate(stage, steps, (time.perf_counter() - began) / i)
-                optimiser.param_groups[0]["lr"] = rate(i)
-                row = self._step(stage, optimiser, guard, rate(i))
-                if not quiet:
-                    record.rows.append(row)
-                    bar.update()
-                    self._tell(bar, i)
-                if end(row) or (not quiet and self._stopped(row, len(record.rows), steps, guard)):
-                    break
-        if guard.skipped and not quiet:
-            record.log.append(f"{guard.skipped} of {i + 1} steps skipped by the gradient guard")
-        return i + 1
+            while course.step < steps and not (course.ended or self.record.stopped):
+                i = course.step
+                if self.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
+                    self._accelerate(stage, steps, (time.perf_counter() - began) / (i - first))
+                course.rate = rate(i) * 0.5**course.halvings
+                row = self._step(stage, course)
+                course.step += 1
+                if quiet:
+                    course.ended = course.guard.failed
+                    if settings.clock.interrupted:
+                        raise Interrupted
+                    continue
+                self.record.rows.append(row)
+                bar.update()
+                self._tell(bar, i)
+                course.ended = end(row) or self._failing(stage, course)
+                self._ask(row, steps, course.guard)
+                settings.journal.offer(course.state)
+                if settings.clock.interrupted:
+                    settings.journal.keep(course.state)
+                    raise Interrupted
+        if course.guard.skipped and not quiet:
+            self.record.log.append(
+                f"{course.guard.skipped} of {course.step} steps skipped by the gradient guard"
+            )
+
+    def _failing(self, stage: Stage, course: Course) -> bool:
+        """Go back where too many steps could not be taken; whether that was tried enough."""
+        course.note()
+        if not course.guard.failed:
+            return False
+        words = f"{course.guard.skipped} of {course.step} steps had no finite gradient"
+        why = self._blamed(stage) if course.halvings == MOST_HALVINGS else ""
+        course.back()
+        if not course.lost:
+            self.record.log.append(f"{words}: back to the last good state, with half the step")
+            return False
+        self.record.failures.append(
+            f"Training of {self.target.name} ended early: {words}, also after the step was halved "
+            f"{MOST_HALVINGS} times. {why} The best state before was kept."
+        )
+        self.record.log.append(self.record.failures[-1])
+        return True
+
+    def _blamed(self, stage: Stage) -> str:
+        """What was not finite in the step before, which is evaluated again."""
+        after, seen = random_state(), []
+        set_random_state(self._before)
+        batch = dict(zip(self.target.subsampled, self._rows(), strict=True)) or None
+
+        def log_p(z: Tensor) -> Tensor:
+            seen.append(z)
+            return self.target.log_prob(z, batch) if batch else self.log_density(z)
+
+        bound = estimate(self.settings.objective, log_p, self.guide, stage.repeats).bound.mean()
+        words = blamed(self.target, self.guide, bound, seen[0], batch)
+        set_random_state(after)
+        return words
 
     def _accelerate(self, stage: Stage, steps: int, seconds: float) -> None:
         """Compile the step if enough of them are ahead.
@@ -259,28 +337,36 @@ class Trainer:
             recent = [r.bound for r in self.record.rows[-50:] if math.isfinite(r.bound)]
             bar.set_postfix_str(f"bound {np.mean(recent):.3f}" if recent else "")
 
-    def _stopped(self, row: Row, step: int, steps: int, guard: Guard) -> bool:
+    def _ask(self, row: Row, steps: int, guard: Guard) -> None:
+        """Tell the callback of a step, and stop if it says so."""
         if self.settings.callback is None:
-            return False
+            return
+        step = len(self.record.rows)
         most = self.settings.steps or max(steps, step)
         told = Step(step, most, *row[:3], guard.skipped, self.restart)
-        if parallel.agreed(bool(self.settings.callback(told))):
+        try:
+            answer = bool(self.settings.callback(told))
+        except KeyboardInterrupt:
+            self.settings.clock.interrupt()
+            answer = False
+        if parallel.agreed(answer):
             self.record.log.append(f"stopped by the callback after {step} steps")
             self.record.stopped = True
-        return self.record.stopped
 
-    def _step(self, stage: Stage, optimiser: torch.optim.Optimizer, guard: Guard, lr: float) -> Row:
+    def _step(self, stage: Stage, course: Course) -> Row:
+        self._before = random_state()
         bound, flat = self._gradient(stage.repeats)
         value = bound.item()
-        admitted, norm = guard.admits(value, flat)
+        admitted, norm = course.guard.admits(value, flat)
+        course.optimiser.param_groups[0]["lr"] = course.rate
         if admitted:
             start = 0
             for p in self.trained:
                 p.grad = flat[start : start + p.numel()].view_as(p)
                 start += p.numel()
-            optimiser.step()
+            course.optimiser.step()
         draws = stage.repeats * particles_of(self.settings.objective)
-        return Row(value, norm, lr, not admitted, draws, len(self.record.stages) - 1)
+        return Row(value, norm, course.rate, not admitted, draws, len(self.record.stages) - 1)
 
     def _gradient(self, repeats: int) -> tuple[Tensor, Tensor]:
         """Bound and the gradient of minus it; of the draws of all processes, where they are many.
@@ -313,9 +399,6 @@ class Trainer:
             torch.randperm(size, device=self.target.device)[:batch]
             for size, batch in self.target.subsampled.values()
         ]
-
-    def _optimiser(self, lr: float) -> torch.optim.Optimizer:
-        return torch.optim.Adam(self.trained, lr=lr, fused=True)
 
     def _choose(self, stage: Stage, steps: int, start: Tensor, average: Tensor | None) -> Judged:
         vectors = {"start": start, "last": self.vector()}
@@ -352,9 +435,9 @@ def _compiled(settings: Settings) -> Compile:
 
 
 class Interrupted(Exception):
-    """An interrupt in the middle of a stage, after which the best so far was kept."""
+    """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
 
-    def __init__(self, judged: Judged) -> None:
+    def __init__(self, judged: Judged | None = None) -> None:
         super().__init__("interrupted")
         self.judged = judged
 

@@ -1,6 +1,8 @@
 """The command line checks everything first, says the verdict first, and writes what it names."""
 
 import os
+import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -187,6 +189,37 @@ def test_an_interrupted_fit_writes_what_there_is(monkeypatch):
     assert result.stdout.startswith("Verdict: ")
     assert "Interrupted" in result.stderr
     assert Path("out/posterior.nc").exists()
+
+
+def test_a_fit_that_was_cut_off_is_gone_on_with(monkeypatch):
+    whole = fit(NORMAL, "--guide", "meanfield", "--steps", "30")
+    expected = Path("out/summary.csv").read_text()
+    assert whole.exit_code == 0 and not Path("out/checkpoint").exists()
+    shutil.rmtree("out")
+    calls = iter(range(1000))
+    admits = Guard.admits
+
+    def terminated(self, *arguments):
+        if next(calls) == 9:
+            signal.raise_signal(signal.SIGTERM)
+        return admits(self, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Guard, "admits", terminated)
+        cut = fit(NORMAL, "--guide", "meanfield", "--steps", "30")
+    assert cut.exit_code == 143
+    assert "--resume out" in cut.stderr
+
+    again = fit(NORMAL)
+    other = run("fit", "m.py", "--resume", "out", "--guide", "fullrank")
+    done = run("fit", "m.py", "--resume", "out", "--guide", "meanfield", "--steps", "30")
+    nothing = run("fit", "m.py", "--resume", "out")
+
+    assert again.exit_code == 2 and "cut off" in again.stderr
+    assert other.exit_code == 1 and "'guide' was meanfield" in other.stderr
+    assert done.exit_code == 0
+    assert Path("out/summary.csv").read_text() == expected
+    assert nothing.exit_code == 2 and "no fit that was cut off" in nothing.stderr
 
 
 def test_an_interrupt_before_the_fit_says_so():

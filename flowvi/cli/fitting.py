@@ -1,5 +1,6 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
+import shutil
 from pathlib import Path
 
 import click
@@ -11,7 +12,6 @@ from flowvi.cli.choices import guide_name, objective_call
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
     DISTRUSTED,
-    INTERRUPTED,
     as_typed,
     interruptible,
     plain_warnings,
@@ -24,6 +24,8 @@ from flowvi.fit import Fit, fit
 from flowvi.objectives import Renyi
 
 MAX_SEED = 2**32 - 1
+# Folder of what a fit goes on from, in that of the results, until these are written.
+CHECKPOINT = "checkpoint"
 COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -36,6 +38,7 @@ Examples:
   flowvi fit models/garch11.py --data garch.json --out results/garch
   flowvi fit models/funnel.py --guide realnvp --objective "iwelbo(16)" \\
       --steps 5000 --restarts 4 --seed 1 --out results/funnel
+  flowvi fit models/garch11.py --data garch.json --resume results/garch
   torchrun --nproc-per-node 4 -m flowvi fit models/garch11.py --out results/garch
 
 \b
@@ -44,7 +47,8 @@ Exit codes:
   1    the model file, its data or the writing of the results failed
   2    the command line was wrong; nothing was fitted
   3    fitted and written, but the verdict is "do not trust"
-  130  interrupted (Ctrl-C); what there was by then is written""",
+  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
+  143  likewise, by SIGTERM""",
 )
 @click.argument("model", type=Path, metavar="MODEL.py")
 @click.option(
@@ -110,9 +114,14 @@ Exit codes:
 @click.option(
     "--out",
     type=Path,
-    required=True,
     metavar="DIR",
     help="Folder of the results; made if needed.",
+)
+@click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="In place of --out, with the other options as before: go on where that fit was cut off.",
 )
 @json_option
 @click.pass_context
@@ -130,7 +139,8 @@ def fit_command(
     no_escalate: bool,
     compile: str,
     quiet: bool,
-    out: Path,
+    out: Path | None,
+    resume: Path | None,
     as_json: bool,
 ) -> None:
     """Fit a guide to the model in MODEL.py and write draws, summary and pictures to a folder.
@@ -140,8 +150,8 @@ def fit_command(
     result is printed first.
     """
     check_path(model)
-    results.check_folder(out)
-    with parallel.launched(), plain_warnings(), interruptible():
+    folder = _folder(out, resume)
+    with parallel.launched(), plain_warnings(), interruptible() as stop:
         target = load_target(model, data)
         with said_plainly():
             fitted = fit(
@@ -155,17 +165,45 @@ def fit_command(
                 escalate=not no_escalate,
                 compile=COMPILE[compile],
                 progress=not quiet,
+                checkpoint=folder / CHECKPOINT,
+                resume=resume is not None,
             )
         if parallel.rank():
             return  # the first process writes and speaks
         fitted.meta["command"] = as_typed(ctx)
-        fitted.save(out / results.FIT)
-        verdict = _report(fitted, draws, seed, out, quiet, as_json)
+        fitted.save(folder / results.FIT)
+        verdict = _report(fitted, draws, seed, folder, quiet, as_json)
     if fitted.meta["interrupted"]:
-        click.echo("Interrupted: these are the results of the steps until then.", err=True)
-        ctx.exit(INTERRUPTED)
+        click.echo(
+            "Interrupted: these are the results of the steps until then. The same command with "
+            f"--resume {folder} in place of --out goes on.",
+            err=True,
+        )
+        ctx.exit(stop.code)
+    shutil.rmtree(folder / CHECKPOINT)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
+
+
+def _folder(out: Path | None, resume: Path | None) -> Path:
+    """Where the results go, and what the fit goes on from is."""
+    if (out is None) == (resume is None):
+        raise click.UsageError("Name the folder of the results: --out DIR, or --resume DIR.")
+    folder = out or resume
+    assert folder is not None
+    results.check_folder(folder)
+    there = (folder / CHECKPOINT).exists()
+    if out is not None and there:
+        raise click.BadParameter(
+            f"'{folder}' has a fit that was cut off: go on with --resume {folder}, or remove "
+            f"{folder / CHECKPOINT}.",
+            param_hint="'--out'",
+        )
+    if resume is not None and not there:
+        raise click.BadParameter(
+            f"'{folder}' has no fit that was cut off.", param_hint="'--resume'"
+        )
+    return folder
 
 
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool) -> str:

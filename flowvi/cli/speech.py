@@ -1,14 +1,17 @@
 """How commands say what went wrong, and their exit codes."""
 
 import shlex
+import signal
+import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import FrameType
 
 import click
 from click.core import ParameterSource
 
-DISTRUSTED, INTERRUPTED = 3, 130
+DISTRUSTED, INTERRUPTED, TERMINATED = 3, 130, 143
 
 
 def as_typed(ctx: click.Context) -> str:
@@ -45,11 +48,29 @@ def plain_warnings() -> Iterator[None]:
         yield
 
 
+class Stop:
+    """Whether, and how, the command was asked to stop."""
+
+    def __init__(self) -> None:
+        self.code = INTERRUPTED
+
+    def terminate(self, number: int, frame: FrameType | None) -> None:
+        """Do on SIGTERM what is done on Ctrl-C, with an exit code of its own."""
+        self.code = TERMINATED
+        signal.raise_signal(signal.SIGINT)
+
+
 @contextmanager
-def interruptible() -> Iterator[None]:
+def interruptible() -> Iterator[Stop]:
     """Ctrl-C outside of the fit's steps, which return what they have: stop with its exit code."""
+    stop = Stop()
+    main = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, stop.terminate) if main else None
     try:
-        yield
+        yield stop
     except KeyboardInterrupt:
         click.echo("Interrupted before all results were written.", err=True)
-        click.get_current_context().exit(INTERRUPTED)
+        click.get_current_context().exit(stop.code)
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)

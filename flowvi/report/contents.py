@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowvi.checkpoint import latents, read_record
+from flowvi.checkpoint import read_record
 from flowvi.diagnostics import VERDICTS, Diagnosis, Evidence
 from flowvi.draws import Draws, diagnose, resample
 from flowvi.evidence import evidence
 from flowvi.files import CheckpointError
 from flowvi.fit import Fit
 from flowvi.groups import has_group, read_groups
+from flowvi.identity import latents
 from flowvi.inference_data import all_groups
 from flowvi.saved import diagnosis_of, draws_of, facts
 

@@ -34,7 +34,25 @@ class Density(nn.Module):
         super().__init__()
         self.batched = batched
         self.lowers = frozen and batched.how == "tape"
-        self.__dict__["_programs"] = OrderedDict()
+        self.__dict__["_programs"], self.__dict__["_uses"] = OrderedDict(), OrderedDict()
+
+    def begin(self, uses: Sequence[tuple[list[int], bool, list[list[int]], int]] = ()) -> None:
+        """Count evaluations anew, so that what came before makes no difference to rounding.
+
+        Args:
+            uses: What `uses` returned, to go on from there.
+        """
+        self.__dict__["_uses"] = OrderedDict(
+            ((tuple(shape), gradient, tuple(map(tuple, inputs))), count)
+            for shape, gradient, inputs, count in uses
+        )
+
+    def uses(self) -> list[tuple[list[int], bool, list[list[int]], int]]:
+        """How often each batch size came, the least recent first."""
+        return [
+            (list(shape), gradient, [list(s) for s in inputs], count)
+            for (shape, gradient, inputs), count in self.__dict__["_uses"].items()
+        ]
 
     def forward(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """Evaluate the log density. (*S, D) -> (*S)."""
@@ -60,22 +78,20 @@ class Density(nn.Module):
         return Density(copy.deepcopy(self.batched, memo), self.lowers)
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "_programs": OrderedDict()}
+        return {**self.__dict__, "_programs": OrderedDict(), "_uses": OrderedDict()}
 
     def _program(
         self, z: Tensor, inputs: Sequence[Tensor], gradient: bool
     ) -> Callable[..., Any] | None:
-        programs = self.__dict__["_programs"]
+        programs, uses = self.__dict__["_programs"], self.__dict__["_uses"]
         key = (tuple(z.shape), gradient, tuple(tuple(x.shape) for x in inputs))
-        if key not in programs:
-            # Lowering pays from the second use on.
-            programs[key] = None
-            while len(programs) > PROGRAMS_KEPT:
-                programs.popitem(last=False)
+        uses[key] = uses.pop(key, 0) + 1
+        _shorten(uses)
+        # Lowering pays from the second use on.
+        if uses[key] < 2:
             return None
-        programs.move_to_end(key)
-        if programs[key] is None:
-            programs[key] = self._lower(z, inputs, gradient)
+        programs[key] = programs.pop(key, None) or self._lower(z, inputs, gradient)
+        _shorten(programs)
         return programs[key]
 
     def _lower(
@@ -98,6 +114,12 @@ class Density(nn.Module):
             self.lowers = False
             warnings.warn(f"Keeping the slower evaluation of the density: {error}", stacklevel=5)
             return None
+
+
+def _shorten(table: OrderedDict[Any, Any]) -> None:
+    """Forget what was not used for longest."""
+    while len(table) > PROGRAMS_KEPT:
+        table.popitem(last=False)
 
 
 def _no_grad(graph: fx.GraphModule) -> Callable[..., Any]:

@@ -18,6 +18,7 @@ from flowvi.target import checks, scores
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Prior, quiet, run
 from flowvi.target.parameters import Parameters
+from flowvi.target.samplers import RightSamples
 
 
 @dataclass
@@ -64,7 +65,7 @@ class Runner:
     def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior, and the data that it observed, as they were given."""
         owned = Owned(self.parameters)
-        handlers = (checks.LastSite(), Prior(self.dtype), owned)
+        handlers = (checks.LastSite(), Prior(self.dtype), RightSamples(), owned)
         with torch.no_grad(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)

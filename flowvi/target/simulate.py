@@ -19,6 +19,7 @@ from flowvi.target.facts import ModelError, Simulator
 from flowvi.target.handlers import Owned, Unseen, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.runner import Runner
+from flowvi.target.samplers import RightSamples
 from flowvi.target.tape import LatentValueRead, Unrecordable, record
 
 CHUNK = 1000
@@ -126,7 +127,7 @@ class ManyRuns:
         last = checks.LastSite()
         try:
             with quiet():
-                trace = poutine.trace(last(free)).get_trace()
+                trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except NotImplementedError as error:
             raise ModelError(
