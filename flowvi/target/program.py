@@ -16,14 +16,16 @@ from flowvi.target.batched import Batched
 from flowvi.target.tape import record
 
 PROGRAMS_KEPT = 12
+# Writing a program takes as long as five to ten evaluations save, whatever the model.
+PATIENCE = 5
 
 
 class Density(nn.Module):
     """A log density of one point, evaluated for many, with its gradient compiled to plain calls.
 
-    The first evaluation at a batch size runs the batched function as it is.
-    From the second on, the value and the gradient at that size are one
-    straight list of tensor operations, without autograd and without vmap.
+    The first evaluations at a batch size run the batched function as it is.
+    After that, the value and the gradient at that size are one straight list
+    of tensor operations, without autograd and without vmap.
 
     Args:
         batched: The log density, (*S, D) -> (*S).
@@ -67,16 +69,14 @@ class Density(nn.Module):
     ) -> Callable[..., Any] | None:
         programs = self.__dict__["_programs"]
         key = (tuple(z.shape), gradient, tuple(tuple(x.shape) for x in inputs))
-        if key not in programs:
-            # Lowering pays from the second use on.
-            programs[key] = None
-            while len(programs) > PROGRAMS_KEPT:
-                programs.popitem(last=False)
-            return None
-        programs.move_to_end(key)
-        if programs[key] is None:
-            programs[key] = self._lower(z, inputs, gradient)
-        return programs[key]
+        found = programs.pop(key, 0)
+        if isinstance(found, int):
+            # How often this size came so far.
+            found = found + 1 if found < PATIENCE else self._lower(z, inputs, gradient)
+        programs[key] = found
+        while len(programs) > PROGRAMS_KEPT:
+            programs.popitem(last=False)
+        return None if isinstance(found, int) else found
 
     def _lower(
         self, z: Tensor, inputs: Sequence[Tensor], gradient: bool
