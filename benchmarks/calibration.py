@@ -1,7 +1,7 @@
 """Simulation-based calibration of the default guide on three models.
 
-    python benchmarks/calibration.py [--fits 200] [--processes 2] [--out results/calibration]
-                                     [--guide realnvp] [--steps 300] [MODEL ...]
+    python benchmarks/calibration.py [--fits 200] [--processes 1] [--out results/calibration]
+                                     [--guide realnvp] [--steps 150] [--lr 0.01] [MODEL ...]
 
 Per model: adjusted p-values of the tests of uniform ranks (plain and resampled
 draws) and of symmetry, the verdicts of the fits, and the seconds. As a check
@@ -18,6 +18,7 @@ import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
@@ -84,9 +85,10 @@ def faulty(ranks: np.ndarray, scale: float, shift: float) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--fits", type=int, default=200)
-    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--guide", default="realnvp")
-    parser.add_argument("--steps", type=int, default=300)
+    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--out", type=Path, default=Path("results/calibration"))
     parser.add_argument("names", nargs="*", metavar="MODEL")
     options = parser.parse_args()
@@ -100,7 +102,11 @@ def main() -> None:
         if options.names and name not in options.names:
             continue
         began = time.perf_counter()
-        with ProcessPoolExecutor(options.processes, mp_context=get_context("spawn")) as executor:
+        with ExitStack() as stack:
+            executor = None
+            if options.processes > 1:
+                pool = ProcessPoolExecutor(options.processes, mp_context=get_context("spawn"))
+                executor = stack.enter_context(pool)
             found = flowvi.sbc(
                 model,
                 *args,
@@ -111,6 +117,7 @@ def main() -> None:
                 executor=executor,
                 guide=options.guide,
                 steps=options.steps,
+                lr=options.lr,
             )
         seconds = time.perf_counter() - began
         verdicts = {v: found.verdicts.count(v) for v in dict.fromkeys(found.verdicts)}

@@ -27,6 +27,7 @@ import flowvi
 from flowvi.compiling import Bound, Compilation, trace
 from flowvi.guides import make_guide
 from flowvi.objectives import elbo
+from flowvi.target.program import PATIENCE
 
 REPEATS = 100
 
@@ -50,7 +51,7 @@ def row(name: str, folder: Path, draws: int) -> str:
         value = bound()
         return value, torch.autograd.grad(-value, trained, allow_unused=True)
 
-    for _ in range(3):
+    for _ in range(PATIENCE + 1):
         eager()
     began = time.perf_counter()
     graph = trace(bound)

@@ -48,6 +48,8 @@ LIGHT = 0.5
 # A stage that removed less than this share of the gap is the last one.
 WORTH = 0.15
 STEADY_STEPS = 1000
+# A search takes 60 steps for each of three step sizes: not more than a fifth of those asked for.
+FEWEST_TO_SEARCH = 5 * len(RATES) * TRIAL_STEPS
 MOST_STAGES = 3
 # Draws behind the check, as many as `Fit.draw` makes.
 CHECK_DRAWS = 4000
@@ -242,7 +244,7 @@ class Run:
 
     def _rate(self, trainer: Trainer, gap: float) -> float:
         steps, clock = self.settings.steps, self.settings.clock
-        few = steps is not None and steps < 5 * TRIAL_STEPS
+        few = steps is not None and steps < FEWEST_TO_SEARCH
         little = steps is None and gap < LITTLE
         if few or little or clock.left < SEARCH_SECONDS:
             return RATES[1]

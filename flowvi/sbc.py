@@ -23,10 +23,12 @@ from flowvi.fit import fit
 from flowvi.outcomes import Outcome, Store
 from flowvi.row_fit import RowFit
 from flowvi.row_sbc import sbc_rows
-from flowvi.target import ModelError, Target, from_pyro
+from flowvi.target import ModelError, Target, from_pyro, replicable
 
 Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
+# Fits that a process of an executor makes with one capture of the model.
+TOGETHER = 5
 
 
 def sbc(
@@ -150,23 +152,48 @@ def _check(target: Target) -> None:
 
 def _run(tasks: Sequence[_Task], executor: Executor | None) -> Iterator[Outcome]:
     if executor is None:
-        yield from map(_one, tasks)
+        yield from _several(tasks)
         return
-    futures = [executor.submit(_one, task) for task in tasks]
+    futures = [
+        executor.submit(_listed, tasks[i : i + TOGETHER]) for i in range(0, len(tasks), TOGETHER)
+    ]
     try:
         for future in as_completed(futures):
-            yield future.result()
+            yield from future.result()
     finally:
         for future in futures:
             future.cancel()
 
 
-def _one(task: _Task) -> Outcome:
+def _listed(tasks: Sequence[_Task]) -> list[Outcome]:
+    return list(_several(tasks))
+
+
+def _several(tasks: Sequence[_Task]) -> Iterator[Outcome]:
+    """Fit one simulated data set after the other, with one capture of the model for all."""
+    shared = _shared(tasks[0]) if len(tasks) > 1 and tasks[0].observed else None
+    for task in tasks:
+        yield _one(task, shared)
+
+
+def _shared(task: _Task) -> Target | None:
+    """The model with replaceable data, if it allows that."""
+    try:
+        target = replicable(task.common.model, *task.args)
+    except ModelError:
+        return None
+    return target if target.density.batched.how == "tape" else None
+
+
+def _one(task: _Task, shared: Target | None) -> Outcome:
     """Fit one simulated data set, and rank its truth."""
     common, seed = task.common, stream(task.common.seed, 1, task.number) % 2**32
     names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
-        target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
+        if shared is not None:
+            target = shared.observing(task.observed)
+        else:
+            target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
         # Ranks need independent draws of one guide, whatever they are worth.
         settings = {"escalate": False, "compile": False, **common.settings}
         fitted = fit(target, seed=seed, progress=False, **settings)

@@ -1,3 +1,4 @@
+import itertools
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -5,6 +6,8 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+
+from flowvi import init, run, training
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")
@@ -21,6 +24,23 @@ def reproducible() -> Iterator[None]:
     pyro.clear_param_store()
     yield
     torch.set_default_dtype(before)
+
+
+def brief(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Start from one point, and judge and check by few draws: for what does not depend on them."""
+    candidates = init.candidates
+    monkeypatch.setattr(init, "candidates", lambda *args: itertools.islice(candidates(*args), 1))
+    monkeypatch.setattr(init, "TRY_ROUNDS", 2)
+    monkeypatch.setattr(init, "REFINE_ROUNDS", 5)
+    monkeypatch.setattr(init, "LBFGS_STEPS", 50)
+    monkeypatch.setattr(training, "JUDGE_DRAWS", 500)
+    monkeypatch.setattr(run, "CHECK_DRAWS", 500)
+
+
+@pytest.fixture(name="brief")
+def brief_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fit of a test is a brief one."""
+    brief(monkeypatch)
 
 
 @pytest.fixture(scope="session")

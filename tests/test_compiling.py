@@ -18,6 +18,7 @@ from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide, mixture
 from flowvi.objectives import elbo, iwelbo
 from flowvi.target import Target
+from flowvi.target.program import PATIENCE
 from flowvi.training import estimate
 
 REPEATS = 8
@@ -44,7 +45,7 @@ def accelerator(target: Target, guide: Guide, objective=None, compile=False) -> 
     said: list[str] = []
     made = Accelerator([guide, target], bound, REPEATS, compile, said.append)
     made.said = said
-    for _ in range(2):  # the first one lowers the model's own graph
+    for _ in range(PATIENCE + 1):  # the last one lowers the model's own graph
         made.eager(REPEATS, rows_of(target))
     return made
 

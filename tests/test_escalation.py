@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyro.distributions as dist
@@ -12,7 +13,7 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi import escalation, run
-from flowvi.cli import main
+from flowvi.cli import fitting, main
 from flowvi.diagnostics import VERDICTS
 from flowvi.escalation import better, extend
 from flowvi.gaussians import Gaussian
@@ -37,11 +38,22 @@ def two_bumps(apart: float = 6.0) -> flowvi.Target:
     return flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
 
 
-def heavy(df: float = 4.0) -> flowvi.Target:
+HEAVY = """
+import pyro, pyro.distributions as dist
+def data():
+    return ()
+def tails():
+    with pyro.plate("row", 3):
+        pyro.sample("x", dist.StudentT(4.0))
+model = tails
+"""
+
+
+def heavy() -> flowvi.Target:
     """Student t coordinates, whose tails a Gaussian's weights cannot reach."""
-    return flowvi.from_density(
-        lambda v: dist.StudentT(df).log_prob(v["x"]).sum(), {"x": flowvi.Site((3,))}
-    )
+    names: dict[str, Any] = {}
+    exec(HEAVY, names)
+    return flowvi.from_pyro(names["model"])
 
 
 @pytest.fixture
@@ -174,27 +186,22 @@ def test_restarts_that_agree_are_left_alone(short, monkeypatch):
     assert len(fit.guides) == 2
 
 
-def _only_chains(patch: pytest.MonkeyPatch) -> None:
-    """Leave the guide Gaussian, and resort to chains at once."""
-    patch.setattr(run, "NOTHING_LEFT", math.inf)
-    patch.setattr(run, "STEADY_STEPS", 30)
-    patch.setattr(run, "MOST_STAGES", 1)
-    patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
-    patch.setattr(escalation, "PLANS", (Plan(300, 600, 4), Plan(300, 1500, 4)))
-
-
 @pytest.fixture(scope="module")
 def ended_in_chains():
     """A Gaussian fit of heavy tails whose last resort were chains."""
     with pytest.MonkeyPatch.context() as patch:
-        _only_chains(patch)
+        patch.setattr(run, "NOTHING_LEFT", math.inf)
+        patch.setattr(run, "STEADY_STEPS", 30)
+        patch.setattr(run, "MOST_STAGES", 1)
+        patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
+        patch.setattr(escalation, "PLANS", (Plan(200, 500, 4),))
         return flowvi.fit(heavy(), progress=False)
 
 
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 
-    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] >= 600
+    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 500
     assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
     assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
 
@@ -229,15 +236,10 @@ def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):
     assert flowvi.diagnose(after).rhat == pytest.approx(flowvi.diagnose(before).rhat, rel=1e-3)
 
 
-def test_the_command_line_writes_chains_and_guide(monkeypatch, tmp_path: Path):
-    _only_chains(monkeypatch)
+def test_the_command_line_writes_chains_and_guide(ended_in_chains, monkeypatch, tmp_path: Path):
     model = tmp_path / "tails.py"
-    model.write_text(
-        "import pyro, pyro.distributions as dist\n"
-        "def data():\n    return ()\n"
-        "def model():\n    with pyro.plate('row', 3):\n"
-        "        pyro.sample('x', dist.StudentT(4.0))\n"
-    )
+    model.write_text(HEAVY)
+    monkeypatch.setattr(fitting, "fit", lambda *args, **options: ended_in_chains)
 
     fitted = CliRunner().invoke(main, ["fit", str(model), "--out", str(tmp_path / "out")])
     judged = CliRunner().invoke(main, ["evidence", str(tmp_path / "out")])

@@ -53,10 +53,10 @@ def test_a_fit_of_a_normal_has_its_evidence(guide):
 
 
 @pytest.mark.parametrize("name", [*families.GUIDES, *families.FLOWS])
-def test_every_guide_is_at_least_as_good_as_its_gaussian_start(name):
+def test_every_guide_is_at_least_as_good_as_its_gaussian_start(name, brief):
     target = banana()
 
-    fit = flowvi.fit(target, families.make_guide(name, 2), steps=40, progress=False)
+    fit = flowvi.fit(target, families.make_guide(name, 2), steps=20, progress=False)
 
     line = next(line for line in fit.log if "kept the" in line)
     start = float(re.search(r"start (-?[\d.]+)", line)[1])
@@ -66,22 +66,22 @@ def test_every_guide_is_at_least_as_good_as_its_gaussian_start(name):
 def test_a_flow_fits_what_a_gaussian_cannot():
     target = banana()
 
-    gaussian = flowvi.fit(target, "fullrank", steps=300, progress=False)
-    flow = flowvi.fit(target, steps=300, progress=False)
+    gaussian = flowvi.fit(target, "fullrank", steps=50, progress=False)
+    flow = flowvi.fit(target, steps=250, lr=3e-3, progress=False)
 
     assert gaussian.bounds[0] < -0.5
     assert -0.05 < flow.bounds[0] < 0.02
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
-def test_every_objective_fits_by_name(objective):
+def test_every_objective_fits_by_name(objective, brief):
     fit = flowvi.fit(banana(), objective=objective, steps=20, progress=False)
 
     assert math.isfinite(fit.bounds[0])
     assert len(fit.history["bound"]) == 20
 
 
-def test_given_draws_are_fitted_by_forward_kl():
+def test_given_draws_are_fitted_by_forward_kl(brief):
     z = torch.randn(500, 2) * torch.tensor([1.0, 2.0])
     objective = flowvi.OBJECTIVES["forward_kl"](z)
 
@@ -92,7 +92,7 @@ def test_given_draws_are_fitted_by_forward_kl():
     )
 
 
-def test_a_seed_gives_the_same_bits_and_leaves_the_callers_generator_alone():
+def test_a_seed_gives_the_same_bits_and_leaves_the_callers_generator_alone(brief):
     target = banana()
     before = torch.get_rng_state()
 
@@ -103,7 +103,7 @@ def test_a_seed_gives_the_same_bits_and_leaves_the_callers_generator_alone():
     assert np.array_equal(first.history["bound"], second.history["bound"])
 
 
-def test_restarts_are_chains():
+def test_restarts_are_chains(brief):
     fit = flowvi.fit(banana(), steps=10, restarts=3, progress=False)
 
     draws = fit.draw(20)
@@ -113,7 +113,7 @@ def test_restarts_are_chains():
     assert not np.array_equal(draws.z[0], draws.z[1])
 
 
-def test_an_interrupt_returns_what_there_is():
+def test_an_interrupt_returns_what_there_is(brief):
     def interrupt(step: flowvi.Step) -> None:
         if step.step == 7:
             raise KeyboardInterrupt
@@ -125,7 +125,7 @@ def test_an_interrupt_returns_what_there_is():
     assert np.isfinite(fit.draw(10).log_p).all()
 
 
-def test_a_callback_sees_every_step_and_can_stop():
+def test_a_callback_sees_every_step_and_can_stop(brief):
     seen = []
 
     def stop_at_five(step: flowvi.Step) -> bool:
@@ -151,7 +151,7 @@ def test_a_mode_that_the_search_saw_and_the_guide_left_out_is_no_secret():
     assert "found another mode that the guide leaves out" in diagnosis.reasons[0]
 
 
-def test_components_that_collapse_are_reported():
+def test_components_that_collapse_are_reported(brief):
     target = flowvi.from_density(lambda v: -0.5 * v["x"].square().sum(), {"x": flowvi.Site((2,))})
 
     fit = flowvi.fit(target, "mixture", steps=5, progress=False)
@@ -159,7 +159,7 @@ def test_components_that_collapse_are_reported():
     assert any("collapsed onto each other" in line for line in fit.log)
 
 
-def test_parameters_of_the_model_are_trained():
+def test_parameters_of_the_model_are_trained(brief):
     """Empirical Bayes: y = theta + noise, so the best prior mean is the mean of y."""
     y = torch.tensor([1.0, 2.0, 3.0, 4.0])
 
@@ -187,7 +187,7 @@ def test_restarts_that_would_share_the_models_parameters_are_refused():
         flowvi.fit(flowvi.from_pyro(model), restarts=2, progress=False)
 
 
-def test_minibatches_reach_the_posterior_of_all_rows():
+def test_minibatches_reach_the_posterior_of_all_rows(brief):
     generator = torch.Generator().manual_seed(1)
     y = torch.randn(200, generator=generator) + 1.5
 
@@ -304,7 +304,7 @@ def test_the_average_is_the_mean():
 # Files.
 
 
-def test_a_saved_fit_draws_the_same(tmp_path):
+def test_a_saved_fit_draws_the_same(tmp_path, brief):
     target = banana()
     fit = flowvi.fit(target, steps=20, restarts=2, progress=False)
 
@@ -317,7 +317,7 @@ def test_a_saved_fit_draws_the_same(tmp_path):
     assert np.array_equal(again.history["bound"], fit.history["bound"])
 
 
-def test_a_guide_of_ones_own_is_loaded_into_one_of_the_same_build(tmp_path):
+def test_a_guide_of_ones_own_is_loaded_into_one_of_the_same_build(tmp_path, brief):
     target = banana()
     guide = flowvi.FlowGuide(2, flowvi.FLOWS["realnvp"](2, depth=2, hidden=8))
     fit = flowvi.fit(target, guide, steps=20, progress=False)
@@ -357,7 +357,7 @@ def _truncate(path: Path) -> None:
         (lambda f: _guide(f).unlink(), "is missing"),
     ],
 )
-def test_a_damaged_folder_is_refused_by_file(tmp_path, harm, message):
+def test_a_damaged_folder_is_refused_by_file(tmp_path, brief, harm, message):
     target = correlated_normal()
     flowvi.fit(target, "meanfield", steps=2, progress=False).save(tmp_path)
 
@@ -367,7 +367,7 @@ def test_a_damaged_folder_is_refused_by_file(tmp_path, harm, message):
         flowvi.load(tmp_path, target)
 
 
-def test_a_fit_of_another_model_is_refused_by_site(tmp_path):
+def test_a_fit_of_another_model_is_refused_by_site(tmp_path, brief):
     flowvi.fit(correlated_normal(), "meanfield", steps=2, progress=False).save(tmp_path)
 
     with pytest.raises(ValueError, match=r"another model: site 'x'"):

@@ -22,17 +22,22 @@ torch.set_default_dtype(torch.float64)
 from test_parallel import fitted, somewhere
 from flowvi import parallel
 with parallel.launched():
-    found = fitted({name!r}, 64)
-    facts = [parallel.size(), found.history["bound"].tolist(), somewhere(found), found.log]
+    facts = {{}}
+    for name in {names!r}:
+        found = fitted(name, 64)
+        facts[name] = [
+            parallel.size(), found.history["bound"].tolist(), somewhere(found), found.log
+        ]
     open(f"{out}/{{parallel.rank()}}.json", "w").write(json.dumps(facts))
 """
+NAMES = ("realnvp", "fullrank")
 
 
 def fitted(name: str, particles: int) -> flowvi.Fit:
     torch.manual_seed(parallel.rank())  # what a process did before must not matter
     target = schools()
     return flowvi.fit(
-        target, name, steps=60, lr=0.01, particles=particles, escalate=False, progress=False
+        target, name, steps=30, lr=0.01, particles=particles, escalate=False, progress=False
     )
 
 
@@ -51,15 +56,22 @@ def torchrun(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("name", ["realnvp", "fullrank"])
-def test_two_processes_are_one_with_twice_the_draws(name, tmp_path):
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), name=name, out=str(tmp_path)))
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory):
+    """What each of two processes found with each guide."""
+    folder = tmp_path_factory.mktemp("parallel")
+    script = folder / "script.py"
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), names=NAMES, out=str(folder)))
 
     done = torchrun("--nproc-per-node", "2", str(script))
 
     assert done.returncode == 0, done.stderr
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    return [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_two_processes_are_one_with_twice_the_draws(name, two_processes):
+    first, second = (found[name] for found in two_processes)
     alone = fitted(name, 128)
     assert first == second
     assert first[0] == 2

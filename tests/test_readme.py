@@ -19,7 +19,7 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 
 
 @pytest.fixture
-def few_steps(monkeypatch) -> None:
+def few_steps(monkeypatch, brief) -> None:
     """Fits that do not say how long they are to be take few steps, in the user's precision."""
     monkeypatch.setattr(sys.modules["flowvi.run"], "STEADY_STEPS", 30)
     monkeypatch.setattr(sys.modules["flowvi.run"], "MOST_STAGES", 1)

@@ -9,6 +9,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import brief
 
 import flowvi
 from flowvi.diagnostics import calibration
@@ -23,6 +24,13 @@ def model(y):
     mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 1.0))
     with pyro.plate("row", len(y)):
         pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def short_fits():
+    with pytest.MonkeyPatch.context() as patch:
+        brief(patch)
+        yield
 
 
 @pytest.fixture(scope="module")

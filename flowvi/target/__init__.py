@@ -5,6 +5,15 @@ from flowvi.target.density import from_density
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_rows import Batch
-from flowvi.target.pyro_model import from_pyro
+from flowvi.target.pyro_model import from_pyro, replicable
 
-__all__ = ["Batch", "LocalTarget", "ModelError", "Site", "Target", "from_density", "from_pyro"]
+__all__ = [
+    "Batch",
+    "LocalTarget",
+    "ModelError",
+    "Site",
+    "Target",
+    "from_density",
+    "from_pyro",
+    "replicable",
+]

@@ -35,6 +35,7 @@ class Target(nn.Module):
         functions: Its values, their inverse, and so on.
         trial: A few points of finite density, to check against.
         own: Parameters of the model, by name; all functions take them behind z.
+        data: Observed values that `observing` may replace; all functions take them last.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Target(nn.Module):
         functions: Functions,
         trial: Trial,
         own: Mapping[str, nn.Parameter] | None = None,
+        data: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name = facts.name
@@ -62,6 +64,7 @@ class Target(nn.Module):
         self._functions = functions
         self._trial = trial
         self._maps: dict[str, Batched] = {}
+        self._data = dict(data or {})
         self._count = len(own or {})
         for i, p in enumerate((own or {}).values()):
             self.register_parameter(f"own_{i}", p)
@@ -227,6 +230,30 @@ class Target(nn.Module):
         given = {name: np.asarray(values[name]) for name in self.sites}
         return self._functions.rerun(given, args, kwargs, seed)
 
+    def observing(self, data: Mapping[str, Any]) -> Target:
+        """The same target with other data, sharing what was captured; one made by `replicable`.
+
+        Args:
+            data: Observed site -> values, of the shape and type that it has.
+        """
+        missing = set(self._data) ^ set(data)
+        if missing or not data:
+            raise ValueError(
+                f"observing needs values for {', '.join(self._data) or 'no site'}; got "
+                f"{', '.join(data) or 'none'}."
+            )
+        new = copy.copy(self)
+        new._data = {name: torch.as_tensor(data[name]).to(t) for name, t in self._data.items()}
+        for name, like in self._data.items():
+            if new._data[name].shape != like.shape:
+                raise ValueError(
+                    f"Site '{name}' observes values of shape {tuple(like.shape)}; got "
+                    f"{tuple(new._data[name].shape)}."
+                )
+        new.observed = {**self.observed, **new._data}
+        new.coords = dict(self.coords)
+        return new
+
     def label(self, coords: Mapping[str, Sequence[Any]]) -> Target:
         """Give labels to dims; returns the target itself."""
         sizes = self._dim_sizes()
@@ -258,7 +285,7 @@ class Target(nn.Module):
         return f"Target({self.name}: D = {self.dim}; {self._facts.sizes()})"
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Target:
-        if self._own:
+        if self._count:
             raise TypeError(
                 f"{self.name} has parameters of its own, which it shares with the model: a copy "
                 "would not follow them. Capture the model again with from_pyro."
@@ -276,8 +303,8 @@ class Target(nn.Module):
 
     @property
     def _own(self) -> list[Tensor]:
-        """The model's own parameters, or what stands in for them."""
-        return [getattr(self, f"own_{i}") for i in range(self._count)]
+        """The model's own parameters, or what stands in for them, and data that are inputs."""
+        return [*(getattr(self, f"own_{i}") for i in range(self._count)), *self._data.values()]
 
     def _map(self, which: str) -> Batched:
         """The batched form of one of the target's functions, made when first asked for."""

@@ -16,14 +16,16 @@ from flowvi.target.batched import Batched
 from flowvi.target.tape import record
 
 PROGRAMS_KEPT = 12
+# Writing a program takes as long as five to ten evaluations save, whatever the model.
+PATIENCE = 5
 
 
 class Density(nn.Module):
     """A log density of one point, evaluated for many, with its gradient compiled to plain calls.
 
-    The first evaluation at a batch size runs the batched function as it is.
-    From the second on, the value and the gradient at that size are one
-    straight list of tensor operations, without autograd and without vmap.
+    The first evaluations at a batch size run the batched function as it is.
+    After that, the value and the gradient at that size are one straight list
+    of tensor operations, without autograd and without vmap.
 
     Args:
         batched: The log density, (*S, D) -> (*S).
@@ -87,8 +89,7 @@ class Density(nn.Module):
         key = (tuple(z.shape), gradient, tuple(tuple(x.shape) for x in inputs))
         uses[key] = uses.pop(key, 0) + 1
         _shorten(uses)
-        # Lowering pays from the second use on.
-        if uses[key] < 2:
+        if uses[key] <= PATIENCE:
             return None
         programs[key] = programs.pop(key, None) or self._lower(z, inputs, gradient)
         _shorten(programs)

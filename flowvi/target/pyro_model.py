@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, overload
 
 import torch
@@ -17,8 +17,8 @@ from flowvi.target import checks, enumeration, rows, scores
 from flowvi.target.again import rerunner
 from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
-from flowvi.target.capture import Trial, capture
-from flowvi.target.facts import Facts, Functions, ModelError
+from flowvi.target.capture import Trial, agree, capture
+from flowvi.target.facts import Facts, Functions, ModelError, Simulator
 from flowvi.target.handlers import FromVector, ToVector, store_aside
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.local import LocalTarget
@@ -72,6 +72,32 @@ def from_pyro(
         return _Capture(Runner(model, args, kwargs), name_of(model)).target()
 
 
+def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
+    """Capture a Pyro model once for many data sets: `Target.observing` replaces the data.
+
+    The observed values are inputs of what is recorded. What the model derives from its
+    arguments by itself stays as it is.
+
+    Args:
+        model: A Pyro model without subsampled plates.
+        *args: Its positional arguments.
+        **kwargs: Its keyword arguments.
+
+    Raises:
+        ModelError: As for `from_pyro`, and where the model reads an observed value into Python.
+    """
+    with own_randomness(0):
+        captured = _Capture(Runner(model, args, kwargs), name_of(model))
+        if not captured.data:
+            raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
+        if captured.runner.drawn:
+            raise ModelError(
+                f"Plate '{next(iter(captured.runner.drawn))}' is subsampled: its data cannot be "
+                "replaced as a whole. Leave its subsample size out."
+            )
+        return captured.target(replace=True)
+
+
 class _Capture:
     """One model on its way to a target."""
 
@@ -91,15 +117,22 @@ class _Capture:
         self.parameters = runner.parameters.leaves
         self.reported = [*self.layout.latents, *self._deterministics()]
 
-    def target(self) -> Target:
-        """Find points, capture the density and put the target together."""
+    def target(self, replace: bool = False) -> Target:
+        """Find points, capture the density and put the target together.
+
+        Args:
+            replace: Whether the observed values are to be inputs of the density.
+        """
         batches = [list(batch.values()) for _, batch in rows.cover(self.runner.drawn)]
         inputs = [[*self.parameters.values(), *batch] for batch in batches]
         trial = Trial(self._points(inputs[0]), inputs[0], inputs[1:2])
         facts = self._facts()
+        simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
+        data = dict(facts.observed) if replace else {}
+        if replace:
+            trial = self._with_data(trial, data, simulate)
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
-        simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
         again = rerunner(self.runner, self.layout, self._on)
         return Target(
             facts,
@@ -115,12 +148,29 @@ class _Capture:
             ),
             trial,
             self.parameters,
+            data,
         )
 
     def _on(self, runner: Runner) -> Target:
         """The same model on other arguments."""
         with own_randomness(0):
             return _Capture(runner, self.name).target()
+
+    def _with_data(self, trial: Trial, data: Mapping[str, Tensor], simulate: Simulator) -> Trial:
+        """The trial with the data as inputs, and with a simulated data set to compare as well."""
+        drawn = {name: torch.as_tensor(v[0]) for name, v in simulate(None, 1, 0).items()}
+        with torch.no_grad():
+            before = [self._log_prob(z, *trial.inputs) for z in trial.points]
+            self.runner.replaced = tuple(data)
+            after = [self._log_prob(z, *trial.inputs, *data.values()) for z in trial.points]
+        fits = all(drawn[name].shape == like.shape for name, like in data.items())
+        if not (fits and agree(before, after)):
+            raise ModelError(
+                f"The data of {self.name} cannot be replaced: given as they are by their sites' "
+                "names, the density is another one, or simulated data have another shape."
+            )
+        other = [drawn[name].to(like) for name, like in data.items()]
+        return Trial(trial.points, [*trial.inputs, *data.values()], [[*trial.inputs, *other]])
 
     # The functions of one point that are recorded.
 

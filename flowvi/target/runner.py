@@ -31,6 +31,7 @@ class Runner:
         kwargs: Its keyword arguments.
         parameters: Its own parameters.
         drawn: Plates that draw their rows, once the model has run: size and batch size.
+        replaced: Observed sites whose values are inputs, behind parameters and rows.
     """
 
     model: Callable[..., Any]
@@ -38,6 +39,7 @@ class Runner:
     kwargs: dict[str, Any]
     parameters: Parameters = field(default_factory=Parameters)
     drawn: dict[str, tuple[int, int]] = field(default_factory=dict)
+    replaced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         # Numpy arrays become tensors; everything else is the model's own business.
@@ -83,12 +85,16 @@ class Runner:
 
         Args:
             handler: Serves latent values.
-            inputs: The model's own parameters, and rows for the plates that draw theirs.
+            inputs: The model's own parameters, rows for the plates that draw theirs, and values
+                of the sites in `replaced`.
             enumerate_from: First axis for the values of discrete sites; None to draw them.
         """
-        rows = inputs[len(self.parameters.leaves) :]
+        rest = inputs[len(self.parameters.leaves) :]
+        rows, data = rest[: len(self.drawn)], rest[len(self.drawn) :]
         owned = Owned(self.parameters, dict(zip(self.drawn, rows, strict=True)))
         model = self.model
+        if data:
+            model = poutine.condition(model, dict(zip(self.replaced, data, strict=True)))
         if enumerate_from is not None:
             model = poutine.enum(model, first_available_dim=enumerate_from)
         with quiet():
