@@ -136,7 +136,8 @@ def _rows(
 def _table(rows: list[tuple[str, float, float]]) -> str:
     width = max(len(name) for name, *_ in rows)
     return "\n".join(
-        f"{name:<{width}}  {value:10.4g}" + (f"  +- {se:.2g}" if np.isfinite(se) else "")
+        f"{name:<{width}}  "
+        + (f"{value:10.3f}  +- {se:.2g}" if np.isfinite(se) else f"{value:10.4g}")
         for name, value, se in rows
     )
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from flowvi.fit import fit
 from flowvi.minibatch import Minibatch
 from flowvi.objectives import Renyi, elbo
 from flowvi.target import from_pyro
-from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, load
+from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, code_shape, load
 from flowvi.vae.model import PLATE
 
 # How pixels are read for a likelihood, unless they are to be black and white.
@@ -203,9 +204,4 @@ def vae_command(
 
 def _latent(net: str, images: Images, usual: int) -> int:
     """The usual length of z, or that of a code of one channel where it is an image."""
-    if net != "maps":
-        return usual
-    from flowvi.vae.maps import padded
-
-    height, width = padded(images.size)
-    return height * width // 16
+    return math.prod(code_shape(images.size)) if net == "maps" else usual

@@ -50,6 +50,11 @@ def _parts(
                 f"{path} defines no function '{name}'. A model file has a Pyro model named "
                 "model, and data(), which returns its arguments."
             )
+    if isinstance(getattr(module, "local", None), str):
+        raise ModelFileError(
+            f"{path} has a latent vector for each row of plate '{module.local}', which "
+            f"`flowvi fit` does not fit: run it, python {path}, or call its fit()."
+        )
     arguments = _arguments(module, path, data)
     _check_call(module, path, arguments)
     return module.model, arguments, getattr(module, "coords", {})

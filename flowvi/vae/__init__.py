@@ -3,6 +3,7 @@
 from flowvi.vae.autoencoder import PlainAutoencoder, plain_autoencoder
 from flowvi.vae.data import Binarise, Images, load
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
+from flowvi.vae.maps import code_shape
 from flowvi.vae.measures import (
     ActiveUnits,
     active_units,
@@ -12,7 +13,7 @@ from flowvi.vae.measures import (
     traversal,
 )
 from flowvi.vae.model import Autoencoder, Generator, build
-from flowvi.vae.nets import NETS, Decoder, Encoder
+from flowvi.vae.nets import NETS, Bodies, Decoder, Encoder
 from flowvi.vae.posteriors import POSTERIORS, posterior
 from flowvi.vae.priors import (
     PRIORS,
@@ -31,6 +32,7 @@ __all__ = [
     "ActiveUnits",
     "Autoencoder",
     "Binarise",
+    "Bodies",
     "Decoder",
     "Encoder",
     "FlowPrior",
@@ -44,6 +46,7 @@ __all__ = [
     "VampPrior",
     "active_units",
     "build",
+    "code_shape",
     "interpolation",
     "load",
     "moments",

@@ -15,13 +15,21 @@ def padded(size: Sequence[int]) -> tuple[int, int]:
     return height, width
 
 
-def code_shape(size: Sequence[int], latent: int) -> tuple[int, int, int]:
-    """The shape (C, H / 4, W / 4) of a code of D numbers, of the padded sides.
+def code_shape(
+    size: Sequence[int], latent: int | None = None, channels: int = 1
+) -> tuple[int, int, int]:
+    """The shape (C, H / 4, W / 4) of a code, of the padded sides.
+
+    Args:
+        size: (H, W) of an image.
+        latent: Length D of the code; that of `channels` by default.
+        channels: Channels C, where D is not given.
 
     Raises:
         ValueError: D is no multiple of H W / 16.
     """
     height, width = (n // 4 for n in padded(size))
+    latent = channels * height * width if latent is None else latent
     if latent % (height * width) or latent < height * width:
         raise ValueError(
             f"Images of {size[0]} x {size[1]} have codes of {height} x {width} pixels: latent must "

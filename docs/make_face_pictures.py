@@ -1,0 +1,102 @@
+"""Draw samples of a VAE, an f-VAE and a Glow of faces, trained for the same CPU seconds.
+
+python docs/make_face_pictures.py freyfaces.npz --seconds 120 --out docs/images
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib as mpl
+import torch
+from torch import Tensor
+
+import flowvi
+from flowvi import vae
+from flowvi.flows import FLOWS, Normal
+from flowvi.plots import plot_images
+from flowvi.vae.maps import Cropped, Padded, padded
+from flowvi.vae.model import PLATE
+
+SHOWN, BATCH, LR = 8, 50, 1e-3
+
+
+def autoencoder(x: Tensor, seconds: float, **parts: str) -> tuple[Tensor, int]:
+    """Mean images of draws from the prior of a VAE, and its epochs."""
+    latent = 128 if parts.get("net") == "maps" else 32
+    made = vae.build(x, latent, likelihood="gaussian", **parts)
+    target = flowvi.from_pyro(made.model, x, local=PLATE)
+    began = time.process_time()
+    fit = flowvi.fit(
+        target,
+        made.guide,
+        flowvi.elbo(1, "total"),
+        epochs=10_000,
+        callback=lambda _: time.process_time() - began > seconds,
+        minibatch=flowvi.Minibatch(batch_size=BATCH, lr=LR, decay=0.0),
+        progress=False,
+    )
+    return made.generator.sample(SHOWN, seed=1), fit.meta["epochs"]
+
+
+def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
+    """Draws of a Glow of the images themselves, fitted by maximum likelihood, and its epochs."""
+    size = (x.shape[1], x.shape[2])
+    height, width = padded(size)
+    dim = height * width
+    torch.manual_seed(0)
+    flow, base = FLOWS["image_glow"](dim, shape=(1, height, width), levels=3), Normal(dim)
+    pad = Padded(size)
+
+    def rows(index: Tensor) -> Tensor:
+        # Levels become intervals, and the border a little noise.
+        y = pad(x[index].unsqueeze(1)).flatten(1)
+        return y + torch.rand_like(y) / 256 - 0.5
+
+    flow.initialise(rows(torch.arange(200)))
+    optimiser = torch.optim.Adam(flow.parameters(), lr=LR)
+    began, epochs = time.process_time(), 0
+    while time.process_time() - began < seconds:
+        for index in torch.randperm(len(x)).split(BATCH):
+            eps, ladj = flow.inverse(rows(index))
+            optimiser.zero_grad()
+            (-(base.log_prob(eps) + ladj).mean() / dim).backward()  # type: ignore[no-untyped-call]
+            torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
+            optimiser.step()
+        epochs += 1
+    torch.manual_seed(1)
+    with torch.no_grad():
+        y, _ = flow(0.7 * base.sample((SHOWN,)))
+    return Cropped(size)((y + 0.5).unflatten(-1, (1, height, width))).squeeze(1), epochs
+
+
+def main() -> None:
+    """Train the three and draw a row of samples of each."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("data", type=Path)
+    parser.add_argument("--seconds", type=float, default=120)
+    parser.add_argument("--out", type=Path, default=Path("docs/images"))
+    options = parser.parse_args()
+    mpl.use("agg")
+    torch.set_num_threads(1)
+    x = vae.load(options.data, "grey").train
+    s = options.seconds
+    models: dict[str, Callable[[], tuple[Tensor, int]]] = {
+        "VAE": lambda: autoencoder(x, s),
+        "f-VAE": lambda: autoencoder(x, s, guide="shifted", prior="glow", net="maps"),
+        "Glow": lambda: glow(x, s),
+    }
+    found = {"faces": x[:: len(x) // SHOWN][:SHOWN]}
+    for name, train in models.items():
+        found[name], epochs = train()
+        print(f"{name}: {epochs} epochs in {s:g} CPU seconds", flush=True)
+    # Ink is light on these photographs.
+    ax = plot_images(1 - torch.stack(list(found.values())), names=list(found))
+    ax.figure.savefig(options.out / "faces.png", dpi=110)  # type: ignore[union-attr]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""Every model file with a latent vector a row keeps its contract, and fits."""
+
+import ast
+import importlib.util
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from click.testing import CliRunner
+
+import flowvi
+from flowvi.cli import main
+from flowvi.vae.data import SPLITS
+
+FOLDER = Path(__file__).parents[1] / "models"
+MODELS = sorted(p.stem for p in FOLDER.glob("*.py") if "\nlocal = " in p.read_text())
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def images(tmp_path):
+    """A file of a few small images with classes."""
+    rng = np.random.default_rng(0)
+    x = {f"{k}_x": rng.integers(0, 256, (30, 8, 8), np.uint8) for k in SPLITS}
+    np.savez(tmp_path / "images.npz", **x, train_y=rng.integers(0, 10, 30))
+    return str(tmp_path / "images.npz")
+
+
+def test_the_models_of_variational_autoencoders_are_there():
+    assert MODELS == ["iwae", "vae_f", "vae_flow", "vae_labels", "vae_mnist"]
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_file_keeps_the_contract(name):
+    tree = ast.parse((FOLDER / f"{name}.py").read_text())
+    imported = {
+        (node.module if isinstance(node, ast.ImportFrom) else node.names[0].name).split(".")[0]
+        for node in tree.body
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    }
+    module = load(name)
+
+    assert ast.get_docstring(tree)
+    assert imported <= {"torch", "pyro", "flowvi", *sys.stdlib_module_names}
+    assert all(callable(getattr(module, part)) for part in ("data", "model", "guide", "fit"))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_short_fit_has_a_finite_bound_and_trains_guide_and_model(name, images):
+    fit = load(name).fit(images, epochs=2, progress=False)
+
+    assert np.isfinite(fit.history["bound"]).all()
+    assert np.isfinite(fit.iw_bound(rows=range(10), particles=5).values).all()
+    assert list(fit.target.parameters()) and list(fit.guide.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_data_come_without_a_file(name):
+    pytest.importorskip("sklearn")
+
+    x = load(name).data()[0]
+
+    assert x.shape == (1397, 8, 8)
+
+
+def test_classes_that_are_not_known_are_summed_out(images):
+    """p(x, z) is the sum of p(x, z, y) over the classes."""
+    module = load("vae_labels")
+    x, label, decoder = module.data(images, known=5)
+    target = flowvi.from_pyro(module.model, x, label, decoder, local=module.local)
+    z = torch.randn(3, len(x), module.LATENT)
+
+    each = [target.log_prob(z, (x, torch.full((len(x),), y))) for y in range(module.CLASSES)]
+    unknown = target.log_prob(z, (x, torch.full((len(x),), -1)))
+
+    torch.testing.assert_close(torch.logsumexp(torch.stack(each), 0), unknown)
+
+
+def test_classes_are_probabilities(images):
+    module = load("vae_labels")
+    fit = module.fit(images, epochs=1, progress=False)
+    x, *_ = module.data(images)
+
+    found = module.classify(fit, x, draws=3)
+
+    assert found.shape == (30, module.CLASSES)
+    torch.testing.assert_close(found.sum(-1), torch.ones(30))
+
+
+def test_flowvi_fit_says_what_to_do_with_such_a_file(tmp_path):
+    file = str(FOLDER / "vae_mnist.py")
+
+    done = CliRunner().invoke(main, ["fit", file, "--out", str(tmp_path / "out")])
+
+    assert done.exit_code == 1
+    assert "a latent vector for each row of plate 'data'" in done.stderr
+    assert f"python {file}" in done.stderr
