@@ -14,7 +14,6 @@ from click.testing import CliRunner
 import flowvi
 from flowvi.cli import main
 from flowvi.groups import read_groups
-from flowvi.report.page import page
 from flowvi.saved import diagnosis_of, draws_of
 
 CHROMIUM = shutil.which("chromium")
@@ -189,7 +188,7 @@ def test_the_command_reads_the_folder_alone(folder, text, tmp_path):
     done = CliRunner().invoke(main, ["report", str(folder), "--out", str(tmp_path / "a.html")])
 
     assert done.exit_code == 0, done.output
-    assert len(read((tmp_path / "a.html").read_text()).tags) == len(read(text).tags)
+    assert (tmp_path / "a.html").read_text() == text
 
 
 def test_a_folder_without_results_is_refused(tmp_path):
@@ -292,11 +291,3 @@ def test_it_can_be_printed(folder, tmp_path):
     )
 
     assert file.read_bytes().startswith(b"%PDF")
-
-
-def test_the_page_does_not_depend_on_when_it_is_made(folder):
-    from flowvi.report.contents import of_folder
-
-    contents = of_folder(folder)
-
-    assert page(contents) == page(contents)

@@ -55,6 +55,16 @@ class Contents:
     sites: Mapping[str, Any] = field(default_factory=dict)
 
     @property
+    def kind(self) -> str:
+        """What to call the draws that are shown."""
+        if self.kept.mcmc:
+            word = "draws of NUTS in the guide's space"
+        else:
+            word = "resampled draws" if self.kept.resampled else "draws of the guide"
+        trusted = self.diagnosis is not None and self.diagnosis.verdict != VERDICTS[2]
+        return word if trusted else f"{word}, which are not to be trusted"
+
+    @property
     def start(self) -> Draws | None:
         """Draws of the Gaussian that the fit began with."""
         if not has_group(self.plain, "gaussian_start"):

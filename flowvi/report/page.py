@@ -116,7 +116,7 @@ def page(contents: Contents) -> str:
         rows=rows[:ROWS],
         more=len(rows) > ROWS,
         restarts=len(_by_restart(contents).log_p) > 1,
-        kept=_kept(contents),
+        kept=contents.kind,
         pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
         ladder=contents.evidence,
         improper=facts.get("improper", ()),
@@ -149,7 +149,7 @@ def _numbers(c: Contents) -> Iterator[tuple[str, str, str]]:
         yield "log evidence", f"{d.log_evidence:.3f}", f"± {d.log_evidence_se:.2g}"
     if math.isfinite(d.elbo):
         yield "ELBO", f"{d.elbo:.3f}", f"± {d.elbo_se:.2g}"
-        yield "KL(q || p)", f"{d.gap:.3g}", "nats that the guide is off"
+        yield "KL(q || p)", f"{d.gap:.3g}", "nats"
 
 
 def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
@@ -187,12 +187,6 @@ def _sizes(c: Contents, group: str) -> str:
         return ""
     data = c.plain[group]
     return ", ".join(f"{name} {tuple(data[name].shape)}" for name in data.data_vars)
-
-
-def _kept(c: Contents) -> str:
-    if c.kept.mcmc:
-        return "draws of NUTS in the guide's space"
-    return "resampled draws" if c.kept.resampled else "draws of the guide"
 
 
 def _scalars(c: Contents) -> Iterator[Scalar]:

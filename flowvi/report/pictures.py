@@ -69,7 +69,7 @@ def _all(c: Contents) -> Iterator[Drawing]:
         "pairs",
         lambda: _figure(plot_pair(c.kept)),
         f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
-        "The draws that the verdict recommends. Darker cells hold more draws.",
+        f"Of the {c.kind}. Darker cells hold more draws.",
     )
     yield from _predictive(c)
     if c.weighted is not None:
@@ -96,7 +96,7 @@ def _all(c: Contents) -> Iterator[Drawing]:
 def _marginals(c: Contents) -> Iterator[Drawing]:
     sets = {} if c.start is None else {"Gaussian start": c.start}
     if c.weighted is not None:
-        sets["flow"] = c.weighted
+        sets[f"{c.facts.get('guide', '')} guide".strip()] = c.weighted
     if c.kept.resampled or c.kept.mcmc:
         sets["resampled" if c.kept.resampled else "NUTS"] = c.kept
     sets = sets or {"draws": c.kept}
@@ -104,7 +104,7 @@ def _marginals(c: Contents) -> Iterator[Drawing]:
         "marginals",
         lambda: _figure(plot_marginals(sets, columns=2)),
         f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
-        "What the flow adds to the Gaussian that it began with, and what the weights then change.",
+        "What the guide adds to the Gaussian that it began with, and what comes of its weights.",
     )
 
 
