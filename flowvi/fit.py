@@ -156,6 +156,8 @@ def fit(
     batch_size: int | None = ...,
     validation: Any = ...,
     minibatch: Minibatch | None = ...,
+    checkpoint: str | os.PathLike[str] | None = ...,
+    resume: bool = ...,
 ) -> RowFit: ...
 
 
@@ -255,7 +257,6 @@ def fit(
             "particles": particles,
             "restarts": restarts - 1 or None,
         }
-        others |= {"checkpoint": checkpoint, "resume": resume or None}
         _refuse("has latents for each row", others)
         rows: Any = objective
         return fit_rows(
@@ -268,6 +269,8 @@ def fit(
             budget=budget,
             progress=progress,
             callback=callback,
+            checkpoint=checkpoint,
+            resume=resume,
         )
     for_rows = {"epochs": epochs, "batch_size": batch_size, "validation": validation}
     _refuse("has no latents for each row (local=)", {**for_rows, "minibatch": minibatch})

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi import parallel
 from flowvi._version import __version__
 from flowvi.amortised import PerRow, amortised
 from flowvi.draws import stream
@@ -23,6 +24,7 @@ from flowvi.objectives import OBJECTIVES, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
 from flowvi.row_draws import BOUNDS, DRAWING, RowBounds, RowDraws, row_bounds, row_draws
 from flowvi.row_training import Epoch, RowTrainer
+from flowvi.shelf import Shelf, opened
 from flowvi.stopping import Clock
 from flowvi.target import Batch, LocalTarget
 
@@ -115,6 +117,8 @@ def fit_rows(
     budget: float | None = None,
     progress: bool = True,
     callback: Callable[[Epoch], object] | None = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    resume: bool = False,
 ) -> RowFit:
     """Fit a guide to the local latents of a target, and the model's parameters with it.
 
@@ -132,17 +136,31 @@ def fit_rows(
         budget: Seconds that the fit may take.
         progress: Show a bar, if the error stream is a terminal.
         callback: Called with an `Epoch` after each; a true answer stops the fit.
+        checkpoint: Folder in which the state after the last two epochs is kept.
+        resume: Go on with what an earlier fit of the same arguments left there.
     """
     wanted = _objective(objective)
     check_objective(target, wanted, settings)
     clock = Clock(budget)
+    facts = {k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"}
     with own_randomness(stream(seed, BUILD)):
         name, built = _guide(target, guide)
         rows, held = _split(target, validation, seed)
         trainer = RowTrainer(
             target, built, wanted, settings, rows, held, seed, clock, progress, callback
         )
-        state = trainer.run()
+        about = {
+            "model": target.name,
+            "rows": len(rows),
+            "guide": name,
+            "parameters": trainer.flat.vector.numel(),
+            "objective": describe(wanted),
+            "settings": facts,
+            "seed": seed,
+        }
+        with opened(None if checkpoint is None else Path(checkpoint), about, resume) as shelf:
+            _go_on(trainer, shelf)
+            state = trainer.run()
     log = _log(trainer, held)
     columns = list(zip(*state.epochs, strict=True)) or [()] * len(Epoch._fields)
     history = {n: np.array(c) for n, c in zip(Epoch._fields, columns, strict=True)}
@@ -151,7 +169,7 @@ def fit_rows(
         "guide": name,
         "specs": [{"name": name, "own": not isinstance(guide, str)}],
         "objective": describe(wanted),
-        **{k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"},
+        **facts,
         "epochs": len(state.epochs),
         "rows": len(rows),
         "validation": 0 if held is None else len(held.places),
@@ -172,6 +190,18 @@ def describe(objective: Renyi | WakeSleep) -> str:
     kind = "total" if objective.gradient == "total" else "STL" if objective.alpha == 1 else "DReG"
     name = {1.0: "ELBO", 0.0: "IW-ELBO"}.get(objective.alpha, f"Renyi bound {objective.alpha:g}")
     return f"{name} (K = {objective.particles}, {kind})"
+
+
+def _go_on(trainer: RowTrainer, shelf: Shelf | None) -> None:
+    """Begin where an earlier fit was cut off, and keep the state after each epoch."""
+    if shelf is None:
+        return
+    states = (shelf.read(entry) for entry in shelf.states)
+    saved = next((state for state in states if state is not None), None)
+    if saved is not None:
+        trainer.restore(saved)
+    if parallel.rank() == 0:
+        trainer.save = lambda: shelf.put_state("epoch", 1, trainer.snapshot())
 
 
 def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:

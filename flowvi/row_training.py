@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -135,6 +135,41 @@ class RowTrainer:
             self.flat.set(state.best)
         self.flat.release()
         return state
+
+    def snapshot(self) -> dict[str, Any]:
+        """All that a continuation after the last epoch needs, as numbers and tensors."""
+        state, adam = self.state, self.optimiser.state[self.flat.vector]
+        return {
+            "vector": self.flat.copy(),
+            "adam": {name: value.clone() for name, value in adam.items()},
+            "buffers": {name: b.clone() for name, b in self.guide.named_buffers()},
+            "epochs": [list(told) for told in state.epochs],
+            "best": state.best,
+            "best_bound": state.best_bound,
+            "since": state.since,
+            "norms": list(self.guard.norms),
+            "skipped": self.guard.skipped,
+        }
+
+    def restore(self, saved: Mapping[str, Any]) -> None:
+        """Go on from a snapshot."""
+        self.flat.set(saved["vector"])
+        self.optimiser.state[self.flat.vector] = {
+            # Adam's count of steps stays where it is made.
+            name: value.clone() if name == "step" else value.to(self.flat.vector)
+            for name, value in saved["adam"].items()
+        }
+        buffers = dict(self.guide.named_buffers())
+        for name, value in saved["buffers"].items():
+            buffers[name].copy_(value)
+        self.state = RowState(
+            [Epoch(*told) for told in saved["epochs"]],
+            None if saved["best"] is None else saved["best"].to(self.flat.vector),
+            saved["best_bound"],
+            saved["since"],
+        )
+        self.guard.norms.extend(saved["norms"])
+        self.guard.skipped = saved["skipped"]
 
     def bound_of(self, batch: Batch) -> float:
         """Mean bound of rows on fresh draws, the same noise at every call."""

@@ -429,3 +429,26 @@ def test_items_come_from_a_data_set(workers):
     two = flowvi.fit(by_tensor, "meanfield", minibatch=settings)
 
     np.testing.assert_allclose(one.history["bound"], two.history["bound"])
+
+
+@pytest.mark.parametrize("cut", [1, 3])
+def test_a_fit_of_rows_goes_on_where_it_was_cut_off(ppca, tmp_path, cut):
+    """To the bit, validation and the best epoch included."""
+    target, _ = ppca
+    settings = {"epochs": 5, "batch_size": 9, "validation": 0.2, "seed": 2}
+    whole = flowvi.fit(target, "realnvp", **settings)
+
+    def crash(epoch):
+        if epoch.epoch == cut + 1:
+            raise SystemError
+
+    with pytest.raises(SystemError):
+        flowvi.fit(target, "realnvp", **settings, checkpoint=tmp_path, callback=crash)
+    back = flowvi.fit(target, "realnvp", **settings, checkpoint=tmp_path, resume=True)
+
+    for key in ("bound", "validation", "lr"):
+        np.testing.assert_array_equal(back.history[key], whole.history[key])
+    for a, b in zip(back.guide.parameters(), whole.guide.parameters(), strict=True):
+        assert torch.equal(a, b)
+    with pytest.raises(ValueError, match="checkpoint of another fit: 'seed' was 2"):
+        flowvi.fit(target, "realnvp", **{**settings, "seed": 3}, checkpoint=tmp_path, resume=True)
