@@ -1,5 +1,6 @@
 """Pictures of a fit: each function returns the matplotlib axes that it drew on."""
 
+from flowvi.plots.calibration import plot_calibration
 from flowvi.plots.evidence import plot_evidence
 from flowvi.plots.images import (
     plot_epochs,
@@ -16,6 +17,7 @@ from flowvi.plots.sbc import plot_sbc
 from flowvi.plots.where import plot_where
 
 __all__ = [
+    "plot_calibration",
     "plot_epochs",
     "plot_evidence",
     "plot_images",
