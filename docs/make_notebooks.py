@@ -89,9 +89,10 @@ fit = flowvi.fit(flowvi.from_pyro(model, len(y), y), seed=0, progress=False)
 guide = flowvi.pyro_guide(fit)""",
         "New data, and the bound by Pyro's own loss.",
         """torch.manual_seed(0)
-new = Predictive(model, guide=guide, num_samples=500)(3)
+new = Predictive(model, guide=guide, num_samples=500, parallel=True)(3)
 print(new["y"].mean(), new["y"].std())
-print(-Trace_ELBO(num_particles=500).loss(model, guide, len(y), y), fit.bounds)""",
+elbo = Trace_ELBO(num_particles=500, vectorize_particles=True)
+print(-elbo.loss(model, guide, len(y), y), fit.bounds)""",
         "Training goes on, here by the importance-weighted bound.",
         """loss = flowvi.IWELBO(16, vectorize_particles=True)
 svi = SVI(model, guide, pyro.optim.Adam({"lr": 1e-4}), loss)
