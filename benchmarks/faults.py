@@ -4,7 +4,7 @@
 
 Survived means: the fit that goes on ends with the bits of one that was left in peace
 (bound, steps, log and all parameters), and whatever was damaged is named in a warning.
-The table in docs/reliability.md was printed by this.
+It prints a table, a row at a time.
 """
 
 from __future__ import annotations
