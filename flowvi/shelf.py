@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -153,7 +154,7 @@ class Shelf:
         with said(self.folder):
             if file.exists():
                 os.replace(file, self.folder / PREVIOUS)
-            write_json(file, manifest)
+            write_json(file, sealed(manifest))
             self.sweep()
             self._before = [*pieces, *states]
 
@@ -166,6 +167,8 @@ class Shelf:
                 found = read_json(file)
                 if not isinstance(found, dict) or found.get("format") != FORMAT:
                     raise CheckpointError(f"{file} is no manifest of format {FORMAT}.")
+                if found != sealed(found):
+                    raise CheckpointError(f"{file} has another checksum than when it was written.")
                 if not all(isinstance(found.get(key), kind) for key, kind in FIELDS.items()):
                     raise CheckpointError(f"{file} is not a file that flowvi wrote.")
             except CheckpointError as error:
@@ -224,6 +227,13 @@ def said(folder: Path) -> Iterator[None]:
             "was written before stays.",
             stacklevel=6,
         )
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of all else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True)
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where: str = "") -> None:

@@ -1,5 +1,6 @@
 """A fit that was cut off goes on to the same bits, from whatever of its files is whole."""
 
+import json
 import os
 import shutil
 import signal
@@ -16,7 +17,7 @@ import torch
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import init, journal, run, training
+from flowvi import init, journal, run, shelf, training
 from flowvi.files import CheckpointError
 
 
@@ -248,7 +249,11 @@ def test_a_damaged_piece_is_done_again(cut, harm):
     same(found, whole)
 
 
-@pytest.mark.parametrize("harm", [_empty, _foreign])
+def _misspell(file: Path) -> None:
+    file.write_text(file.read_text().replace('"site"', '"side"'))
+
+
+@pytest.mark.parametrize("harm", [_empty, _foreign, _misspell])
 def test_a_damaged_manifest_leaves_the_one_before(cut, harm):
     folder, whole = cut
     harm(folder / "manifest.json")
@@ -271,8 +276,8 @@ def test_two_damaged_manifests_are_named(cut):
 def test_names_in_a_manifest_never_become_paths(cut):
     folder, _ = cut
     for name in ("manifest.json", "manifest.previous.json"):
-        text = (folder / name).read_text()
-        (folder / name).write_text(text.replace("piece-0001.safetensors", "../piece-0001"))
+        text = (folder / name).read_text().replace("piece-0001.safetensors", "../piece-0001")
+        (folder / name).write_text(json.dumps(shelf.sealed(json.loads(text))))
 
     with pytest.raises(CheckpointError, match=r"'\.\./piece-0001' is no name"):
         _fit(folder, resume=True)
