@@ -27,6 +27,8 @@ from flowvi.stopping import Clock
 from flowvi.target import Batch, LocalTarget
 
 ORDER = TRIAL
+# Evaluations after which a density of rows is recorded.
+RECORDED = 2
 
 
 class Epoch(NamedTuple):
@@ -119,6 +121,7 @@ class RowTrainer:
         state, settings = self.state, self.settings
         first = len(state.epochs)
         total = settings.epochs * self.steps
+        self._record()
         with self._bar(total, first * self.steps) as bar:
             try:
                 for epoch in range(first, settings.epochs):
@@ -179,6 +182,23 @@ class RowTrainer:
                 found = row_step(self.target, self.guide, self.objective, part)
                 total += float(found.bound) * len(part.places)
         return total / len(batch.places)
+
+    def _record(self) -> None:
+        """Have the densities of all sizes recorded now, in this run as in one that goes on later.
+
+        A recorded density may differ from one row by row in the last bits.
+        """
+        parts = list(self.rows.tensor_split(self.steps))
+        if parallel.size() > 1:
+            parts = [places[parallel.rank() :: parallel.size()] for places in parts]
+        batches = {len(p): self.target.batch(p) for p in parts if len(p)}
+        if self.validation is not None:
+            held = pieces(self.validation, self.settings.batch_size)
+            batches |= {len(piece.places): piece for piece in held}
+        with own_randomness(stream(self.seed, JUDGE)), torch.no_grad():
+            for batch in batches.values():
+                for _ in range(RECORDED):
+                    row_step(self.target, self.guide, self.objective, batch)
 
     def _epoch(self, epoch: int, bar: tqdm[Any]) -> Epoch:
         settings = self.settings

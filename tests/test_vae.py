@@ -3,6 +3,7 @@
 import copy
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +19,7 @@ from flowvi.amortised import Amortised
 from flowvi.cli import main
 from flowvi.flows import FLOWS, Chain, Diagonal, Inverse
 from flowvi.guides import FlowGuide
+from flowvi.row_training import RowTrainer
 from flowvi.vae.data import SPLITS
 from flowvi.vae.likelihoods import Gaussian
 from flowvi.vae.measures import great_circle
@@ -385,6 +387,26 @@ def test_the_command_writes_a_fit_its_bounds_and_pictures(tiny):
     fit = flowvi.load("b/fit", target, made.guide)
     bounds = np.genfromtxt(tiny / "b/test_bounds.csv", delimiter=",", names=True)
     np.testing.assert_allclose(fit.iw_bound(images.test, 7).values, bounds["bound"])
+
+
+def test_a_training_that_was_cut_off_is_gone_on_with(tiny, monkeypatch):
+    whole = run("--out", "whole")
+    judge = RowTrainer._judge
+
+    def pressed(self, told):
+        judge(self, told)
+        if told.epoch == 2:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(RowTrainer, "_judge", pressed)
+        cut = run("--out", "out")
+    done, nothing = run("--resume", "out"), run("--resume", "out")
+
+    assert whole.exit_code == 0 and cut.exit_code == 130 and "--resume out" in cut.stderr
+    assert done.exit_code == 0 and nothing.exit_code == 2
+    bounds = [Path(f, "test_bounds.csv").read_text() for f in ("whole", "out")]
+    assert bounds[0] == bounds[1]
 
 
 def test_the_command_reads_pixels_as_the_likelihood_needs_them(tiny):

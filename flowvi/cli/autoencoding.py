@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,8 @@ import click
 from flowvi.cli import autoencoder_results as results
 from flowvi.cli.choices import objective_call, one_of
 from flowvi.cli.fitting import MAX_SEED
-from flowvi.cli.results import check_folder
-from flowvi.cli.speech import INTERRUPTED, interruptible, plain_warnings, said_plainly
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
+from flowvi.cli.speech import interruptible, plain_warnings, said_plainly
 from flowvi.fit import fit
 from flowvi.minibatch import Minibatch
 from flowvi.objectives import Renyi, elbo
@@ -42,6 +43,7 @@ Examples:
   flowvi vae --out results/digits
   flowvi vae --data mnist.npz --guide iaf --epochs 40 --out results/iaf
   flowvi vae --data mnist.npz --prior maf --against results/iaf --out results/maf
+  flowvi vae --data mnist.npz --guide iaf --epochs 40 --resume results/iaf
   flowvi vae --data faces.npz --likelihood discretised_logistic --net conv --out results/faces
 
 \b
@@ -49,7 +51,8 @@ Exit codes:
   0    trained and written
   1    the images cannot be used, or the writing of the results failed
   2    the command line was wrong; nothing was trained
-  130  interrupted (Ctrl-C); what there was by then is written""",
+  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
+  143  likewise, by SIGTERM""",
 )
 @click.option(
     "--data",
@@ -132,10 +135,10 @@ Exit codes:
 @click.option(
     "--out",
     type=Path,
-    required=True,
     metavar="DIR",
     help="Folder of the results; made if needed.",
 )
+@resume_option
 @click.pass_context
 def vae_command(
     ctx: click.Context,
@@ -156,16 +159,17 @@ def vae_command(
     against: Path | None,
     seed: int,
     quiet: bool,
-    out: Path,
+    out: Path | None,
+    resume: Path | None,
 ) -> None:
     """Train a variational autoencoder on images; write bounds, draws and pictures to a folder.
 
     The bounds are those of test images: the ELBO, and the importance-weighted
     bound of K draws, with standard errors over images.
     """
-    check_folder(out, results.FILES)
+    folder = folder_of(out, resume, results.FILES)
     usual = SMALL if data is None else LARGE
-    with plain_warnings(), interruptible(), said_plainly():
+    with plain_warnings(), interruptible() as stop, said_plainly():
         images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
         other = None if against is None else results.read(against, images, particles, test_images)
         made = build(
@@ -193,13 +197,16 @@ def vae_command(
                 lr=lr,
                 warmup_epochs=usual["warmup"] if warmup is None else warmup,
             ),
+            checkpoint=folder / CHECKPOINT,
+            resume=resume is not None,
         )
         facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
         run = results.Run(images, made.generator, fitted, facts, particles, test_images, seed)
-        results.report(run, other, out, quiet)
+        results.report(run, other, folder, quiet)
     if fitted.meta["interrupted"]:
-        click.echo("Interrupted: these are the results of the epochs until then.", err=True)
-        ctx.exit(INTERRUPTED)
+        say_cut_off("epochs", folder)
+        ctx.exit(stop.code)
+    shutil.rmtree(folder / CHECKPOINT)
 
 
 def _latent(net: str, images: Images, usual: int) -> int:

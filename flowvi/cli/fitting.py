@@ -9,6 +9,7 @@ from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import guide_name, objective_call
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
     DISTRUSTED,
@@ -24,8 +25,6 @@ from flowvi.fit import Fit, fit
 from flowvi.objectives import Renyi
 
 MAX_SEED = 2**32 - 1
-# Folder of what a fit goes on from, in that of the results, until these are written.
-CHECKPOINT = "checkpoint"
 COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -117,12 +116,7 @@ Exit codes:
     metavar="DIR",
     help="Folder of the results; made if needed.",
 )
-@click.option(
-    "--resume",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
-    metavar="DIR",
-    help="In place of --out, with the other options as before: go on where that fit was cut off.",
-)
+@resume_option
 @json_option
 @click.pass_context
 def fit_command(
@@ -150,7 +144,7 @@ def fit_command(
     result is printed first.
     """
     check_path(model)
-    folder = _folder(out, resume)
+    folder = folder_of(out, resume)
     with parallel.launched(), plain_warnings(), interruptible() as stop:
         target = load_target(model, data)
         with said_plainly():
@@ -174,36 +168,11 @@ def fit_command(
         fitted.save(folder / results.FIT)
         verdict = _report(fitted, draws, seed, folder, quiet, as_json)
     if fitted.meta["interrupted"]:
-        click.echo(
-            "Interrupted: these are the results of the steps until then. The same command with "
-            f"--resume {folder} in place of --out goes on.",
-            err=True,
-        )
+        say_cut_off("steps", folder)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
-
-
-def _folder(out: Path | None, resume: Path | None) -> Path:
-    """Where the results go, and what the fit goes on from is."""
-    if (out is None) == (resume is None):
-        raise click.UsageError("Name the folder of the results: --out DIR, or --resume DIR.")
-    folder = out or resume
-    assert folder is not None
-    results.check_folder(folder)
-    there = (folder / CHECKPOINT).exists()
-    if out is not None and there:
-        raise click.BadParameter(
-            f"'{folder}' has a fit that was cut off: go on with --resume {folder}, or remove "
-            f"{folder / CHECKPOINT}.",
-            param_hint="'--out'",
-        )
-    if resume is not None and not there:
-        raise click.BadParameter(
-            f"'{folder}' has no fit that was cut off.", param_hint="'--resume'"
-        )
-    return folder
 
 
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool) -> str:
