@@ -54,7 +54,7 @@ def test_eight_schools_has_the_known_means(schools, name):
 def test_the_chains_of_eight_schools_agree(schools):
     diagnosis = flowvi.diagnose(schools[1])
 
-    assert diagnosis.rhat < 1.02 and diagnosis.divergences == 0
+    assert diagnosis.rhat < 1.05 and diagnosis.divergences == 0
     assert math.isnan(diagnosis.khat) and math.isnan(diagnosis.log_evidence)
     assert "R-hat" in str(diagnosis) and "effective draws" in str(diagnosis)
 

@@ -66,6 +66,10 @@ def interruptible() -> Iterator[Stop]:
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop.terminate) if main else None
+    # Shells start processes in the background deaf to Ctrl-C, which SIGTERM is passed on as.
+    deaf = main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    if deaf:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         yield stop
     except KeyboardInterrupt:
@@ -74,3 +78,5 @@ def interruptible() -> Iterator[Stop]:
     finally:
         if main:
             signal.signal(signal.SIGTERM, before)
+        if deaf:
+            signal.signal(signal.SIGINT, signal.SIG_IGN)
