@@ -18,7 +18,7 @@ from flowvi.guides import make_guide
 
 MODELS = Path(__file__).parents[1] / "models"
 # Draws for which a fast test has the time.
-WARMUP, DRAWS, CHAINS = 100, 300, 2
+WARMUP, DRAWS, CHAINS = 150, 300, 4
 
 
 def reference():
@@ -54,7 +54,7 @@ def test_eight_schools_has_the_known_means(schools, name):
 def test_the_chains_of_eight_schools_agree(schools):
     diagnosis = flowvi.diagnose(schools[1])
 
-    assert diagnosis.rhat < 1.05 and diagnosis.divergences == 0
+    assert diagnosis.rhat < 1.02 and diagnosis.divergences == 0
     assert math.isnan(diagnosis.khat) and math.isnan(diagnosis.log_evidence)
     assert "R-hat" in str(diagnosis) and "effective draws" in str(diagnosis)
 
@@ -122,9 +122,9 @@ def test_a_funnel_is_sampled_to_its_tip():
 
     target = flowvi.from_density(log_density, {"v": flowvi.Site(), "x": flowvi.Site(shape=(2,))})
     flow = flowvi.FLOWS["realnvp"](3, depth=4)
-    fit = flowvi.fit(target, flowvi.FlowGuide(3, flow), steps=150, lr=3e-3, progress=False)
+    fit = flowvi.fit(target, flowvi.FlowGuide(3, flow), steps=300, progress=False)
 
-    mcmc = flowvi.neutra(fit, warmup=WARMUP, draws=DRAWS, chains=CHAINS, progress=False)
+    mcmc = flowvi.neutra(fit, warmup=WARMUP, draws=DRAWS, chains=2, progress=False)
 
     diagnosis = flowvi.diagnose(mcmc)
     v = mcmc["v"]

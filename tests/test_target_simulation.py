@@ -14,7 +14,7 @@ from flowvi.target import ModelError, Target, from_pyro
 # These reject proposals until they accept, which no graph can record.
 LOOPS = ("von_mises",)
 SIMULATED = [name for name, build in ZOO.items() if build().simulates]
-DRAWS, PYROS = 2000, 500
+DRAWS, PYROS = 4000, 1000
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:Singular sample detected"),
