@@ -63,7 +63,7 @@ def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
         for index in torch.randperm(len(x)).split(BATCH):
             eps, ladj = flow.inverse(rows(index))
             optimiser.zero_grad()
-            (-(base.log_prob(eps) + ladj).mean() / dim).backward()  # type: ignore[no-untyped-call]
+            (-(base.log_prob(eps) + ladj).mean() / dim).backward()
             torch.nn.utils.clip_grad_norm_(flow.parameters(), 1.0)
             optimiser.step()
         epochs += 1
@@ -95,7 +95,7 @@ def main() -> None:
         print(f"{name}: {epochs} epochs in {s:g} CPU seconds", flush=True)
     # Ink is light on these photographs.
     ax = plot_images(1 - torch.stack(list(found.values())), names=list(found))
-    ax.figure.savefig(options.out / "faces.png", dpi=110)  # type: ignore[union-attr]
+    ax.figure.savefig(options.out / "faces.png", dpi=110)
 
 
 if __name__ == "__main__":

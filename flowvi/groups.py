@@ -6,6 +6,7 @@ Everything that differs between them is in this module.
 from __future__ import annotations
 
 import warnings
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -86,10 +87,8 @@ def _read(path: Path) -> Any:
 
 
 def _zarr() -> None:
-    try:
-        import zarr  # noqa: F401
-    except ImportError:
-        raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.") from None
+    if find_spec("zarr") is None:
+        raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.")
 
 
 def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:

@@ -6,7 +6,7 @@ import copy
 import itertools
 import warnings
 from contextlib import ExitStack
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro
 import pyro.distributions as dist
@@ -65,7 +65,7 @@ class GuideDistribution(dist.TorchDistribution):
         context: What it is conditioned on, (*B, C); its rows are the batch shape.
     """
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012
+    arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
 
     def __init__(self, guide: Guide, context: Tensor | None = None) -> None:

@@ -298,3 +298,11 @@ def test_rows_of_another_shape_are_refused(decoder, x):
         target.log_prob(torch.zeros(5, D), torch.zeros(5, 4))
     with pytest.raises(ValueError, match=r"B = 5 rows and D = 2"):
         target.log_prob(torch.zeros(4, D), x[:5])
+
+
+@pytest.mark.parametrize("places", [[0, N], [-1], [0.5]])
+def test_rows_that_are_not_there_are_refused(places):
+    target = flowvi.from_pyro(length, torch.randn(N), local="data")
+
+    with pytest.raises(ValueError, match=f"whole numbers from 0 to {N - 1}; got"):
+        target.batch(places)

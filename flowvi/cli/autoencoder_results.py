@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +186,7 @@ def draw_pictures(run: Run, out: Path) -> Iterator[tuple[str, str]]:
         known = None if labels is None else labels[: len(mean)]
         drawn["map.png"] = lambda: plots.plot_latent_map(mean, known)
     for name, picture in drawn.items():
-        whole(out / name, lambda file, picture=picture: save(picture().figure, file))  # type: ignore[misc]
+        whole(out / name, partial(_draw, picture))
         yield name, PICTURES[name]
 
 
@@ -198,3 +199,7 @@ def _traversal(mean: torch.Tensor, model: Generator) -> Any:
     values = torch.linspace(-2.5, 2.5, SHOWN, dtype=dtype)
     images = traversal(model, mean[0].to(dtype), most, values)
     return plots.plot_images(images, names=[f"$z_{{{unit + 1}}}$" for unit in most])
+
+
+def _draw(picture: Callable[[], Any], file: Path) -> None:
+    save(picture().figure, file)

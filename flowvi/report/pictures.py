@@ -7,6 +7,7 @@ import io
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -119,9 +120,7 @@ def _predictive(c: Contents) -> Iterator[Drawing]:
         labels = list(y[y.dims[0]].values) if y.ndim == 1 else None
         yield (
             "predictive",
-            lambda y=y, x=x, labels=labels, name=name: _figure(  # type: ignore[misc]
-                plot_predictive(y.values, x.values, labels, str(name))
-            ),
+            partial(_predicted, y.values, x.values, labels, str(name)),
             f"Observed values of {name} beside those that the posterior predicts.",
             f"Data simulated from {x.sizes['chain'] * x.sizes['draw']} draws of the posterior.",
         )
@@ -148,6 +147,10 @@ def _weights(c: Contents) -> Iterator[Drawing]:
             f"Draws by {found.labels[0]} and {found.labels[1]}, the heaviest weights marked.",
             clear,
         )
+
+
+def _predicted(y: Any, x: Any, labels: list[Any] | None, name: str) -> Figure:
+    return _figure(plot_predictive(y, x, labels, name))
 
 
 def _figure(axes: Any) -> Figure:

@@ -138,6 +138,13 @@ class LocalTarget(nn.Module):
         """Rows of the data that the model was captured with; all of them by default."""
         if index is None:
             index = torch.arange(self.rows)
+        index = torch.as_tensor(index)
+        outside = (index < 0) | (index >= self.rows)
+        if index.is_floating_point() or index.dim() != 1 or outside.any():
+            raise ValueError(
+                f"Rows of {self.name} are whole numbers from 0 to {self.rows - 1}; got "
+                f"{(index[outside] if index.dim() == 1 and outside.any() else index).tolist()}."
+            )
         return self.arguments.batch(index).to(self.device)
 
     def as_batch(self, data: Any) -> Batch:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 from flowvi.target.capture import Trial, capture, capture_values
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local import LocalFacts, LocalTarget, RowFunctions
-from flowvi.target.local_rows import Arguments
+from flowvi.target.local_rows import Arguments, sizes
 from flowvi.target.vectors import finite_points, nearby
 
 
@@ -50,8 +50,7 @@ class PlainRows:
                     "data must be a tensor, a Dataset, a DataLoader or a tuple of tensors; got "
                     f"{type(c).__name__}."
                 )
-        first = columns[0].dataset if isinstance(columns[0], DataLoader) else columns[0]
-        self.rows = Arguments(columns, {}, len(first))  # type: ignore[arg-type]
+        self.rows = Arguments(columns, {}, sizes(columns, {})[0])
         self.own: dict[str, nn.Parameter] = {}
         if isinstance(plain.log_prob, nn.Module):
             learned = plain.log_prob.named_parameters()

@@ -379,10 +379,9 @@ class _LocalCapture:
                 ]
                 ladj = ladj + self._trace(z[i], inputs)[1].ladj
             given = {n: values[n].movedim(0, self.axes[n]) for n in self.local.sites}
-            if shared is not None and target.shared is not None:
-                inputs = [shared, *self.own.values()]
-                common = self._common_values(*inputs)
-                given |= {n: common[n] for n in self.common.sites}  # type: ignore[union-attr]
+            if shared is not None and target.shared is not None and self.common is not None:
+                common = self._common_values(shared, *self.own.values())
+                given |= {n: common[n] for n in self.common.sites}
                 alone = alone + target.shared.log_prob(shared)
                 ladj = ladj + self._from_theta_ladj(shared)
             try:

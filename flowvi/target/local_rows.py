@@ -42,8 +42,7 @@ class Arguments:
         if self._dataset is None:
             self._leaves, self._spec = tree_flatten((tuple(args), dict(kwargs)))
             self._is_row = [
-                isinstance(t, Tensor) and len(_first(t)) > 0 and t.shape[0] == size
-                for t in self._leaves
+                isinstance(t, Tensor) and t.dim() > 0 and t.shape[0] == size for t in self._leaves
             ]
             self.data = tuple(t for t, row in zip(self._leaves, self._is_row, strict=True) if row)
             return
@@ -112,7 +111,3 @@ def _dataset_of(args: Sequence[Any]) -> tuple[Dataset[Any] | None, Any]:
         if isinstance(arg, Dataset):
             return arg, default_collate
     return None, None
-
-
-def _first(t: Tensor) -> Sequence[int]:
-    return t.shape[:1]
