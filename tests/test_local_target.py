@@ -306,3 +306,10 @@ def test_rows_that_are_not_there_are_refused(places):
 
     with pytest.raises(ValueError, match=f"whole numbers from 0 to {N - 1}; got"):
         target.batch(places)
+
+
+def test_batch_norm_is_refused():
+    layers = nn.Sequential(nn.Linear(D, 4), nn.BatchNorm1d(4), nn.Linear(4, P))
+
+    with pytest.raises(flowvi.ModelError, match=r"fails on one: .* batch norm .*eval"):
+        flowvi.from_pyro(vae(layers), (torch.rand(N, P) > 0.5).double(), local="data")

@@ -49,8 +49,18 @@ class _LocalCapture:
     def __init__(self, rows: Rows, name: str, plate: str) -> None:
         self.rows, self.name, self.plate = rows, name, plate
         self.first_row = rows.arguments.batch([0]).data
-        with pyro.get_param_store().scope():
-            runs = [rows.prior(self.first_row, validate=i == 0) for i in range(RUNS)]
+        try:
+            with pyro.get_param_store().scope():
+                runs = [rows.prior(self.first_row, validate=i == 0) for i in range(RUNS)]
+        except ModelError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            why = str(error).split("\n")[0]
+            raise ModelError(
+                f"{name} runs on several rows of plate '{plate}' and fails on one: {why} Rows have "
+                "to stand for themselves; put modules with batch norm into evaluation mode "
+                "(.eval()), or use layer norm."
+            ) from error
         self.traces = [trace for trace, _ in runs]
         self.first, self.data = runs[0]
         checks.same_structure(self.traces)
