@@ -15,8 +15,8 @@ from torch.distributions import constraints
 import flowvi
 from flowvi import Site, Target
 from flowvi.flows import FLOWS, Triangular
-from flowvi.guides import FlowGuide, Guide, mixture
-from flowvi.objectives import LogDensity, elbo
+from flowvi.guides import FlowGuide, Guide, LogDensity, mixture
+from flowvi.objectives import elbo
 from flowvi.schedule import Guard, decayed
 
 PARTICLES = 256

@@ -14,6 +14,7 @@ from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
 from flowvi.inference_data import to_inference_data
 from flowvi.loo import loo
 from flowvi.minibatch import Minibatch
+from flowvi.multiplicative import Multiplicative
 from flowvi.nested import NestedFit, nested
 from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
@@ -48,6 +49,7 @@ __all__ = [
     "MeanField",
     "Minibatch",
     "ModelError",
+    "Multiplicative",
     "NestedFit",
     "PerRow",
     "Prediction",

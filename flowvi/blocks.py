@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
-from typing import Any, NamedTuple, cast
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +43,8 @@ class BlockGuide(Guide):
         spec: What `block_guide` makes the same guide of, if it can.
     """
 
+    kind: ClassVar[str] = "blocks"
+
     order: Tensor
     origin: Tensor
     width: Tensor
@@ -56,6 +58,8 @@ class BlockGuide(Guide):
         for i, part in enumerate(parts):
             if isinstance(part.guide, MixtureGuide):
                 raise ValueError("A mixture cannot be a block; make a mixture of blocks instead.")
+            if part.guide.joint:
+                raise ValueError(f"A {part.guide.kind} guide cannot be a block.")
             if any(g >= i for g in part.given):
                 raise ValueError(f"Block {i} can only be given blocks before it; got {part.given}.")
         self.guides = nn.ModuleList(part.guide for part in parts)

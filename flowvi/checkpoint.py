@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves
 from flowvi.amortised import amortised
 from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
 from flowvi.fit import Fit
-from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES, Guide, make_guide
+from flowvi.guides import Guide, guide_names, make_guide
 from flowvi.identity import latents
 from flowvi.randomness import own_randomness
 from flowvi.row_fit import RowFit
@@ -172,7 +171,7 @@ def _load_rows(
     file, seal = files.of("guide_0")
     if guide is not None:
         new = copy.deepcopy(guide)
-    elif not spec.get("own") and spec.get("name") in {*GUIDES, *FLOWS}:
+    elif not spec.get("own") and spec.get("name") in guide_names():
         with own_randomness():
             new = amortised(target, spec["name"])
     else:
@@ -263,7 +262,7 @@ def _build(
 ) -> Guide:
     """A guide as it was built, with the numbers of a file."""
     name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
-    if name in GUIDES or name in FLOWS:
+    if name in guide_names():
         _check_sizes(sizes, file, seal)
         try:
             with torch.device("meta"):

@@ -27,6 +27,7 @@ from flowvi.identity import guide_words, latents, log_density
 from flowvi.journal import Journal
 from flowvi.look import check_size
 from flowvi.minibatch import Minibatch
+from flowvi.multiplicative import Multiplicative
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
 from flowvi.records import Objective, Record, Row, Settings, Step
@@ -44,6 +45,8 @@ PARTICLES = 64
 START = 1_000_000
 # Folder of the best guide so far in that of a checkpoint.
 BEST = "fit"
+# Names of guides that have to know the shapes of sites.
+RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
 
 
 @dataclass
@@ -123,7 +126,7 @@ class Fit:
 @overload
 def fit(
     target: Target,
-    guide: str | Guide | Blocks = ...,
+    guide: str | Guide | Blocks | Multiplicative = ...,
     objective: Objective | WakeSleep | str | None = ...,
     *,
     steps: int | None = ...,
@@ -163,7 +166,7 @@ def fit(
 
 def fit(
     target: Target | LocalTarget,
-    guide: str | Guide | Blocks = "auto",
+    guide: str | Guide | Blocks | Multiplicative = "auto",
     objective: Objective | WakeSleep | str | None = None,
     *,
     steps: int | None = None,
@@ -211,7 +214,7 @@ def fit(
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
-        guide: "auto", a name in `GUIDES` or `FLOWS`, a guide, or `Blocks`.
+        guide: "auto", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`, or `Multiplicative`.
         objective: From `elbo()`, `iwelbo(K)`, `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
         steps: Number of steps, in one stage; as many as it takes by default.
@@ -245,10 +248,13 @@ def fit(
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """
-    if isinstance(guide, Blocks):
+    if isinstance(guide, str) and guide in RECIPES:
+        guide = RECIPES[guide]()
+    if isinstance(guide, Blocks | Multiplicative):
         if isinstance(target, LocalTarget):
             raise ValueError(
-                "Blocks are for latents that all rows share; give rows a name or guide."
+                f"{type(guide).__name__} is for latents that all rows share; give rows a name or "
+                "guide."
             )
         guide = guide.build(target)
     if isinstance(target, LocalTarget):

@@ -26,6 +26,8 @@ from flowvi.flows.nets import Amortised
 FULL_RANK_DIM = 2000
 
 Affine = Diagonal | Triangular | LowRank | Kronecker
+# Points (*S, D) to log densities (*S).
+LogDensity = Callable[[Tensor], Tensor]
 
 
 class Draw(NamedTuple):
@@ -54,8 +56,8 @@ class Scored(NamedTuple):
     """Strata with the score of the guide at its own draws.
 
     Attributes:
-        z: As in `Strata`.
-        log_q: As in `Strata`.
+        z: As in `Strata`; for a joint guide, the other variables stand behind z.
+        log_q: As in `Strata`; for a joint guide, that of all variables.
         log_share: As in `Strata`.
         score: Gradient of log q at z, (N, *S, *B, D): a constant, as if parameters and
             context did not depend on anything.
@@ -73,10 +75,16 @@ class Guide(nn.Module):
     Attributes:
         dim: Length D of z.
         pathwise: Whether the gradient of an average over draws is that of the draws.
+        joint: Whether z is drawn with other variables, so that its own density is an integral.
+        kind: What `make_guide` calls such guides, where they can be made again by name.
+        spec: The sizes with which it makes this one, if it can.
     """
 
     dim: int
     pathwise: ClassVar[bool] = True
+    joint: ClassVar[bool] = False
+    kind: ClassVar[str] = ""
+    spec: dict[str, Any] | None = None
 
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         """Draw `shape` reparameterised samples for every row of the context."""
@@ -99,6 +107,10 @@ class Guide(nn.Module):
             log_prob = self.log_prob(fixed, None if context is None else context.detach())
             (score,) = torch.autograd.grad(log_prob.sum(), fixed)
         return Scored(z, log_q, log_share, score)
+
+    def lifted(self, log_p: LogDensity) -> LogDensity:
+        """The density to compare the draws of `scored` with: of z, and of what is behind it."""
+        return log_p
 
     def skip(self, shape: tuple[int, ...]) -> None:
         """Take the random numbers of `strata` and `scored` from the generator, and no draws."""
@@ -276,6 +288,8 @@ class MixtureGuide(Guide):
         dims = sorted({part.dim for part in self._parts()})
         if len(dims) != 1:
             raise ValueError(f"A mixture needs components of one D; got components of D = {dims}.")
+        if any(part.joint for part in self._parts()):
+            raise ValueError("A guide that draws other variables cannot be part of a mixture.")
         self.dim = dims[0]
         start = torch.zeros(len(self.components)) if logits is None else logits.clone()
         self.logits = Amortised(start, context_dim)
@@ -366,6 +380,8 @@ GUIDES: dict[str, Callable[..., Guide]] = {
     "meanfield": MeanField,
     "mixture": mixture,
 }
+# Guides that draw z together with other variables: see `Guide.joint`.
+JOINT_GUIDES: dict[str, Callable[..., Guide]] = {}
 
 
 def make_guide(
@@ -382,14 +398,20 @@ def make_guide(
         base: Name of the density that a flow starts from, a row of `BASES`.
         **sizes: Of the guide or the flow, such as its depth.
     """
-    if name in GUIDES:
-        return GUIDES[name](dim, context_dim, **sizes)
+    named = {**JOINT_GUIDES, **GUIDES}
+    if name in named:
+        return named[name](dim, context_dim, **sizes)
     if name in FLOWS:
         flow = FLOWS[name](dim, context_dim, **sizes)
         affine = Triangular if dim <= FULL_RANK_DIM else LowRank
         return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))
-    choices = ", ".join(sorted({*GUIDES, *FLOWS}))
+    choices = ", ".join(sorted(guide_names()))
     raise ValueError(f"No guide named '{name}'; choose from {choices}.")
+
+
+def guide_names() -> set[str]:
+    """All names that `make_guide` takes."""
+    return {*GUIDES, *JOINT_GUIDES, *FLOWS}
 
 
 def _between(values: Tensor, dims: int) -> Tensor:

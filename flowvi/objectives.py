@@ -8,9 +8,8 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from flowvi.guides import Guide
+from flowvi.guides import Guide, LogDensity
 
-LogDensity = Callable[[Tensor], Tensor]
 Gradient = Literal["total", "stl", "dreg"]
 
 
@@ -112,7 +111,7 @@ class Renyi:
         # of log q is its dependence on z.
         z, log_q, log_share, score = guide.scored(shape, context)
         path = (score * z).sum(-1)
-        log_joint = log_p(z)
+        log_joint = guide.lifted(log_p)(z)
         log_w = (log_joint - log_q).detach()
         v = self._v(log_w, log_share.detach())
         # The model's parameters see v; the path through z sees alpha v + (1 - alpha) v^2.

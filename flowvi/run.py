@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flowvi.blocks import BlockGuide
 from flowvi.coverage import left_out, sentence
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, diagnose, draw, stream
@@ -329,8 +328,8 @@ class Run:
 
 def _own(guide: Guide) -> Kept:
     """A guide of the user's own, with what it is built again from, where that is known."""
-    if isinstance(guide, BlockGuide) and guide.spec is not None:
-        return Kept(guide, "blocks", guide.spec)
+    if guide.spec is not None:
+        return Kept(guide, guide.kind, guide.spec)
     return Kept(guide, type(guide).__name__)
 
 

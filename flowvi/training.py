@@ -20,8 +20,8 @@ from flowvi.compiling import Accelerator, Compile
 from flowvi.course import MOST_HALVINGS, Course
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import stream
-from flowvi.guides import Guide
-from flowvi.objectives import Estimate, ForwardKL, LogDensity, Renyi
+from flowvi.guides import Guide, LogDensity
+from flowvi.objectives import Estimate, ForwardKL, Renyi
 from flowvi.randomness import random_state, set_random_state
 from flowvi.records import (
     JUDGE,

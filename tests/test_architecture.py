@@ -19,7 +19,7 @@ LAYERS = [
     {"states"},
     {"flows", "target", "diagnostics"},
     {"guides"},
-    {"amortised", "blocks"},
+    {"amortised", "blocks", "multiplicative"},
     {"objectives", "overlap", "compiling"},
     {"draws"},
     {
@@ -53,6 +53,7 @@ PUBLIC = {
         "PRIORS",
         "predict",
         "Blocks",
+        "Multiplicative",
     ),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
     *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo", "Blocks", "nested"),

@@ -258,6 +258,19 @@ def test_directions_of_unit_scales_are_trained():
     assert_close(values["weight"].norm(dim=-1), values["weight.scale"].abs())
 
 
+def test_directions_of_unit_scales_can_be_latent():
+    """Every direction is as likely as any other: the mean of a unit vector is zero."""
+    target = flowvi.from_pyro(
+        bayesian(nn.Linear(3, 2), UnitScales(directions=True)), torch.randn(9, 3), torch.randn(9, 2)
+    )
+    values = target.prior(2000, 0)
+    units = values["weight"] / values["weight.scale"][..., None]
+
+    assert not list(target.parameters()) and target.sites["weight.direction"].shape == (2, 3)
+    np.testing.assert_allclose(np.linalg.norm(units, axis=-1), 1.0)
+    assert np.abs(units.mean(0)).max() < 4 * (1 / 3 / 2000) ** 0.5
+
+
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
 def test_every_likelihood_scores_and_simulates(likelihood):
     net, x = nn.Linear(3, 2), torch.randn(ROWS, 3)

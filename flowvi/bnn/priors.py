@@ -161,18 +161,21 @@ class Horseshoe:
 
 @dataclass(frozen=True)
 class UnitScales:
-    r"""A latent scale for each output, of learnt directions.
+    r"""A latent scale for each output, of directions that are learnt or latent.
 
     .. math:: g_j \sim N(0, s^2), \qquad w_j = g_j \, v_j / \|v_j\|
 
     The directions v are parameters of the target, trained in the fit; they
     start at the values that the module has. A flow over all scales is a Bayesian
-    hypernetwork. Biases and gains are normal, as in `Normal`.
+    hypernetwork. Biases and gains are normal, as in `Normal`. With latent directions, v is
+    standard normal: then every direction is as likely as any other.
 
-    The site is ``<name>.scale``, (outputs); the weight is reported.
+    The sites are ``<name>.scale``, (outputs), and, where latent, ``<name>.direction``; the
+    weight is reported.
 
     Args:
         scale: Standard deviation s.
+        directions: Whether the directions are latent.
 
     References:
         Krueger, Huang, Islam, Turner, Lacoste and Courville (2017), "Bayesian
@@ -180,11 +183,15 @@ class UnitScales:
     """
 
     scale: float = 1.0
+    directions: bool = False
 
     def __call__(self, weight: Weight) -> Tensor:
         if weight.value.dim() < 2:
             return Normal(self.scale)(weight)
-        v = pyro.param(f"{weight.name}.direction", weight.value).to(weight.dtype).flatten(1)
+        if self.directions:
+            v = weight.standard("direction").flatten(1)
+        else:
+            v = pyro.param(f"{weight.name}.direction", weight.value).to(weight.dtype).flatten(1)
         unit = v / v.norm(dim=1, keepdim=True)
         prior = dist.Normal(weight.full(0.0, (len(v),)), self.scale)
         g = weight.sample(f"{weight.name}.scale", prior)

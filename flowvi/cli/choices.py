@@ -6,8 +6,7 @@ from collections.abc import Callable, Collection, Iterable
 
 import click
 
-from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES
+from flowvi.guides import guide_names
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi
 
 AUTO = "auto"
@@ -30,7 +29,7 @@ def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
 
 def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A guide, a flow, or "auto"."""
-    choices = [AUTO, *sorted({*GUIDES, *FLOWS})]
+    choices = [AUTO, *sorted(guide_names())]
     if value not in choices:
         raise click.BadParameter(unknown("guide", value, choices))
     return value

@@ -11,11 +11,11 @@ import click
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import BOUNDS
 from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES
+from flowvi.guides import GUIDES, JOINT_GUIDES
 
 REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {
     "flows": {**FLOWS},
-    "guides": {**GUIDES},
+    "guides": {**GUIDES, **JOINT_GUIDES},
     "objectives": {**BOUNDS},
 }
 NOTES = {

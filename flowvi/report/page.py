@@ -20,8 +20,7 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws import Draws
 from flowvi.files import write_whole
 from flowvi.fit import Fit
-from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES, make_guide
+from flowvi.guides import guide_names, make_guide
 from flowvi.plots.pair import elements
 from flowvi.randomness import own_randomness
 from flowvi.report.contents import Contents, of_fit, of_folder
@@ -212,7 +211,7 @@ def _by_restart(c: Contents) -> Draws:
 
 def _guide_references(name: str) -> list[str]:
     """What the docstrings of a guide's or flow's parts refer to."""
-    if name not in {*GUIDES, *FLOWS}:
+    if name not in guide_names():
         return []
     with own_randomness(0):
         try:
