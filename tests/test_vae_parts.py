@@ -5,6 +5,7 @@ import pyro
 import pytest
 import torch
 from families import perturbed
+from scipy.io import savemat
 
 from flowvi.flows import Flip, Permutation
 from flowvi.vae import NETS, POSTERIORS, PRIORS, Binarise, build, load, posterior
@@ -325,6 +326,57 @@ def test_one_array_is_cut_by_an_order_of_the_file(tmp_path):
     assert [len(images.train), len(images.val), len(images.test)] == [8, 1, 1]
     assert np.array_equal(whole.numpy(), x[order])
     assert torch.equal(load(tmp_path / "f.npz", "levels").test[0], torch.as_tensor(x[9]).double())
+
+
+def letters(rows, rng):
+    """Black-and-white images that are not their own transpose, (N, 28, 28)."""
+    return (rng.random((rows, 28, 28)) < 0.3).astype(np.uint8)
+
+
+def test_fixed_mnist_is_read_from_its_folder(tmp_path):
+    rng = np.random.default_rng(1)
+    held = {"train": letters(4, rng), "valid": letters(2, rng), "test": letters(3, rng)}
+    for word, bits in held.items():
+        np.savetxt(tmp_path / f"binarized_mnist_{word}.amat", bits.reshape(len(bits), -1), "%d")
+
+    images = load(tmp_path)
+
+    for split, word in (("train", "train"), ("val", "valid"), ("test", "test")):
+        assert np.array_equal(getattr(images, split).numpy(), held[word])
+    assert torch.equal(load(tmp_path / "binarized_mnist_test.amat").test, images.test)
+    (tmp_path / "binarized_mnist_test.amat").write_text("0 1 2")
+    with pytest.raises(ValueError, match=r"_test\.amat must hold 784 zeros and ones.*got 2, and 1"):
+        load(tmp_path)
+    (tmp_path / "binarized_mnist_test.amat").unlink()
+    with pytest.raises(ValueError, match=r"one \.amat file with 'test' in its name.*found none"):
+        load(tmp_path)
+
+
+def test_matlab_files_are_read_upright(tmp_path):
+    rng = np.random.default_rng(2)
+    shapes = {k: letters(n, rng) for k, n in (("train", 4), ("val", 2), ("test", 3))}
+    by_column = {k: x.transpose(0, 2, 1).reshape(len(x), -1) for k, x in shapes.items()}
+    labels = {"train_labels": np.arange(4)[None], "test_labels": np.arange(3)[None]}
+    held = {f"{k}_data": 1 - x for k, x in by_column.items()}
+    savemat(tmp_path / "caltech.mat", {**held, **labels})
+    grey = rng.integers(0, 256, (1350 + 3, 28, 28)) / 255
+    columns = grey.transpose(0, 2, 1).reshape(len(grey), -1).T
+    savemat(tmp_path / "chardata.mat", {"data": columns[:, :1350], "testdata": columns[:, 1350:]})
+    savemat(tmp_path / "other.mat", {"y": columns[:, :3]})
+    (tmp_path / "text.mat").write_text("no archive, but long enough for a header" * 10)
+
+    caltech, omniglot = load(tmp_path / "caltech.mat"), load(tmp_path / "chardata.mat", "grey")
+
+    assert all(np.array_equal(getattr(caltech, k).numpy(), x) for k, x in shapes.items())
+    assert caltech.labels["test"].tolist() == [0, 1, 2]
+    np.testing.assert_allclose(omniglot.test.numpy(), grey[1350:], atol=1e-7)
+    assert [len(omniglot.train), len(omniglot.val)] == [5, 1345]
+    whole = torch.cat([omniglot.train, omniglot.val]).sum((1, 2)).sort().values.numpy()
+    np.testing.assert_allclose(whole, np.sort(grey[:1350].sum((1, 2))), rtol=1e-6)
+    with pytest.raises(ValueError, match=r"must hold data, testdata or train_data.*it has y"):
+        load(tmp_path / "other.mat")
+    with pytest.raises(ValueError, match="not a MATLAB file"):
+        load(tmp_path / "text.mat")
 
 
 def test_digits_come_without_a_file():

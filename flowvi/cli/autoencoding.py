@@ -56,9 +56,10 @@ Exit codes:
 )
 @click.option(
     "--data",
-    type=click.Path(exists=True, dir_okay=False, path_type=Path),
-    metavar="FILE",
-    help="An .npz file with train_x, val_x and test_x, or x.  [default: scikit-learn's digits]",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="An .npz file with train_x, val_x and test_x, or x; chardata.mat, the silhouettes' .mat, "
+    "or the folder of .amat files.  [default: scikit-learn's digits]",
 )
 @click.option(
     "--binarise",

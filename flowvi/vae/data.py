@@ -1,4 +1,4 @@
-"""Images to train on: files, scikit-learn's digits, and three ways to make pixels 0 or 1."""
+"""Images to train on, and three ways to make pixels 0 or 1."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-SPLITS = ("train", "val", "test")
-SEED = 20110411
+from flowvi.vae.image_files import SEED, SPLITS, digits, read
 
 
 @dataclass(frozen=True)
@@ -107,10 +106,13 @@ def load(
     A file holds ``train_x``, ``val_x`` and ``test_x`` (N, H, W) with grey
     levels 0 to 255, and may hold ``*_bits``, fixed black-and-white versions packed
     by `numpy.packbits`, and labels ``*_y``; or ``x`` (N, H, W) with one or more
-    orders ``perm_*``. Without a file the images are the 1797 digits of scikit-learn.
+    orders ``perm_*``. The files of the published tables are read as they are: the
+    folder of the three ``binarized_mnist_*.amat``, ``chardata.mat`` (OMNIGLOT), and
+    ``caltech101_silhouettes_28_split1.mat``. Without a file the images are the 1797
+    digits of scikit-learn.
 
     Args:
-        path: An ``.npz`` file, or None for the digits.
+        path: An ``.npz`` or ``.mat`` file, a folder of ``.amat`` files, or None for the digits.
         binarise: "static": pixels drawn once, those of the file where it has them;
             "dynamic": training images drawn anew at every visit, the others once;
             "threshold": 1 above half of the range; "grey": values in [0, 1];
@@ -119,10 +121,16 @@ def load(
 
     Raises:
         ValueError: The file does not hold what is needed; the message names it.
+
+    References:
+        Larochelle and Murray (2011), "The neural autoregressive distribution
+        estimator": the fixed MNIST. Burda et al. (2016), arXiv:1509.00519:
+        ``chardata.mat``. Marlin et al. (2010), "Inductive principles for
+        restricted Boltzmann machine learning": the silhouettes.
     """
     if binarise not in WAYS:
         raise ValueError(f"No binarisation named '{binarise}'; choose from {', '.join(WAYS)}.")
-    name, arrays = _digits() if path is None else _file(Path(path), split)
+    name, arrays = digits() if path is None else read(Path(path), split)
     levels = {k: arrays[f"{k}_x"] for k in SPLITS}
     found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}
     visit = None
@@ -160,64 +168,3 @@ WAYS: dict[str, Callable[[np.ndarray, np.ndarray | None, int], Tensor]] = {
     "grey": _grey,
     "levels": _levels,
 }
-
-
-def _digits() -> tuple[str, dict[str, np.ndarray]]:
-    """The digits of scikit-learn, 8 x 8 with 17 grey levels, in an order without the writers'."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise ImportError(
-            "Without a file the images are scikit-learn's digits; install it by "
-            "`pip install flowvi[data]`, or name a file."
-        ) from error
-    digits = load_digits()
-    order = np.random.default_rng(SEED).permutation(len(digits.images))
-    levels = np.round(digits.images[order] * (255 / 16)).astype(np.uint8)
-    return "digits", _cut(levels, {"y": digits.target[order]})
-
-
-def _file(path: Path, split: str | None) -> tuple[str, dict[str, np.ndarray]]:
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}; give an .npz file of images.")
-    try:
-        with np.load(path, allow_pickle=False) as held:
-            arrays = {key: held[key] for key in held.files}
-    except (ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
-    orders = [key for key in arrays if key.startswith("perm_")]
-    if split is not None and split not in orders:
-        had = ", ".join(orders) or "none"
-        raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
-    if "train_x" not in arrays and "x" in arrays:
-        chosen = split or (orders[0] if orders else "")
-        order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
-        arrays = _cut(arrays["x"][order], {})
-    for key in (f"{k}_x" for k in SPLITS):
-        if key not in arrays:
-            raise ValueError(
-                f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
-                "val_x and test_x of shape (N, H, W) with grey levels 0 to 255, or x."
-            )
-        _check(path, key, arrays[key])
-    return path.stem, arrays
-
-
-def _check(path: Path, key: str, levels: np.ndarray) -> None:
-    if levels.ndim != 3 or levels.dtype.kind not in "ui" or levels.min() < 0 or levels.max() > 255:
-        raise ValueError(
-            f"{path}: '{key}' must have shape (N, H, W) and whole grey levels 0 to 255; got "
-            f"{levels.dtype} of shape {levels.shape} from {levels.min():g} to {levels.max():g}."
-        )
-
-
-def _cut(levels: np.ndarray, others: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Cut rows into the three splits, the last two a tenth each, in hundreds of many."""
-    unit = 100 if len(levels) >= 1000 else 1
-    tests = unit * -(-len(levels) // (10 * unit))
-    ends = [0, len(levels) - 2 * tests, len(levels) - tests, len(levels)]
-    return {
-        f"{split}_{key}": array[ends[i] : ends[i + 1]]
-        for key, array in {"x": levels, **others}.items()
-        for i, split in enumerate(SPLITS)
-    }

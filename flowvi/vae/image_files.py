@@ -1,0 +1,171 @@
+"""Files of images: arrays by name, in three splits, with grey levels 0 to 255."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+SPLITS = ("train", "val", "test")
+SEED = 20110411
+# What the splits are called in the names of .amat files.
+AMAT = {"train": "train", "val": "valid", "test": "test"}
+# Images of `chardata.mat` that are kept for validation, as by its authors.
+OMNIGLOT_VAL = 1345
+SIDE = 28
+
+Arrays = dict[str, np.ndarray]
+
+
+def digits() -> tuple[str, Arrays]:
+    """The digits of scikit-learn, 8 x 8 with 17 grey levels, in an order without the writers'."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise ImportError(
+            "Without a file the images are scikit-learn's digits; install it by "
+            "`pip install flowvi[data]`, or name a file."
+        ) from error
+    found = load_digits()
+    order = np.random.default_rng(SEED).permutation(len(found.images))
+    levels = np.round(found.images[order] * (255 / 16)).astype(np.uint8)
+    return "digits", _cut(levels, {"y": found.target[order]})
+
+
+def read(path: Path, split: str | None) -> tuple[str, Arrays]:
+    """The name of a data set and its arrays ``train_x``, ``val_x``, ``test_x`` and others.
+
+    Args:
+        path: A file, or the folder of ``.amat`` files.
+        split: Which of the orders of an ``.npz`` file to cut.
+    """
+    if path.suffix == ".amat":
+        path = path.parent
+    if not path.exists():
+        raise ValueError(f"There is no file {path}; give an .npz file of images.")
+    if path.is_dir():
+        name, arrays = path.resolve().name, _amat(path)
+    else:
+        name, arrays = path.stem, _mat(path) if path.suffix == ".mat" else _npz(path)
+    orders = [key for key in arrays if key.startswith("perm_")]
+    if split is not None and split not in orders:
+        had = ", ".join(orders) or "none"
+        raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
+    if "train_x" not in arrays and "x" in arrays:
+        chosen = split or (orders[0] if orders else "")
+        order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
+        arrays = _cut(arrays["x"][order], {})
+    for key in (f"{k}_x" for k in SPLITS):
+        if key not in arrays:
+            raise ValueError(
+                f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
+                "val_x and test_x of shape (N, H, W) with grey levels 0 to 255, or x."
+            )
+        _check(path, key, arrays[key])
+    return name, arrays
+
+
+def _npz(path: Path) -> Arrays:
+    try:
+        with np.load(path, allow_pickle=False) as held:
+            return {key: held[key] for key in held.files}
+    except (ValueError, OSError, AttributeError) as error:
+        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+
+
+def _amat(folder: Path) -> Arrays:
+    """Fixed black-and-white images, as text: a row of 784 zeros and ones for each."""
+    arrays: Arrays = {}
+    for split, word in AMAT.items():
+        files = sorted(folder.glob(f"*{word}*.amat"))
+        if len(files) != 1:
+            found = ", ".join(f.name for f in files) or "none"
+            raise ValueError(
+                f"{folder} must hold one .amat file with '{word}' in its name, as "
+                f"binarized_mnist_{word}.amat has; found {found}."
+            )
+        characters = np.frombuffer(files[0].read_bytes(), dtype=np.uint8)
+        bits = characters[(characters == ord("0")) | (characters == ord("1"))] - ord("0")
+        others = np.setdiff1d(characters, list(b"01 \t\r\n"))
+        if len(others) or not len(bits) or len(bits) % SIDE**2:
+            raise ValueError(
+                f"{files[0]} must hold {SIDE**2} zeros and ones for each image and nothing else; "
+                f"got {len(bits)}, and {len(others)} other characters."
+            )
+        bits = bits.reshape(-1, SIDE, SIDE)
+        arrays |= {f"{split}_x": 255 * bits, f"{split}_bits": _packed(bits)}
+    return arrays
+
+
+def _mat(path: Path) -> Arrays:
+    """OMNIGLOT or the Caltech silhouettes, as their authors hand them out."""
+    import scipy.io
+
+    try:
+        held: Mapping[str, Any] = scipy.io.loadmat(path)
+    except (ValueError, OSError, NotImplementedError, TypeError) as error:
+        raise ValueError(f"{path} is not a MATLAB file of arrays: {error}") from None
+    for keys, make in MATLAB.items():
+        if all(key in held for key in keys):
+            return make(held)
+    had = ", ".join(key for key in held if not key.startswith("__")) or "nothing"
+    known = " or ".join(", ".join(keys) for keys in MATLAB)
+    raise ValueError(f"{path} must hold {known}; it has {had}.")
+
+
+def _omniglot(held: Mapping[str, Any]) -> Arrays:
+    """Grey images by column, each a column of numbers from 0 to 1."""
+    order = np.random.default_rng(SEED).permutation(held["data"].shape[1])
+    train, val = np.split(held["data"].T[order], [len(order) - OMNIGLOT_VAL])
+    parts = {"train": train, "val": val, "test": held["testdata"].T}
+    return {
+        f"{k}_x": _upright(np.round(255 * x).clip(0, 255).astype(np.uint8))
+        for k, x in parts.items()
+    }
+
+
+def _silhouettes(held: Mapping[str, Any]) -> Arrays:
+    """White shapes by column on black, kept as 0 on 1."""
+    arrays: Arrays = {}
+    for split in SPLITS:
+        bits = 1 - _upright(np.asarray(held[f"{split}_data"], dtype=np.uint8))
+        arrays |= {f"{split}_x": 255 * bits, f"{split}_bits": _packed(bits)}
+        if f"{split}_labels" in held:
+            arrays[f"{split}_y"] = np.ravel(held[f"{split}_labels"])
+    return arrays
+
+
+# What tells a MATLAB file, and what makes arrays of it.
+MATLAB: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Arrays]] = {
+    ("data", "testdata"): _omniglot,
+    ("train_data", "val_data", "test_data"): _silhouettes,
+}
+
+
+def _upright(x: np.ndarray) -> np.ndarray:
+    """Images (N, 784) that were written column by column, (N, 28, 28)."""
+    return np.ascontiguousarray(x.reshape(-1, SIDE, SIDE).transpose(0, 2, 1))
+
+
+def _packed(bits: np.ndarray) -> np.ndarray:
+    return np.packbits(bits.reshape(len(bits), -1), axis=1)
+
+
+def _check(path: Path, key: str, levels: np.ndarray) -> None:
+    if levels.ndim != 3 or levels.dtype.kind not in "ui" or levels.min() < 0 or levels.max() > 255:
+        raise ValueError(
+            f"{path}: '{key}' must have shape (N, H, W) and whole grey levels 0 to 255; got "
+            f"{levels.dtype} of shape {levels.shape} from {levels.min():g} to {levels.max():g}."
+        )
+
+
+def _cut(levels: np.ndarray, others: Mapping[str, np.ndarray]) -> Arrays:
+    """Cut rows into the three splits, the last two a tenth each, in hundreds of many."""
+    unit = 100 if len(levels) >= 1000 else 1
+    tests = unit * -(-len(levels) // (10 * unit))
+    ends = [0, len(levels) - 2 * tests, len(levels) - tests, len(levels)]
+    return {
+        f"{split}_{key}": array[ends[i] : ends[i + 1]]
+        for key, array in {"x": levels, **others}.items()
+        for i, split in enumerate(SPLITS)
+    }
