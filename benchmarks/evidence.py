@@ -38,15 +38,26 @@ def funnel(folder: Path) -> Made:
 
 
 def eight_schools(folder: Path) -> Made:
+    return _schools(centred=False)
+
+
+def eight_schools_centred(folder: Path) -> Made:
+    return _schools(centred=True)
+
+
+def _schools(centred: bool) -> Made:
     y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12])
     s = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18])
+    normal = torch.distributions.Normal
 
     def log_prob(v: dict[str, Tensor]) -> Tensor:
-        normal = torch.distributions.Normal
         prior = normal(0.0, 5.0).log_prob(v["mu"])
         prior = prior + torch.distributions.HalfCauchy(5.0).log_prob(v["tau"])
-        theta = normal(v["mu"], v["tau"]).log_prob(v["theta"]).sum()
-        return prior + theta + normal(v["theta"], s).log_prob(y).sum()
+        if centred:
+            theta, spread = v["theta"], normal(v["mu"], v["tau"])
+        else:
+            theta, spread = v["mu"] + v["tau"] * v["theta"], normal(0.0, 1.0)
+        return prior + spread.log_prob(v["theta"]).sum() + normal(theta, s).log_prob(y).sum()
 
     sites = {"mu": Site(), "tau": Site((), constraints.positive), "theta": Site((8,))}
     return flowvi.from_density(log_prob, sites), -31.311347
@@ -118,6 +129,7 @@ def many_well(folder: Path) -> Made:
 
 TARGETS: dict[str, Callable[[Path], Made]] = {
     "eight_schools": eight_schools,
+    "eight_schools_centred": eight_schools_centred,
     "funnel": funnel,
     "brownian": brownian,
     "ionosphere": ionosphere,
@@ -136,7 +148,7 @@ def run(name: str, folder: Path, guide: str, seed: int) -> str:
     seconds = time.perf_counter() - began
     error = d.log_evidence - log_z
     return (
-        f"{name:<16}{target.dim:>5}{log_z:>12.4f}{log_z - d.elbo:>9.4f} +-{d.elbo_se:>7.4f}"
+        f"{name:<22}{target.dim:>5}{log_z:>12.4f}{log_z - d.elbo:>9.4f} +-{d.elbo_se:>7.4f}"
         f"{error:>+10.4f} +-{d.log_evidence_se:>7.4f}{d.khat:>7.2f}{seconds:>8.1f}  {d.verdict}"
     )
 
@@ -150,7 +162,7 @@ def main() -> None:
     parser.add_argument("names", nargs="*", help=f"of {', '.join(TARGETS)}")
     options = parser.parse_args()
     print(
-        f"{'target':<16}{'D':>5}{'log Z':>12}{'gap of the ELBO':>19}"
+        f"{'target':<22}{'D':>5}{'log Z':>12}{'gap of the ELBO':>19}"
         f"{'log evidence - log Z':>20}{'k-hat':>7}{'s':>8}  verdict"
     )
     for name in options.names or TARGETS:
