@@ -15,7 +15,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from flowvi.amortised import amortised
+from flowvi.arguments import path as path_of
 from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
+from flowvi.files import folder as made
 from flowvi.fit import Fit
 from flowvi.guides import Guide, guide_names, make_guide
 from flowvi.identity import latents
@@ -43,8 +45,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
         fit: The fit.
         folder: Where to; it is made if it does not exist.
     """
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path = made(folder, "a fit")
     parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)}
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
     own: dict[str, Tensor] = {
@@ -67,8 +68,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
 
 def save_rows(fit: RowFit, folder: str | os.PathLike[str]) -> Path:
     """Write a fit of latents of rows to a folder."""
-    path = Path(folder)
-    path.mkdir(parents=True, exist_ok=True)
+    path = made(folder, "a fit")
     parts = {"guide_0": tensors_of(fit.guide)}
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
     own: dict[str, Tensor] = dict(fit.target.named_parameters())
@@ -109,7 +109,7 @@ def load(
         CheckpointError: The folder holds no fit, or one of another model; the
             message names the file or the site.
     """
-    path = Path(folder)
+    path = path_of("folder", folder)
     manifest = _manifest(path)
     _same_kind(manifest.get("kind") == ROWS, isinstance(target, LocalTarget), path)
     compare_latents(manifest["latents"], latents(target), path)

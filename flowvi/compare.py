@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowvi.arguments import spelt, wanted
 from flowvi.diagnostics import VERDICTS, Estimate
 from flowvi.draws import Draws, diagnose
 from flowvi.evidence import evidence
@@ -82,6 +83,7 @@ class ModelComparison:
         return f"Largest evidence: {first.name}, probability {first.probability:.3g}{judged}"
 
 
+@spelt
 def compare(
     models: Mapping[str, Draws | az.InferenceData], *, var_name: str | None = None
 ) -> ModelComparison:
@@ -98,6 +100,7 @@ def compare(
     Raises:
         ValueError: Fewer than two models, or models of different data.
     """
+    wanted("models", models, Mapping, "a dictionary of draws by name")
     if len(models) < 2:
         raise ValueError(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."

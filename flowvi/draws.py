@@ -12,12 +12,14 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flowvi import diagnostics
+from flowvi.arguments import given, unknown, wanted, whole
 from flowvi.diagnostics import Bounds, Diagnosis, Where
 from flowvi.guides import Guide
 from flowvi.randomness import own_randomness
 from flowvi.target import Target
 
 DRAWING = 0
+EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 
 
 @dataclass(frozen=True, eq=False)
@@ -102,7 +104,7 @@ class Draws:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.values:
-            raise KeyError(f"No value named '{name}'; choose from {', '.join(self.values)}.")
+            raise KeyError(unknown("value", name, self.values))
         return self.values[name]
 
     def __len__(self) -> int:
@@ -138,8 +140,7 @@ def draw(
         seed: Seed of the draws.
         meta: JSON-able facts about the fit, kept with the draws.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}.")
+    n = whole("n", n)
     sizes = [min(target.chunk(), n - start) for start in range(0, n, target.chunk())]
     with torch.no_grad(), own_randomness(stream(seed, DRAWING)):
         return tabulate(target, [_pieces(guide, sizes) for guide in guides], meta)
@@ -176,7 +177,7 @@ def stream(seed: int, *purpose: int) -> int:
         seed: What the user gave.
         *purpose: Whole numbers that name the purpose.
     """
-    source = np.random.SeedSequence(seed, spawn_key=purpose)
+    source = np.random.SeedSequence(whole("seed", seed, 0), spawn_key=purpose)
     return int(source.generate_state(1, np.uint64)[0] >> np.uint64(1))
 
 
@@ -196,6 +197,8 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
+    wanted("draws", draws, Draws, EXPECTED)
+    given(whole, "n", n)
     diagnosis = diagnose(draws)
     if diagnosis.khat >= diagnosis.khat_threshold:
         warnings.warn(
@@ -227,7 +230,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
             draw). For resampled draws, the diagnosis of the original ones.
     """
     if not isinstance(draws, Draws):
-        return diagnostics.diagnose(draws)
+        return diagnostics.diagnose(_weights(draws))
     if draws.resampled:
         facts = draws.meta["diagnosis"]
         pairs = tuple(tuple(row) for row in facts.get("distances", ()))
@@ -256,6 +259,7 @@ def where(draws: Draws) -> Where:
     Args:
         draws: Draws of a fit, not resampled.
     """
+    wanted("draws", draws, Draws, EXPECTED)
     return diagnostics.where(draws.log_weights, named_values(draws))
 
 
@@ -275,8 +279,19 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
     if isinstance(draws, Draws):
         check_proper(draws.target.improper)
         draws = draws.weighted or draws
-    log_weights = draws.log_weights if isinstance(draws, Draws) else draws
+    particles = particles if isinstance(particles, Iterable) else [particles]
+    log_weights = draws.log_weights if isinstance(draws, Draws) else _weights(draws)
     return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def _weights(given: ArrayLike) -> np.ndarray:
+    """Log weights, as an array."""
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"draws must be {EXPECTED}, or an array of log weights; got a {type(given).__name__}."
+        ) from None
 
 
 def check_proper(improper: Sequence[str]) -> None:

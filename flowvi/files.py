@@ -46,6 +46,25 @@ class Seal(NamedTuple):
 # Writing.
 
 
+def folder(where: str | os.PathLike[str], what: str) -> Path:
+    """A folder to write to, made if it does not exist.
+
+    Raises:
+        CheckpointError: It cannot be made, or is a file.
+    """
+    if not isinstance(where, str | os.PathLike) or not os.fspath(where):
+        raise CheckpointError(f"{what} goes into a folder, given by its path; got {where!r}.")
+    path = Path(where)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except FileExistsError:
+        raise CheckpointError(f"'{where}' cannot hold {what}: it is no folder.") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or str(error)
+        raise CheckpointError(f"'{where}' cannot hold {what}: {why}.") from None
+    return path
+
+
 def write_whole(file: Path, content: bytes) -> Seal:
     """Write all bytes of a file, or leave it as it was, whatever happens meanwhile.
 

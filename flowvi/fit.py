@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import math
 import os
 import warnings
 from collections.abc import Callable, Mapping
@@ -16,13 +15,14 @@ import torch
 
 from flowvi import parallel
 from flowvi._version import __version__
+from flowvi.arguments import given, known, path, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
 from flowvi.draws import Draws, draw, stream, tabulate
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.gaussians import Gaussian
-from flowvi.guides import Guide
+from flowvi.guides import Guide, guide_names
 from flowvi.identity import guide_words, latents, log_density
 from flowvi.journal import Journal
 from flowvi.look import check_size
@@ -45,6 +45,7 @@ PARTICLES = 64
 START = 1_000_000
 # Folder of the best guide so far in that of a checkpoint.
 BEST = "fit"
+AUTO = "auto"
 # Names of guides that have to know the shapes of sites.
 RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
 
@@ -164,6 +165,7 @@ def fit(
 ) -> RowFit: ...
 
 
+@spelt
 def fit(
     target: Target | LocalTarget,
     guide: str | Guide | Blocks | Multiplicative = "auto",
@@ -248,6 +250,25 @@ def fit(
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """
+    wanted("target", target, (Target, LocalTarget), "what from_pyro or from_density returned")
+    kinds = (str, Guide, Blocks, Multiplicative)
+    wanted("guide", guide, kinds, "a name, a guide such as MeanField(D), or Blocks")
+    steps, particles, epochs, batch_size = (
+        given(whole, name, value)
+        for name, value in (
+            ("steps", steps),
+            ("particles", particles),
+            ("epochs", epochs),
+            ("batch_size", batch_size),
+        )
+    )
+    restarts, seed = whole("restarts", restarts), whole("seed", seed, 0)
+    lr = given(positive, "lr", lr)
+    budget = given(positive, "budget", budget, "number of seconds")
+    if callback is not None and not callable(callback):
+        raise TypeError(f"callback must be a function of a step; got {callback!r}.")
+    if resume and checkpoint is None:
+        raise ValueError("resume=True goes on with a checkpoint: name its folder, checkpoint=.")
     if isinstance(guide, str) and guide in RECIPES:
         guide = RECIPES[guide]()
     if isinstance(guide, Blocks | Multiplicative):
@@ -281,12 +302,13 @@ def fit(
     for_rows = {"epochs": epochs, "batch_size": batch_size, "validation": validation}
     _refuse("has no latents for each row (local=)", {**for_rows, "minibatch": minibatch})
     objective = _objective(objective, particles)
-    _check(target, objective, steps, lr, particles, restarts, seed, budget)
+    _check(target, objective, restarts)
     if isinstance(guide, str):
+        known("guide", guide, [AUTO, *sorted({*guide_names(), *RECIPES})])
         check_size(target.dim, guide)
     if isinstance(guide, Guide) and guide.dim != target.dim:
         raise ValueError(f"The guide has D = {guide.dim} but {target.name} has D = {target.dim}.")
-    clock, folder = Clock(budget), None if checkpoint is None else Path(checkpoint)
+    clock, folder = Clock(budget), given(path, "checkpoint", checkpoint)
     journal = Journal(clock, target.density)
     settings = Settings(
         objective,
@@ -330,13 +352,13 @@ def fit(
             run.interrupted = run.interrupted or clock.interrupted
             if run.interrupted:
                 break
-        whole = joined(runs) if settings.escalate and len(runs) > 1 else None
-        result = _result(target, runs, settings, [whole] if whole else [run.kept for run in runs])
+        union = joined(runs) if settings.escalate and len(runs) > 1 else None
+        result = _result(target, runs, settings, [union] if union else [run.kept for run in runs])
         if folder is not None and not parallel.rank():
             with said(folder):
                 result.save(folder / BEST)
     for failure in result.meta["failures"]:
-        warnings.warn(failure, stacklevel=2)
+        warnings.warn(failure, stacklevel=3)
     return result
 
 
@@ -369,6 +391,7 @@ def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept
         "guide": max(kept, key=lambda k: k.bound).name,
         "specs": [{"name": k.name, "sizes": k.sizes} for k in kept],
         "objective": describe(settings.objective),
+        "precision": str(target.dtype).removeprefix("torch."),
         "steps": len(rows),
         "stages": [run.record.stages for run in runs],
         "particles": settings.repeats * particles_of(settings.objective),
@@ -415,18 +438,18 @@ def _refuse(why: str, given: Mapping[str, Any]) -> None:
             raise ValueError(f"The target {why}: {name} has no meaning for it; got {value}.")
 
 
-def _minibatch(minibatch: Minibatch | None, **given: Any) -> Minibatch:
+def _minibatch(minibatch: Minibatch | None, **beside: Any) -> Minibatch:
     """Settings with what was given beside them."""
-    return replace(minibatch or Minibatch(), **{k: v for k, v in given.items() if v is not None})
+    if minibatch is not None:
+        wanted("minibatch", minibatch, Minibatch, "such as Minibatch(epochs=40)")
+    return replace(minibatch or Minibatch(), **{k: v for k, v in beside.items() if v is not None})
 
 
 def _objective(objective: Objective | WakeSleep | str | None, particles: int | None) -> Objective:
     if objective is None:
-        return elbo(particles or PARTICLES)
+        return elbo(PARTICLES if particles is None else particles)
     if isinstance(objective, str):
-        if objective not in OBJECTIVES:
-            choices = ", ".join(OBJECTIVES)
-            raise ValueError(f"No objective named '{objective}'; choose from {choices}.")
+        known("objective", objective, OBJECTIVES)
         if objective == "forward_kl":
             raise ValueError(
                 "forward_kl needs draws to fit to: pass objective=OBJECTIVES['forward_kl'](z)."
@@ -446,22 +469,8 @@ def _repeats(objective: Objective, particles: int | None) -> int:
 def _check(
     target: Target,
     objective: Objective,
-    steps: int | None,
-    lr: float | None,
-    particles: int | None,
     restarts: int,
-    seed: int,
-    budget: float | None,
 ) -> None:
-    for name, value in (("steps", steps), ("particles", particles), ("restarts", restarts)):
-        if value is not None and (not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name} must be a whole number of at least 1; got {value}.")
-    if lr is not None and not (0 < lr < math.inf):
-        raise ValueError(f"lr must be a positive number; got {lr}.")
-    if budget is not None and not (0 < budget < math.inf):
-        raise ValueError(f"budget must be a positive number of seconds; got {budget}.")
-    if not isinstance(seed, int) or seed < 0:
-        raise ValueError(f"seed must be a whole number of at least 0; got {seed}.")
     if restarts > 1 and list(target.parameters()):
         raise ValueError(
             f"{target.name} has parameters of its own, which every restart would train anew: "

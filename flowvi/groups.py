@@ -33,6 +33,11 @@ def make_groups(datasets: dict[str, Any]) -> az.InferenceData:
 
 def has_group(idata: az.InferenceData, group: str) -> bool:
     """Whether groups of either kind have one of this name."""
+    if not hasattr(idata, "groups"):
+        raise TypeError(
+            "draws must be the draws of a fit, such as fit.draw(4000), or ArviZ's groups of them; "
+            f"got a {type(idata).__name__}."
+        )
     names = idata.groups() if callable(idata.groups) else idata.groups
     return any(str(name).strip("/") == group for name in names)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
+from flowvi.arguments import unknown
 from flowvi.flows import (
     BASES,
     FLOWS,
@@ -405,8 +406,7 @@ def make_guide(
         flow = FLOWS[name](dim, context_dim, **sizes)
         affine = Triangular if dim <= FULL_RANK_DIM else LowRank
         return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))
-    choices = ", ".join(sorted(guide_names()))
-    raise ValueError(f"No guide named '{name}'; choose from {choices}.")
+    raise ValueError(unknown("guide", name, sorted(guide_names())))
 
 
 def guide_names() -> set[str]:

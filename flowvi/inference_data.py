@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from datetime import UTC, datetime
@@ -14,8 +15,9 @@ import torch
 from numpy.typing import ArrayLike
 
 from flowvi._version import __version__
+from flowvi.arguments import wanted
 from flowvi.diagnostics import MIN_DRAWS
-from flowvi.draws import Draws, diagnose
+from flowvi.draws import EXPECTED, Draws, diagnose
 from flowvi.groups import make_groups
 from flowvi.predict import Prediction
 from flowvi.row_draws import RowDraws
@@ -29,6 +31,9 @@ Arrays = Mapping[str, np.ndarray]
 
 # Groups with a number for each draw and observation are left out beyond this many (400 MB).
 MAX_NUMBERS = 50_000_000
+# Slashes part the names of groups; the rest cannot be encoded, or ends a name.
+UNSAVEABLE = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
+LONGEST_NAME = 200
 SAMPLE = ("chain", "draw")
 STATS = {
     "log_p": "log joint density of model and data, log Jacobian included",
@@ -109,6 +114,7 @@ def to_inference_data(
             particles=particles,
             seed=seed,
         )
+    wanted("draws", draws, Draws, EXPECTED)
     target = draws.target
     groups: dict[str, Arrays] = {"posterior": draws.values, "sample_stats": _stats(draws)}
     if predictive:
@@ -214,7 +220,7 @@ class Labels:
         coords: dict[str, np.ndarray] = {}
         for name, array in arrays.items():
             own = self._axes(name, array.shape[len(lead) :])
-            notes = {} if name == self.names[name] else {"original_name": name}
+            notes = {} if name == self.names[name] else {"original_name": _written(name)}
             if name in STATS:
                 notes |= {"description": STATS[name], "space": "unconstrained, Jacobian included"}
             variables[self.names[name]] = xr.Variable((*lead, *own), array, notes)
@@ -300,7 +306,14 @@ def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
 
 
 def _saveable(name: str) -> str:
-    return name.replace("/", "_")
+    """A name that a file can hold, and a terminal can show."""
+    words = UNSAVEABLE.sub("_", name).strip()[:LONGEST_NAME]
+    return words if words.strip(".") else f"_{len(words)}"
+
+
+def _written(name: str) -> str:
+    """A name as an attribute can hold it."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
 def _unused(name: str, taken: set[str]) -> str:

@@ -17,6 +17,7 @@ from flowvi.gaussians import (
     diagonal_of,
     distinct,
     factor_of,
+    hessian,
     refine,
     score,
     scores_in_chunks,
@@ -174,7 +175,7 @@ def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
 
     Absolute eigenvalues make it a density where the log density is not concave.
     """
-    precision = -_hessian(target, z)
+    precision = -hessian(target, z)
     width = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
     # In units of each coordinate's own width, or wide ones would drown in narrow ones' rounding.
     values, vectors = torch.linalg.eigh(width[:, None] * precision * width)
@@ -201,21 +202,6 @@ def _newton(target: Target, z: Tensor, name: str) -> Gaussian:
         z, value = tries[best], higher[best]
         found = laplace(target, z, name)
     return replace(found, loc=z)
-
-
-def _hessian(target: Target, z: Tensor) -> Tensor:
-    """Second derivatives by central differences of the gradient, with two sets of step sizes."""
-    step = 1e-4 * z.abs().clamp_min(1.0)
-    for _ in range(2):
-        shifts = step.diag()
-        points = torch.cat([z + shifts, z - shifts])
-        parts = [value_and_score(target, p)[1] for p in points.split(max(2, target.chunk()))]
-        up, down = torch.cat(parts).nan_to_num(0.0, 0.0, 0.0).chunk(2)
-        hessian = (up - down) / (2 * step[:, None])
-        hessian = 0.5 * (hessian + hessian.mT)
-        # The second time in units of the density's own width.
-        step = 1e-3 / hessian.diagonal().abs().clamp(1e-20, 1e20).sqrt()
-    return hessian
 
 
 def _thinned(path: list[Any], n: int) -> list[Any]:

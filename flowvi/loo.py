@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import logsumexp
 
+from flowvi.arguments import known
 from flowvi.diagnostics import khat_threshold
 from flowvi.draws import Draws
 from flowvi.groups import has_group, loo_record
@@ -98,6 +99,4 @@ def _site(idata: az.InferenceData, var_name: str | None) -> str:
     names = [str(name) for name in idata["log_likelihood"].data_vars]
     if var_name is None and len(names) > 1:
         raise ValueError(f"There are several observed sites, {', '.join(names)}: name one.")
-    if var_name is not None and var_name not in names:
-        raise ValueError(f"No observed site named '{var_name}'; choose from {', '.join(names)}.")
-    return var_name or names[0]
+    return names[0] if var_name is None else known("observed site", var_name, names)

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.gaussians import Gaussian, evaluate, scores_in_chunks
+from flowvi.gaussians import Gaussian, evaluate, hessian, scores_in_chunks
 from flowvi.target import ModelError, Target
 
 PRIOR_DRAWS = 200
@@ -20,6 +21,10 @@ DIRECTIONS = 3
 FARTHEST = 1e10
 # A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
 LEAST_FALL = 3.0
+# Nats of rounding that hide a posterior.
+LOST = 0.1
+# Largest D at which improper priors have the curvature looked at, and the least that counts.
+CURVED, FLAT = 200, 1e-10
 # Coordinates named for a direction, and the share of the largest loading that each has.
 NAMED, LOADING = 6, 0.2
 # Numbers of double precision that training of a full-rank base takes for each of its D^2 / 2.
@@ -99,6 +104,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
     Raises:
         ModelError: The density does not fall: the posterior is improper.
     """
+    _check_precision(target, g)
     widths = g.widths
     if g.scale_tril.dim() == 1:
         # Of a diagonal covariance of many dimensions, the coordinates are the axes.
@@ -109,20 +115,46 @@ def check_integrable(target: Target, g: Gaussian) -> str:
         axes = vectors.mT[:DIRECTIONS]
     # Farther out, rounding of the direction would be taken for a fall.
     reached = lengths.clamp_max(FARTHEST * float(torch.minimum(lengths[-1], widths.min())))
-    for direction, width in zip(axes, reached, strict=False):
-        falls = [fall(target, g.loc, sign * width * direction) for sign in (1, -1)]
+    steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
+    if target.improper and target.dim <= CURVED:
+        # Those of a guide without correlations are no help: a - b may be free where a is not.
+        steps += _softest(target, g)
+    for step in steps:
+        falls = [fall(target, g.loc, sign * step) for sign in (1, -1)]
         if min(falls) < LEAST_FALL:
             raise ModelError(
                 f"The posterior of {target.name} is improper, or as good as that: along "
-                f"{describe(target, direction)} its log density falls by {min(falls):.2g} nats "
-                f"over {REACH[-1] * float(width):.2g} units. Give these a proper prior, or fix "
-                "one of them."
+                f"{describe(target, step)} its log density falls by {min(falls):.2g} nats "
+                f"over {REACH[-1] * float(step.norm()):.2g} units. Give these a proper prior, or "
+                "fix one of them."
             )
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
     return (
         f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
         f"axes in a ratio of 1 to {condition:.2g}"
     )
+
+
+def _check_precision(target: Target, g: Gaussian) -> None:
+    """Refuse a log density of such a size that a nat is lost in its rounding."""
+    size = abs(float(evaluate(target, g.loc[None])[0]))
+    if math.isfinite(size) and size * sys.float_info.epsilon > LOST:
+        largest = {n: float(v.abs().max()) for n, v in target.observed.items() if v.numel()}
+        name = max(largest, key=lambda n: largest[n], default="")
+        words = f" Site '{name}' has values up to {largest[name]:.2g}." if name else ""
+        raise ModelError(
+            f"The log density of {target.name} is of the size {size:.2g} where it is best, so that "
+            f"rounding hides the posterior.{words} Rescale the data, or widen the priors."
+        )
+
+
+def _softest(target: Target, g: Gaussian) -> list[Tensor]:
+    """Steps of one width along the directions in which the density curves least."""
+    precision = -hessian(target, g.loc)
+    unit = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
+    values, vectors = torch.linalg.eigh(unit[:, None] * precision * unit)
+    widths = values.clamp_min(FLAT).rsqrt()
+    return [width * unit * v for width, v in zip(widths, vectors.mT[:DIRECTIONS], strict=False)]
 
 
 def fall(target: Target, loc: Tensor, step: Tensor) -> float:

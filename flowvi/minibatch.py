@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flowvi.arguments import known, positive, whole
 from flowvi.guides import Guide
 from flowvi.objectives import Renyi, WakeSleep
 from flowvi.target import Batch, LocalTarget
@@ -19,6 +20,7 @@ WARM_UP = 200
 LAST = 0.02
 # A prior weight of nothing at all would divide by zero.
 LEAST_BETA = 1e-3
+COUNTS = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "workers": 0}
 
 Warm = Literal["linear", "cyclical"]
 
@@ -67,20 +69,16 @@ class Minibatch:
     amp: bool = False
 
     def __post_init__(self) -> None:
-        for name in ("batch_size", "epochs"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)}.")
-        for name in ("warmup_epochs", "free_bits", "workers"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative; got {getattr(self, name)}.")
-        if not 0 < self.lr < math.inf:
-            raise ValueError(f"lr must be a positive number; got {self.lr}.")
+        for name, least in COUNTS.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if not self.free_bits >= 0:
+            raise ValueError(f"free_bits must not be negative; got {self.free_bits}.")
+        positive("lr", self.lr)
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1]; got {self.decay}.")
-        if self.patience is not None and self.patience < 1:
-            raise ValueError(f"patience must be at least 1 epoch; got {self.patience}.")
-        if self.warmup not in ("linear", "cyclical"):
-            raise ValueError(f"warmup must be 'linear' or 'cyclical'; got '{self.warmup}'.")
+        if self.patience is not None:
+            object.__setattr__(self, "patience", whole("patience", self.patience))
+        known("warmup", self.warmup, ("linear", "cyclical"))
 
     def rate(self, step: int, steps: int) -> float:
         """Size of a step: a short linear warm-up, constant, then falling.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.amortised import Amortised, amortised
+from flowvi.arguments import spelt, wanted, whole
 from flowvi.draws import Draws, stream
 from flowvi.guides import Guide, make_guide
 from flowvi.objectives import Renyi
@@ -152,6 +153,7 @@ class NestedFit:
         return torch.cat([self.density.rows(theta, piece, bound) for piece in pieces], -1)
 
 
+@spelt
 def nested(
     target: LocalTarget,
     guide: str | Guide | None = None,
@@ -194,6 +196,7 @@ def nested(
     Raises:
         ValueError: Rows are subsampled and outer > 1, or there are no shared latents.
     """
+    wanted("target", target, LocalTarget, "of a model with a local plate: from_pyro(..., local=)")
     _check(target, outer, batch_size, particles)
     size = min(batch_size or target.rows, target.rows)
     with own_randomness(stream(seed, BUILD)):
@@ -253,8 +256,8 @@ def _check(target: LocalTarget, outer: int, batch_size: int | None, particles: i
             f"{target.name} has no latents outside plate '{target.plate}': flowvi.fit(target) "
             "fits the latents of rows alone."
         )
-    if outer < 1 or particles < 1:
-        raise ValueError(f"outer and particles must be at least 1; got {outer} and {particles}.")
+    for name, value in (("outer", outer), ("particles", particles)):
+        whole(name, value)
     if outer > 1 and batch_size is not None and batch_size < target.rows:
         raise ValueError(
             f"With outer = {outer}, every weight of theta needs all {target.rows} rows: of batches "

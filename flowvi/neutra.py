@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import cast
 
+from flowvi.arguments import spelt, wanted, whole
 from flowvi.draws import Draws
 from flowvi.fit import Fit
 from flowvi.nuts import Plan, check_map, run_chains
 
 
+@spelt
 def neutra(
     fit: Fit,
     warmup: int = 300,
@@ -41,6 +43,7 @@ def neutra(
         Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
         Carlo using neural transport", arXiv:1903.03704.
     """
+    wanted("fit", fit, Fit, "what flowvi.fit returned")
     check_map(fit.guide)
     _check({"warmup": warmup, "draws": draws}, chains, target_accept)
     plan = Plan(warmup, draws, chains, target_accept)
@@ -50,9 +53,8 @@ def neutra(
 
 def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
     for name, count in counts.items():
-        if not isinstance(count, int) or count < 100:
-            raise ValueError(f"{name} must be a whole number of at least 100; got {count}.")
-    if not isinstance(chains, int) or chains < 2:
-        raise ValueError(f"chains must be at least 2, to compare them; got {chains}.")
+        whole(name, count, 100)
+    # R-hat compares chains.
+    whole("chains", chains, 2)
     if not 0 < target_accept < 1:
         raise ValueError(f"target_accept must lie between 0 and 1; got {target_accept}.")

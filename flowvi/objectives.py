@@ -8,6 +8,7 @@ from typing import ClassVar, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from flowvi.arguments import known, whole
 from flowvi.guides import Guide, LogDensity
 
 Gradient = Literal["total", "stl", "dreg"]
@@ -72,10 +73,8 @@ class Renyi:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1] for a lower bound; got {self.alpha}.")
-        if self.particles < 1:
-            raise ValueError(f"particles must be at least 1; got {self.particles}.")
-        if self.gradient not in ("total", "stl", "dreg"):
-            raise ValueError(f"No gradient named '{self.gradient}'; choose from dreg, stl, total.")
+        object.__setattr__(self, "particles", whole("particles", self.particles))
+        known("gradient", self.gradient, ("dreg", "stl", "total"))
         if self.gradient == "stl" and self.alpha < 1.0:
             raise ValueError(
                 f"The path gradient of 'stl' is biased for alpha < 1; got alpha = {self.alpha}. "
@@ -233,8 +232,7 @@ class WakeSleep:
     lower_bound: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        if self.particles < 1:
-            raise ValueError(f"particles must be at least 1; got {self.particles}.")
+        object.__setattr__(self, "particles", whole("particles", self.particles))
 
     def __call__(
         self,

@@ -9,7 +9,8 @@ from typing import Any
 import numpy as np
 from scipy.special import logsumexp
 
-from flowvi.draws import Draws
+from flowvi.arguments import unknown, wanted
+from flowvi.draws import EXPECTED, Draws
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -69,7 +70,7 @@ class Prediction:
 
     def _named(self, arrays: Arrays, name: str) -> np.ndarray:
         if name not in arrays:
-            raise KeyError(f"No prediction named '{name}'; choose from {', '.join(arrays)}.")
+            raise KeyError(unknown("prediction", name, arrays))
         return arrays[name]
 
 
@@ -91,6 +92,7 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
         ModelError: A latent has another shape with these arguments, as those of a plate of
             other rows have; or the target is a plain density.
     """
+    wanted("draws", draws, Draws, EXPECTED)
     target, shape = draws.target, draws.log_p.shape
     flat = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in target.sites}
     found = target.rerun(flat, args, kwargs, seed)

@@ -16,6 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
 
+from flowvi.arguments import known, whole
 from flowvi.target import ModelError
 
 PARTICLES = "num_particles_vectorized"  # the plate in which Pyro draws particles at once
@@ -71,10 +72,8 @@ class IWELBO(ELBO):
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1; got {num_particles}.")
-        if gradient not in ("dreg", "total"):
-            raise ValueError(f"No gradient named '{gradient}'; choose from dreg, total.")
+        num_particles = whole("num_particles", num_particles)
+        known("gradient", gradient, ("dreg", "total"))
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,

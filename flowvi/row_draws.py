@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowvi.arguments import unknown, whole
 from flowvi.diagnostics import psis
 from flowvi.guides import Guide
 from flowvi.randomness import own_randomness
@@ -123,7 +124,7 @@ class RowDraws:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.values:
-            raise KeyError(f"No value named '{name}'; choose from {', '.join(self.values)}.")
+            raise KeyError(unknown("value", name, self.values))
         return self.values[name]
 
     def __str__(self) -> str:
@@ -149,8 +150,7 @@ def row_bounds(
         seed: Seed of the draws.
         progress: Whether to show a bar.
     """
-    if particles < 1:
-        raise ValueError(f"particles must be at least 1; got {particles}.")
+    particles = whole("particles", particles)
     most = chunk(target, batch)
     size = max(1, min(len(batch.places), most // min(particles, most)))
     draws = min(particles, most)
@@ -192,8 +192,7 @@ def row_draws(
         seed: Seed of the draws.
         meta: JSON-able facts about the fit, kept with the draws.
     """
-    if n < 1:
-        raise ValueError(f"n must be at least 1; got {n}.")
+    n = whole("n", n)
     size = max(1, chunk(target, batch) // max(1, len(batch.places)))
     columns: list[list[Tensor]] = [[], [], []]
     values: list[dict[str, Tensor]] = []

@@ -17,6 +17,7 @@ from torch import Tensor
 from flowvi import parallel
 from flowvi._version import __version__
 from flowvi.amortised import PerRow, amortised
+from flowvi.arguments import given, known, path
 from flowvi.draws import stream
 from flowvi.guides import Guide
 from flowvi.minibatch import Minibatch, check_objective
@@ -158,7 +159,7 @@ def fit_rows(
             "settings": facts,
             "seed": seed,
         }
-        with opened(None if checkpoint is None else Path(checkpoint), about, resume) as shelf:
+        with opened(given(path, "checkpoint", checkpoint), about, resume) as shelf:
             _go_on(trainer, shelf)
             state = trainer.run()
     log = _log(trainer, held)
@@ -233,10 +234,14 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
     everything = torch.arange(target.rows)
     if validation is None:
         return everything, None
-    if not isinstance(validation, float):
+    if not isinstance(validation, float | int):
         return everything, target.as_batch(validation)
+    if not 0.0 < validation < 1.0:
+        raise ValueError(
+            f"validation must be rows, or the share of them to hold out; got {validation}."
+        )
     held = round(validation * target.rows)
-    if not 0.0 < validation < 1.0 or not 0 < held < target.rows:
+    if not 0 < held < target.rows:
         raise ValueError(
             f"validation must be rows, or the share of them to hold out; got {validation}."
         )
@@ -265,7 +270,5 @@ def _log(trainer: RowTrainer, held: Batch | None) -> list[str]:
 def _objective(objective: Renyi | WakeSleep | str | None) -> Any:
     if not isinstance(objective, str):
         return elbo(1) if objective is None else objective
-    if objective not in OBJECTIVES or objective == "forward_kl":
-        choices = ", ".join(name for name in OBJECTIVES if name != "forward_kl")
-        raise ValueError(f"No objective named '{objective}' for rows; choose from {choices}.")
-    return OBJECTIVES[objective]()
+    choices = [name for name in OBJECTIVES if name != "forward_kl"]
+    return OBJECTIVES[known("objective for rows", objective, choices)]()

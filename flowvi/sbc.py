@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
+from inspect import signature
 from pathlib import Path
 from sys import stderr
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 from pyro import poutine
 from tqdm import tqdm
 
+from flowvi.arguments import check_names, whole
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.diagnostics.calibration import Calibration, rank
 from flowvi.diagnostics.moments import blocks
@@ -74,11 +76,9 @@ def sbc(
     """
     if isinstance(model, RowFit):
         return sbc_rows(model, fits=fits, draws=draws, levels=levels, seed=seed)
-    if fits < 2 or draws < MIN_DRAWS or not 1 <= levels <= draws:
-        raise ValueError(
-            f"sbc needs fits >= 2, draws >= {MIN_DRAWS} and levels from 1 to draws; got "
-            f"{fits}, {draws} and {levels}."
-        )
+    if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
+        raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
+    check_names("sbc", settings, [*signature(sbc).parameters, *signature(fit).parameters])
     common = _Common(model, draws, levels, seed, settings)
     tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
     key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}

@@ -20,6 +20,7 @@ import torch
 from flowvi import parallel
 from flowvi._version import __version__
 from flowvi.files import CheckpointError, Seal, locked, read_json, write_json
+from flowvi.files import folder as made
 from flowvi.states import read_state, write_state
 
 FORMAT = 1
@@ -200,7 +201,7 @@ def opened(
     if folder is None:
         yield None
         return
-    folder.mkdir(parents=True, exist_ok=True)
+    made(folder, "a checkpoint")
     shelf = Shelf(folder, about)
     with locked(folder) if parallel.rank() == 0 else _unlocked():
         if any((folder / name).exists() for name in (MANIFEST, PREVIOUS)):

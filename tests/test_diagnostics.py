@@ -126,7 +126,7 @@ def test_bounds_say_what_the_draws_cannot_give(rng):
 
 
 def test_bounds_refuse_no_particles(rng):
-    with pytest.raises(ValueError, match="particles must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="particles must be a whole number of at least 1; got 0"):
         iw_bounds(rng.normal(size=400), (0,))
 
 

@@ -94,12 +94,12 @@ def test_draws_that_cannot_be_scored_weigh_nothing(target):
 
 
 def test_no_draws_are_refused(target):
-    with pytest.raises(ValueError, match="n must be at least 1; got 0"):
+    with pytest.raises(ValueError, match="n must be a whole number of at least 1; got 0"):
         draw(target, [guide()], 0)
 
 
 def test_unknown_names_are_answered_with_the_known(target):
-    with pytest.raises(KeyError, match="No value named 'tau'; choose from s, x"):
+    with pytest.raises(KeyError, match=r"No value named 'tau'.*Choose from s, x"):
         draw(target, [guide()], 100)["tau"]
 
 

@@ -153,7 +153,7 @@ def test_one_seed_gives_one_result():
     ("guide", "options", "message"),
     [
         ("mixture", {}, "best guide is a MixtureGuide"),
-        ("meanfield", {"chains": 1}, "chains must be at least 2"),
+        ("meanfield", {"chains": 1}, "chains must be a whole number of at least 2"),
         ("meanfield", {"draws": 10}, "draws must be a whole number of at least 100"),
         ("meanfield", {"target_accept": 1.0}, "between 0 and 1"),
     ],

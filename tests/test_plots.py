@@ -100,7 +100,7 @@ def test_pair_of_resampled_draws_is_drawn(draws):
 @pytest.mark.parametrize(
     ("names", "error", "message"),
     [
-        (["nu"], KeyError, "choose from mu, theta, tau"),
+        (["nu"], KeyError, "hoose from mu, theta, tau"),
         (["theta[9]"], KeyError, r"'theta' has shape \(9,\)"),
     ],
 )

@@ -364,8 +364,8 @@ def test_a_guide_without_an_encoder_learns_every_row(normal):
     [
         ({"steps": 10}, "has latents for each row: steps has no meaning"),
         ({"validation": 1.5}, "share of them to hold out; got 1.5"),
-        ({"epochs": 0}, "epochs must be at least 1; got 0"),
-        ({"objective": "iw"}, "No objective named 'iw' for rows"),
+        ({"epochs": 0}, "epochs must be a whole number of at least 1; got 0"),
+        ({"objective": "iw"}, "No objective for rows named 'iw'"),
         ({"guide": MeanField(3)}, "has D = 3 but each row of length has D = 1"),
         ({"guide": flowvi.PerRow(7, MeanField(1, 2), 2)}, "parameters for 7 rows but"),
         (

@@ -182,9 +182,18 @@ def test_a_model_without_data_is_refused():
         flowvi.sbc(prior_only, fits=2)
 
 
-@pytest.mark.parametrize("options", [{"fits": 1}, {"draws": 10}, {"levels": 0}])
-def test_wrong_sizes_are_refused(options):
-    with pytest.raises(ValueError, match="sbc needs fits"):
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"fits": 1}, "fits must be a whole number of at least 2"),
+        ({"draws": 10}, "draws must be a whole number of at least 100"),
+        ({"levels": 0}, "levels must be a whole number of at least 1"),
+        ({"draws": 100, "levels": 101}, "levels must be at most draws"),
+        ({"stpes": 5}, r"sbc\(\) has no argument 'stpes'. Did you mean 'steps'"),
+    ],
+)
+def test_wrong_sizes_are_refused(options, words):
+    with pytest.raises((ValueError, TypeError), match=words):
         run(**options)
 
 

@@ -196,7 +196,7 @@ def test_data_that_are_not_finite(bad, kind, validate):
     with pyro.validation_enabled(validate):
         message = refused(normal_rows, torch.tensor([1.0, bad, 2.0]))
 
-    mentions(message, f"'y': 1 of 3 values are {kind}", r"first at \[1\]", "obs_mask")
+    mentions(message, f"'y': 1 of 3 values is {kind}", r"first at \[1\]", "obs_mask")
 
 
 def test_data_outside_of_the_support():

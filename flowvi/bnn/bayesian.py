@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from flowvi.arguments import known, spelt, wanted, whole
 from flowvi.bnn.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.bnn.priors import PRIORS, Prior, weight_of
 from flowvi.target import ModelError
@@ -106,6 +107,7 @@ class Bayesian:
         return fn.to_event(len(fn.batch_shape) - 1)
 
 
+@spelt
 def bayesian(
     module: nn.Module,
     prior: str | Prior | Mapping[str, str | Prior] = "normal",
@@ -133,6 +135,7 @@ def bayesian(
     Raises:
         ModelError: A layer couples the rows, or a pattern fits no parameter.
     """
+    wanted("module", module, nn.Module, "a network")
     _check_rows_apart(module)
     patterns = prior if isinstance(prior, Mapping) else {"*": prior}
     names = [name for name, _ in module.named_parameters()]
@@ -148,21 +151,16 @@ def bayesian(
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     if isinstance(likelihood, str):
-        if likelihood not in LIKELIHOODS:
-            choices = ", ".join(LIKELIHOODS)
-            raise ValueError(f"No likelihood named '{likelihood}'; choose from {choices}.")
-        likelihood = LIKELIHOODS[likelihood]
-    if batch is not None and batch < 1:
-        raise ValueError(f"batch must be at least 1 row; got {batch}.")
+        likelihood = LIKELIHOODS[known("likelihood", likelihood, LIKELIHOODS)]
+    if batch is not None:
+        batch = whole("batch", batch)
     return Bayesian(module, found, likelihood, batch)
 
 
 def _named(prior: str | Prior) -> Prior:
     if not isinstance(prior, str):
         return prior
-    if prior not in PRIORS:
-        raise ValueError(f"No prior named '{prior}'; choose from {', '.join(PRIORS)}.")
-    return PRIORS[prior]()
+    return PRIORS[known("prior", prior, PRIORS)]()
 
 
 def _check_rows_apart(module: nn.Module) -> None:

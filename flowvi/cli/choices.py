@@ -1,11 +1,11 @@
 """Options whose values are names of registries: checked when read, with a word on misspellings."""
 
-import difflib
 import re
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection
 
 import click
 
+from flowvi.arguments import known, unknown
 from flowvi.guides import guide_names
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi
 
@@ -55,8 +55,7 @@ def objective(text: str) -> Renyi:
             f"'{text}' is no objective; write a name such as elbo, or a call such as iwelbo(16)."
         )
     name = call["name"]
-    if name not in BOUNDS:
-        raise ValueError(unknown("objective", name, BOUNDS))
+    known("objective", name, BOUNDS)
     given = (call["arguments"] or "").strip()
     arguments = [_plain(word.strip()) for word in given.split(",")] if given else []
     try:
@@ -65,17 +64,9 @@ def objective(text: str) -> Renyi:
         raise ValueError(
             f"'{text}': {name} takes other arguments; see `flowvi list objectives`."
         ) from None
-    if not isinstance(made, Renyi) or not isinstance(made.particles, int):
-        raise ValueError(f"'{text}': the number of particles must be a whole number.")
+    if not isinstance(made, Renyi):
+        raise ValueError(f"'{text}' is for latents of rows (local=), which a model file has not.")
     return made
-
-
-def unknown(kind: str, name: str, choices: Iterable[str]) -> str:
-    """What to say of a name that is not in a registry."""
-    names = list(choices)
-    close = difflib.get_close_matches(name.lower(), names, n=1)
-    hint = f" Did you mean {close[0]}?" if close else ""
-    return f"No {kind} named '{name}'.{hint} Choose from {', '.join(names)}."
 
 
 def _plain(word: str) -> int | float | str:

@@ -12,6 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
+from flowvi.arguments import whole
+
 MIN_DRAWS = 100
 # Log weights that differ by less are equal: single precision cannot tell them apart.
 ROUNDING = 1e-3
@@ -238,10 +240,7 @@ def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519.
     """
-    for count in particles:
-        if count < 1:
-            raise ValueError(f"particles must be at least 1; got {count}.")
-    return Bounds(_iw_bound(log_w, int(count)) for count in particles)
+    return Bounds(_iw_bound(log_w, whole("particles", count)) for count in particles)
 
 
 def _iw_bound(log_w: np.ndarray, particles: int) -> Bound:

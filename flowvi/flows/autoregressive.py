@@ -85,7 +85,7 @@ def iaf(dim: int, context_dim: int = 0, depth: int = 4, hidden: int = 64) -> Cha
     """Inverse autoregressive flow: one pass to sample, D to score. For posteriors.
 
     Affine autoregressive layers with a bounded log-scale; the order of the
-    coordinates is reversed from layer to layer.
+    coordinates is reversed from layer to layer. One coordinate has splines in their place.
 
     Args:
         dim: Length D of the vector.
@@ -93,7 +93,7 @@ def iaf(dim: int, context_dim: int = 0, depth: int = 4, hidden: int = 64) -> Cha
         depth: Number of layers.
         hidden: Width of the two hidden layers of each network.
     """
-    return _alternating(Affine(), dim, context_dim, depth, hidden)
+    return _alternating(_affine(dim), dim, context_dim, depth, hidden)
 
 
 def maf(dim: int, context_dim: int = 0, depth: int = 4, hidden: int = 64) -> Chain:
@@ -105,7 +105,7 @@ def maf(dim: int, context_dim: int = 0, depth: int = 4, hidden: int = 64) -> Cha
         Papamakarios, Pavlakou and Murray (2017), "Masked Autoregressive Flow
         for Density Estimation", arXiv:1705.07057.
     """
-    layers = _alternating(Affine(), dim, context_dim, depth, hidden).layers
+    layers = _alternating(_affine(dim), dim, context_dim, depth, hidden).layers
     return Chain(Inverse(cast(Layer, layer)) for layer in layers)
 
 
@@ -119,6 +119,11 @@ def nsf_autoregressive(
         arXiv:1906.04032.
     """
     return _alternating(RationalQuadratic(bins), dim, context_dim, depth, hidden)
+
+
+def _affine(dim: int) -> Elementwise:
+    """An affine map, whose coefficients the others determine; alone a coordinate has a spline."""
+    return RationalQuadratic() if dim == 1 else Affine()
 
 
 def _alternating(map: Elementwise, dim: int, context_dim: int, depth: int, hidden: int) -> Chain:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
+import torch
 from pyro import poutine
+from pyro.distributions.torch_distribution import TorchDistributionMixin
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 
@@ -21,21 +24,41 @@ SAMPLE_EVERY_SITE = (
 
 
 class LastSite(Messenger):
-    """Add the last site that was reached to whatever the model raises."""
+    """Keep the last site that was reached, and where the values of all lie."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name: str | None = None
+        self.devices: dict[str, torch.device] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample) and msg["fn"].size == 0:
             raise ModelError(f"Plate '{msg['name']}' has size 0: the data has no rows.")
         self.name = msg["name"]
 
-    def __exit__(self, kind: Any, error: Any, trace: Any) -> Any:
-        if isinstance(error, Exception) and self.name is not None:
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["value"], torch.Tensor):
+            self.devices[f"site '{msg['name']}'"] = msg["value"].device
+
+    def told(self, error: Exception) -> None:
+        """Say in an error's notes how far the model came."""
+        if self.name is not None:
             error.add_note(f"While flowvi ran the model; the last site reached was '{self.name}'.")
-        return super().__exit__(kind, error, trace)
+
+
+class Known(Messenger):
+    """Refuse sites without a proper name or distribution, before anything is made of them."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name, fn = msg["name"], msg["fn"]
+        if not isinstance(name, str) or not name:
+            raise ModelError(f"A site needs a name that is text and not empty; got {name!r}.")
+        if not isinstance(fn, TorchDistributionMixin | _Subsample):
+            came = fn.__name__ if isinstance(fn, type) else type(fn).__name__
+            raise ModelError(
+                f"Site '{name}' samples from a {came} of {type(fn).__module__}; it needs a "
+                "distribution of pyro.distributions, such as dist.Normal(0.0, 1.0)."
+            )
 
 
 def is_latent(site: Mapping[str, Any]) -> bool:
@@ -78,19 +101,29 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
-            "or is summed out."
+            "or is summed out. (A function that returns a log density is for from_density.)"
         )
     for name, site in sites.items():
         if site["fn"].support.is_discrete:
             raise ModelError(_discrete(name, site["fn"]))
+        if isinstance(innermost(site["fn"]), dist.Delta):
+            raise ModelError(
+                f"Site '{name}' is a Delta, which has no density on R^D: write "
+                f"pyro.deterministic('{name}', value)."
+            )
         site_bijection(name, site["fn"])
     return sites
 
 
+def innermost(fn: Any) -> Any:
+    """The distribution in wrappers of it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def _discrete(name: str, fn: Any) -> str:
-    base = fn
-    while hasattr(base, "base_dist"):
-        base = base.base_dist
+    base = innermost(fn)
     kind = type(base).__name__
     if isinstance(base, FINITE_DISCRETE):
         cure = (
@@ -103,6 +136,19 @@ def _discrete(name: str, fn: Any) -> str:
             "is negative binomial, say), or put a continuous relaxation in its place."
         )
     return f"Site '{name}' is discrete ({kind}); a guide needs a density on R^D. {cure}"
+
+
+def is_model(model: Any, name: str) -> None:
+    """Refuse what cannot be called as a model."""
+    wrong = ""
+    if inspect.isclass(model):
+        wrong = f"the class {name}; pass an instance of it, {name}(...)"
+    elif not callable(model):
+        wrong = f"a {type(model).__name__}"
+    elif inspect.iscoroutinefunction(model) or inspect.isgeneratorfunction(model):
+        wrong = f"{name}, whose body does not run when it is called (async or yield)"
+    if wrong:
+        raise ModelError(f"A model is a function that calls pyro.sample; got {wrong}.")
 
 
 def same_structure(traces: Sequence[poutine.Trace]) -> None:

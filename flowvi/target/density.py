@@ -57,7 +57,7 @@ def from_density(
     Raises:
         ModelError: The density cannot be evaluated or captured.
     """
-    plain = _Plain(log_prob, dict(sites))
+    plain = _Plain(log_prob, sites)
     if local is None and data is None:
         return plain.target()
     if local is None or data is None:
@@ -71,10 +71,21 @@ def from_density(
 class _Plain:
     """One density on its way to a target."""
 
-    def __init__(self, log_prob: Callable[..., Tensor], sites: dict[str, Site]) -> None:
+    def __init__(self, log_prob: Callable[..., Tensor], sites: Mapping[str, Site]) -> None:
+        for site in sites.values() if isinstance(sites, Mapping) else [None]:
+            if not isinstance(site, Site):
+                sites = {}
         if not sites:
-            raise ModelError("from_density needs at least one site, such as {'mu': flowvi.Site()}.")
-        self.log_prob, self.sites = log_prob, sites
+            raise ModelError(
+                "from_density needs a dictionary of at least one site, such as "
+                "{'mu': flowvi.Site()}."
+            )
+        if not callable(log_prob):
+            raise ModelError(
+                "from_density needs a function of the values of sites; got a "
+                f"{type(log_prob).__name__}."
+            )
+        self.log_prob, self.sites = log_prob, dict(sites)
         self.name = getattr(log_prob, "__name__", type(log_prob).__name__)
         self.slices: dict[str, slice] = {}
         self.shapes: dict[str, torch.Size] = {}
@@ -86,6 +97,8 @@ class _Plain:
             self.slices[name] = slice(start, start + shape.numel())
             start += shape.numel()
         self.dim = start
+        if not start:
+            raise ModelError("The sites have no elements: there is nothing to fit.")
 
     def target(self) -> Target:
         trial = Trial(self._points())

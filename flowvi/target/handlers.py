@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from numbers import Number
 from typing import Any
 
@@ -241,14 +241,37 @@ def run(
     return poutine.trace(model).get_trace(*args, **kwargs)
 
 
-def _as_data(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        return value
-    if isinstance(value, np.ndarray | np.generic | Number | list | tuple):
-        return torch.as_tensor(value)
-    raise ModelError(
-        f"Site '{name}' observes a {type(value).__name__}; pass a tensor (torch.as_tensor)."
-    )
+def as_tensor(value: Any) -> Any:
+    """An array of numbers, or a column of a table, as a tensor; all else as it is."""
+    array = value.to_numpy() if _is_column(value) else value
+    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
+        # Torch warns of an array that cannot be written to, and takes no negative strides.
+        return torch.as_tensor(np.require(array, requirements=["C", "W"]))
+    return value
+
+
+def _is_column(value: Any) -> bool:
+    """Whether a value is a column of a pandas or polars table."""
+    kind = type(value)
+    return kind.__name__ == "Series" and kind.__module__.split(".")[0] in ("pandas", "polars")
+
+
+def _as_data(name: str, given: Any) -> Tensor:
+    value = as_tensor(given)
+    if isinstance(value, np.generic | Number | list | tuple) and not isinstance(value, str):
+        with suppress(TypeError, ValueError):
+            value = torch.as_tensor(value)
+    if not isinstance(value, Tensor):
+        what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else "a "
+        what += "" if isinstance(value, np.ndarray) else type(given).__name__
+        raise ModelError(
+            f"Site '{name}' observes {what}; pass numbers, as a tensor (torch.as_tensor)."
+        )
+    if value.is_complex():
+        raise ModelError(
+            f"Site '{name}' observes complex numbers; observe their real and imaginary parts."
+        )
+    return value
 
 
 def _scorable(value: Tensor, site: Mapping[str, Any]) -> Tensor:

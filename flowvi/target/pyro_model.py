@@ -66,6 +66,7 @@ def from_pyro(
         ModelError: The model cannot be written as a density on R^D; the
             message names the site or line and says what to do.
     """
+    checks.is_model(model, name_of(model))
     with own_randomness(0):
         if local is not None:
             return from_local_model(Runner(model, args, kwargs), name_of(model), local)
@@ -109,6 +110,8 @@ class _Capture:
         self.first, self.data = runs[0]
         checks.same_structure(self.traces)
         self.layout = layout_of(self.first, checks.latent_sites(self.first, name))
+        if not any(shape.numel() for shape in self.layout.shapes.values()):
+            raise ModelError(f"The latents of {name} have no elements: there is nothing to fit.")
         checks.subsampled_plates(self.first, runner.drawn)
         scores.observations(self.first, self.data)
         scores.score(self.first)

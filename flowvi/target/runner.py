@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import numpy as np
 import pyro
 import torch
 from pyro import poutine
@@ -16,7 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flowvi.target import checks, scores
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Prior, quiet, run
+from flowvi.target.handlers import Owned, Prior, as_tensor, quiet, run
 from flowvi.target.parameters import Parameters
 from flowvi.target.samplers import RightSamples
 
@@ -42,11 +41,8 @@ class Runner:
     replaced: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        # Numpy arrays become tensors; everything else is the model's own business.
-        self.args, self.kwargs = tree_map(
-            lambda x: torch.as_tensor(x) if isinstance(x, np.ndarray) else x,
-            (self.args, self.kwargs),
-        )
+        # Arrays and columns of numbers become tensors; all else is the model's own business.
+        self.args, self.kwargs = tree_map(as_tensor, (self.args, self.kwargs))
 
     @property
     def dtype(self) -> torch.dtype:
@@ -67,16 +63,42 @@ class Runner:
     def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior, and the data that it observed, as they were given."""
         owned = Owned(self.parameters)
-        handlers = (checks.LastSite(), Prior(self.dtype), RightSamples(), owned)
+        last = checks.LastSite()
+        handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known())
         with torch.no_grad(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)
-            except ValueError as error:
-                if cause := scores.nan_in(self.arguments()):
-                    raise ModelError(f"The model fails.{cause} {error}") from error
+            except Exception as error:
+                self._blame(error, last)
+                last.told(error)
                 raise
         self.drawn = owned.drawn
         return trace, owned.data
+
+    def _blame(self, error: Exception, last: checks.LastSite) -> None:
+        """Say what the model failed of, if it is to be seen in its arguments."""
+        if isinstance(error, ModelError):
+            return
+        several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""
+        cause = scores.not_finite_in(self.arguments()) if isinstance(error, ValueError) else ""
+        if several or cause:
+            raise ModelError(f"The model fails. {several}{cause} {error}") from error
+
+    def _devices(self, sites: Mapping[str, torch.device]) -> str:
+        """Which tensors lie on which devices, in words; empty if all lie on one."""
+        found = {
+            f"argument '{name}'": leaf.device
+            for name, value in self.arguments().items()
+            for leaf in tree_leaves(value)
+            if isinstance(leaf, Tensor)
+        }
+        found |= {f"parameter '{n}'": p.device for n, p in self.parameters.leaves.items()}
+        found |= sites
+        first = {device: name for name, device in reversed(found.items())}
+        if len(first) < 2:
+            return ""
+        words = ", ".join(f"{name} lies on {device}" for device, name in first.items())
+        return f"Tensors of the model lie on several devices: {words}. Move them to one."
 
     def trace(
         self, handler: Any, inputs: Sequence[Tensor] = (), enumerate_from: int | None = None

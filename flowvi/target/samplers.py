@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor
-from torch.distributions import Beta, LKJCholesky
+from torch.distributions import Beta, LKJCholesky, Wishart
 
 
 class RightSamples(Messenger):
@@ -15,9 +15,11 @@ class RightSamples(Messenger):
 
     def _pyro_sample(self, msg: Any) -> None:
         if msg["value"] is None and not msg["is_observed"] and not msg["done"]:
-            lkj = _inside(msg["fn"])
-            if lkj is not None:
-                msg["value"], msg["done"] = sample_lkj(msg["fn"], lkj), True
+            inner = _inside(msg["fn"])
+            if isinstance(inner, LKJCholesky):
+                msg["value"], msg["done"] = sample_lkj(msg["fn"], inner), True
+            elif isinstance(inner, Wishart):
+                msg["value"], msg["done"] = sample_wishart(msg["fn"], inner), True
 
 
 def sample_lkj(fn: Any, lkj: LKJCholesky) -> Tensor:
@@ -47,9 +49,26 @@ def sample_lkj(fn: Any, lkj: LKJCholesky) -> Tensor:
     return drawn
 
 
-def _inside(fn: Any) -> LKJCholesky | None:
-    """The distribution of Cholesky factors that a distribution is made of."""
-    while not isinstance(fn, LKJCholesky):
+def sample_wishart(fn: Any, wishart: Wishart) -> Tensor:
+    """Draw from a distribution with a Wishart inside, by Bartlett's decomposition.
+
+    Torch warns of singular matrices, and draws again, where a matrix is not singular.
+
+    Args:
+        fn: What is drawn from.
+        wishart: The distribution of matrices in it; left as it was.
+    """
+    vars(wishart)["rsample"] = wishart._bartlett_sampling
+    try:
+        drawn: Tensor = fn.sample()
+    finally:
+        del vars(wishart)["rsample"]
+    return drawn
+
+
+def _inside(fn: Any) -> LKJCholesky | Wishart | None:
+    """The distribution of matrices that a distribution is made of."""
+    while not isinstance(fn, LKJCholesky | Wishart):
         if "base_dist" not in vars(fn):
             return None
         fn = fn.base_dist

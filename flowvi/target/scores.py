@@ -6,14 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.util import check_site_shape
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
-from flowvi.target.checks import scored
+from flowvi.target.checks import innermost, scored
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import mask_of
+
+# Their densities leave out what is nan.
+NAN_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
 
 
 def score(trace: poutine.Trace) -> None:
@@ -48,7 +53,10 @@ def site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:
             if own == rows and not strict:
                 continue
             hint = f" '{name}' has values of shape {own}"
-            hint += f" and a distribution of shape {tuple(site['fn'].batch_shape)}."
+            hint += f" and a distribution of shape {tuple(site['fn'].batch_shape)}"
+            fits = tuple(n for n in own if n != 1)
+            meant = len(fits) < len(own) and fits == tuple(site["fn"].batch_shape)
+            hint += f"; did you mean {fits}?" if meant else "."
             raise ModelError(f"{error}\n {hint}") from None
 
 
@@ -68,23 +76,31 @@ def observations(trace: poutine.Trace, data: Mapping[str, Tensor]) -> None:
             keep = keep & mask
         if mask is False or keep.shape != lead:
             continue
+        if isinstance(innermost(fn), NAN_MASKED):
+            # There nan stands for what is missing.
+            value = value.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         if value.is_floating_point():
             bad = keep & ~value.isfinite().reshape(*lead, -1).all(-1)
             if bad.any():
                 kind = "nan" if value[tuple(_first(bad))].isnan().any() else "infinite"
                 raise ModelError(
-                    f"Site '{name}': {int(bad.sum())} of {bad.numel()} values are {kind} (first "
-                    f"at {_first(bad)}). Mask them (obs_mask= or poutine.mask) or drop the rows."
+                    f"Site '{name}': {_of(bad)} {kind} (first at {_first(bad)}). Mask what is "
+                    "missing (obs_mask=, poutine.mask or NanMaskedNormal), or drop the rows."
                 )
         inside = fn.support.check(value)
         if inside.shape == lead and (keep & ~inside).any():
             bad = keep & ~inside
             raise ModelError(
-                f"Site '{name}': {int(bad.sum())} of {bad.numel()} values lie outside the support "
-                f"{fn.support!r} of {type(fn).__name__} (first at {_first(bad)}: "
+                f"Site '{name}': {_of(bad)} outside the support {fn.support!r} "
+                f"of {type(fn).__name__} (first at {_first(bad)}: "
                 f"{given[tuple(_first(bad))].tolist()}). Correct the data, mask them, or change "
                 "the likelihood."
             )
+
+
+def _of(bad: Tensor) -> str:
+    n = int(bad.sum())
+    return f"{n} of {bad.numel()} values {'is' if n == 1 else 'are'}"
 
 
 def _first(bad: Tensor) -> list[int]:
@@ -92,14 +108,17 @@ def _first(bad: Tensor) -> list[int]:
     return where
 
 
-def nan_in(arguments: Mapping[str, Any]) -> str:
-    """Which arguments of a model hold NaN, in words; empty if none does."""
-    bad = {
-        name: int(value.isnan().sum())
-        for name, value in arguments.items()
-        if isinstance(value, Tensor) and value.is_floating_point() and value.isnan().any()
-    }
-    return "".join(f" Its argument '{name}' holds nan in {n} places." for name, n in bad.items())
+def not_finite_in(arguments: Mapping[str, Any]) -> str:
+    """Which arguments of a model hold NaN or infinite values, in words; empty if none does."""
+    words = ""
+    for name, given in arguments.items():
+        for value in tree_leaves(given):
+            if isinstance(value, Tensor) and value.is_floating_point():
+                for what, bad in (("nan", value.isnan()), ("inf", value.isinf())):
+                    if n := int(bad.sum()):
+                        places = f"{n} place{'s' if n > 1 else ''}"
+                        words += f" Its argument '{name}' holds {what} in {places}."
+    return words
 
 
 def where_not_finite(trace: poutine.Trace, tries: int, arguments: Mapping[str, Any]) -> str:
@@ -110,6 +129,6 @@ def where_not_finite(trace: poutine.Trace, tries: int, arguments: Mapping[str, A
             return (
                 f"The log density at site '{name}' is {value.item()} at all of {tries} starting "
                 "points. Check the scale of the data against the prior: rescale the data, widen "
-                f"the prior, or use double precision.{nan_in(arguments)}"
+                f"the prior, or use double precision.{not_finite_in(arguments)}"
             )
     return f"The model could not be evaluated at any of {tries} starting points."

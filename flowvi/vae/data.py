@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from flowvi.arguments import known
 from flowvi.vae.image_files import SEED, SPLITS, digits, read
 
 
@@ -128,8 +129,7 @@ def load(
         ``chardata.mat``. Marlin et al. (2010), "Inductive principles for
         restricted Boltzmann machine learning": the silhouettes.
     """
-    if binarise not in WAYS:
-        raise ValueError(f"No binarisation named '{binarise}'; choose from {', '.join(WAYS)}.")
+    known("binarisation", binarise, WAYS)
     name, arrays = digits() if path is None else read(Path(path), split)
     levels = {k: arrays[f"{k}_x"] for k in SPLITS}
     found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}

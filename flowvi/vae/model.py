@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.amortised import Amortised
+from flowvi.arguments import known
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.nets import NETS, Decoder, Encoder, pixel_means
 from flowvi.vae.posteriors import posterior
@@ -156,8 +157,7 @@ def named(
     *arguments: Any,
 ) -> T:
     """A row of a registry, built; an error that names the choices, or the sizes that it takes."""
-    if name not in registry:
-        raise ValueError(f"No {kind} named '{name}'; choose from {', '.join(sorted(registry))}.")
+    known(kind, name, sorted(registry))
     takes = list(inspect.signature(registry[name]).parameters)[len(arguments) :]
     for size in sizes or {}:
         if size not in takes:

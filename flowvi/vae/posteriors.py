@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowvi.arguments import known
 from flowvi.flows import FLOWS, Chain, Diagonal, Layer, Triangular
 from flowvi.flows.nets import required
 from flowvi.guides import FlowGuide, Guide
@@ -23,9 +24,7 @@ def posterior(name: str, dim: int, context_dim: int, **sizes: Any) -> Guide:
         context_dim: Number of features C.
         **sizes: Of the flow, such as its depth.
     """
-    if name not in POSTERIORS:
-        choices = ", ".join(sorted(POSTERIORS))
-        raise ValueError(f"No guide of a VAE is named '{name}'; choose from {choices}.")
+    known("guide of a VAE", name, sorted(POSTERIORS))
     try:
         return POSTERIORS[name](dim, context_dim, **sizes)
     except TypeError:
