@@ -64,6 +64,7 @@ class BlockGuide(Guide):
                 raise ValueError(f"Block {i} can only be given blocks before it; got {part.given}.")
         self.guides = nn.ModuleList(part.guide for part in parts)
         self.given = [part.given for part in parts]
+        self.flat = not any(self.given) and all(part.guide.flat for part in parts)
         self.sizes = [len(part.columns) for part in parts]
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("origin", torch.zeros(self.dim))

@@ -105,7 +105,9 @@ def refine(
         Gaussian variational approximation", arXiv:2109.00375: the step.
     """
     best = current = start if math.isfinite(start.elbo) else score(target, start, judge)
-    pairs = int(np.clip(target.dim, FEWEST_PAIRS, MOST_PAIRS))
+    # A matrix takes as many draws as it has rows; scales of independent coordinates do not.
+    flat = start.scale_tril.dim() == 1
+    pairs = FEWEST_PAIRS if flat else int(np.clip(target.dim, FEWEST_PAIRS, MOST_PAIRS))
     rate, stale = FIRST_RATE, 0
     for _ in range(rounds):
         for _ in range(REFINE_STEPS):
@@ -212,8 +214,8 @@ def value_and_score(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def diagonal_of(g: Gaussian) -> Gaussian:
-    """The diagonal Gaussian nearest in KL(q || p)."""
-    return replace(g, scale_tril=nearest_scales(g.scale_tril).diag())
+    """The diagonal Gaussian nearest in KL(q || p), with its scales alone, (D)."""
+    return replace(g, scale_tril=nearest_scales(g.scale_tril))
 
 
 def factor_of(covariance: Tensor) -> Tensor:

@@ -76,6 +76,7 @@ class Guide(nn.Module):
     Attributes:
         dim: Length D of z.
         pathwise: Whether the gradient of an average over draws is that of the draws.
+        flat: Whether `start` makes no use of correlations: of a Gaussian, the scales are enough.
         joint: Whether z is drawn with other variables, so that its own density is an integral.
         kind: What `make_guide` calls such guides, where they can be made again by name.
         spec: The sizes with which it makes this one, if it can.
@@ -83,6 +84,7 @@ class Guide(nn.Module):
 
     dim: int
     pathwise: ClassVar[bool] = True
+    flat: bool = False
     joint: ClassVar[bool] = False
     kind: ClassVar[str] = ""
     spec: dict[str, Any] | None = None
@@ -191,6 +193,8 @@ class MeanField(Pushforward):
         context_dim: Length C of the context that mean and scales depend on; 0 for none.
     """
 
+    flat = True
+
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__(dim, Chain([]), Diagonal(dim, context_dim))
 
@@ -216,6 +220,8 @@ class LowRankNormal(Pushforward):
         rank: Rank R of the matrix.
     """
 
+    flat = True
+
     def __init__(self, dim: int, context_dim: int = 0, rank: int = 8) -> None:
         super().__init__(dim, Chain([]), LowRank(dim, context_dim, rank))
 
@@ -228,6 +234,8 @@ class KroneckerNormal(Pushforward):
         context_dim: Length C of the context that its mean depends on; 0 for none.
         rows: Number of rows of the matrix.
     """
+
+    flat = True
 
     def __init__(self, dim: int, context_dim: int = 0, rows: int | None = None) -> None:
         super().__init__(dim, Chain([]), Kronecker(dim, context_dim, rows))
@@ -407,6 +415,12 @@ def make_guide(
         affine = Triangular if dim <= FULL_RANK_DIM else LowRank
         return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))
     raise ValueError(unknown("guide", name, sorted(guide_names())))
+
+
+def starts_flat(name: str) -> bool:
+    """Whether the guide of a name makes no use of correlations when it starts: see `Guide.flat`."""
+    kind = GUIDES.get(name)
+    return isinstance(kind, type) and issubclass(kind, Guide) and kind.flat
 
 
 def guide_names() -> set[str]:

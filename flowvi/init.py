@@ -58,7 +58,7 @@ def best_gaussian(
     Args:
         target: The log density.
         seed: Of the start points and draws.
-        diagonal: Restrict the covariance to a diagonal.
+        diagonal: Restrict the covariance to a diagonal, of which there are only the scales, (D).
         say: Takes a sentence about every decision.
         over: Asked now and then whether to make do with what there is.
         median: Of the prior, (D), another point to start from.
@@ -71,7 +71,7 @@ def best_gaussian(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
     blind, aware = [], []
-    for group in candidates(target, generator, median):
+    for group in candidates(target, generator, median, diagonal):
         scored = [score(target, g, judge) for g in group]
         blind.append(scored[0])
         aware.append(max(scored[1:], key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf))
@@ -86,7 +86,7 @@ def best_gaussian(
             f"The log density of {target.name} is not finite around any start point; "
             "rescale the data or narrow the priors."
         )
-    if diagonal and target.dim <= FULL_RANK_DIM:
+    if diagonal:
         found = [score(target, diagonal_of(g), judge) for g in found]
     found = sorted(found, key=lambda g: -g.elbo)
 
@@ -104,11 +104,15 @@ def best_gaussian(
 
 
 def candidates(
-    target: Target, generator: torch.Generator, median: Tensor | None = None
+    target: Target,
+    generator: torch.Generator,
+    median: Tensor | None = None,
+    diagonal: bool = False,
 ) -> Iterator[list[Gaussian]]:
     """Normals to start from: for each start point, guesses of several kinds."""
+    dense = target.dim <= (LARGE if diagonal else FULL_RANK_DIM)
     identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
-    identity = identity.diag() if target.dim <= FULL_RANK_DIM else identity
+    identity = identity.diag() if dense else identity
     starts = target.starts(generator)
     if median is not None:
         # The last of them is random.
@@ -123,8 +127,8 @@ def candidates(
             Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
-        group += _pathfinder(target, [z, *path], f"on the way to mode {i}")
-        if target.dim <= FULL_RANK_DIM:
+        group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
+        if dense:
             few = path[:-1] if target.dim <= 100 else []
             for k, point in enumerate(_thinned(few, PATH_POINTS)):
                 group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
@@ -132,7 +136,7 @@ def candidates(
         yield group
 
 
-def _pathfinder(target: Target, path: list[Tensor], where: str) -> list[Gaussian]:
+def _pathfinder(target: Target, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:
     """Normals from the curvature along the path itself, at some of its points."""
     points = torch.stack(path)
     _, gradients = scores_in_chunks(target, points)
@@ -140,7 +144,6 @@ def _pathfinder(target: Target, path: list[Tensor], where: str) -> list[Gaussian
     for k, e in enumerate(_thinned(list(estimates(points, gradients)), PATH_POINTS)):
         variances = e.inverse.variances()
         if e.loc.isfinite().all() and bool((variances > 0).all()):
-            dense = target.dim <= FULL_RANK_DIM
             scale = factor_of(e.inverse.dense()) if dense else variances.sqrt()
             found.append(Gaussian(e.loc, scale, f"Pathfinder {k} {where}"))
     return found

@@ -67,6 +67,7 @@ class MultiplicativeGuide(Guide):
         arXiv:1905.03290: the estimate of the density of z alone.
     """
 
+    flat = True
     joint: ClassVar[bool] = True
     kind: ClassVar[str] = "multiplicative"
 

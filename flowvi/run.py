@@ -15,7 +15,7 @@ from flowvi.coverage import left_out, sentence
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, diagnose, draw, stream
 from flowvi.gaussians import Gaussian, distinct
-from flowvi.guides import FULL_RANK_DIM, Guide, MixtureGuide, make_guide
+from flowvi.guides import FULL_RANK_DIM, Guide, MixtureGuide, make_guide, starts_flat
 from flowvi.init import best_gaussian
 from flowvi.look import check_integrable, look
 from flowvi.overlap import overlap
@@ -147,7 +147,7 @@ class Run:
         best, others = best_gaussian(
             self.target,
             self.seed(BUILD),
-            self.name == "meanfield",
+            starts_flat(self.name) if self.given is None else self.given.flat,
             say,
             lambda: clock.over(START_SHARE),
             seen.median,
