@@ -51,6 +51,8 @@ def path(name: str, value: Any) -> Path:
         TypeError: It is none.
     """
     wanted(name, value, (str, os.PathLike), "the path of a folder")
+    if not os.fspath(value):
+        raise ValueError(f"{name} must be the path of a folder; got {value!r}.")
     return Path(value)
 
 

@@ -6,6 +6,8 @@ Everything that differs between them is in this module.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +19,8 @@ if TYPE_CHECKING:
 
 ENGINE = "h5netcdf"  # the one that both versions read
 ZARR = ".zarr"
+# Deflation makes a file smaller by so much at most; groups within groups.
+MOST_PACKED, DEEPEST = 1032, 8
 
 
 def make_groups(datasets: dict[str, Any]) -> az.InferenceData:
@@ -69,16 +73,72 @@ def read_groups(path: Path) -> az.InferenceData:
     """Read what `write_groups` wrote.
 
     Raises:
-        ValueError: It cannot be read.
+        ValueError: It cannot be read, or points at other files.
     """
     try:
         if path.suffix == ZARR:
             _zarr()
+        else:
+            _check_file(path)
         return _read(path)
     except ImportError:
         raise
     except Exception as error:  # whatever the reader makes of a file of another kind
-        raise ValueError(f"{path} cannot be read as ArviZ's groups: {error}") from error
+        raise ValueError(
+            f"{path} cannot be read as ArviZ's groups: {error}.{_rebuilt(path)}"
+        ) from error
+
+
+@contextmanager
+def as_written(path: Path) -> Iterator[None]:
+    """Say of a file that it lacks what flowvi writes, whatever comes of that."""
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, RecursionError) as error:
+        what = f"{type(error).__name__}: {error}"
+        raise ValueError(f"{path} does not hold what flowvi writes there ({what}).") from error
+
+
+def _check_file(path: Path) -> None:
+    """Refuse a file of others that leads out of itself, or claims more than it can hold."""
+    import h5py
+
+    if not path.is_file():
+        raise ValueError("it is no regular file" if path.exists() else "it is missing")
+    size = path.stat().st_size
+    with h5py.File(path, "r") as file:
+        _check_group(file, MOST_PACKED * size, [])
+
+
+def _check_group(group: Any, most: float, above: list[Any]) -> None:
+    import h5py
+
+    if len(above) > DEEPEST:
+        raise ValueError("its groups lie too deep within each other")
+    for name in group:
+        if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+            raise ValueError(f"'{name}' is a link")
+        item = group[name]
+        if isinstance(item, h5py.Group):
+            if item in above:
+                raise ValueError(f"'{name}' holds itself")
+            _check_group(item, most, [*above, group])
+        elif isinstance(item, h5py.Dataset):
+            if item.external or item.is_virtual:
+                raise ValueError(f"the values of '{name}' are in another file")
+            if item.nbytes > most:
+                raise ValueError(f"'{name}' claims {item.size} values, more than the file can hold")
+
+
+def _rebuilt(path: Path) -> str:
+    """What is left of results whose draws cannot be read."""
+    fit = path.parent / "fit"
+    if not (fit / "fit.json").is_file():
+        return ""
+    return (
+        f" The fit itself is still in {fit}: flowvi.load('{fit}', target).draw(4000) makes the "
+        "draws again, to_inference_data the file."
+    )
 
 
 def _read(path: Path) -> Any:

@@ -214,3 +214,69 @@ def test_impossible_weights_are_refused(log_w, message):
 def test_values_of_another_length_are_refused(rng):
     with pytest.raises(ValueError, match=r"'x' must begin with the shape \(200,\)"):
         diagnose(np.zeros(200), {"x": np.zeros(100)})
+
+
+# Corner cases of k-hat, through the weights of arrays.
+
+
+def weights(rng, kind):
+    normal = rng.normal(size=4000)
+    return {
+        "equal": np.zeros(4000),
+        "equal and far from zero": np.full(4000, -5000.0),
+        "equal in single precision": np.float32(-31.3) + np.float32(1e-4) * normal,
+        "equal chains": np.zeros((4, 1000)),
+        "equal where they are not zero": np.where(np.arange(4000) < 10, -np.inf, 2.0),
+        "a few zero": np.where(np.arange(4000) < 3, -np.inf, 0.1 * normal),
+        "half zero": np.where(np.arange(4000) < 2000, -np.inf, 0.1 * normal),
+        "two values": np.where(rng.uniform(size=4000) < 0.5, 0.0, 1.0),
+        "bounded": np.log(rng.uniform(0.5, 1.0, size=4000)),
+        "thin": np.log(rng.beta(2.0, 5.0, size=4000)),
+        "light": 0.3 * rng.exponential(size=4000),
+        "heavy": 0.9 * rng.exponential(size=4000),
+        "a hundred": 0.1 * normal[:100],
+        "all but five zero": np.where(np.arange(4000) >= 5, -np.inf, 0.1 * normal),
+        "hopeless": 1e150 * normal,
+    }[kind]
+
+
+@pytest.mark.parametrize(
+    ("kind", "low", "high", "verdict"),
+    [
+        ("equal", -math.inf, -math.inf, TRUST),
+        ("equal and far from zero", -math.inf, -math.inf, TRUST),
+        ("equal in single precision", -math.inf, -math.inf, TRUST),
+        ("equal chains", -math.inf, -math.inf, TRUST),
+        ("equal where they are not zero", -math.inf, -math.inf, RESAMPLE),
+        ("a few zero", -1.0, 0.2, RESAMPLE),
+        ("half zero", -1.0, 0.2, RESAMPLE),
+        ("two values", -math.inf, -math.inf, RESAMPLE),
+        # The tail of a density that ends at its upper limit with a jump has shape -1.
+        ("bounded", -1.2, -0.7, RESAMPLE),
+        ("thin", -0.5, 0.1, RESAMPLE),
+        ("light", 0.1, 0.5, RESAMPLE),
+        ("heavy", 0.7, 1.2, DISTRUST),
+        ("a hundred", -1.0, 0.5, TRUST),
+        ("all but five zero", -math.inf, 1.0, DISTRUST),
+        ("hopeless", 1.0, math.inf, DISTRUST),
+    ],
+)
+def test_khat_in_its_corner_cases(rng, kind, low, high, verdict):
+    d = diagnose(weights(rng, kind))
+
+    assert low <= d.khat <= high
+    assert d.verdict == verdict
+    assert math.isfinite(d.log_evidence) and d.ess >= 1 - 1e-9
+
+
+@pytest.mark.parametrize("wrong", [np.nan, np.inf])
+def test_one_weight_that_is_no_number_is_counted(rng, wrong):
+    log_w = np.r_[wrong, rng.normal(size=200)]
+
+    with pytest.raises(ValueError, match="1 of 201 log weights are NaN or"):
+        diagnose(log_w)
+
+
+def test_ninety_nine_draws_are_too_few(rng):
+    with pytest.raises(ValueError, match="needs >= 100 draws in each chain; got 99"):
+        diagnose(rng.normal(size=99))

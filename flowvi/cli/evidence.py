@@ -11,6 +11,7 @@ from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
 from flowvi.evidence import evidence
+from flowvi.groups import as_written, read_groups
 
 if TYPE_CHECKING:
     import arviz as az
@@ -55,7 +56,7 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_jso
     if (folder / "guide.nc").exists():
         # The fit ended in Markov chains.
         draws, mcmc = folder / "guide.nc", mcmc or draws
-    with plain_warnings(), said_plainly():
+    with plain_warnings(), said_plainly(), as_written(folder):
         found = evidence(_read(draws), None if mcmc is None else _read(mcmc))
     import matplotlib as mpl
 
@@ -71,11 +72,6 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_jso
 
 
 def _read(file: Path) -> az.InferenceData:
-    import arviz as az
-
     if not file.is_file():
         raise click.UsageError(f"There is no {file}; name a folder that `flowvi fit` wrote.")
-    try:
-        return az.from_netcdf(str(file), engine="h5netcdf")
-    except Exception as error:  # whatever the reader makes of a file that is not NetCDF
-        raise click.ClickException(f"{file} cannot be read as NetCDF: {error}") from error
+    return read_groups(file)

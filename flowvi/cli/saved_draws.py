@@ -11,7 +11,7 @@ from flowvi.cli.answers import answer, json_option
 from flowvi.cli.fitting import MAX_SEED
 from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
 from flowvi.compare import compare
-from flowvi.groups import read_groups, write_groups
+from flowvi.groups import as_written, read_groups, write_groups
 from flowvi.saved import diagnosis_of, resample_groups
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -45,11 +45,11 @@ def resample_command(
     The result is one chain of draws that weigh the same. The model file is not needed.
     """
     guide = folder / "guide.nc"
-    with plain_warnings(), said_plainly():
+    with plain_warnings(), said_plainly(), as_written(folder):
         found = read_groups(guide if guide.exists() else folder / "posterior.nc")
         new = resample_groups(found, seed, draws)
+        diagnosis = diagnosis_of(found)
     results.whole(folder / "resampled.nc", lambda file: write_groups(new, file))
-    diagnosis = diagnosis_of(found)
     good = diagnosis is not None and (
         diagnosis.khat < diagnosis.khat_threshold and diagnosis.verdict != results.DISTRUST
     )

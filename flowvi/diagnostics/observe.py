@@ -58,7 +58,7 @@ def reasons(found: Sequence[Finding]) -> tuple[str, ...]:
 def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     """Restarts worth keeping, (chain), and a word on the others."""
     evidence = logsumexp(chains, axis=1)
-    kept = evidence > evidence.max() + math.log(MIN_SHARE)
+    kept = evidence >= evidence.max() + math.log(MIN_SHARE)
     if kept.all():
         return kept, []
     names = ", ".join(str(chain) for chain in np.flatnonzero(~kept))

@@ -15,7 +15,7 @@ from flowvi.draws import Draws, diagnose, resample
 from flowvi.evidence import evidence
 from flowvi.files import CheckpointError
 from flowvi.fit import Fit
-from flowvi.groups import has_group, read_groups
+from flowvi.groups import as_written, has_group, read_groups
 from flowvi.identity import latents
 from flowvi.inference_data import all_groups
 from flowvi.saved import diagnosis_of, draws_of, facts
@@ -80,6 +80,11 @@ def of_folder(folder: Path) -> Contents:
     """
     if not (folder / POSTERIOR).is_file():
         raise ValueError(f"There is no {folder / POSTERIOR}; name a folder that flowvi fit wrote.")
+    with as_written(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Contents:
     plain = read_groups(folder / POSTERIOR)
     diagnosis = diagnosis_of(plain)
     kept = plain
