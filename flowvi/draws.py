@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,8 +11,9 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from flowvi import diagnostics
+from flowvi import diagnostics, memory
 from flowvi.arguments import given, unknown, wanted, whole
+from flowvi.columns import Columns
 from flowvi.diagnostics import Bounds, Diagnosis, Where
 from flowvi.guides import Guide
 from flowvi.randomness import own_randomness
@@ -20,6 +21,10 @@ from flowvi.target import Target
 
 DRAWING = 0
 EXPECTED = "the draws of a fit, such as fit.draw(4000)"
+# Columns of the table beside those of the values, which have names.
+POINT, LOG_P, LOG_Q = range(3)
+# Number n -> draws (n, D) and their log density (n).
+Sample = Callable[[int], tuple[Tensor, Tensor]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -129,7 +134,7 @@ def draw(
     seed: int = 0,
     meta: dict[str, Any] | None = None,
 ) -> Draws:
-    """Draw from each guide and evaluate the target there.
+    """Draw from each guide and evaluate the target there, within `memory.limit()`.
 
     The caller's random number generators are left as they were.
 
@@ -141,13 +146,13 @@ def draw(
         meta: JSON-able facts about the fit, kept with the draws.
     """
     n = whole("n", n)
-    sizes = [min(target.chunk(), n - start) for start in range(0, n, target.chunk())]
     with torch.no_grad(), own_randomness(stream(seed, DRAWING)):
-        return tabulate(target, [_pieces(guide, sizes) for guide in guides], meta)
+        return tabulate(target, n, [in_pieces(sampler(guide), n) for guide in guides], meta)
 
 
 def tabulate(
     target: Target,
+    n: int,
     chains: Sequence[Iterable[tuple[Tensor, Tensor]]],
     meta: dict[str, Any] | None = None,
     stats: dict[str, np.ndarray] | None = None,
@@ -156,13 +161,22 @@ def tabulate(
 
     Args:
         target: The log density.
-        chains: For each chain, pieces z (N, D) and log q (N) of `target.chunk()` at most.
+        n: Draws of each chain.
+        chains: For each chain, pieces z (k, D) and log q (k) of so many draws.
         meta: JSON-able facts about the draws.
         stats: Facts about each draw, (chain, draw).
     """
-    done = [_chain(target, pieces) for pieces in chains]
-    z, log_p, log_q = (np.stack(column) for column in list(zip(*done, strict=True))[:3])
-    values = {name: np.stack([chain[3][name] for chain in done]) for name in done[0][3]}
+    columns: Columns[int | str] = Columns(n * len(chains))
+    for pieces in chains:
+        for piece in pieces:
+            for some in zip(*(t.split(target.chunk()) for t in piece), strict=True):
+                columns.add(_piece(target, *some))
+    table = {
+        name: column.reshape(len(chains), n, *column.shape[1:])
+        for name, column in columns.arrays.items()
+    }
+    z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    values = {str(name): column for name, column in table.items()}
     log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
     # A draw that cannot be scored has weight zero.
     log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
@@ -340,24 +354,33 @@ def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
     }
 
 
-def _pieces(guide: Guide, sizes: Sequence[int]) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws of one guide, each piece made when it is asked for."""
-    for size in sizes:
-        yield guide.sample((size,))
+def sampler(guide: Guide) -> Sample:
+    """A guide as a function of the number of draws."""
+    return lambda n: guide.sample((n,))
 
 
-def _chain(
-    target: Target, pieces: Iterable[tuple[Tensor, Tensor]]
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, dict[str, np.ndarray]]:
-    """One chain: z, log_p, log_q and values."""
-    chunks = ((z, target.log_prob(z), log_q, target.constrain(z)) for z, log_q in pieces)
-    z, log_p, log_q, values = zip(*chunks, strict=True)
-    named = {name: _joined([chunk[name] for chunk in values]) for name in values[0]}
-    return _joined(z), _joined(log_p), _joined(log_q), named
+def piece(sample: Sample) -> int:
+    """How many draws to make at a time: as many whatever `max_memory` is, on which no draw depends.
+
+    Args:
+        sample: What draws them, as `sampler` makes it.
+    """
+    with torch.no_grad(), own_randomness():
+        return memory.cost(sample).fits(memory.PIECE)
 
 
-def _joined(chunks: Sequence[Tensor]) -> np.ndarray:
-    return torch.cat(list(chunks)).cpu().numpy()
+def in_pieces(sample: Sample, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Draws z (k, D) and their log density (k), n in all, each piece made when it is asked for."""
+    size = piece(sample)
+    for start in range(0, n, size):
+        yield sample(min(size, n - start))
+
+
+def _piece(target: Target, z: Tensor, log_q: Tensor) -> dict[int | str, Tensor]:
+    """A piece of the table: points, both densities, and the values there."""
+    found: dict[int | str, Tensor] = {POINT: z, LOG_P: target.log_prob(z), LOG_Q: log_q}
+    found.update(target.constrain(z))
+    return found
 
 
 def stratified(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:

@@ -13,12 +13,12 @@ from typing import Any, overload
 import numpy as np
 import torch
 
-from flowvi import parallel
+from flowvi import memory, parallel
 from flowvi._version import __version__
 from flowvi.arguments import given, known, path, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
-from flowvi.draws import Draws, draw, stream, tabulate
+from flowvi.draws import Draws, draw, in_pieces, stream, tabulate
 from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.gaussians import Gaussian
@@ -80,7 +80,7 @@ class Fit:
         """The guide with the best bound."""
         return self.guides[int(np.argmax(self.bounds))]
 
-    def draw(self, n: int = 4000, seed: int = 0) -> Draws:
+    def draw(self, n: int = 4000, seed: int = 0, max_memory: memory.MaxMemory = None) -> Draws:
         """Draw from every restart's guide and evaluate the target there.
 
         Where the fit ended in Markov chains their draws are returned, which have no
@@ -89,8 +89,12 @@ class Fit:
         Args:
             n: Draws from each guide, or at most from each chain.
             seed: Seed of the draws; the caller's generators are left alone.
+            max_memory: What this may take, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or 1 GB,
+                by default. A table that is larger lies in a temporary file. The draws do
+                not depend on it, and densities to rounding.
         """
-        drawn = draw(self.target, self.guides, n, seed, self.meta)
+        with memory.limited(max_memory):
+            drawn = draw(self.target, self.guides, n, seed, self.meta)
         if self.chains is None:
             return drawn
         return replace(self.chains.thinned(n), weighted=drawn)
@@ -107,10 +111,9 @@ class Fit:
         """
         if self.start is None:
             raise ValueError("This fit was loaded: its Gaussian start was not saved.")
-        chunk = self.target.chunk()
         with torch.no_grad(), own_randomness(stream(seed, START)):
-            pieces = [self.start.draw(min(chunk, n - done)) for done in range(0, n, chunk)]
-            return tabulate(self.target, [pieces], {"guide": "Gaussian start"})
+            pieces = in_pieces(self.start.draw, n)
+            return tabulate(self.target, n, [pieces], {"guide": "Gaussian start"})
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the fit to a folder, without pickle; `flowvi.load` reads it back."""

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 
 from flowvi._version import __version__
 from flowvi.arguments import wanted
+from flowvi.columns import Columns
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws import EXPECTED, Draws, diagnose
 from flowvi.groups import make_groups
@@ -257,9 +258,10 @@ def _log_likelihood(draws: Draws) -> Arrays:
     target = draws.target
     z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device).flatten(0, 1)
     with torch.no_grad():
-        chunks = [_arrays(target.log_likelihood(part)) for part in z.split(target.chunk())]
-    joined = {name: np.concatenate([chunk[name] for chunk in chunks]) for name in chunks[0]}
-    return _by_chain(joined, draws)
+        columns: Columns[str] = Columns(len(z))
+        for part in z.split(target.chunk()):
+            columns.add(target.log_likelihood(part))
+    return _by_chain(columns.arrays, draws)
 
 
 def _prior(target: Target, n: int, seed: int) -> dict[str, Arrays]:

@@ -107,6 +107,7 @@ def run_chains(
     with torch.no_grad():
         done = tabulate(
             target,
+            len(runs[0].u),
             [_pieces(potential, run.u) for run in runs],
             {**meta, "mcmc": facts, "seed": seed, "seconds": seconds},
             stats,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,17 +13,18 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from flowvi import memory
 from flowvi.arguments import unknown, whole
+from flowvi.columns import Columns
 from flowvi.diagnostics import psis
+from flowvi.draws import LOG_P, LOG_Q, POINT
 from flowvi.guides import Guide
 from flowvi.randomness import own_randomness
 from flowvi.row_training import pieces
 from flowvi.target import Batch, LocalTarget
 
-# Numbers that an evaluation may hold at a time, about: 20 million are 80 MB in single precision.
-NUMBERS = 20_000_000
-# A decoder holds about so many numbers for each number of a row.
-COPIES = 8
+# Most pairs of a draw and a row at a time.
+MOST = 100_000
 BOUNDS, DRAWING = 1, 0
 
 
@@ -151,21 +152,21 @@ def row_bounds(
         progress: Whether to show a bar.
     """
     particles = whole("particles", particles)
-    most = chunk(target, batch)
-    size = max(1, min(len(batch.places), most // min(particles, most)))
-    draws = min(particles, most)
+    with torch.no_grad(), own_randomness():
+        drawing = Pairs.measured(lambda k, part: _sample(guide, k, part), batch)
+    size, draws = drawing.fit(memory.PIECE, len(batch.places), particles)
+    scored = _scoring(target, batch)
     values: list[Tensor] = []
     elbos: list[Tensor] = []
     hidden = not progress or not sys.stderr.isatty()
     parts = tqdm(list(pieces(batch, size)), desc=f"L_{particles}", unit="piece", disable=hidden)
     with torch.no_grad(), own_randomness(seed):
         for part in parts:
-            rows: Any = part
             total = torch.zeros(len(part.places), dtype=torch.float64)
             log_sum = torch.full_like(total, -math.inf)
             for start in range(0, particles, draws):
-                z, log_q = guide.sample((min(draws, particles - start),), rows)
-                log_w = (target.log_prob(z, part) - log_q).double().cpu()
+                z, log_q = _sample(guide, min(draws, particles - start), part)
+                log_w = (scored.each(target.log_prob, z, part) - log_q).double().cpu()
                 log_w = log_w.masked_fill(log_w.isnan(), -math.inf)
                 log_sum = torch.logaddexp(log_sum, torch.logsumexp(log_w, 0))
                 total += log_w.sum(0)
@@ -193,32 +194,82 @@ def row_draws(
         meta: JSON-able facts about the fit, kept with the draws.
     """
     n = whole("n", n)
-    size = max(1, chunk(target, batch) // max(1, len(batch.places)))
-    columns: list[list[Tensor]] = [[], [], []]
-    values: list[dict[str, Tensor]] = []
-    rows: Any = batch
+
+    def drawn(k: int, part: Batch) -> dict[int | str, Tensor]:
+        z, log_q = _sample(guide, k, part)
+        found: dict[int | str, Tensor] = {POINT: z, LOG_Q: log_q}
+        found.update(target.constrain(z, part))
+        return found
+
+    with torch.no_grad(), own_randomness():
+        size, count = Pairs.measured(drawn, batch).fit(memory.PIECE, len(batch.places), n)
+    scoring = _scoring(target, batch)
+    columns: Columns[int | str] = Columns(len(batch.places))
     with torch.no_grad(), own_randomness(seed):
-        for start in range(0, n, size):
-            z, log_q = guide.sample((min(size, n - start),), rows)
-            log_p = target.log_prob(z, batch)
-            for column, piece in zip(columns, (z, log_p, log_q), strict=True):
-                column.append(piece)
-            values.append(target.constrain(z, batch))
-    drawn, scores, own = (_whole(column) for column in columns)
-    named = {name: _whole([v[name] for v in values]) for name in values[0]}
+        for part in pieces(batch, size):
+            made = []
+            for start in range(0, n, count):
+                some = drawn(min(count, n - start), part)
+                made.append({**some, LOG_P: scoring.each(target.log_prob, some[POINT], part)})
+            every = {name: torch.cat([m[name] for m in made]) for name in made[0]}
+            columns.add({name: t.transpose(0, 1) for name, t in every.items()})
+    table = {name: t.swapaxes(0, 1)[None] for name, t in columns.arrays.items()}
+    z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    named = {str(name): array for name, array in table.items()}
     # A draw that cannot be scored has weight zero.
-    scores = np.where(np.isfinite(scores), scores, -np.inf)
-    return RowDraws(drawn, scores, own, named, batch, target, dict(meta or {}), guide)
+    log_p = np.where(np.isfinite(log_p), log_p, -np.inf)
+    return RowDraws(z, log_p, log_q, named, batch, target, dict(meta or {}), guide)
 
 
-def chunk(target: LocalTarget, batch: Batch) -> int:
-    """How many pairs of a draw and a row to evaluate at a time, so that memory stays bounded."""
-    numbers = sum(t[0].numel() for t in batch.data) + target.dim
-    return int(np.clip(NUMBERS // (COPIES * numbers + 1), 1, 100_000))
+class Pairs(NamedTuple):
+    """Bytes that an evaluation for draws of rows takes: always, a row, and a draw of a row."""
+
+    fixed: float
+    row: float
+    draw: float
+
+    @classmethod
+    def measured(cls, function: Callable[[int, Batch], object], batch: Batch) -> Pairs:
+        """What a function of a number of draws and some rows takes."""
+
+        def rows(n: int) -> Batch:
+            some = torch.arange(n, device=batch.places.device) % len(batch.places)
+            return Batch(batch.places[some], tuple(t[some] for t in batch.data))
+
+        by_draw = memory.cost(lambda k: function(k, rows(1)))
+        by_row = memory.cost(lambda n: function(1, rows(n)))
+        return cls(by_row.fixed, max(by_row.each - by_draw.each, 0.0), by_draw.each)
+
+    def fit(self, size: int, rows: int, draws: int) -> tuple[int, int]:
+        """How many rows at a time, and how many draws of each, fit into a number of bytes."""
+        draws = memory.Cost(self.fixed + self.row, self.draw).fits(size, min(draws, MOST))
+        each = memory.Cost(self.fixed, self.row + draws * self.draw)
+        return each.fits(size, max(1, min(rows, MOST // draws))), draws
+
+    def each(self, function: Callable[[Tensor, Batch], Tensor], z: Tensor, part: Batch) -> Tensor:
+        """A function of draws and rows, in parts that fit memory. (K, B, D) -> (K, B)."""
+        size, count = self.fit(memory.evaluated(), len(part.places), len(z))
+        columns = [
+            torch.cat([function(some, rows) for some in own.split(count)])
+            for own, rows in zip(z.split(size, 1), pieces(part, size), strict=True)
+        ]
+        return torch.cat(columns, 1)
 
 
-def _whole(pieces: Sequence[Tensor]) -> np.ndarray:
-    return torch.cat(list(pieces)).cpu().numpy()[None]
+def _scoring(target: LocalTarget, batch: Batch) -> Pairs:
+    def scores(k: int, part: Batch) -> Tensor:
+        z = torch.zeros(k, len(part.places), target.dim, dtype=target.dtype, device=target.device)
+        return target.terms_alone(z, part)
+
+    with torch.no_grad():
+        found = Pairs.measured(scores, batch)
+    # Where rows are evaluated together, each draw has a copy of its row.
+    return found._replace(draw=found.draw + sum(t[0].nbytes for t in batch.data))
+
+
+def _sample(guide: Guide, k: int, part: Batch) -> tuple[Tensor, Tensor]:
+    context: Any = part
+    return guide.sample((k,), context)
 
 
 def _se(values: np.ndarray) -> float:

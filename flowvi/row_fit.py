@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi import parallel
+from flowvi import memory, parallel
 from flowvi._version import __version__
 from flowvi.amortised import PerRow, amortised
 from flowvi.arguments import given, known, path
@@ -57,6 +57,7 @@ class RowFit:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         progress: bool = False,
+        max_memory: memory.MaxMemory = None,
     ) -> RowBounds:
         """Importance-weighted bounds of rows, in pieces that fit memory.
 
@@ -66,10 +67,12 @@ class RowFit:
             seed: Seed of the draws; the caller's generators are left alone.
             rows: Places of some of the rows that it was fitted to, in place of data.
             progress: Show a bar, if the error stream is a terminal.
+            max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)
         seed = stream(seed, BOUNDS)
-        return row_bounds(self.target, self.guide, batch, particles, seed, progress)
+        with memory.limited(max_memory):
+            return row_bounds(self.target, self.guide, batch, particles, seed, progress)
 
     def draw(
         self,
@@ -77,6 +80,7 @@ class RowFit:
         data: Any = None,
         seed: int = 0,
         rows: Sequence[int] | None = None,
+        max_memory: memory.MaxMemory = None,
     ) -> RowDraws:
         """Draw the latents of rows.
 
@@ -85,10 +89,12 @@ class RowFit:
             data: Rows, as the model was given them; those that it was fitted to without.
             seed: Seed of the draws; the caller's generators are left alone.
             rows: Places of some of the rows that it was fitted to, in place of data.
+            max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)
         seed = stream(seed, DRAWING)
-        return row_draws(self.target, self.guide, batch, n, seed, self.meta)
+        with memory.limited(max_memory):
+            return row_draws(self.target, self.guide, batch, n, seed, self.meta)
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write the fit to a folder, without pickle; `flowvi.load` reads it back."""

@@ -14,7 +14,7 @@ from flowvi.gaussians import Density, Gaussian, factor_of, score, scores_in_chun
 # A sweep that gains more nats than this is on the way to the optimum; one that gains less than the
 # other is not worth its time.
 ON_THE_WAY, LEAST_GAIN = 2.0, 0.01
-# Points at which a step evaluates the density at a time.
+# Points of a step that are drawn at a time.
 CHUNK = 1000
 # Eigenvalues of a precision in units of the one before are kept from falling below this.
 FLATTEST = 0.05
@@ -80,7 +80,7 @@ def sweep(target: Density, g: Gaussian, generator: torch.Generator) -> Gaussian:
     """
     dim, unit = target.dim, torch.eye(target.dim, dtype=g.loc.dtype, device=g.loc.device)
     columns, total = [], torch.zeros_like(g.loc)
-    for up in unit.split(max(1, min(target.chunk(), CHUNK) // 4)):
+    for up in unit.split(CHUNK // 4):
         eps = torch.randn(up.shape, generator=generator, dtype=up.dtype, device=up.device)
         eps = eps * (1 - up)
         noise = torch.cat([eps + up, eps - up, up - eps, -eps - up])
@@ -104,7 +104,7 @@ def averaged(target: Density, g: Gaussian, generator: torch.Generator, rate: flo
     """
     slope, total, count = torch.zeros_like(g.scale_tril), torch.zeros_like(g.loc), 0
     while count < 4 * target.dim:
-        shape = (max(1, min(target.chunk(), CHUNK) // 2), target.dim)
+        shape = (CHUNK // 2, target.dim)
         half = torch.randn(shape, generator=generator, dtype=g.loc.dtype, device=g.loc.device)
         eps = torch.cat([half, -half])
         h = _path_gradients(target, g, eps)

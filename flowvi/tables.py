@@ -24,11 +24,7 @@ def put_up(target: Target, state: Mapping[str, Any]) -> Draws:
     """The table, evaluated anew."""
     arrays = dict(state["arrays"])
     z, log_q = arrays.pop("z"), arrays.pop("log_q")
-    size = target.chunk()
-    pieces = [
-        zip(a.to(target.device).split(size), b.to(target.device).split(size), strict=True)
-        for a, b in zip(z, log_q, strict=True)
-    ]
+    pieces = [[(a.to(target.device), b.to(target.device))] for a, b in zip(z, log_q, strict=True)]
     stats = {name: value.numpy() for name, value in arrays.items()}
     with torch.no_grad():
-        return tabulate(target, pieces, state["meta"], stats)
+        return tabulate(target, z.shape[1], pieces, state["meta"], stats)

@@ -6,7 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -19,7 +19,7 @@ from flowvi.blame import blamed
 from flowvi.compiling import Accelerator, Compile
 from flowvi.course import MOST_HALVINGS, Course
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
-from flowvi.draws import stream
+from flowvi.draws import piece, sampler, stream
 from flowvi.guides import Guide, LogDensity
 from flowvi.objectives import Estimate, ForwardKL, Renyi
 from flowvi.randomness import random_state, set_random_state
@@ -172,15 +172,15 @@ class Trainer:
         """Bound and gap on fresh draws, the same noise for all that are judged."""
         objective = self.settings.objective
         inner = particles_of(objective)
-        chunk, left = max(1, self.target.chunk() // inner), max(1, JUDGE_DRAWS // inner)
+        size, left = max(1, self._at_once // inner), max(1, JUDGE_DRAWS // inner)
         bounds, log_w = [], []
         state = torch.get_rng_state()
         # The same noise for all restarts, whose bounds are compared.
         torch.manual_seed(stream(self.settings.seed, 0, JUDGE))
         with torch.no_grad():
             while left > 0:
-                now = min(chunk, left)
-                found = estimate(objective, self.log_density, self.guide, now)
+                now = min(size, left)
+                found = estimate(objective, self._in_parts, self.guide, now)
                 bounds.append(found.bound.reshape(-1))
                 log_w.append(found.log_w.reshape(-1))
                 left -= now
@@ -194,6 +194,15 @@ class Trainer:
             gap(weights).value if known else math.nan,
             psis(weights).khat if known and len(weights) >= MIN_DRAWS else math.nan,
         )
+
+    @cached_property
+    def _at_once(self) -> int:
+        return piece(sampler(self.guide))
+
+    def _in_parts(self, z: Tensor) -> Tensor:
+        """The log density of many points, in parts that fit memory. (*S, D) -> (*S)."""
+        parts = z.reshape(-1, z.shape[-1]).split(self.target.chunk())
+        return torch.cat([self.log_density(part) for part in parts]).reshape(z.shape[:-1])
 
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""

@@ -278,11 +278,28 @@ def test_bounds_do_not_depend_on_the_pieces(normal, monkeypatch):
     fit = flowvi.fit(target, exact_guide(), epochs=1, lr=1e-9)
 
     whole = fit.iw_bound(particles=7)
-    monkeypatch.setattr(flowvi.row_draws, "NUMBERS", 60)
+    monkeypatch.setattr(flowvi.memory, "PIECE", 60)
     small = fit.iw_bound(particles=7)
 
     np.testing.assert_allclose(small.values, evidence, atol=1e-5)
     np.testing.assert_allclose(whole.values, small.values, atol=1e-5)
+
+
+def test_bounds_and_draws_do_not_depend_on_the_limit(normal, monkeypatch):
+    """The same draws to the bit, evaluated in other parts."""
+    target, _ = normal
+    fit = flowvi.fit(target, "meanfield", epochs=1)
+
+    bound, draws = fit.iw_bound(particles=50), fit.draw(30)
+    monkeypatch.setattr(flowvi.memory, "EVALUATED", 1e-5)
+    same, again = (
+        fit.iw_bound(particles=50, max_memory="32MB"),
+        fit.draw(30, max_memory="32MB"),
+    )
+
+    np.testing.assert_array_equal(again.z, draws.z)
+    np.testing.assert_allclose(again.log_p, draws.log_p, rtol=1e-6)
+    np.testing.assert_allclose(same.values, bound.values, rtol=1e-6)
 
 
 def test_draws_are_of_the_posterior(normal):

@@ -10,7 +10,7 @@ from typing import Any
 import click
 
 from flowvi.cli import autoencoder_results as results
-from flowvi.cli.choices import objective_call, one_of
+from flowvi.cli.choices import memory_option, objective_call, one_of
 from flowvi.cli.fitting import MAX_SEED
 from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
 from flowvi.cli.speech import interruptible, plain_warnings, said_plainly
@@ -139,6 +139,7 @@ Exit codes:
     metavar="DIR",
     help="Folder of the results; made if needed.",
 )
+@memory_option
 @resume_option
 @click.pass_context
 def vae_command(

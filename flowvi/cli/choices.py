@@ -5,6 +5,7 @@ from collections.abc import Callable, Collection
 
 import click
 
+from flowvi import memory
 from flowvi.arguments import known, unknown
 from flowvi.guides import guide_names
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi
@@ -14,6 +15,23 @@ AUTO = "auto"
 BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
 CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
 WHOLE = re.compile(r"[+-]?\d+")
+
+
+def limit_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Keep evaluations of the whole command within a limit."""
+    try:
+        ctx.with_resource(memory.limited(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+memory_option = click.option(
+    "--max-memory",
+    callback=limit_memory,
+    expose_value=False,
+    metavar="SIZE",
+    help="What evaluating draws may take, as in 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
+)
 
 
 def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:

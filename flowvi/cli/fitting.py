@@ -8,7 +8,7 @@ import click
 from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
-from flowvi.cli.choices import guide_name, objective_call
+from flowvi.cli.choices import guide_name, memory_option, objective_call
 from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
@@ -116,6 +116,7 @@ Exit codes:
     metavar="DIR",
     help="Folder of the results; made if needed.",
 )
+@memory_option
 @resume_option
 @json_option
 @click.pass_context

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-COLUMNS = 256  # scalars compared at a time, to bound memory
+# Scalars compared at a time, and numbers of all their draws, to bound memory.
+COLUMNS, NUMBERS = 256, 4_000_000
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,15 @@ def compare(
 
 
 def blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Name, indices such as "[3]" and columns (chain, draw, <= COLUMNS) of every array."""
+    """Name, indices such as "[3]" and columns (chain, draw, some) of every array."""
     for name, array in values.items():
         flat = array.reshape(*array.shape[:2], -1)
         shape = array.shape[2:]
         indices = [str(list(map(int, i))).replace(" ", "") for i in np.ndindex(shape)]
         indices = indices if shape else [""]
-        for start in range(0, flat.shape[-1], COLUMNS):
-            block = slice(start, start + COLUMNS)
+        width = int(np.clip(NUMBERS // max(1, flat.shape[0] * flat.shape[1]), 1, COLUMNS))
+        for start in range(0, flat.shape[-1], width):
+            block = slice(start, start + width)
             yield name, indices[block], flat[..., block].astype(np.float64)
 
 

@@ -11,13 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
+from flowvi import memory
 from flowvi.target import rows
 from flowvi.target.batched import Batched
 from flowvi.target.capture import Trial, capture_values
 from flowvi.target.facts import Facts, Functions, ModelError
 from flowvi.target.program import Density
-
-CHUNK_NUMBERS = 20_000_000
 
 
 class Target(nn.Module):
@@ -64,6 +63,7 @@ class Target(nn.Module):
         self._functions = functions
         self._trial = trial
         self._maps: dict[str, Batched] = {}
+        self._cost: memory.Cost | None = None
         self._data = dict(data or {})
         self._count = len(own or {})
         for i, p in enumerate((own or {}).values()):
@@ -277,9 +277,15 @@ class Target(nn.Module):
         return torch.cat([self._trial.points.to(self.dtype)[:2], 0 * some[:1], 0.5 * some])
 
     def chunk(self) -> int:
-        """How many points to evaluate at a time, so that memory stays bounded."""
-        numbers = sum(t.numel() for t in self.observed.values())
-        return int(np.clip(CHUNK_NUMBERS // (self.dim + numbers + 1), 1, 2000))
+        """How many points to evaluate at a time, with gradients, so that memory is limited.
+
+        What a point takes is measured at the first call. The limit is `max_memory` of the
+        function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
+        """
+        if self._cost is None:
+            fixed, each = memory.cost(self._value_and_score)
+            self._cost = memory.Cost(fixed, each * len(list(self.cover())))
+        return self._cost.fits(memory.evaluated())
 
     def __repr__(self) -> str:
         return f"Target({self.name}: D = {self.dim}; {self._facts.sizes()})"
@@ -333,6 +339,13 @@ class Target(nn.Module):
         values = self.constrain(self._trial.points[0]) | self.observed | self.constants
         shapes = [(self.dims[name], value.shape) for name, value in values.items()]
         return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
+
+    def _value_and_score(self, n: int) -> object:
+        """Evaluate some points as the first time, which leaves the density as it is."""
+        z = self._trial.points[:1].to(self.dtype).expand(n, -1).clone().requires_grad_()
+        with torch.enable_grad():
+            log_p = self.density.batched(z, *self._inputs())
+            return log_p, torch.autograd.grad(log_p.sum(), z, allow_unused=True)
 
     def _check(self, z: Tensor) -> None:
         if z.shape[-1] != self.dim:

@@ -188,6 +188,11 @@ class LocalTarget(nn.Module):
         out: Tensor = self._mapped(self._terms, z, batch, theta, self._programs)
         return out.to(z.dtype)
 
+    def terms_alone(self, z: Tensor, batch: Batch) -> Tensor:
+        """The terms of rows without latents that they share, by the function of one row."""
+        out: Tensor = self._mapped(self._terms, z, batch, None)
+        return out
+
     def constrain(
         self, z: Tensor, batch: Any = None, theta: Tensor | None = None
     ) -> dict[str, Tensor]:
