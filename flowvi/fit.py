@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, overload
 
@@ -19,7 +20,6 @@ from flowvi.arguments import given, known, path, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
 from flowvi.draws import Draws, draw, in_pieces, stream, tabulate
-from flowvi.escalation import escalate as go_on
 from flowvi.escalation import joined
 from flowvi.gaussians import Gaussian
 from flowvi.guides import Guide, guide_names
@@ -31,6 +31,7 @@ from flowvi.multiplicative import Multiplicative
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
 from flowvi.records import Objective, Record, Row, Settings, Step
+from flowvi.restarts import Task, begun, elsewhere, go
 from flowvi.row_fit import RowFit, fit_rows
 from flowvi.row_training import Epoch
 from flowvi.run import Kept, Run
@@ -145,6 +146,7 @@ def fit(
     callback: Callable[[Step], object] | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     resume: bool = ...,
+    executor: Executor | None = ...,
 ) -> Fit: ...
 
 
@@ -190,6 +192,7 @@ def fit(
     minibatch: Minibatch | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
+    executor: Executor | None = None,
 ) -> Fit | RowFit:
     """Fit a guide to a target, starting at the best Gaussian that can be found.
 
@@ -247,6 +250,8 @@ def fit(
             best so far in its folder `fit`, for `flowvi.load`.
         resume: Go on with what an earlier fit of the same arguments left there; begin where
             there is nothing. The result has the bits of a fit that was not cut off.
+        executor: Runs the restarts, such as a `ProcessPoolExecutor`, or Dask's for a cluster; one
+            after the other without, and with the same result. Each may take the budget.
 
     Raises:
         CheckpointError: The folder is in use, or cannot be gone on with.
@@ -286,6 +291,7 @@ def fit(
             "steps": steps,
             "particles": particles,
             "restarts": restarts - 1 or None,
+            "executor": executor,
         }
         _refuse("has latents for each row", others)
         rows: Any = objective
@@ -336,24 +342,22 @@ def fit(
             _result(target, ready, settings, [run.kept for run in ready]).save(folder / BEST)
 
     journal.kept = save
+    about = _about(target, guide, settings, restarts)
+    if executor is not None:
+        ask = partial(Task, guide=guide, about=about, folder=folder, resume=resume)
+        runs += elsewhere(target, settings, restarts, ask, executor)
     with (
         own_randomness(),
         best_threads(target, particles or PARTICLES),
-        opened(folder, _about(target, guide, settings, restarts), resume) as journal.shelf,
+        opened(folder, about, resume) as journal.shelf,
         interruptible(clock),
     ):
         target.density.begin()
         journal.parameters(target, Record())
-        for restart in range(restarts):
-            name = guide if isinstance(guide, str) else ""
-            chosen = copy.deepcopy(guide) if isinstance(guide, Guide) else None
-            run = Run(target, settings, restart, name, chosen)
-            runs.append(run)
-            run.go()
-            if settings.escalate:
-                go_on(run)
-            run.interrupted = run.interrupted or clock.interrupted
-            if run.interrupted:
+        for restart in range(len(runs), restarts):
+            runs.append(begun(target, settings, restart, guide))
+            go(runs[-1])
+            if runs[-1].interrupted:
                 break
         union = joined(runs) if settings.escalate and len(runs) > 1 else None
         result = _result(target, runs, settings, [union] if union else [run.kept for run in runs])

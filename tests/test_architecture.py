@@ -25,7 +25,7 @@ LAYERS = [
     {
         *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
-        *("course", "journal", "shelf", "tables", "identity", "blame"),
+        *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
         *("minibatch", "row_training", "row_draws", "row_fit"),
     },

@@ -1,6 +1,9 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
 import shutil
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 import click
@@ -85,6 +88,11 @@ Exit codes:
     help="Independent fits, each a chain of the results.",
 )
 @click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Processes in which restarts run.  [default: one after the other in this one]",
+)
+@click.option(
     "--seed",
     type=click.IntRange(0, MAX_SEED),
     default=0,
@@ -129,6 +137,7 @@ def fit_command(
     steps: int | None,
     draws: int,
     restarts: int,
+    processes: int | None,
     seed: int,
     budget: float | None,
     no_escalate: bool,
@@ -148,7 +157,7 @@ def fit_command(
     folder = folder_of(out, resume)
     with parallel.launched(), plain_warnings(), interruptible() as stop:
         target = load_target(model, data)
-        with said_plainly():
+        with said_plainly(), _executor(processes) as executor:
             fitted = fit(
                 target,
                 guide,
@@ -162,6 +171,7 @@ def fit_command(
                 progress=not quiet,
                 checkpoint=folder / CHECKPOINT,
                 resume=resume is not None,
+                executor=executor,
             )
         if parallel.rank():
             return  # the first process writes and speaks
@@ -174,6 +184,11 @@ def fit_command(
     shutil.rmtree(folder / CHECKPOINT)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
+
+
+def _executor(processes: int | None) -> AbstractContextManager[Executor | None]:
+    """New processes: a copy of this one would have its threads' locks, and not the threads."""
+    return ProcessPoolExecutor(processes, get_context("spawn")) if processes else nullcontext()
 
 
 def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool) -> str:

@@ -6,6 +6,7 @@ import inspect
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -30,6 +31,7 @@ def load_target(path: Path, data: Path | None) -> Target:
     with _blaming(path):
         target = from_pyro(run, *arguments)
         target.name = path.stem
+        target.made = partial(load_target, path, data)
         return target.label(coords)
 
 

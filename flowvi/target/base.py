@@ -64,6 +64,8 @@ class Target(nn.Module):
         self._trial = trial
         self._maps: dict[str, Batched] = {}
         self._cost: memory.Cost | None = None
+        # Makes the target again, in another process; None where only this one has it.
+        self.made: Callable[[], Target] | None = None
         self._data = dict(data or {})
         self._count = len(own or {})
         for i, p in enumerate((own or {}).values()):
@@ -243,6 +245,7 @@ class Target(nn.Module):
                 f"{', '.join(data) or 'none'}."
             )
         new = copy.copy(self)
+        new.made = None
         new._data = {name: torch.as_tensor(data[name]).to(t) for name, t in self._data.items()}
         for name, like in self._data.items():
             if new._data[name].shape != like.shape:

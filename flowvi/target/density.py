@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -59,7 +60,9 @@ def from_density(
     """
     plain = _Plain(log_prob, sites)
     if local is None and data is None:
-        return plain.target()
+        target = plain.target()
+        target.made = partial(from_density, log_prob, sites)
+        return target
     if local is None or data is None:
         raise ModelError(
             "data and local belong together: data=x, local='row' gives each row of x a latent "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, overload
 
 import torch
@@ -70,7 +71,9 @@ def from_pyro(
     with own_randomness(0):
         if local is not None:
             return from_local_model(Runner(model, args, kwargs), name_of(model), local)
-        return _Capture(Runner(model, args, kwargs), name_of(model)).target()
+        target = _Capture(Runner(model, args, kwargs), name_of(model)).target()
+    target.made = partial(from_pyro, model, *args, **kwargs)
+    return target
 
 
 def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Target:

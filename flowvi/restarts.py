@@ -1,0 +1,210 @@
+"""Restarts of a fit that an executor runs, in processes of this machine or of others."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+from flowvi.diagnostics import Diagnosis
+from flowvi.escalation import escalate
+from flowvi.gaussians import Gaussian
+from flowvi.guides import Guide, make_guide
+from flowvi.journal import Journal
+from flowvi.randomness import own_randomness
+from flowvi.records import Judged, Record, Settings
+from flowvi.run import Kept, Run
+from flowvi.shelf import opened
+from flowvi.states import fill, tensors_of
+from flowvi.stopping import Clock
+from flowvi.tables import put_up, taken_down
+from flowvi.target import Target
+from flowvi.threads import best_threads
+from flowvi.training import particles_of
+
+# Settings that the user gave, and that can be sent.
+ASKED = ("objective", "steps", "lr", "repeats", "seed", "escalate", "compile")
+
+
+class Task(NamedTuple):
+    """All that a restart needs, without anything that cannot be sent.
+
+    Attributes:
+        make: Makes the target: the same one wherever it is called.
+        restart: Number of the restart.
+        guide: Name of a guide, or one.
+        asked: Of the settings, what the user gave.
+        dtype: Precision that new tensors have by default.
+        about: What the fit is of, for its checkpoint.
+        folder: Where the fit keeps what it needs to go on, if it does.
+        resume: Whether to go on with what is there.
+    """
+
+    make: Callable[[], Target]
+    restart: int
+    asked: Mapping[str, Any]
+    dtype: torch.dtype
+    guide: str | Guide
+    about: Mapping[str, Any]
+    folder: Path | None
+    resume: bool
+
+
+def go(run: Run) -> None:
+    """One restart from its beginning to its end, whatever others ran before in this process."""
+    run.target.density.begin()
+    run.go()
+    if run.settings.escalate:
+        escalate(run)
+    run.interrupted = run.interrupted or run.settings.clock.interrupted
+
+
+def begun(target: Target, settings: Settings, restart: int, guide: str | Guide) -> Run:
+    """A restart that is about to begin."""
+    if isinstance(guide, str):
+        return Run(target, settings, restart, guide, None)
+    return Run(target, settings, restart, "", copy.deepcopy(guide))
+
+
+def elsewhere(
+    target: Target,
+    settings: Settings,
+    restarts: int,
+    ask: Callable[[Callable[[], Target], int, Mapping[str, Any], torch.dtype], Task],
+    executor: Executor,
+) -> list[Run]:
+    """Run restarts by an executor, each on a target of its own, and take up what came of them.
+
+    Args:
+        target: The log density.
+        settings: Of the fit.
+        restarts: Number of restarts.
+        ask: Makes a task of what makes the target, the number of the restart, settings, and
+            a precision.
+        executor: Runs them.
+
+    Raises:
+        ValueError: The model or an argument cannot be sent to another process.
+    """
+    if settings.callback is not None:
+        raise ValueError("callback is called in this process: leave it out, or the executor.")
+    if target.made is None:
+        raise ValueError(f"{target.name} cannot be made again elsewhere: leave out the executor.")
+    asked = {name: getattr(settings, name) for name in ASKED} | {"budget": settings.clock.budget}
+    dtype = torch.get_default_dtype()
+    tasks = [ask(target.made, restart, asked, dtype) for restart in range(restarts)]
+    futures = [executor.submit(told, task) for task in tasks]
+    try:
+        answers = [future.result() for future in futures]
+    except Exception as error:
+        if "pickle" not in f"{type(error).__name__} {error}".lower():
+            raise
+        raise ValueError(
+            f"{target.name} cannot be sent to another process ({error}). Define model and data at "
+            "the top level of a module, or use an executor that sends functions, such as Dask's."
+        ) from error
+    finally:
+        for future in futures:
+            future.cancel()
+    with own_randomness():
+        return [_heard(target, settings, t, a) for t, a in zip(tasks, answers, strict=True)]
+
+
+def told(task: Task) -> dict[str, Any]:
+    """Run a restart; what came of it, as arrays, numbers and words."""
+    # In another thread of this process, nobody else may draw random numbers meanwhile.
+    with own_randomness(), _precision(task.dtype):
+        return _arrays(_told(task, task.make()))
+
+
+def _told(task: Task, target: Target) -> dict[str, Any]:
+    clock = Clock(task.asked["budget"])
+    settings = Settings(
+        **{name: value for name, value in task.asked.items() if name != "budget"},
+        progress=False,
+        callback=None,
+        clock=clock,
+        journal=Journal(clock, target.density),
+    )
+    folder = None if task.folder is None else task.folder / f"restart-{task.restart}"
+    with (
+        best_threads(target, settings.repeats * particles_of(settings.objective)),
+        opened(folder, task.about, task.resume) as settings.journal.shelf,
+    ):
+        run = begun(target, settings, task.restart, task.guide)
+        go(run)
+    kept = run.kept
+    return {
+        "kept": {
+            "name": kept.name,
+            "sizes": kept.sizes,
+            "lr": kept.lr,
+            "judged": Judged(*kept.judged),
+            "beyond": kept.beyond,
+        },
+        "guide": tensors_of(kept.guide),
+        "missed": [g.state() for g in kept.missed],
+        "chains": None if kept.chains is None else taken_down(kept.chains),
+        "best": run.best.state(),
+        "others": [g.state() for g in run.others],
+        "record": run.record.since((0, 0, 0, 0)),
+        "interrupted": run.interrupted,
+        "diagnosis": kept.diagnosis,
+    }
+
+
+def _heard(target: Target, settings: Settings, task: Task, answer: dict[str, Any]) -> Run:
+    """The restart, as if it had been run here."""
+    found = _tensors(answer)
+    diagnosis: Diagnosis | None = found["diagnosis"]
+    run = begun(target, settings, task.restart, task.guide)
+    run.record = Record()
+    run.record.extend(found["record"])
+    run.best, run.interrupted = _gaussian(target, found["best"]), found["interrupted"]
+    run.others = [_gaussian(target, state) for state in found["others"]]
+    facts = found["kept"]
+    own = run.given
+    guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
+    guide = run.placed(guide)
+    fill(guide, found["guide"], "The restart")
+    run.kept = Kept(
+        guide,
+        **{**facts, "judged": Judged(*facts["judged"])},
+        missed=[_gaussian(target, state) for state in found["missed"]],
+        diagnosis=diagnosis,
+        chains=None if found["chains"] is None else put_up(target, found["chains"]),
+    )
+    return run
+
+
+@contextmanager
+def _precision(dtype: torch.dtype) -> Iterator[None]:
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
+def _gaussian(target: Target, state: Mapping[str, Any]) -> Gaussian:
+    moved: dict[str, Any] = {
+        n: v.to(target.device) if isinstance(v, Tensor) else v for n, v in state.items()
+    }
+    return Gaussian(**moved)
+
+
+def _arrays(tree: Any) -> Any:
+    return tree_map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, tree)
+
+
+def _tensors(tree: Any) -> Any:
+    return tree_map(lambda x: torch.from_numpy(x) if isinstance(x, np.ndarray) else x, tree)
