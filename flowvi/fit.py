@@ -273,6 +273,7 @@ def fit(
     restarts, seed = whole("restarts", restarts), whole("seed", seed, 0)
     lr = given(positive, "lr", lr)
     budget = given(positive, "budget", budget, "number of seconds")
+    given(wanted, "executor", executor, Executor, "a ProcessPoolExecutor")
     if callback is not None and not callable(callback):
         raise TypeError(f"callback must be a function of a step; got {callback!r}.")
     if resume and checkpoint is None:
