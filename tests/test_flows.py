@@ -9,6 +9,8 @@ from families import FIXED, FLOWS, perturbed
 from torch.autograd.functional import jacobian
 from torch.func import functional_call, vmap
 
+from flowvi.flows.spline import RationalQuadratic
+
 CONTEXT = 3
 DIMS = [1, 2, 5, 64]
 
@@ -109,19 +111,54 @@ def test_context_matters_and_broadcasts(name):
     assert (name in FIXED) == torch.equal(y, flow(x, context + 1)[0])
 
 
-@pytest.mark.parametrize("size", [1e3, 1e-30])
+def extremes(dim, dtype):
+    """Points as far as 1e3 in all directions, next to zero, and beside the knots of splines."""
+    knots = torch.cat([torch.linspace(-5, 5, 9), torch.linspace(-4, 4, 17)]).to(dtype)
+    sides = [knots, *(knots.nextafter(torch.full_like(knots, far)) for far in (-9.0, 9.0))]
+    signs = torch.randint(0, 2, (6, dim)) * 2.0 - 1
+    far = [torch.ones(1, dim), -torch.ones(1, dim), signs, torch.eye(dim)[:3]]
+    rows = [1e3 * torch.cat(far), 1e-30 * signs, torch.zeros(1, dim), 300 * torch.randn(6, dim)]
+    return torch.cat([torch.cat(sides)[:, None].expand(-1, dim), *(r.to(dtype) for r in rows)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("name", FLOWS)
-def test_extreme_inputs_stay_finite(name, dtype, size):
-    flow = perturbed(FLOWS[name](4)).to(dtype)
-    x = (size * torch.randn(20, 4, dtype=dtype)).requires_grad_()
+def test_extreme_inputs_stay_finite(name, dtype):
+    # The knots of splines that have not moved yet are those of the points.
+    for dim, std in ((2, 0.0), (1, 0.3), (2, 0.3), (5, 0.3), (50, 0.3)):
+        flow = perturbed(FLOWS[name](dim), std).to(dtype)
+        x = extremes(dim, dtype).requires_grad_()
 
-    for direction in (flow, flow.inverse):
-        y, ladj = direction(x)
-        gradient = torch.autograd.grad((y.sum() + ladj.sum()), x)[0]
+        for direction in (flow, flow.inverse):
+            y, ladj = direction(x)
+            gradient = torch.autograd.grad((y.sum() + ladj.sum()), x)[0]
 
-        assert y.dtype == ladj.dtype == dtype
-        assert y.isfinite().all() and ladj.isfinite().all() and gradient.isfinite().all()
+            assert y.dtype == ladj.dtype == dtype
+            assert y.isfinite().all() and ladj.isfinite().all() and gradient.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("direction", ["forward", "inverse"])
+def test_a_spline_is_smooth_across_its_knots(direction, dtype):
+    """Value, slope and gradient agree on both sides of a knot, one rounding step away."""
+    spline = RationalQuadratic(bins=8)
+    params = torch.randn(spline.size, 1).to(dtype)
+    grid = torch.linspace(-spline.bound, spline.bound, 4001, dtype=dtype)[:, None]
+    # Lower corners of the bins, where the spline is read.
+    corners = spline._bin(grid, params, axis=0)[2:4]
+    at = corners[direction == "inverse"].unique()[:, None]
+    assert len(at) == spline.bins
+    up, down = (at.nextafter(torch.full_like(at, far)) for far in (9.0, -9.0))
+    apply = getattr(spline, direction)
+
+    (y_up, slope_up), (y, slope), (y_down, slope_down) = (apply(x, params) for x in (up, at, down))
+
+    tolerance = 100 * torch.finfo(dtype).eps
+    for found in (y_up, y_down):
+        torch.testing.assert_close(found, y, rtol=tolerance, atol=tolerance)
+    for found in (slope_up, slope_down):
+        torch.testing.assert_close(found, slope, rtol=0, atol=1e4 * torch.finfo(dtype).eps)
+    assert (y.diff(dim=0) > 0).all()
 
 
 @pytest.mark.parametrize("name", FLOWS)

@@ -66,7 +66,10 @@ class RationalQuadratic(Elementwise):
         s, rise = h / w, inside - y0
         bend = rise * (d1 + d0 - 2 * s)
         a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
-        xi = 2 * c / (-b - (b * b - 4 * a * c).clamp_min(0).sqrt())
+        square = b * b
+        # Positive; but where rounding hides it, its root would have an infinite slope.
+        least = torch.finfo(y.dtype).eps * square
+        xi = 2 * c / (-b - torch.maximum(square - 4 * a * c, least).sqrt())
         return self._outside(y, torch.addcmul(x0, w, xi), -_rise(s, d0, d1, xi)[1])
 
     def _bin(self, x: Tensor, params: Tensor, axis: int) -> tuple[Tensor, ...]:
