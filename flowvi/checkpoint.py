@@ -6,7 +6,7 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,13 +14,14 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowvi.amortised import amortised
+from flowvi.amortised import Amortised, amortised
 from flowvi.arguments import path as path_of
 from flowvi.files import CheckpointError, Seal, read_json, read_start, write_json, write_whole
 from flowvi.files import folder as made
 from flowvi.fit import Fit
 from flowvi.guides import Guide, guide_names, make_guide
 from flowvi.identity import latents
+from flowvi.nested import Nested, NestedFit, inner_guide
 from flowvi.randomness import own_randomness
 from flowvi.row_fit import RowFit
 from flowvi.states import check_module, packed, read_module, read_tensors, tensors_of
@@ -31,8 +32,8 @@ FORMAT = 2
 # Files of the first format have no checksums, and names without a part of them.
 READABLE = (1, 2)
 MANIFEST = "fit.json"
-# The kind of a fit that has latents for each row.
-ROWS = "rows"
+# The kinds of a fit that has latents for each row, alone or beside those that all rows share.
+ROWS, NESTED = "rows", "nested"
 HISTORY, OWN, CHAINS = "history", "target", "chains"
 FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
 NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
@@ -68,21 +69,37 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
 
 def save_rows(fit: RowFit, folder: str | os.PathLike[str]) -> Path:
     """Write a fit of latents of rows to a folder."""
+    manifest = {"kind": ROWS, "latents": latents(fit.target), "log": fit.log, "meta": fit.meta}
+    return _save_rows(folder, [fit.guide], fit.history, fit.target, manifest)
+
+
+def save_nested(fit: NestedFit, folder: str | os.PathLike[str]) -> Path:
+    """Write a fit of latents of rows and of those that they share to a folder."""
+    target = fit.density.target
+    manifest = {"kind": NESTED, "latents": _all_latents(target), "log": [], "meta": fit.meta}
+    return _save_rows(folder, [fit.guide, fit.density.inner], fit.history, target, manifest)
+
+
+def _save_rows(
+    folder: str | os.PathLike[str],
+    guides: Sequence[Guide],
+    history: Mapping[str, Any],
+    target: LocalTarget,
+    manifest: dict[str, Any],
+) -> Path:
     path = made(folder, "a fit")
-    parts = {"guide_0": tensors_of(fit.guide)}
-    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
-    own: dict[str, Tensor] = dict(fit.target.named_parameters())
+    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(guides)}
+    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in history.items()}
+    own: dict[str, Tensor] = dict(target.named_parameters())
     if own:
         parts[OWN] = own
-    manifest = {
-        "kind": ROWS,
-        "latents": latents(fit.target),
-        "guides": 1,
-        "bounds": [],
-        "log": fit.log,
-        "meta": fit.meta,
-    }
-    return _save(path, parts, manifest)
+    return _save(path, parts, {**manifest, "guides": len(guides), "bounds": []})
+
+
+def _all_latents(target: LocalTarget) -> dict[str, Any]:
+    """Sites of a row, and those that all rows share."""
+    shared = {} if target.shared is None else latents(target.shared)
+    return {**shared, **latents(target)}
 
 
 @overload
@@ -91,19 +108,26 @@ def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = N
 
 @overload
 def load(
-    folder: str | os.PathLike[str], target: LocalTarget, guide: Guide | None = None
-) -> RowFit: ...
+    folder: str | os.PathLike[str],
+    target: LocalTarget,
+    guide: Guide | None = None,
+    inner: Amortised | None = None,
+) -> RowFit | NestedFit: ...
 
 
 def load(
-    folder: str | os.PathLike[str], target: Target | LocalTarget, guide: Guide | None = None
-) -> Fit | RowFit:
-    """Read a fit that `Fit.save` or `RowFit.save` wrote.
+    folder: str | os.PathLike[str],
+    target: Target | LocalTarget,
+    guide: Guide | None = None,
+    inner: Amortised | None = None,
+) -> Fit | RowFit | NestedFit:
+    """Read a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote.
 
     Args:
         folder: Where it was written.
         target: The same model on the same data; its latent sites are compared.
         guide: For a fit of a guide of your own making, one of the same build.
+        inner: For a nested fit, the same of the guide of a row.
 
     Raises:
         CheckpointError: The folder holds no fit, or one of another model; the
@@ -111,9 +135,13 @@ def load(
     """
     path = path_of("folder", folder)
     manifest = _manifest(path)
-    _same_kind(manifest.get("kind") == ROWS, isinstance(target, LocalTarget), path)
-    compare_latents(manifest["latents"], latents(target), path)
+    kind = manifest.get("kind")
+    _same_kind(kind in (ROWS, NESTED), isinstance(target, LocalTarget), path)
     files = _Files(path, manifest.get("files"))
+    if isinstance(target, LocalTarget) and kind == NESTED:
+        compare_latents(manifest["latents"], _all_latents(target), path)
+        return _load_nested(files, manifest, target, guide, inner)
+    compare_latents(manifest["latents"], latents(target), path)
     if isinstance(target, LocalTarget):
         return _load_rows(files, manifest, target, guide)
     guides = []
@@ -124,7 +152,7 @@ def load(
         guides.append(new)
     if files.has(OWN):
         _fill_own(target, *files.of(OWN))
-    history = {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
+    history = _history(files)
     meta, log, bounds = manifest["meta"], manifest["log"], manifest["bounds"]
     chains = manifest.get("chains")
     table = None
@@ -183,8 +211,43 @@ def _load_rows(
     read_module(file, new, seal)
     if files.has(OWN):
         _fill_own(target, *files.of(OWN))
-    history = {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
-    return RowFit(target, new, history, manifest["log"], meta)
+    return RowFit(target, new, _history(files), manifest["log"], meta)
+
+
+def _load_nested(
+    files: _Files,
+    manifest: dict[str, Any],
+    target: LocalTarget,
+    guide: Guide | None,
+    inner: Amortised | None,
+) -> NestedFit:
+    meta, file = manifest["meta"], files.of("guide_1")
+    specs, particles = meta["specs"], meta.get("particles")
+    whole = len(specs) == 2 and all(isinstance(spec, dict) for spec in specs)
+    if target.shared is None or not whole or not isinstance(particles, int):
+        raise CheckpointError(f"{files.path} holds no nested fit of {target.name}.")
+    spec, of_rows = specs
+    sees_theta = bool(of_rows.get("sees_theta"))
+    with own_randomness():
+        theta = _build(spec, target.shared, guide, *files.of("guide_0"))
+        if inner is not None:
+            rows = copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
+        elif of_rows.get("name") in guide_names():
+            rows = inner_guide(target, of_rows["name"], sees_theta)
+        else:
+            raise CheckpointError(
+                f"{files.path} holds a guide of rows of your own making; pass one of the same "
+                "build: flowvi.load(folder, target, inner=...)."
+            )
+    read_module(file[0], rows, file[1])
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    density = Nested(target, rows, sees_theta)
+    return NestedFit(density, theta, particles, _history(files), meta)
+
+
+def _history(files: _Files) -> dict[str, Any]:
+    return {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
 
 
 def _same_kind(there: bool, here: bool, path: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,9 +15,11 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.amortised import Amortised, amortised
-from flowvi.arguments import spelt, wanted, whole
+from flowvi.arguments import given, known, positive, spelt, wanted, whole
+from flowvi.blocks import Blocks
 from flowvi.draws import Draws, stream
-from flowvi.guides import Guide, make_guide
+from flowvi.guides import Guide, guide_names, make_guide
+from flowvi.multiplicative import Multiplicative
 from flowvi.objectives import Renyi
 from flowvi.randomness import own_randomness
 from flowvi.schedule import Guard, decayed
@@ -86,7 +91,7 @@ class NestedFit:
         guide: The guide of theta.
         particles: Draws K of each row's latents.
         history: Bound at each step.
-        meta: JSON-able facts.
+        meta: JSON-able facts: model, guide, inner, particles, outer, batch_size, steps, seed ...
     """
 
     density: Nested
@@ -143,6 +148,16 @@ class NestedFit:
         found: np.ndarray = (torch.logsumexp(rows.double(), 0) - math.log(n)).numpy()
         return found
 
+    def save(self, folder: str | os.PathLike[str]) -> Path:
+        """Write both guides and the model's own parameters; `flowvi.load` reads them back."""
+        from flowvi.checkpoint import save_nested
+
+        return save_nested(self, folder)
+
+    def __str__(self) -> str:
+        words = "{model}: {guide} guide of theta, {inner} of rows, {steps} steps, K = {particles}"
+        return words.format(**self.meta)
+
     def _rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
         """Bounds of many rows in pieces that fit memory, (T, B)."""
         size = max(1, NUMBERS // (bound.particles * len(theta) * self.density.target.dim))
@@ -156,8 +171,8 @@ class NestedFit:
 @spelt
 def nested(
     target: LocalTarget,
-    guide: str | Guide | None = None,
-    inner: str = "realnvp",
+    guide: str | Guide | Blocks | Multiplicative | None = None,
+    inner: str | Amortised = "realnvp",
     *,
     particles: int = 8,
     sees_theta: bool = True,
@@ -182,10 +197,12 @@ def nested(
 
     Args:
         target: From `from_pyro(..., local=)`, of a model that also has latents outside the plate.
-        guide: Of theta: a name, or a guide; full rank up to 500 dimensions, mean field beyond.
-        inner: Name of the guide of a row's latents.
+        guide: Of theta: a name, `Blocks`, `Multiplicative`, or a guide that goes on from where it
+            is; full rank up to 500 dimensions, mean field beyond.
+        inner: Of a row's latents: a name, or an amortised guide that goes on from where it is.
         particles: Draws K of each row's latents.
-        sees_theta: Whether the inner guide is q(z | x, theta), or q(z | x).
+        sees_theta: Whether the inner guide is q(z | x, theta), or q(z | x). One of your own takes
+            theta behind what its encoder makes of the row.
         outer: Draws M of theta inside one bound.
         batch_size: Rows of a step; all of them without.
         steps: Number of steps.
@@ -194,21 +211,37 @@ def nested(
         seed: Of everything random.
 
     Raises:
-        ValueError: Rows are subsampled and outer > 1, or there are no shared latents.
+        ValueError: Rows are subsampled and outer > 1, there are no shared latents, or an
+            argument is out of its range.
     """
     wanted("target", target, LocalTarget, "of a model with a local plate: from_pyro(..., local=)")
-    _check(target, outer, batch_size, particles)
+    outer, particles = whole("outer", outer), whole("particles", particles)
+    steps, draws = whole("steps", steps), whole("draws", draws)
+    batch_size, seed = given(whole, "batch_size", batch_size), whole("seed", seed, 0)
+    lr = positive("lr", lr)
+    _check(target, outer, batch_size)
     size = min(batch_size or target.rows, target.rows)
     with own_randomness(stream(seed, BUILD)):
         density = Nested(target, _inner(target, inner, sees_theta), sees_theta)
-        theta = _outer(target, guide)
+        theta, spec = _outer(target, guide)
         torch.manual_seed(stream(seed, TRAIN))
         # The score of the inner guide has mean zero where its bound stands alone, and not
         # where the same draws are in a weight of the outer bound.
         within = Renyi(0.0, particles, "dreg" if outer == 1 else "total")
         over = Renyi(0.0 if outer > 1 else 1.0, outer, "dreg")
         history = _train(density, theta, within, over, size, steps, max(1, draws // outer), lr)
-    meta = {"model": target.name, "guide": type(theta).__name__, "steps": steps, "seed": seed}
+    of_rows = {"name": inner if isinstance(inner, str) else "own", "sees_theta": sees_theta}
+    meta = {
+        "model": target.name,
+        "guide": spec["name"],
+        "inner": of_rows["name"],
+        "specs": [spec, of_rows],
+        "particles": particles,
+        "outer": outer,
+        "batch_size": size,
+        "steps": steps,
+        "seed": seed,
+    }
     return NestedFit(density, theta, particles, {"bound": history}, meta)
 
 
@@ -250,14 +283,12 @@ def _train(
     return np.array(bounds)
 
 
-def _check(target: LocalTarget, outer: int, batch_size: int | None, particles: int) -> None:
+def _check(target: LocalTarget, outer: int, batch_size: int | None) -> None:
     if target.shared is None:
         raise ValueError(
             f"{target.name} has no latents outside plate '{target.plate}': flowvi.fit(target) "
             "fits the latents of rows alone."
         )
-    for name, value in (("outer", outer), ("particles", particles)):
-        whole(name, value)
     if outer > 1 and batch_size is not None and batch_size < target.rows:
         raise ValueError(
             f"With outer = {outer}, every weight of theta needs all {target.rows} rows: of batches "
@@ -266,26 +297,54 @@ def _check(target: LocalTarget, outer: int, batch_size: int | None, particles: i
         )
 
 
-def _inner(target: LocalTarget, name: str, sees_theta: bool) -> Amortised:
+def inner_guide(target: LocalTarget, name: str, sees_theta: bool) -> Amortised:
+    """A fresh guide of a row's latents, by name."""
     assert target.shared is not None
-    built: Amortised = amortised(target, name)
+    built: Amortised = amortised(target, known("guide", name, sorted(guide_names())))
     if sees_theta:
         width = built.context(target.batch([0])).shape[-1] + target.shared.dim
         built = Amortised(built.encoder, make_guide(name, target.dim, width))
     return built.to(dtype=target.dtype, device=target.device)
 
 
-def _outer(target: LocalTarget, guide: str | Guide | None) -> Guide:
-    """The guide of theta, started at a narrow normal at the centre of the supports."""
+def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amortised:
+    if isinstance(inner, str):
+        return inner_guide(target, inner, sees_theta)
+    wanted("inner", inner, Amortised, "the name of a guide, or a flowvi.Amortised")
+    if inner.dim != target.dim:
+        raise ValueError(
+            f"The inner guide has D = {inner.dim}, but a row of {target.name} has D = {target.dim}."
+        )
+    return copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
+
+
+def _outer(
+    target: LocalTarget, guide: str | Guide | Blocks | Multiplicative | None
+) -> tuple[Guide, dict[str, Any]]:
+    """The guide of theta and how to build it; a fresh one starts narrow, amid the supports."""
     shared = target.shared
     assert shared is not None
-    if not isinstance(guide, Guide):
-        name = guide or ("fullrank" if shared.dim <= FULL_RANK else "meanfield")
-        guide = make_guide(name, shared.dim)
-        guide = guide.to(dtype=shared.dtype, device=shared.device)
+    chosen = guide or ("fullrank" if shared.dim <= FULL_RANK else "meanfield")
+    kinds = (str, Guide, Blocks, Multiplicative)
+    wanted("guide", chosen, kinds, "the name of a guide, Blocks, Multiplicative, or a guide")
+    if isinstance(chosen, Guide):
+        if chosen.dim != shared.dim:
+            raise ValueError(
+                f"The guide has D = {chosen.dim}, but the latents that all rows of {target.name} "
+                f"share have D = {shared.dim}."
+            )
+        new = copy.deepcopy(chosen).to(dtype=shared.dtype, device=shared.device)
+    else:
+        recipe = Multiplicative() if chosen == "multiplicative" else chosen
+        fresh = make_guide(recipe, shared.dim) if isinstance(recipe, str) else recipe.build(shared)
+        new = fresh.to(dtype=shared.dtype, device=shared.device)
         start = torch.zeros(shared.dim, dtype=shared.dtype, device=shared.device)
-        guide.start(start, torch.full_like(start, START_WIDTH))
-    return guide.to(dtype=shared.dtype, device=shared.device)
+        new.start(start, torch.full_like(start, START_WIDTH))
+    if new.spec is not None:
+        return new, {"name": new.kind, "sizes": new.spec}
+    if isinstance(chosen, str):
+        return new, {"name": chosen, "sizes": {}}
+    return new, {"name": type(new).__name__, "own": True}
 
 
 def _split(places: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:

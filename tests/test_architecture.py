@@ -27,11 +27,11 @@ LAYERS = [
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
-        *("minibatch", "row_training", "row_draws", "row_fit"),
+        *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict", "nested"),
+        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict"),
     },
     {"vae", "plots"},
     {"report"},

@@ -1,5 +1,6 @@
 """Bounds over theta of bounds over z stay below the evidence, and reach it where it is known."""
 
+import json
 import math
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 
 import flowvi
 from flowvi.draws import Draws
+from flowvi.guides import MeanField
 from flowvi.nested import Nested, nested
 from flowvi.objectives import Renyi
 
@@ -199,3 +201,89 @@ def test_a_model_without_shared_latents_is_refused(data):
 def test_the_inner_guide_is_a_module_of_the_density(fitted):
     assert isinstance(fitted.density, Nested)
     assert all(p.requires_grad for p in fitted.density.parameters())
+
+
+def test_fits_are_saved_and_loaded(fitted, target, tmp_path):
+    """Both guides and the number of draws; the same draws come out."""
+    fitted.save(tmp_path)
+
+    loaded = flowvi.load(tmp_path, target)
+
+    before, after = fitted.draw(20), loaded.draw(20)
+    np.testing.assert_array_equal(before.log_p, after.log_p)
+    np.testing.assert_array_equal(before.log_q, after.log_q)
+    assert str(loaded) == "model: fullrank guide of theta, fullrank of rows, 600 steps, K = 8"
+
+
+def test_guides_of_ones_own_go_on_and_are_asked_for(fitted, target, tmp_path):
+    """They are copied, and start where they are."""
+    before = [p.clone() for p in fitted.guide.parameters()]
+    inner = fitted.density.inner
+    going = nested(target, fitted.guide, inner, steps=1, lr=1e-9)
+    going.save(tmp_path)
+
+    assert all(torch.equal(a, b) for a, b in zip(before, fitted.guide.parameters(), strict=True))
+    np.testing.assert_allclose(going.draw(5).log_p, fitted.draw(5).log_p, rtol=1e-5)
+    with pytest.raises(flowvi.files.CheckpointError, match=r"of your own making .FullRank.; pass"):
+        flowvi.load(tmp_path, target)
+    with pytest.raises(flowvi.files.CheckpointError, match=r"load\(folder, target, inner="):
+        flowvi.load(tmp_path, target, guide=fitted.guide)
+    loaded = flowvi.load(tmp_path, target, guide=fitted.guide, inner=inner)
+    np.testing.assert_array_equal(loaded.draw(5).log_p, going.draw(5).log_p)
+
+
+def test_files_of_another_kind_or_model_are_refused(fitted, target, data, tmp_path):
+    fitted.save(tmp_path)
+    manifest = json.loads((tmp_path / "fit.json").read_text())
+
+    with pytest.raises(flowvi.files.CheckpointError, match="was fitted to a model with latents"):
+        flowvi.load(tmp_path, flowvi.from_pyro(model, data))
+    with pytest.raises(flowvi.files.CheckpointError, match="fitted to another model: site 'theta'"):
+        flowvi.load(tmp_path, flowvi.from_pyro(wide, data, local="data"))
+    manifest["meta"]["specs"] = [manifest["meta"]["specs"][0]] * 3
+    (tmp_path / "fit.json").write_text(json.dumps({**manifest, "guides": 3}))
+    with pytest.raises(flowvi.files.CheckpointError, match="holds no nested fit of model"):
+        flowvi.load(tmp_path, target)
+
+
+def wide(x):
+    theta = pyro.sample("theta", dist.Normal(torch.zeros(2, 3), 1.0).to_event(2))
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(torch.tensor(0.0), 1.0))
+        pyro.sample("x", dist.Normal(z + theta.sum(), NOISE), obs=x)
+
+
+@pytest.mark.parametrize(
+    "guide",
+    ["multiplicative", flowvi.Multiplicative(), flowvi.Blocks({"*": "kronecker"})],
+    ids=["name", "multiplicative", "blocks"],
+)
+def test_recipes_are_guides_of_theta(guide, data, tmp_path):
+    target = flowvi.from_pyro(wide, data, local="data")
+
+    fit = nested(target, guide, "meanfield", steps=30, particles=2, draws=2)
+    fit.save(tmp_path)
+
+    assert fit.history["bound"][-10:].mean() > fit.history["bound"][:5].mean()
+    assert fit.draw(10)["theta"].shape == (1, 10, 2, 3)
+    np.testing.assert_array_equal(flowvi.load(tmp_path, target).draw(5).log_q, fit.draw(5).log_q)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"steps": 0}, "steps must be a whole number of at least 1; got 0"),
+        ({"draws": 1.5}, "draws must be a whole number of at least 1; got 1.5"),
+        ({"batch_size": 0}, "batch_size must be a whole number"),
+        ({"lr": 0.0}, "lr must be a positive number; got 0.0"),
+        ({"seed": -1}, "seed must be a whole number of at least 0"),
+        ({"inner": "nvp"}, "No guide named 'nvp'. Did you mean "),
+        ({"inner": MeanField(1)}, "inner must be the name of a guide, or a flowvi.Amortised"),
+        ({"guide": "nvp"}, "No guide named 'nvp'"),
+        ({"guide": MeanField(3)}, "The guide has D = 3, but the latents that all rows of model"),
+        ({"guide": 4}, "guide must be the name of a guide, Blocks, Multiplicative"),
+    ],
+)
+def test_arguments_out_of_range_are_named(target, arguments, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        nested(target, **arguments)
