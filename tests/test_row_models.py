@@ -15,7 +15,10 @@ from flowvi.cli import main
 from flowvi.vae.data import SPLITS
 
 FOLDER = Path(__file__).parents[1] / "models"
-MODELS = sorted(p.stem for p in FOLDER.glob("*.py") if "\nlocal = " in p.read_text())
+# With latents that all rows share beside those of rows.
+NESTED = "vae_bayesian_decoder"
+ALL = sorted(p.stem for p in FOLDER.glob("*.py") if "\nlocal = " in p.read_text())
+MODELS = [name for name in ALL if name != NESTED]
 
 
 def load(name):
@@ -38,7 +41,7 @@ def test_the_models_of_variational_autoencoders_are_there():
     assert MODELS == ["iwae", "vae_f", "vae_flow", "vae_labels", "vae_mnist"]
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ALL)
 def test_file_keeps_the_contract(name):
     tree = ast.parse((FOLDER / f"{name}.py").read_text())
     imported = {
@@ -49,7 +52,7 @@ def test_file_keeps_the_contract(name):
     module = load(name)
 
     assert ast.get_docstring(tree)
-    assert imported <= {"torch", "pyro", "flowvi", *sys.stdlib_module_names}
+    assert imported <= {"torch", "numpy", "pyro", "flowvi", *sys.stdlib_module_names}
     assert all(callable(getattr(module, part)) for part in ("data", "model", "guide", "fit"))
 
 
@@ -103,3 +106,39 @@ def test_flowvi_fit_says_what_to_do_with_such_a_file(tmp_path):
     assert done.exit_code == 1
     assert "a latent vector for each row of plate 'data'" in done.stderr
     assert f"python {file}" in done.stderr
+
+
+def test_a_decoder_with_a_posterior_is_trained_from_its_points(images):
+    """The posterior begins around the point weights, and its bound rises."""
+    module = load(NESTED)
+    points = module.start(images, epochs=2, rows=20)
+
+    fit = module.fit_weights(points, "multiplicative", epochs=40)
+
+    first, last = fit.history["bound"][:10].mean(), fit.history["bound"][-10:].mean()
+    assert last > first
+    assert fit.draw(3)["weight"].shape == (1, 3, 64, module.UNITS)
+    assert np.isfinite(fit.predictive_bound(points.x[:4], n=3)).all()
+    assert isinstance(points.trained(1).fit, flowvi.RowFit)
+
+
+def test_predictions_of_narrow_weights_are_those_of_the_points(images):
+    """The bound of the model with a posterior, that of the points where it is all of it."""
+    module = load(NESTED)
+    module.WIDTH = 1e-4
+    points = module.start(images, epochs=1, rows=20)
+    nested = module.fit_weights(points, "meanfield", epochs=1)
+    trained, (theta, _) = nested.density.target, nested.guide.sample((1,))
+
+    given = trained.shared.constrain(theta)
+    z = torch.randn(5, 4, module.LATENT)
+    with torch.no_grad():
+        points.last.weight.copy_(given["weight"][0])
+        points.last.bias.copy_(given["bias"][0])
+        points.body.load_state_dict(
+            dict(zip(points.body.state_dict(), nested.density.target.parameters(), strict=True))
+        )
+        found = trained.log_prob(z, points.x[:4], theta[0])
+        expected = points.fit.target.log_prob(z, points.x[:4])
+
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4)
