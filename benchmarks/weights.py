@@ -84,7 +84,7 @@ def network(inputs: int, hidden: int, seed: int) -> nn.Module:
 
 def points(target: flowvi.Target, z: Tensor) -> Draws:
     """A table of given points."""
-    return tabulate(target, [[(z, torch.zeros(len(z), dtype=z.dtype))]])
+    return tabulate(target, len(z), [[(z, torch.zeros(len(z), dtype=z.dtype))]])
 
 
 def modes(target: flowvi.Target, seed: int, many: int) -> Draws:
