@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from flowvi.adam import Adam
 from flowvi.anneal import Annealed, Ladder
 from flowvi.guides import Guide
 from flowvi.init import Say
@@ -106,7 +107,7 @@ class Refinement:
 
     def go(self, rounds: int, lr: float, say: Say, over: Callable[[], bool]) -> None:
         """Run the rounds, and leave the guide at the average of the last iterates."""
-        optimiser = torch.optim.Adam(self.trained, lr=lr, fused=True)
+        optimiser = Adam(self.trained)
         done = 0
         for i in range(rounds):
             if over():
@@ -114,8 +115,7 @@ class Refinement:
             for _ in range(FILL if i == 0 else 1):
                 self.buffer.add(self.ladder.run(self.batch, ADAPTATION))
             for k in range(STEPS):
-                optimiser.param_groups[0]["lr"] = decayed(STEPS * i + k, STEPS * rounds, lr)
-                self._step(optimiser)
+                self._step(optimiser, decayed(STEPS * i + k, STEPS * rounds, lr))
             if i >= (1 - LAST_PART) * rounds:
                 self.average.add(nn.utils.parameters_to_vector(self.trained).detach())
             done = i + 1
@@ -127,7 +127,7 @@ class Refinement:
             f"{self.guard.skipped} steps skipped"
         )
 
-    def _step(self, optimiser: torch.optim.Optimizer) -> None:
+    def _step(self, optimiser: Adam, lr: float) -> None:
         rows = self.buffer.pick(self.batch)
         if len(rows) == 0:
             return
@@ -144,10 +144,7 @@ class Refinement:
         admitted, _ = self.guard.admits(loss.item(), flat)
         self.buffer.change(rows, change, log_q.detach())
         if admitted:
-            parts = flat.split([p.numel() for p in self.trained])
-            for p, part in zip(self.trained, parts, strict=True):
-                p.grad = part.view_as(p)
-            optimiser.step()
+            optimiser.step(flat, lr)
 
 
 class Buffer:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowvi.adam import Adam
 from flowvi.guides import Guide
 from flowvi.records import Record
 from flowvi.schedule import Average, Guard
@@ -48,7 +48,7 @@ class Course:
 
     guide: Guide
     trained: Sequence[Tensor]
-    optimiser: torch.optim.Optimizer
+    optimiser: Adam
     start: Tensor
     record: Record
     falling: bool = False
@@ -86,7 +86,7 @@ class Course:
         """Return to the last good state, with half the step."""
         vector, optimiser = self._good
         self._set(vector)
-        self.optimiser.load_state_dict(optimiser)
+        self.optimiser.restore(optimiser)
         self.guard.forget()
         self.halvings += 1
 
@@ -96,7 +96,7 @@ class Course:
         return {
             "guide": tensors_of(self.guide),
             "parameters": self.vector(),
-            "optimiser": self.optimiser.state_dict(),
+            "optimiser": self.optimiser.state(),
             "good": [good, optimiser],
             "start": self.start,
             "record": self.record.since(self.marks),
@@ -110,10 +110,10 @@ class Course:
         """Be where a state was taken."""
         fill(self.guide, state["guide"], "The checkpoint")
         self._set(state["parameters"])
-        self.optimiser.load_state_dict(_optimiser(state["optimiser"]))
+        self.optimiser.restore(state["optimiser"])
         self.start = state["start"].to(self.start)
         good, optimiser = state["good"]
-        self._good = (good.to(self.start), _optimiser(optimiser))
+        self._good = (good.to(self.start), optimiser)
         self.record.extend(state["record"])
         for name in PLAIN:
             setattr(self, name, state["plain"][name])
@@ -133,10 +133,4 @@ class Course:
             nn.utils.vector_to_parameters(vector.to(self.start).clone(), self.trained)
 
     def _here(self) -> tuple[Tensor, dict[str, Any]]:
-        return self.vector(), copy.deepcopy(self.optimiser.state_dict())
-
-
-def _optimiser(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The state of an optimiser as it was before it was written."""
-    groups = [{**group, "betas": tuple(group["betas"])} for group in state["param_groups"]]
-    return {**state, "param_groups": groups}
+        return self.vector(), self.optimiser.state()

@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
+
+from flowvi.dispatch import Watch
 
 MaxMemory = int | str | None
 
@@ -119,7 +120,7 @@ def peak(function: Callable[[], object]) -> int:
     return meter.most
 
 
-class _Meter(TorchDispatchMode):
+class _Meter(Watch):
     """Adds up the memory of tensors as operations make them, and as it is given back."""
 
     def __init__(self) -> None:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flowvi import parallel
+from flowvi.adam import Adam
 from flowvi.draws import stream
 from flowvi.guides import Guide
 from flowvi.minibatch import Minibatch, row_step
@@ -108,7 +109,7 @@ class RowTrainer:
         self.state = RowState()
         learned = {id(p): p for m in (guide, target) for p in m.parameters() if p.requires_grad}
         self.flat = Flat(list(learned.values()))
-        self.optimiser = torch.optim.Adam([self.flat.vector], lr=settings.lr, fused=True)
+        self.optimiser = Adam([self.flat.vector])
         self.save: Callable[[], None] = lambda: None
 
     @property
@@ -141,10 +142,10 @@ class RowTrainer:
 
     def snapshot(self) -> dict[str, Any]:
         """All that a continuation after the last epoch needs, as numbers and tensors."""
-        state, adam = self.state, self.optimiser.state[self.flat.vector]
+        state = self.state
         return {
             "vector": self.flat.copy(),
-            "adam": {name: value.clone() for name, value in adam.items()},
+            "adam": self.optimiser.state(),
             "buffers": {name: b.clone() for name, b in self.guide.named_buffers()},
             "epochs": [list(told) for told in state.epochs],
             "best": state.best,
@@ -157,11 +158,7 @@ class RowTrainer:
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a snapshot."""
         self.flat.set(saved["vector"])
-        self.optimiser.state[self.flat.vector] = {
-            # Adam's count of steps stays where it is made.
-            name: value.clone() if name == "step" else value.to(self.flat.vector)
-            for name, value in saved["adam"].items()
-        }
+        self.optimiser.restore(saved["adam"])
         buffers = dict(self.guide.named_buffers())
         for name, value in saved["buffers"].items():
             buffers[name].copy_(value)
@@ -230,8 +227,7 @@ class RowTrainer:
         bound, divergence = self._gradient(batch, beta)
         admitted, _ = self.guard.admits(float(bound), self.flat.gradient)
         if admitted:
-            self.optimiser.param_groups[0]["lr"] = lr
-            self.optimiser.step()
+            self.optimiser.step(self.flat.gradient, lr)
         return float(bound), float(divergence)
 
     def _gradient(self, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:

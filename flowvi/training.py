@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flowvi import parallel
+from flowvi.adam import Adam
 from flowvi.blame import blamed
 from flowvi.compiling import Accelerator, Compile
 from flowvi.course import MOST_HALVINGS, Course
@@ -214,7 +215,7 @@ class Trainer:
             nn.utils.vector_to_parameters(vector.clone(), self.trained)
 
     def _course(self, lr: float) -> Course:
-        optimiser = torch.optim.Adam(self.trained, lr=lr, fused=True)
+        optimiser = Adam(self.trained)
         return Course(self.guide, self.trained, optimiser, self.vector(), self.record)
 
     def _train(self, stage: Stage, course: Course) -> None:
@@ -367,13 +368,8 @@ class Trainer:
         bound, flat = self._gradient(stage.repeats)
         value = bound.item()
         admitted, norm = course.guard.admits(value, flat)
-        course.optimiser.param_groups[0]["lr"] = course.rate
         if admitted:
-            start = 0
-            for p in self.trained:
-                p.grad = flat[start : start + p.numel()].view_as(p)
-                start += p.numel()
-            course.optimiser.step()
+            course.optimiser.step(flat, course.rate)
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, course.rate, not admitted, draws, len(self.record.stages) - 1)
 

@@ -15,8 +15,9 @@ PACKAGE = Path(flowvi.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Modules and packages from the bottom up; the parts of the first two layers stand alone.
 LAYERS = [
-    {"_version", "arguments", "parallel", "groups", "randomness", "files", "memory"},
-    {"states", "columns"},
+    {"_version", "arguments", "parallel", "groups", "randomness", "files", "dispatch"},
+    {"states", "memory", "adam"},
+    {"columns"},
     {"flows", "target", "diagnostics"},
     {"guides"},
     {"amortised", "blocks", "multiplicative"},

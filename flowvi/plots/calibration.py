@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy import stats
 
 from flowvi.plots.theme import BLUE, GREY, style
 from flowvi.predict import Prediction
@@ -53,6 +52,8 @@ def plot_calibration(prediction: Prediction, observed: ArrayLike, name: str = "y
     Returns:
         The axes.
     """
+    from scipy import stats  # slow to import
+
     shares = coverage(prediction, observed, name)
     rows = np.asarray(observed).size
     low, high = (stats.binom.ppf(q, rows, LEVELS) / rows for q in (0.025, 0.975))

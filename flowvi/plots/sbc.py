@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from scipy import stats
 
 from flowvi.diagnostics.calibration import Calibration, uniformity
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
@@ -49,6 +48,8 @@ def plot_sbc(calibration: Calibration) -> np.ndarray:
 
 
 def _ranks(ax: Axes, calibration: Calibration, i: int) -> None:
+    from scipy import stats  # slow to import
+
     fits, cells = len(calibration.plain), calibration.levels + 1
     bins = int(np.clip(fits // 10, 4, min(20, cells)))
     edges = np.linspace(0, cells, bins + 1).tolist()

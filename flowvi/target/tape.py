@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map
 
+from flowvi.dispatch import Watch
 from flowvi.target import rules
 from flowvi.target.chance import READS, WRITES, is_random
 from flowvi.target.lines import user_line
@@ -32,7 +32,7 @@ class Unrecordable(Exception):
     """An operation has no functional form that the tape knows."""
 
 
-class Tape(TorchDispatchMode):
+class Tape(Watch):
     """Record every operation that depends on the inputs; fold all others into constants.
 
     Writes in place become functional updates of the memory that they touch,
