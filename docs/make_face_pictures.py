@@ -18,7 +18,6 @@ import flowvi
 from flowvi import vae
 from flowvi.flows import FLOWS, Normal
 from flowvi.plots import plot_images
-from flowvi.vae.maps import Cropped, Padded, padded
 from flowvi.vae.model import PLATE
 
 SHOWN, BATCH, LR = 8, 50, 1e-3
@@ -44,16 +43,15 @@ def autoencoder(x: Tensor, seconds: float, **parts: str) -> tuple[Tensor, int]:
 
 def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
     """Draws of a Glow of the images themselves, fitted by maximum likelihood, and its epochs."""
-    size = (x.shape[1], x.shape[2])
-    height, width = padded(size)
+    height, width = x.shape[1:]
     dim = height * width
     torch.manual_seed(0)
-    flow, base = FLOWS["image_glow"](dim, shape=(1, height, width), levels=3), Normal(dim)
-    pad = Padded(size)
+    # Two levels need no border, whose pixels would be known a hundred times better than others.
+    flow, base = FLOWS["image_glow"](dim, shape=(1, height, width), levels=2), Normal(dim)
 
     def rows(index: Tensor) -> Tensor:
-        # Levels become intervals, and the border a little noise.
-        y = pad(x[index].unsqueeze(1)).flatten(1)
+        # Levels become intervals.
+        y = x[index].flatten(1) * (255 / 256)
         return y + torch.rand_like(y) / 256 - 0.5
 
     flow.initialise(rows(torch.arange(200)))
@@ -70,7 +68,7 @@ def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
     torch.manual_seed(1)
     with torch.no_grad():
         y, _ = flow(0.7 * base.sample((SHOWN,)))
-    return Cropped(size)((y + 0.5).unflatten(-1, (1, height, width))).squeeze(1), epochs
+    return (y + 0.5).unflatten(-1, (height, width)), epochs
 
 
 def main() -> None:
