@@ -23,8 +23,8 @@ from flowvi.tables import put_up, taken_down
 from flowvi.tempering import MOST_DIM
 from flowvi.training import Interrupted
 
-# A mixture of more components than this would take too long to train.
-MOST_COMPONENTS = 3
+# A mixture of more flows than this would take too long to train, and one of more normals too.
+MOST_COMPONENTS, MOST_NORMALS = 3, 12
 # Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
 MORE_COUPLINGS = 8
 MORE_DRAWS = 2
@@ -105,11 +105,13 @@ def words(kept: Kept) -> str:
 
 
 def components(run: Run, kept: Kept) -> Kept | None:
-    """A mixture with a flow for each mode that was left out."""
-    if not 0 < len(kept.missed) < MOST_COMPONENTS:
+    """A mixture with a component for each mode that was left out."""
+    if not 0 < len(kept.missed) < MOST_NORMALS:
         return None
     starts = [run.best, *kept.missed]
     sizes: dict[str, Any] = {"components": len(starts)}
+    if len(starts) > MOST_COMPONENTS:
+        sizes["component"] = "fullrank"
     new = Kept(run.placed(make_guide("mixture", run.target.dim, **sizes)), "mixture", sizes)
     cast(MixtureGuide, new.guide).start_many([(g.loc, g.scale_tril) for g in starts])
     run.improve(new, 0.7, "mixture")

@@ -44,6 +44,7 @@ class Look:
         of_prior: Whether they are draws from the prior.
         finite: Share of them with a finite log density.
         smooth: Share of them whose gradient is finite too.
+        places: Those at which it is finite, (N, D).
         median: Median of draws from the prior, (D); none where it is not proper.
     """
 
@@ -52,6 +53,7 @@ class Look:
     of_prior: bool
     finite: float
     smooth: float
+    places: Tensor
     median: Tensor | None = None
 
     def __str__(self) -> str:
@@ -86,8 +88,9 @@ def look(target: Target, seed: int) -> Look:
             "that the data lie in the supports, and rescale data or priors that are far apart."
         )
     median = points.median(0).values.to(target.dtype) if of_prior else None
-    shares = [float(mask.double().mean()) for mask in (finite, smooth)]
-    return Look(target.dim, len(points), of_prior, shares[0], shares[1], median)
+    whole, even = (float(mask.double().mean()) for mask in (finite, smooth))
+    places = points[finite].to(target.dtype)
+    return Look(target.dim, len(points), of_prior, whole, even, places, median)
 
 
 def check_integrable(target: Target, g: Gaussian) -> str:

@@ -15,7 +15,7 @@ from flowvi.objectives import ForwardKL, Renyi
 from flowvi.stopping import Clock
 
 # What is random in a restart; each has a stream of its own.
-BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE = range(10)
+BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
 
 Objective = Renyi | ForwardKL
 

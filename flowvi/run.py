@@ -18,6 +18,7 @@ from flowvi.gaussians import Gaussian, distinct
 from flowvi.guides import FULL_RANK_DIM, Guide, MixtureGuide, make_guide, starts_flat
 from flowvi.init import best_gaussian
 from flowvi.look import check_integrable, look
+from flowvi.modes import further_modes
 from flowvi.overlap import overlap
 from flowvi.records import (
     ANNEAL,
@@ -25,6 +26,7 @@ from flowvi.records import (
     CHECK,
     COVER,
     LOOK,
+    MODES,
     WIDE,
     Judged,
     Record,
@@ -153,7 +155,9 @@ class Run:
             seen.median,
         )
         say(check_integrable(self.target, best))
-        return [best, *others]
+        known = [best, *others]
+        seed, over = self.seed(MODES), lambda: clock.over(2 * START_SHARE)
+        return known + further_modes(self.target, known, seen.places, seed, say, over)
 
     def _gaussian(self, state: Mapping[str, Any]) -> Gaussian:
         device = self.target.device
@@ -218,7 +222,7 @@ class Run:
             + (f"; {len(kept.missed)} modes left out" if kept.missed else "")
         )
         if self.settings.escalate and not kept.missed:
-            kept.beyond = self._beyond(kept.diagnosis)
+            kept.beyond = self._beyond(kept.guide, kept.diagnosis)
             self.record.log += [kept.beyond] if kept.beyond else []
 
     def _diagnosed(self, kept: Kept) -> Diagnosis:
@@ -239,9 +243,11 @@ class Run:
             self._wide = wide_gaussian(self.target, near, self.seed(WIDE))
         return self._wide
 
-    def _beyond(self, diagnosis: Diagnosis) -> str:
+    def _beyond(self, guide: Guide, diagnosis: Diagnosis) -> str:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
-        if hopeless or not math.isfinite(diagnosis.gap) or self.settings.clock.over(0.8):
+        # Where there are several modes, one that is missed has to be known at any price.
+        late = self.settings.clock.over(0.8) and not isinstance(guide, MixtureGuide)
+        if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
             return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
