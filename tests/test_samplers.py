@@ -54,10 +54,25 @@ DISTRIBUTIONS: dict[str, Callable[[], dist.Distribution]] = {
         for eta in (1.0, 2.0)
     },
     "LKJ": lambda: dist.LKJ(4, 2.0),
+    "Wishart": lambda: dist.Wishart(torch.tensor(6.0), _spd(3)),
+    "VonMises": lambda: dist.VonMises(0.5, 3.0),
+    "Pareto": lambda: dist.Pareto(1.5, 4.0),
+    "FisherSnedecor": lambda: dist.FisherSnedecor(6.0, 12.0),
+    "LogisticNormal": lambda: dist.LogisticNormal(torch.zeros(2), torch.ones(2)),
+    "MultivariateStudentT": lambda: dist.MultivariateStudentT(8.0, torch.zeros(2), _spd(2)),
+    "SoftLaplace": lambda: dist.SoftLaplace(0.0, 1.0),
+    "SoftAsymmetricLaplace": lambda: dist.SoftAsymmetricLaplace(0.0, 1.0, 0.7, 0.5),
+    "SkewLogistic": lambda: dist.SkewLogistic(0.0, 1.0, 1.5),
+    "RelaxedBernoulli": lambda: dist.RelaxedBernoulli(torch.tensor(0.8), torch.tensor(0.3)),
+    "RelaxedOneHotCategorical": lambda: dist.RelaxedOneHotCategorical(
+        torch.tensor(1.0), torch.tensor([0.2, 0.3, 0.5])
+    ),
+    "ContinuousBernoulli": lambda: dist.ContinuousBernoulli(torch.tensor(0.3)),
 }
 
 
 @pytest.mark.parametrize("name", DISTRIBUTIONS)
+@pytest.mark.filterwarnings("ignore:Simulating one draw at a time")  # VonMises rejects
 def test_draws_have_their_density(name):
     r"""Stein's identity for the density of the unconstrained draws.
 

@@ -165,3 +165,11 @@ def test_an_improper_prior_has_no_draws():
         target.prior(3, seed=0)
     values = {"m": np.zeros(3), "s": np.ones(3)}
     assert target.predictive(values, seed=0)["y"].shape == (3, 5)
+
+
+def test_a_distribution_that_cannot_draw_is_named():
+    case = ZOO["discrete_hmm"]()
+    target = from_pyro(case.model, *case.args, **case.kwargs)
+
+    with pytest.raises(ModelError, match="'y' cannot be simulated"):
+        target.prior(10, seed=0)

@@ -129,7 +129,8 @@ class ManyRuns:
             with quiet():
                 trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
-        except NotImplementedError as error:
+        except (NotImplementedError, AssertionError) as error:
+            # A hidden Markov model asserts that it was told for how long.
             raise ModelError(
                 f"Site '{last.name}' cannot be simulated: its distribution does not say how."
             ) from error
