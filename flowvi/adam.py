@@ -63,13 +63,16 @@ class Adam:
 
     def state(self) -> dict[str, list[Tensor]]:
         """A copy of all that later steps depend on, beside the parameters."""
-        return {name: [t.clone() for t in tensors] for name, tensors in self._held().items()}
+        copies = {name: [t.clone() for t in held] for name, held in self._held().items()}
+        return {**copies, "steps": [self._step.clone() for _ in self.parameters]}
 
     def restore(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Be as when a state was taken."""
-        for name, tensors in self._held().items():
-            for mine, kept in zip(tensors, state[name], strict=True):
+        for name, held in self._held().items():
+            for mine, kept in zip(held, state[name], strict=True):
                 mine.copy_(kept)
+        for count in state["steps"][:1]:
+            self._step.copy_(count)
 
     def _held(self) -> dict[str, list[Tensor]]:
-        return {"means": self._means, "squares": self._squares, "step": [self._step]}
+        return {"means": self._means, "squares": self._squares}
