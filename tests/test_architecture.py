@@ -27,7 +27,7 @@ LAYERS = [
         *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
-        *("tempering", "anneal", "bootstrap", "chains", "nuts"),
+        *("tempering", "anneal", "bootstrap", "chains", "nuts", "modes", "symmetry"),
         *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
     },
     {
@@ -38,7 +38,7 @@ LAYERS = [
     {"report"},
     {"cli"},
 ]
-ALONE = 3
+ALONE = 4
 FACES = {"__init__", "__main__"}
 # Names that other people's programs rely on.
 PUBLIC = {
