@@ -26,6 +26,7 @@ LAYERS = [
     {
         *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
+        *("modes", "symmetry"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts", "modes", "symmetry"),
         *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
