@@ -16,6 +16,8 @@ from flowvi.target import Target
 
 # Starts after the first.
 FEWEST, MOST = 8, 40
+# Of more modes nothing is made.
+ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
 UNSEEN = 0.05
 # Standard deviations of a mode within which the end of an ascent belongs to it.
@@ -69,7 +71,7 @@ def further_modes(
     first, hits = len(modes), [0] * len(modes)
     for i, start in enumerate([*mirrored, *places[:MOST]]):
         others = max(i - len(mirrored), 0)
-        if over() or (others >= FEWEST and hits.count(1) < UNSEEN * others):
+        if over() or len(modes) >= ENOUGH or (others >= FEWEST and hits.count(1) < UNSEEN * others):
             break
         end = ascend(target, start)[-1]
         where = _first(inside(end, g) for g in modes)
