@@ -28,7 +28,7 @@ LAYERS = [
         *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
         *("modes", "symmetry"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
-        *("tempering", "anneal", "bootstrap", "chains", "nuts", "modes", "symmetry"),
+        *("tempering", "anneal", "bootstrap", "chains", "nuts"),
         *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
     },
     {
