@@ -22,8 +22,9 @@ from flowvi import vae
 local = "data"
 LATENT, HIDDEN, UNITS, ROWS = 8, 64, 10, 500
 # Spread of the weights before the data, and where their guide starts.
-SCALE, WIDTH = 1.0, 0.1
-BATCH, PARTICLES, LR = 50, 4, 3e-3
+SCALE, WIDTH = 1.0, 0.2
+# A guide's steps are in units of its width.
+BATCH, PARTICLES, LR, LR_WEIGHTS = 50, 4, 3e-3, 1e-2
 
 
 class Body(nn.Module):
@@ -141,7 +142,7 @@ def fit_weights(points: Points, weights: str, epochs: int) -> flowvi.NestedFit:
         batch_size=size,
         steps=max(1, epochs * len(x) // size),
         draws=2,
-        lr=LR,
+        lr=LR_WEIGHTS,
     )
 
 
