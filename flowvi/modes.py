@@ -71,6 +71,8 @@ def further_modes(
     first, hits = len(modes), [0] * len(modes)
     for i, start in enumerate([*mirrored, *places[:MOST]]):
         others = max(i - len(mirrored), 0)
+        if i >= len(mirrored) and len(modes) < 2:
+            break
         if over() or len(modes) >= ENOUGH or (others >= FEWEST and hits.count(1) < UNSEEN * others):
             break
         end = ascend(target, start)[-1]

@@ -55,7 +55,10 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
     near = ROUNDING[0] + ROUNDING[1] * density.abs()
 
     def same(moved: Values) -> bool:
-        other = _density(target, target.unconstrain(moved))[1]
+        try:
+            other = _density(target, target.unconstrain(moved))[1]
+        except (ValueError, RuntimeError):
+            return False  # outside of a support, as a matrix whose rows alone are swapped
         return bool(((other - density).abs() <= near).all())
 
     found: list[tuple[set[str], Symmetry]] = []

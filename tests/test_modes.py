@@ -45,6 +45,12 @@ def product():
     pyro.sample("y", dist.Normal(a * b + c, 0.5), obs=torch.tensor(2.0))
 
 
+def matrices():
+    pyro.sample("correlation", dist.LKJCholesky(3, 2.0))
+    pyro.sample("precision", dist.Wishart(torch.tensor(5.0), covariance_matrix=torch.eye(2)))
+    pyro.sample("order", dist.Dirichlet(torch.tensor([1.0, 2.0, 3.0])))
+
+
 def line():
     w = pyro.sample("w", dist.Normal(torch.tensor([0.0, 1.0]), 1.0).to_event(1))
     pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=torch.tensor(2.0))
@@ -67,6 +73,7 @@ def places(target):
         (clusters, ["entries of 'p', 'mu', 's' can trade places"]),
         (chain, ["entries of 'first', 'move', 'mu' can trade places"]),
         (product, ["the sign of 'a', 'b' can be turned"]),
+        (matrices, ["entries of 'precision' can trade places"]),
         (line, []),
     ],
 )
