@@ -375,8 +375,22 @@ def test_matlab_files_are_read_upright(tmp_path):
     np.testing.assert_allclose(whole, np.sort(grey[:1350].sum((1, 2))), rtol=1e-6)
     with pytest.raises(ValueError, match=r"must hold data, testdata or train_data.*it has y"):
         load(tmp_path / "other.mat")
-    with pytest.raises(ValueError, match="not a MATLAB file"):
+    with pytest.raises(ValueError, match="no MATLAB file"):
         load(tmp_path / "text.mat")
+
+
+@pytest.mark.parametrize("name", ["f.mat", "f.npz"])
+@pytest.mark.parametrize("harm", [lambda b: b[:2000], lambda b: b[:1500] + bytes(9) + b[1509:]])
+def test_damaged_image_files_are_named(tmp_path, name, harm):
+    x = np.random.default_rng(3).integers(0, 2, (1400, 784)).astype(np.uint8)
+    if name == "f.mat":
+        savemat(tmp_path / name, {"data": x.T, "testdata": x[:9].T}, do_compression=True)
+    else:
+        np.savez_compressed(tmp_path / name, x=x.reshape(-1, 28, 28))
+    (tmp_path / name).write_bytes(harm((tmp_path / name).read_bytes()))
+
+    with pytest.raises(ValueError, match=rf"{name} is (no|not) .*damaged"):
+        load(tmp_path / name)
 
 
 def test_digits_come_without_a_file():

@@ -67,10 +67,10 @@ def read(path: Path, split: str | None) -> tuple[str, Arrays]:
 
 def _npz(path: Path) -> Arrays:
     try:
-        with np.load(path, allow_pickle=False) as held:
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
             return {key: held[key] for key in held.files}
-    except (ValueError, OSError, AttributeError) as error:
-        raise ValueError(f"{path} is not an .npz file of arrays: {error}") from None
+    except Exception as error:  # of zip, of compression, or of what the bytes say
+        raise ValueError(f"{path} is not an .npz file of arrays, or is damaged: {error}") from None
 
 
 def _amat(folder: Path) -> Arrays:
@@ -103,11 +103,11 @@ def _mat(path: Path) -> Arrays:
 
     try:
         held: Mapping[str, Any] = scipy.io.loadmat(path)
-    except (ValueError, OSError, NotImplementedError, TypeError) as error:
-        raise ValueError(f"{path} is not a MATLAB file of arrays: {error}") from None
-    for keys, make in MATLAB.items():
-        if all(key in held for key in keys):
-            return make(held)
+        for keys, make in MATLAB.items():
+            if all(key in held for key in keys):
+                return make(held)
+    except Exception as error:  # of compression, or of what the bytes say
+        raise ValueError(f"{path} is no MATLAB file of images, or is damaged: {error}") from None
     had = ", ".join(key for key in held if not key.startswith("__")) or "nothing"
     known = " or ".join(", ".join(keys) for keys in MATLAB)
     raise ValueError(f"{path} must hold {known}; it has {had}.")
