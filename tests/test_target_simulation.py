@@ -173,3 +173,18 @@ def test_a_distribution_that_cannot_draw_is_named():
 
     with pytest.raises(ModelError, match="'y' cannot be simulated"):
         target.prior(10, seed=0)
+
+
+def test_what_a_model_asserts_of_simulated_data_is_its_own_error():
+    y = torch.tensor([0.1, 0.2])
+
+    def small() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", 2):
+            drawn = pyro.sample("y", dist.Normal(mu, 1.0), obs=y)
+        assert drawn is y, "these are not the data"
+
+    target = from_pyro(small)
+
+    with pytest.raises(AssertionError, match="these are not the data"):
+        target.prior(10, seed=0)

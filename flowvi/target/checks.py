@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import traceback
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -44,6 +45,12 @@ class LastSite(Messenger):
         """Say in an error's notes how far the model came."""
         if self.name is not None:
             error.add_note(f"While flowvi ran the model; the last site reached was '{self.name}'.")
+
+
+def of_library(error: BaseException) -> bool:
+    """Whether an error was raised inside of Pyro or torch."""
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__)]
+    return frames[-1].f_globals.get("__name__", "").split(".")[0] in ("pyro", "torch")
 
 
 class Known(Messenger):
