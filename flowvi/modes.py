@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -20,8 +21,6 @@ FEWEST, MOST = 8, 40
 ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
 UNSEEN = 0.05
-# Standard deviations of a mode within which the end of an ascent belongs to it.
-REACH = 2.0
 
 
 def further_modes(
@@ -76,7 +75,7 @@ def further_modes(
         if over() or len(modes) >= ENOUGH or (others >= FEWEST and hits.count(1) < UNSEEN * others):
             break
         end = ascend(target, start)[-1]
-        where = _first(inside(end, g) for g in modes)
+        where = _first(near(replace(g, loc=end), g) for g in modes)
         if where is None:
             new = score(target, laplace(target, end, f"Laplace at further mode {i}"), judge)
             new = refine(target, new, generator, judge, False, TRY_ROUNDS)
@@ -89,11 +88,6 @@ def further_modes(
     ascents = sum(hits)
     say(f"{first} modes at first; {ascents} more starts led to {len(modes) - first} others")
     return modes[first:]
-
-
-def inside(z: Tensor, mode: Gaussian) -> bool:
-    """Whether a point lies where a normal has its mass."""
-    return bool((((z - mode.loc) / mode.widths).abs() < REACH).all())
 
 
 def _first(found: Iterable[bool]) -> int | None:

@@ -99,11 +99,12 @@ def _trades(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
         having = [name for name, v in values.items() if size in v.shape[1:]]
         for names in [having, *([name] for name in having if len(having) > 1)]:
             words = f"entries of {_listed(names)} can trade places"
-            for most in (None, 1):  # all axes of that length, as of a transition matrix, or one
-                axes = {
-                    n: [d for d, m in enumerate(values[n].shape) if d and m == size][:most]
-                    for n in names
-                }
+            # Of several axes of that length all, as of a transition matrix, or the first.
+            every = {
+                n: [d for d, m in enumerate(values[n].shape) if d and m == size] for n in names
+            }
+            first = {n: axes[:1] for n, axes in every.items()}
+            for axes in [every, *([first] if first != every else [])]:
                 yield names, Symmetry(words, _trading(axes, size))
 
 
