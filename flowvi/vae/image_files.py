@@ -1,5 +1,6 @@
 """Files of images: arrays by name, in three splits, with grey levels 0 to 255."""
 
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -66,10 +67,13 @@ def read(path: Path, split: str | None) -> tuple[str, Arrays]:
 
 
 def _npz(path: Path) -> Arrays:
+    # Of anything else NumPy says that it can be loaded unsafely.
+    if not zipfile.is_zipfile(path):
+        raise ValueError(f"{path} is not an .npz file, or is damaged: numpy.savez writes one.")
     try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as held:
+        with np.load(path, allow_pickle=False) as held:
             return {key: held[key] for key in held.files}
-    except Exception as error:  # of zip, of compression, or of what the bytes say
+    except Exception as error:  # of compression, or of what the bytes say
         raise ValueError(f"{path} is not an .npz file of arrays, or is damaged: {error}") from None
 
 
