@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -106,6 +107,15 @@ def imported(path: Path) -> Iterator[str]:
         else:
             continue
         yield from (name.split(".")[1] for name in names if name.startswith("flowvi."))
+
+
+def test_the_design_has_every_module_of_the_layers():
+    design = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
+    table = design.split("## Layers")[1].split("\n## ")[0]
+
+    named = {name.rstrip("/") for name in re.findall(r"`([a-z_]+/?)`", table)}
+
+    assert named == set().union(*LAYERS) - {"_version"}
 
 
 def test_every_module_has_a_layer():
