@@ -103,7 +103,7 @@ def test_modes_left_out_lead_to_a_mixture(short):
     assert fit.meta["guide"] == "mixture"
     assert 0.4 < (draws["x"][..., 0] > 0).mean() < 0.6
     assert abs(flowvi.diagnose(draws).log_evidence) < 0.05
-    assert any(line.startswith("A mixture with a flow for each mode") for line in fit.log)
+    assert any(line.startswith("A mixture with a component for each mode") for line in fit.log)
 
 
 def test_nothing_is_tried_without_escalation(short):
