@@ -31,6 +31,8 @@ Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
 # Fits that a process of an executor makes with one capture of the model.
 TOGETHER = 5
+# The names that a fit's settings can have.
+SETTINGS = [*signature(fit).parameters]
 
 
 def sbc(
@@ -78,7 +80,7 @@ def sbc(
         return sbc_rows(model, fits=fits, draws=draws, levels=levels, seed=seed)
     if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
         raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
-    check_names("sbc", settings, [*signature(sbc).parameters, *signature(fit).parameters])
+    check_names("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
     common = _Common(model, draws, levels, seed, settings)
     tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
     key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
