@@ -1,11 +1,7 @@
-"""ArviZ's groups in its versions: `InferenceData` up to 0.23, trees of xarray from 1.0 on.
-
-Everything that differs between them is in this module.
-"""
+"""ArviZ's groups in its versions: `InferenceData` up to 0.23, trees of xarray from 1.0 on."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -23,16 +19,30 @@ ZARR = ".zarr"
 MOST_PACKED, DEEPEST = 1032, 8
 
 
+def has_trees() -> bool:
+    """Whether this ArviZ keeps groups in trees."""
+    import arviz as az
+
+    # To ask for InferenceData is to be warned.
+    return "InferenceData" not in vars(az)
+
+
 def make_groups(datasets: dict[str, Any]) -> az.InferenceData:
     """Put data sets together, one a group."""
     import arviz as az
-
-    if hasattr(az, "InferenceData"):
-        return az.InferenceData(**datasets)
     import xarray as xr
+
+    if not has_trees():
+        return az.InferenceData(**datasets)
 
     tree: Any = xr.DataTree.from_dict(datasets)
     return tree
+
+
+def group_names(idata: az.InferenceData) -> list[str]:
+    """Names of the groups of either kind."""
+    names = idata.groups() if callable(idata.groups) else idata.groups
+    return [name for path in names if (name := str(path).strip("/"))]
 
 
 def has_group(idata: az.InferenceData, group: str) -> bool:
@@ -42,8 +52,7 @@ def has_group(idata: az.InferenceData, group: str) -> bool:
             "draws must be the draws of a fit, such as fit.draw(4000), or ArviZ's groups of them; "
             f"got a {type(idata).__name__}."
         )
-    names = idata.groups() if callable(idata.groups) else idata.groups
-    return any(str(name).strip("/") == group for name in names)
+    return group in group_names(idata)
 
 
 def to_dataset(group: Any) -> Any:
@@ -145,7 +154,7 @@ def _read(path: Path) -> Any:
     import arviz as az
     import xarray as xr
 
-    if hasattr(az, "InferenceData") and path.suffix != ZARR:
+    if not has_trees() and path.suffix != ZARR:
         return az.from_netcdf(str(path), engine=ENGINE)
     with xr.open_datatree(str(path), engine="zarr" if path.suffix == ZARR else ENGINE) as tree:
         return make_groups({name: node.to_dataset().load() for name, node in tree.children.items()})
@@ -154,29 +163,3 @@ def _read(path: Path) -> Any:
 def _zarr() -> None:
     if find_spec("zarr") is None:
         raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.")
-
-
-def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:
-    """ArviZ's record of LOO, pointwise; with fields of one's own in place of its own.
-
-    Args:
-        idata: Groups with the log likelihood.
-        name: The observed site.
-        fields: By the names of ArviZ 0.23.
-    """
-    import arviz as az
-
-    if fields is None:
-        return az.loo(idata, var_name=name, pointwise=True)
-    if not hasattr(az, "InferenceData"):
-        # ArviZ 1 makes the same correction itself.
-        stats = idata["sample_stats"]
-        corrected: Any = vars(az)["loo_approximate_posterior"]
-        return corrected(idata, stats["log_p"], stats["log_q"], var_name=name, pointwise=True)
-    with warnings.catch_warnings():
-        # About draws that are not corrected yet.
-        warnings.simplefilter("ignore")
-        record = az.loo(idata, var_name=name, pointwise=True, reff=1.0, scale="log")
-    for key, value in fields.items():
-        record[key] = value
-    return record

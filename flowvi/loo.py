@@ -11,8 +11,9 @@ from scipy.special import logsumexp
 from flowvi.arguments import known
 from flowvi.diagnostics import khat_threshold
 from flowvi.draws import Draws
-from flowvi.groups import has_group, loo_record
+from flowvi.groups import has_group
 from flowvi.inference_data import to_inference_data
+from flowvi.statistics import loo_record
 
 if TYPE_CHECKING:
     import arviz as az

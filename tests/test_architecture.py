@@ -17,7 +17,7 @@ FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("
 # Modules and packages from the bottom up; the parts of the first two layers stand alone.
 LAYERS = [
     {"_version", "arguments", "parallel", "groups", "randomness", "files", "dispatch"},
-    {"states", "memory", "adam"},
+    {"states", "memory", "adam", "statistics"},
     {"columns"},
     {"flows", "target", "diagnostics"},
     {"guides"},

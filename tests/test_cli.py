@@ -237,7 +237,8 @@ def test_a_failed_write_keeps_the_old_file(monkeypatch):
         Path(name).write_bytes(b"half")
         raise OSError("No space left on device")
 
-    monkeypatch.setattr(az.InferenceData, "to_netcdf", full)
+    kind = type(az.from_netcdf("out/posterior.nc"))
+    monkeypatch.setattr(kind, "to_netcdf", full)
     result = fit(NORMAL, "--seed", 1)
 
     assert result.exit_code == 1

@@ -18,6 +18,7 @@ import flowvi
 from flowvi.cli import main
 from flowvi.diagnostics import evidence
 from flowvi.draws import draw
+from flowvi.groups import make_groups
 from flowvi.guides import MeanField
 from flowvi.plots import plot_evidence
 
@@ -159,8 +160,10 @@ def test_resampled_draws_have_no_weights_to_tell_from(saved):
 
 
 def test_other_libraries_draws_are_refused():
+    x = az.convert_to_dataset({"x": np.zeros((1, 100))})
+
     with pytest.raises(ValueError, match="no log_p and log_q"):
-        flowvi.evidence(az.from_dict({"x": np.zeros((1, 100))}))
+        flowvi.evidence(make_groups({"posterior": x}))
 
 
 @pytest.fixture

@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 import numpy as np
 
+from flowvi import statistics
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, resample
 from flowvi.fit import Fit
@@ -28,7 +28,6 @@ FILES = (
     REPORT,
 )
 FIT = "fit"
-QUANTILES = {"5%": 0.05, "50%": 0.5, "95%": 0.95}
 TABLE_ROWS = 20
 # Draws of each chain for which data are simulated, and of the Gaussian start.
 PREDICTED, STARTED = 400, 2000
@@ -70,11 +69,8 @@ def judged(draws: Draws, diagnosis: Diagnosis, seed: int) -> Judged:
 
 def summary(kept: Judged) -> pd.DataFrame:
     """Mean, sd and quantiles of every scalar, and which draws they are of."""
-    import arviz as az
-
     posterior = to_inference_data(kept.draws, log_likelihood=False)
-    quantiles = {name: partial(np.quantile, q=q) for name, q in QUANTILES.items()}
-    numbers = az.summary(posterior, kind="stats", stat_funcs=quantiles, round_to="none")
+    numbers = statistics.summary(posterior)
     return numbers.assign(draws=kept.word).rename_axis("name")
 
 

@@ -5,6 +5,7 @@ import math
 import numpy as np
 
 from flowvi.diagnostics.importance import Estimate, log_evidence
+from flowvi.statistics import ess
 
 
 def eubo(chains: np.ndarray) -> Estimate:
@@ -21,9 +22,7 @@ def eubo(chains: np.ndarray) -> Estimate:
 
 def _effective(chains: np.ndarray) -> float:
     """Effective number of draws for the mean of a chain's log weights."""
-    import arviz as az
-
-    return float(az.ess(chains, method="mean"))
+    return ess(chains, "mean")
 
 
 def bridge_evidence(log_w: np.ndarray, chains: np.ndarray) -> Estimate:

@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 from flowvi.arguments import whole
+from flowvi.statistics import psislw
 
 MIN_DRAWS = 100
 # Log weights that differ by less are equal: single precision cannot tell them apart.
@@ -109,12 +110,9 @@ def psis(log_w: np.ndarray) -> Psis:
     top = np.sort(log_w)[-tail_size(len(log_w)) :]
     if top[-1] - top[0] <= ROUNDING:
         return Psis(log_w - logsumexp(log_w), -math.inf)
-    # ArviZ takes seconds to import.
-    import arviz as az
-
     with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
-        smooth, khat = az.psislw(log_w)
-    return Psis(np.asarray(smooth), math.inf if np.isnan(khat) else float(khat))
+        smooth, khat = psislw(log_w)
+    return Psis(smooth, math.inf if np.isnan(khat) else khat)
 
 
 def log_evidence(log_w: np.ndarray) -> Estimate:

@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from flowvi import statistics as stats
 from flowvi.diagnostics import observe
 from flowvi.diagnostics.moments import blocks
 from flowvi.diagnostics.observe import DISTRUST, TRUST, Finding
@@ -68,8 +69,6 @@ def _convergence(
     values: Mapping[str, np.ndarray],
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Labels, R-hat, bulk and tail ESS of every scalar that varies."""
-    import arviz as az
-
     labels: list[str] = []
     rows = []
     for name, indices, block in blocks(values):
@@ -77,7 +76,7 @@ def _convergence(
             if np.isfinite(x).all() and np.ptp(x) == 0:
                 continue
             labels.append(name + index)
-            rows.append([az.rhat(x), az.ess(x, method="bulk"), az.ess(x, method="tail")])
+            rows.append([stats.rhat(x), stats.ess(x, "bulk"), stats.ess(x, "tail")])
     rhat, bulk, tail = np.transpose(np.asarray(rows, dtype=np.float64))
     # What cannot be computed has not converged.
     return labels, np.nan_to_num(rhat, nan=np.inf), np.nan_to_num(bulk), np.nan_to_num(tail)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from flowvi import statistics as stats
 from flowvi._version import __version__
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import Draws
@@ -190,15 +191,13 @@ def _sizes(c: Contents, group: str) -> str:
 
 def _scalars(c: Contents) -> Iterator[Scalar]:
     """Mean, sd, quantiles and R-hat across restarts of every scalar."""
-    import arviz as az
-
     plain = _by_restart(c)
     for name in c.kept.values:
         restarts = {label: x for _, label, x in elements(plain, name)}
         for _, label, x in elements(c.kept, name):
             rhat = "–"
             if len(plain.log_p) > 1 and label in restarts:
-                rhat = f"{float(az.rhat(restarts[label].reshape(plain.log_p.shape))):.3f}"
+                rhat = f"{stats.rhat(restarts[label].reshape(plain.log_p.shape)):.3f}"
             low, middle, high = np.quantile(x, (0.05, 0.5, 0.95))
             mean, sd = f"{x.mean():.4g}", f"{x.std(ddof=1):.4g}"
             yield Scalar(label, mean, sd, f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}", rhat)
