@@ -43,6 +43,8 @@ from flowvi.target import Target
 RATES = (3e-3, 1e-3, 3e-4)
 TRIAL_STEPS = 60
 JUDGE_DRAWS = 2000
+# Steps with a falling step size, at least.
+LEAST_DECAY = 200
 # Steps between two looks for a compiled step.
 POLL = 20
 # Gaps below this are known better than bounds.
@@ -231,7 +233,7 @@ class Trainer:
             if self.record.stopped or course.lost:
                 return
             course.fall(clock.seconds)
-        self._decay(stage, stage.decay or max(200, course.steady // 2), course)
+        self._decay(stage, stage.decay or max(LEAST_DECAY, course.steady // 2), course)
 
     def _decay(self, stage: Stage, steps: int, course: Course) -> None:
         clock, warm, before = self.settings.clock, stage.steady == 0, course.rate

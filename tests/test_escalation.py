@@ -12,7 +12,7 @@ import torch
 from click.testing import CliRunner
 
 import flowvi
-from flowvi import escalation, run
+from flowvi import escalation, run, training
 from flowvi.cli import fitting, main
 from flowvi.diagnostics import VERDICTS
 from flowvi.escalation import better, extend
@@ -61,6 +61,7 @@ def short(monkeypatch):
     """Stages and chains as short as they can be."""
     monkeypatch.setattr(run, "STEADY_STEPS", 60)
     monkeypatch.setattr(run, "MOST_STAGES", 1)
+    monkeypatch.setattr(training, "LEAST_DECAY", 60)
     monkeypatch.setattr(escalation, "PLANS", (Plan(200, 400, 2),))
 
 
@@ -193,15 +194,16 @@ def ended_in_chains():
         patch.setattr(run, "NOTHING_LEFT", math.inf)
         patch.setattr(run, "STEADY_STEPS", 30)
         patch.setattr(run, "MOST_STAGES", 1)
+        patch.setattr(training, "LEAST_DECAY", 60)
         patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
-        patch.setattr(escalation, "PLANS", (Plan(200, 500, 4),))
+        patch.setattr(escalation, "PLANS", (Plan(150, 300, 4),))
         return flowvi.fit(heavy(), progress=False)
 
 
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 
-    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 500
+    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 300
     assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
     assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
 

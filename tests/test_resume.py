@@ -113,6 +113,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small stages."""
     for name, value in (("STEADY_STEPS", 30), ("FEW_STEPS", 30), ("MOST_STAGES", 2)):
         monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(training, "LEAST_DECAY", 30)
 
 
 def own_guide() -> flowvi.FlowGuide:
