@@ -10,12 +10,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.distributions.constraints import Constraint
+from torch.utils._pytree import tree_map
 
 from flowvi.target.base import Target
 from flowvi.target.batched import Batched, quiet_fallback
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local_program import RowPrograms
-from flowvi.target.local_rows import Arguments, Batch
+from flowvi.target.local_rows import Arguments, Batch, Call
 
 # Draws the data given latent values, or everything where those are None:
 # (values, rows, theta, seed), values each (R, *shape).
@@ -39,6 +41,8 @@ class LocalFacts:
         rows: The model's arguments.
         parts: Whether the density falls apart into likelihood and prior of z.
         columns: Which of the data each observed site has as its values.
+        messages: Pyro's record of each local latent site in one run of one row.
+        parameters: Parameters of the model itself, with the constraints on their values.
     """
 
     name: str
@@ -51,6 +55,8 @@ class LocalFacts:
     rows: Arguments
     parts: bool = True
     columns: dict[str, int] = field(default_factory=dict)
+    messages: Mapping[str, Any] = field(default_factory=dict)
+    parameters: Mapping[str, Constraint] = field(default_factory=dict)
 
 
 @dataclass
@@ -64,6 +70,8 @@ class RowFunctions:
         simulate: Draws from the model.
         observed: Observed values of rows, each (R, *shape).
         together: The terms of many rows at once: of z (R, D), and data with R rows, (R, 2).
+        latents: Makes the function that gives values of latents and their log Jacobians.
+        called: What a call of the model says of its rows.
     """
 
     terms: Batched
@@ -72,6 +80,8 @@ class RowFunctions:
     simulate: RowSimulator | None = None
     observed: Callable[[Batch], dict[str, Tensor]] | None = None
     together: Callable[..., Tensor] | None = None
+    latents: Callable[[], Batched] | None = None
+    called: Callable[[tuple[Any, ...], dict[str, Any]], Call] | None = None
 
 
 class LocalTarget(nn.Module):
@@ -91,6 +101,8 @@ class LocalTarget(nn.Module):
         rows: Number of rows N.
         sites: Local latent sites, of one row.
         shared: The log density of the latents theta that all rows share, or None.
+        messages: Pyro's record of each local latent site in one run of one row; empty for
+            plain densities.
 
     Args:
         facts: Names and shapes.
@@ -113,7 +125,8 @@ class LocalTarget(nn.Module):
         self.arguments, self.rows = facts.rows, facts.rows.size
         self.dim = max(s.stop for s in facts.slices.values())
         self.has_parts = facts.parts
-        self.columns = facts.columns
+        self.columns, self.messages = facts.columns, facts.messages
+        self._parameters_of_model = facts.parameters
         self.shared = shared
         self._functions = functions
         self._terms = functions.terms
@@ -199,6 +212,38 @@ class LocalTarget(nn.Module):
         """Values of latent and deterministic sites. (*S, B, D) -> (*S, B, *shape) by name."""
         out: dict[str, Tensor] = self._mapped(self._functions.values, z, batch, theta)
         return out
+
+    def latents(self, z: Tensor, batch: Any = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values of the latent sites, and the log Jacobians of the maps to them.
+
+        Returns:
+            Values (*S, B, *shape), and log|det d value / d z| (*S, B, *batch shape), by site.
+
+        Raises:
+            ModelError: The target is no Pyro model.
+        """
+        if self._functions.latents is None:
+            raise ModelError(f"{self.name} is a plain density; it has no Pyro sites.")
+        values, ladjs = self._mapped(self._functions.latents(), z, batch, None)
+        return values, ladjs
+
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """What a call of the model says of its rows: their data, and what its plate holds.
+
+        Raises:
+            ModelError: The rows are not where they were when the model was captured.
+        """
+        if self._functions.called is None:
+            raise ModelError(f"{self.name} is a plain density; it is not called.")
+        return self._functions.called(args, kwargs)
+
+    @property
+    def parameters_of_model(self) -> dict[str, tuple[nn.Parameter, Constraint]]:
+        """Parameters of the model itself, unconstrained, with the constraints on their values."""
+        return {
+            name: (getattr(self, f"own_{i}"), constraint)
+            for i, (name, constraint) in enumerate(self._parameters_of_model.items())
+        }
 
     def unconstrain(
         self, values: Mapping[str, Any], batch: Any = None, theta: Tensor | None = None
@@ -307,7 +352,7 @@ class LocalTarget(nn.Module):
         def shaped(t: Tensor) -> Tensor:
             return t.reshape(*lead, *t.shape[2:])
 
-        return {k: shaped(v) for k, v in out.items()} if isinstance(out, dict) else shaped(out)
+        return tree_map(shaped, out)
 
     def _check(self, z: Tensor, rows: Batch, theta: Tensor | None) -> None:
         if z.dim() < 2 or z.shape[-1] != self.dim or z.shape[-2] != len(rows.places):
@@ -375,7 +420,7 @@ def mapped(
     def whole(t: Tensor) -> Tensor:
         return t.reshape(*lead, *t.shape[cut:])
 
-    return {k: whole(v) for k, v in out.items()} if isinstance(out, dict) else whole(out)
+    return tree_map(whole, out)
 
 
 def _looped(
@@ -393,12 +438,10 @@ def _looped(
         for b in range(count)
     ]
 
-    def whole(leaves: list[Tensor]) -> Tensor:
+    def whole(*leaves: Tensor) -> Tensor:
         return torch.stack(leaves).reshape(samples, thetas, count, *leaves[0].shape)
 
-    if isinstance(found[0], dict):
-        return {k: whole([f[k] for f in found]) for k in found[0]}
-    return whole(found)
+    return tree_map(whole, *found)
 
 
 def _repeated(t: Tensor, many: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,6 +15,7 @@ from torch import Tensor
 from flowvi.randomness import own_randomness
 from flowvi.target import checks, enumeration, scores
 from flowvi.target.base import Target
+from flowvi.target.batched import Batched
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture, capture_values
 from flowvi.target.facts import Facts, Functions, ModelError, Site
@@ -100,6 +102,11 @@ class _LocalCapture:
         flat = torch.stack([self._flat(p, inputs[0]) for p in points])
         inverse = capture_values(self._inverse, Trial(flat, trial.inputs), whole_row)
         shared = self._shared(thetas, own)
+
+        @functools.cache
+        def latents() -> Batched:
+            return capture_values(self._latents, trial, whole_row)
+
         target = LocalTarget(
             LocalFacts(
                 self.name,
@@ -112,6 +119,8 @@ class _LocalCapture:
                 self.rows.arguments,
                 parts,
                 self._columns(),
+                self.local.latents,
+                self.rows.runner.parameters.supports,
             ),
             RowFunctions(
                 terms,
@@ -120,6 +129,8 @@ class _LocalCapture:
                 self._simulate,
                 self._observed,
                 None if self.local.enumerated else self._together,
+                latents,
+                self.rows.called,
             ),
             shared,
             self.own,
@@ -170,6 +181,12 @@ class _LocalCapture:
         names = [*self.local.sites, *self._deterministics()]
         values = {n: torch.as_tensor(trace.nodes[n]["value"]) for n in names}
         return {n: v.select(self.axes[n], 0) for n, v in values.items()}
+
+    def _latents(self, z: Tensor, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        trace, handler = self._trace(z, inputs)
+        values = {n: trace.nodes[n]["value"].select(self.axes[n], 0) for n in self.local.sites}
+        ladjs = {n: handler.ladjs[n].select(self.axes[n], 0) for n in self.local.sites}
+        return values, ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
         handler = ToVector(split(flat, self.local.sites))

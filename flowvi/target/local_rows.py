@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -22,6 +23,29 @@ class Batch(NamedTuple):
     def to(self, device: torch.device) -> Batch:
         """The same rows on a device."""
         return Batch(self.places.to(device), tuple(t.to(device) for t in self.data))
+
+
+class Call(NamedTuple):
+    """What a call of the model says of its rows.
+
+    Attributes:
+        data: Its arguments that have one entry a row, (M, *shape) each.
+        size: Size N that the model gives the plate; None if it names none.
+        subsample_size: How many rows the plate is to draw, if the model says so.
+        subsample: Rows that the model itself gives the plate, if it does.
+    """
+
+    data: tuple[Tensor, ...]
+    size: int | None
+    subsample_size: int | None
+    subsample: Any
+
+
+@dataclass(frozen=True)
+class Place:
+    """Stands for the i-th of the data among the arguments."""
+
+    index: int
 
 
 class Arguments:
@@ -68,12 +92,16 @@ class Arguments:
         """The data set behind the rows, where there is one."""
         return self._dataset
 
-    def call(self, data: Sequence[Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def call(self, data: Sequence[Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """The model's arguments with other rows in place of the first ones."""
         rows = iter(data)
         pairs = zip(self._leaves, self._is_row, strict=True)
         args, kwargs = tree_unflatten([next(rows) if r else t for t, r in pairs], self._spec)
         return args, kwargs
+
+    def places(self) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """The model's arguments with a `Place` for each tensor of rows."""
+        return self.call([Place(i) for i in range(sum(self._is_row))])
 
     def _expanded(
         self, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -12,12 +12,13 @@ from pyro import poutine
 from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
+from torch.utils._pytree import tree_flatten_with_path
 
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Unseen, quiet
 from flowvi.target.layout import Layout
-from flowvi.target.local_rows import Arguments, sizes
+from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
 
 TOGETHER = 3
@@ -131,16 +132,76 @@ class Rows:
         with quiet(), whole(self.plate, len(data[0]) if data else 1):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 
+    def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+        """What a call of the model says of its rows; the model runs up to its plate."""
+        runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
+        said = self._statement(runner)
+        return Call(self._rows_of(runner), *said)
+
+    def _statement(self, runner: Runner) -> tuple[int | None, int | None, Any]:
+        """Size, subsample size and subsample that the model gives the plate."""
+
+        def reached(
+            size: int | None = None, batch: int | None = None, rows: Any = None, *_: Any
+        ) -> Any:
+            raise _Reached(size, batch, rows)
+
+        model = Owned(runner.parameters)(runner.model)
+        with quiet(), torch.no_grad(), _holding(self.plate, reached):
+            try:
+                model(*runner.args, **runner.kwargs)
+            except _Reached as found:
+                size, batch, rows = found.args
+                return size, batch, rows
+        raise ModelError(
+            f"The model does not come to its plate '{self.plate}' with these arguments."
+        )
+
+    def _rows_of(self, runner: Runner) -> tuple[Tensor, ...]:
+        """Those arguments of a call that have rows, as the first call had them."""
+        args, kwargs = self.arguments.places()
+        like = _by_path(replace(runner, args=args, kwargs=kwargs))
+        given = _by_path(runner)
+        found: dict[int, Tensor] = {}
+        for path, leaf in like.items():
+            if isinstance(leaf, Place):
+                value = given.get(path)
+                if not isinstance(value, Tensor):
+                    raise ModelError(
+                        f"A guide of rows reads them in the model's argument '{path[0].key}', as "
+                        "the model was captured; got no tensor there. Give the rows, and let "
+                        "poutine.uncondition(model) draw what is to be simulated."
+                    )
+                found[leaf.index] = value
+        return tuple(found[i] for i in range(len(found)))
+
+
+class _Reached(Exception):
+    """The model has come to the plate; what it says of its rows is in `args`."""
+
+
+def whole(plate: str, rows: int) -> AbstractContextManager[None]:
+    """Let a plate hold the rows that the model is called with, whatever size it names."""
+
+    def held(size: int | None = None, *_: Any) -> Any:
+        return (rows if size is None else size), rows, torch.arange(rows)
+
+    return _holding(plate, held)
+
+
+def _by_path(runner: Runner) -> dict[Any, Any]:
+    """All that a model is called with, by the name of the argument and the place in it."""
+    named = runner.arguments() or {"args": runner.args, "kwargs": runner.kwargs}
+    return dict(tree_flatten_with_path(named)[0])
+
 
 @contextmanager
-def whole(plate: str, rows: int) -> Iterator[None]:
-    """Let a plate hold the rows that the model is called with, whatever size it names."""
+def _holding(plate: str, held: Callable[..., Any]) -> Iterator[None]:
+    """Let a function of what the model says of a plate's rows decide on them."""
     theirs = SubsampleMessenger._subsample
 
-    def own(name: str, size: int | None = None, *rest: Any) -> Any:
-        if name != plate:
-            return theirs(name, size, *rest)
-        return (rows if size is None else size), rows, torch.arange(rows)
+    def own(name: str, *rest: Any) -> Any:
+        return held(*rest) if name == plate else theirs(name, *rest)
 
     SubsampleMessenger._subsample = staticmethod(own)
     try:
