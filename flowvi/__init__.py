@@ -20,11 +20,13 @@ from flowvi.neutra import neutra
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
 from flowvi.predict import Prediction, predict
 from flowvi.pyro_elbo import IWELBO
-from flowvi.pyro_guide import GuideDistribution, PyroGuide, pyro_guide
+from flowvi.pyro_guide import PyroGuide, pyro_guide
+from flowvi.pyro_parts import GuideDistribution
 from flowvi.records import Step
 from flowvi.report import report
 from flowvi.row_draws import RowBounds, RowDraws
 from flowvi.row_fit import RowFit
+from flowvi.row_pyro_guide import RowPyroGuide
 from flowvi.row_training import Epoch
 from flowvi.sbc import sbc
 from flowvi.target import LocalTarget, ModelError, Site, Target, from_density, from_pyro
@@ -57,6 +59,7 @@ __all__ = [
     "RowBounds",
     "RowDraws",
     "RowFit",
+    "RowPyroGuide",
     "Site",
     "Step",
     "Target",

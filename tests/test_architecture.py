@@ -34,7 +34,8 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "pyro_guide", "pyro_elbo", "saved", "loo", "predict"),
+        *("sbc", "row_sbc", "bnn", "saved", "loo", "predict"),
+        *("pyro_guide", "row_pyro_guide", "pyro_parts", "pyro_elbo"),
     },
     {"vae", "plots"},
     {"report"},

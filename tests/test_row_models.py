@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 import flowvi
 from flowvi.cli import main
@@ -63,6 +64,23 @@ def test_a_short_fit_has_a_finite_bound_and_trains_guide_and_model(name, images)
     assert np.isfinite(fit.history["bound"]).all()
     assert np.isfinite(fit.iw_bound(rows=range(10), particles=5).values).all()
     assert list(fit.target.parameters()) and list(fit.guide.parameters())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_fit_is_a_guide_of_the_model_in_pyro(name, images):
+    module = load(name)
+    fit = module.fit(images, epochs=1, progress=False)
+    batch = fit.target.batch()
+    args, kwargs = fit.target.arguments.call(batch.data)
+    loss = (TraceEnum_ELBO if name == "vae_labels" else Trace_ELBO)(max_plate_nesting=1)
+
+    torch.manual_seed(1)
+    found = -loss.loss(module.model, flowvi.pyro_guide(fit), *args, **kwargs)
+    torch.manual_seed(1)
+    z, log_q = fit.guide.sample((), batch)
+
+    expected = (fit.target.log_prob(z, batch) - log_q).sum().item()
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", MODELS)
