@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.guides import Draw, Guide, Scored, Strata, make_guide
-from flowvi.target import Batch, LocalTarget
+from flowvi.target import NOWHERE, Batch, LocalTarget
 
 HIDDEN = 128
 # Length of the context that the default encoder writes.
@@ -92,7 +92,7 @@ class PerRow(RowGuide):
         self.vectors = nn.Embedding(rows, context_dim)
 
     def context(self, rows: Any) -> Tensor:
-        if not isinstance(rows, Batch):
+        if not isinstance(rows, Batch) or (rows.places == NOWHERE).any():
             raise ValueError(
                 "A guide with parameters for each row needs to know which rows these are: pass "
                 "target.batch(index). For new rows use Amortised, which reads their data."

@@ -153,6 +153,11 @@ def fit_rows(
     with own_randomness(stream(seed, BUILD)):
         name, built = _guide(target, guide)
         rows, held = _split(target, validation, seed)
+        if isinstance(built, PerRow) and held is not None:
+            raise ValueError(
+                "validation needs a guide for rows that were not trained on; PerRow has none. "
+                "Leave validation out, or use Amortised."
+            )
         trainer = RowTrainer(
             target, built, wanted, settings, rows, held, seed, clock, progress, callback
         )

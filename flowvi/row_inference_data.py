@@ -10,6 +10,7 @@ import torch
 from flowvi.groups import make_groups
 from flowvi.inference_data import SAMPLE, Labels, storable
 from flowvi.row_draws import RowDraws, row_bounds
+from flowvi.target import NOWHERE
 
 if TYPE_CHECKING:
     import arviz as az
@@ -55,6 +56,8 @@ def rows_to_inference_data(
         facts["particles"] = particles
     names = [*(n for arrays in groups.values() for n in arrays), *observed]
     places = draws.batch.places.cpu().numpy()
+    if (places == NOWHERE).any():
+        places = np.arange(len(places))
     labels = Labels(
         {**dims, **dict.fromkeys(stats, (plate,)), "row": (plate,)}, {plate: places.tolist()}, names
     )

@@ -374,6 +374,9 @@ def test_a_guide_without_an_encoder_learns_every_row(normal):
     assert abs(fit.iw_bound(particles=100).elbo_mean - evidence.mean()) < 0.02
     with pytest.raises(ValueError, match="For new rows use Amortised"):
         fit.guide.sample((2,), torch.zeros(3))
+    for call in (fit.iw_bound, lambda x: fit.draw(10, data=x)):
+        with pytest.raises(ValueError, match="For new rows use Amortised"):
+            call(torch.zeros(3))
 
 
 @pytest.mark.parametrize(
@@ -385,6 +388,10 @@ def test_a_guide_without_an_encoder_learns_every_row(normal):
         ({"objective": "iw"}, "No objective for rows named 'iw'"),
         ({"guide": MeanField(3)}, "has D = 3 but each row of length has D = 1"),
         ({"guide": flowvi.PerRow(7, MeanField(1, 2), 2)}, "parameters for 7 rows but"),
+        (
+            {"guide": flowvi.PerRow(N, MeanField(1, 2), 2), "validation": 0.2},
+            "rows that were not trained on; PerRow has none",
+        ),
         (
             {"objective": flowvi.iwelbo(2), "minibatch": flowvi.Minibatch(free_bits=1.0)},
             "free_bits are for the ELBO",

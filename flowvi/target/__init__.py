@@ -4,10 +4,11 @@ from flowvi.target.base import Target
 from flowvi.target.density import from_density
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local import LocalTarget
-from flowvi.target.local_rows import Batch
+from flowvi.target.local_rows import NOWHERE, Batch
 from flowvi.target.pyro_model import from_pyro, replicable
 
 __all__ = [
+    "NOWHERE",
     "Batch",
     "LocalTarget",
     "ModelError",

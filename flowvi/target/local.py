@@ -17,7 +17,7 @@ from flowvi.target.base import Target
 from flowvi.target.batched import Batched, quiet_fallback
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local_program import RowPrograms
-from flowvi.target.local_rows import Arguments, Batch, Call
+from flowvi.target.local_rows import NOWHERE, Arguments, Batch, Call
 
 # Draws the data given latent values, or everything where those are None:
 # (values, rows, theta, seed), values each (R, *shape).
@@ -181,7 +181,7 @@ class LocalTarget(nn.Module):
                 f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
             )
         data = tuple(t.to(e.dtype) for t, e in zip(tensors, like, strict=True))
-        return Batch(torch.arange(len(data[0])), data).to(self.device)
+        return Batch(torch.full((len(data[0]),), NOWHERE), data).to(self.device)
 
     def log_prob(self, z: Tensor, batch: Any = None, theta: Tensor | None = None) -> Tensor:
         """Log density of rows and their latent vectors. (*S, B, D) -> (*S, B).

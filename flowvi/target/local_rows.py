@@ -13,9 +13,12 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from flowvi.target.facts import ModelError
 
+# Place of a row that is none of those that the model was captured with.
+NOWHERE = -1
+
 
 class Batch(NamedTuple):
-    """Some rows: their places (B,), and their data, each (B, *shape)."""
+    """Some rows: their places (B,) in the fitted data, NOWHERE if new; their data, (B, *shape)."""
 
     places: Tensor
     data: tuple[Tensor, ...]
