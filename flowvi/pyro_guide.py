@@ -13,6 +13,7 @@ from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.guides import AutoGuide
 from torch import Size, Tensor
 from torch.distributions import Transform, biject_to, constraints
+from torch.utils._pytree import tree_leaves
 
 from flowvi.fit import Fit
 from flowvi.guides import Guide, Pushforward
@@ -90,13 +91,19 @@ class PyroGuide(AutoContinuous):
             for frame in message["cond_indep_stack"]:
                 if frame.vectorized:
                     self._prototype_frames[frame.name] = frame
+        self._seen: set[tuple[tuple[int, ...], ...]] = {()}
         self._create_plates()  # NeuTraReparam asks for them before the first call
         check_store(target)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site; the model's arguments are taken and not needed."""
+        """Sample every latent site; the model's arguments are needed for their shapes alone.
+
+        Raises:
+            ModelError: With arguments of these shapes the latents have others than in the fit.
+        """
         (target,) = self._target
         serve(target)
+        self._look_at(args, kwargs)
         z = self.sample_latent()
         with poutine.block():  # the target may run the model
             values, ladjs = target.latents(z)
@@ -130,6 +137,15 @@ class PyroGuide(AutoContinuous):
             if not _maps_as_pyro(self._target[0], name, message):
                 raise NotImplementedError(f"The support of '{name}' is mapped by flowvi's own map.")
         return Transport(self.density)
+
+    def _look_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Run the model once for arguments of new shapes: it may have other rows than the fit."""
+        leaves = tree_leaves((args, kwargs))
+        shapes = tuple(tuple(a.shape) for a in leaves if hasattr(a, "shape"))
+        if shapes not in self._seen:
+            with poutine.block():
+                self._target[0].check_call(args, kwargs)
+            self._seen.add(shapes)
 
     def _unpack_latent(self, latent: Tensor) -> Any:
         (target,) = self._target

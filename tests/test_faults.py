@@ -19,6 +19,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.distributions import constraints
+from pyro.infer import Trace_ELBO
 from torch import Tensor
 
 import flowvi
@@ -216,6 +217,12 @@ def more_rows_than_were_fitted(folder: Path) -> object:
 def predictions_for_other_rows() -> object:
     draws = fit(flowvi.from_pyro(a_latent_each, Y)).draw(100)
     return flowvi.predict(draws, torch.zeros(7))
+
+
+@refused(18, r"'z' in plate 'row' has shape \(5,\) in the fit and \(7,\)")
+def a_guide_for_pyro_with_other_rows() -> object:
+    guide = flowvi.pyro_guide(fit(flowvi.from_pyro(a_latent_each, Y)))
+    return Trace_ELBO().loss(a_latent_each, guide, torch.zeros(7))
 
 
 def a_latent_each(y: Tensor) -> None:

@@ -232,6 +232,25 @@ class Target(nn.Module):
         given = {name: np.asarray(values[name]) for name in self.sites}
         return self._functions.rerun(given, args, kwargs, seed)
 
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse arguments with which the latents of the model have other shapes.
+
+        Raises:
+            ModelError: Names the site, its plate and the sizes.
+        """
+        if self._functions.met is None:
+            return
+        for name, node in self._functions.met(args, kwargs).items():
+            shape, came = tuple(self.sites[name].shape), tuple(node["value"].shape)
+            if came != shape:
+                plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
+                where = f" in plate '{plates[-1]}'" if plates else ""
+                raise ModelError(
+                    f"Site '{name}'{where} has shape {shape} in the fit and {came} with these "
+                    "arguments: the guide is one of the rows that were fitted. Call it with those, "
+                    "fit again, or fit with local= for a guide that reads its rows."
+                )
+
     def observing(self, data: Mapping[str, Any]) -> Target:
         """The same target with other data, sharing what was captured; one made by `replicable`.
 

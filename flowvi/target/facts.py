@@ -88,6 +88,7 @@ class Functions:
         latents: z (D,) -> values of the latent sites, and log Jacobians of their supports.
         messages: Pyro's record of each latent site in one run.
         rerun: Draws from the model with other arguments.
+        met: Pyro's record of each latent site in one run with other arguments.
     """
 
     values: PointFunction
@@ -97,3 +98,4 @@ class Functions:
     latents: PointFunction | None = None
     messages: Mapping[str, Any] = field(default_factory=dict)
     rerun: Rerun | None = None
+    met: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
@@ -151,11 +152,19 @@ class _Capture:
                 self._latents,
                 self.layout.latents,
                 again,
+                self._met,
             ),
             trial,
             self.parameters,
             data,
         )
+
+    def _met(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+        """Pyro's record of the latent sites in one run with other arguments."""
+        runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
+        with own_randomness(0):
+            nodes = runner.prior(validate=False)[0].nodes
+        return {name: nodes[name] for name in self.layout.sites if name in nodes}
 
     def _on(self, runner: Runner) -> Target:
         """The same model on other arguments."""
