@@ -1,5 +1,8 @@
 """A target has the density of its model, and gives its values back."""
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from reference import log_joint, log_likelihood, values_of, with_gradient
@@ -7,6 +10,7 @@ from torch import Tensor
 from zoo import ZOO, Case
 
 from flowvi.target import Target, from_pyro
+from flowvi.target.capture import agree
 
 POINTS = 3
 
@@ -164,3 +168,24 @@ def test_models_in_single_precision(name):
     size = torch.stack([g.abs().max() for _, g in expected]).max().item()
     close(log_p, torch.stack([value for value, _ in expected]).float(), 5e-3)
     close(gradient / size, torch.stack([g for _, g in expected]).float() / size, 5e-3)
+
+
+def test_double_data_with_single_priors_are_evaluated_in_double():
+    """The model's own slope is single then: it is compared as such."""
+    value, slope = torch.zeros(1, dtype=torch.float64), torch.full((3,), 1e4, dtype=torch.float32)
+    assert agree((value, slope), (value, slope.double() * (1 + 3e-7)))
+    assert not agree((value, slope.double()), (value, slope.double() * (1 + 3e-7)))
+
+    def counts(y, x):
+        level = pyro.sample("level", dist.Normal(2.0, 2.0))
+        slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+        spread = pyro.sample("spread", dist.HalfNormal(1.0))
+        with pyro.plate("row", len(y)):
+            own = pyro.sample("own", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Poisson((level + slope * x + spread * own + 5).exp()), obs=y)
+
+    torch.set_default_dtype(torch.float32)
+    x = np.linspace(-1.0, 1.0, 40)
+    target = from_pyro(counts, np.arange(40) * 10, x)
+
+    assert target.dtype == torch.float64
