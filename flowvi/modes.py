@@ -86,7 +86,8 @@ def further_modes(
             hits.append(0)
         hits[where] += 1
     ascents = sum(hits)
-    say(f"{first} modes at first; {ascents} more starts led to {len(modes) - first} others")
+    others = len(modes) - first
+    say(f"{first} candidates for modes at first; {ascents} more starts led to {others} others")
     return modes[first:]
 
 

@@ -47,6 +47,9 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
         ax.set_ylim(max(np.exp(raw[-1]), 1e-4) / 2, 2 * np.exp(raw[0]))
         word = "below" if good else "not below"
         ax.set_title(f"Pareto k-hat {khat:.2f}, {word} {threshold:.2f}")
+        for axis in (ax.xaxis, ax.yaxis):
+            axis.set_major_formatter(lambda value, _: f"{value:g}")
+            axis.set_minor_formatter(lambda *_: "")
         ax.set(xlabel="rank of the draw", ylabel="weight / mean weight")
         ax.legend(loc="lower left")
     return ax

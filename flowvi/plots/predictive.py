@@ -45,7 +45,7 @@ def plot_predictive(
     x = np.asarray(predicted, dtype=np.float64).reshape(-1, y.size)
     y = y.ravel()
     with style():
-        wide = min(max(0.24 * y.size, 3.6), 7.2) if y.size <= MOST_ROWS else 4.8
+        wide = min(max(0.24 * y.size, 4.8), 7.2) if y.size <= MOST_ROWS else 4.8
         ax = ax or new_axes((wide, 3.4))
         if y.size <= MOST_ROWS:
             _intervals(ax, y, x, labels)

@@ -220,7 +220,8 @@ def _guide_references(name: str) -> list[str]:
     found: dict[str, None] = {}
     for kind in dict.fromkeys(type(part) for part in parts):
         _, _, after = (inspect.getdoc(kind) or "").partition("References:\n")
-        entries = re.split(r"\n(?=    \S)", after.split("\n\n")[0])
+        # An entry begins with a line that has its year; the lines that follow are its rest.
+        entries = re.split(r"\n(?=[^\n]*\(\d{4}\))", after.split("\n\n")[0])
         found |= {" ".join(entry.split()): None for entry in entries if entry.strip()}
     return list(found)
 
