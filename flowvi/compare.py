@@ -6,7 +6,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -177,12 +177,21 @@ def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataF
                 f"'{name}' has several observed sites, {', '.join(sites)}: name the one to predict "
                 "by var_name."
             )
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(record=True) as said:
         # How ArviZ calls pandas is not the caller's affair.
+        warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
-        found = {name: loo(idata, var_name) for name, idata in able.items()}
+        found: dict[str, Any] = {}
+        about: dict[str, type[Warning]] = {}
+        for name, idata in able.items():
+            found[name] = loo(idata, var_name)
+            about |= {f"{name}: {one.message}": one.category for one in said}
+            said.clear()
         table: pd.DataFrame = az.compare(found)
+        about |= {str(one.message): one.category for one in said}
+    for words, category in about.items():
+        warnings.warn(words, category, stacklevel=3)
     return table
 
 

@@ -68,7 +68,9 @@ def predict_command(
         file = folder / "predictions.nc"
         results.whole(file, lambda part: write_groups(groups, part))
     shapes = {name: list(value.shape) for name, value in found.values.items()}
-    record = {"file": file, "verdict": verdict, "shapes": shapes}
+    densities = {name: found.log_density(name) for name in found.log_likelihood}
+    scores = {k: {"sum": float(v.sum()), "rows": v.size} for k, v in densities.items()}
+    record = {"file": file, "verdict": verdict, "shapes": shapes, "log_density": scores}
     answer(as_json, record, f"{found}\n\nIn {file}")
     if verdict == results.DISTRUST:
         click.echo("The fit is not to be trusted, and so are not its predictions.", err=True)

@@ -29,6 +29,7 @@ from flowvi.report.pictures import pictures
 
 REPORT = "report.html"
 ROWS = 200  # of the table of the posterior
+NO_RHAT = "–"
 TEMPLATE = "report.html.j2"
 TONES = dict(zip(VERDICTS, ("good", "care", "bad"), strict=True))
 ADVICE = {
@@ -115,6 +116,7 @@ def page(contents: Contents) -> str:
         log=contents.log,
         rows=rows[:ROWS],
         more=len(rows) > ROWS,
+        compared=any(row.rhat != NO_RHAT for row in rows),
         restarts=len(_by_restart(contents).log_p) > 1,
         kept=contents.kind,
         pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
@@ -195,7 +197,7 @@ def _scalars(c: Contents) -> Iterator[Scalar]:
     for name in c.kept.values:
         restarts = {label: x for _, label, x in elements(plain, name)}
         for _, label, x in elements(c.kept, name):
-            rhat = "–"
+            rhat = NO_RHAT
             if len(plain.log_p) > 1 and label in restarts:
                 rhat = f"{stats.rhat(restarts[label].reshape(plain.log_p.shape)):.3f}"
             low, middle, high = np.quantile(x, (0.05, 0.5, 0.95))

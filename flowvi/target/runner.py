@@ -19,6 +19,9 @@ from flowvi.target.handlers import Owned, Prior, as_tensor, quiet, run
 from flowvi.target.parameters import Parameters
 from flowvi.target.samplers import RightSamples
 
+# Of the words of an error that repeat all values of a tensor.
+LONGEST = 300
+
 
 @dataclass
 class Runner:
@@ -82,7 +85,8 @@ class Runner:
         several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""
         cause = scores.not_finite_in(self.arguments()) if isinstance(error, ValueError) else ""
         if several or cause:
-            raise ModelError(f"The model fails. {several}{cause} {error}") from error
+            first = str(error).partition("\n")[0]
+            raise ModelError(f"The model fails. {several}{cause} {first[:LONGEST]}") from error
 
     def _devices(self, sites: Mapping[str, torch.device]) -> str:
         """Which tensors lie on which devices, in words; empty if all lie on one."""
