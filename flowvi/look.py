@@ -164,7 +164,8 @@ def fall(target: Target, loc: Tensor, step: Tensor) -> float:
     """How far the log density falls from one step to many, at least; inf where it is not known."""
     reach = torch.tensor(REACH, dtype=loc.dtype, device=loc.device)
     log_p = evaluate(target, loc + reach[:, None] * step).cpu().double().numpy()
-    if np.isnan(log_p).any() or not np.isfinite(log_p[0]):
+    # Infinite far out is what rounding makes of a difference of large numbers.
+    if np.isnan(log_p).any() or np.isposinf(log_p).any() or not np.isfinite(log_p[0]):
         return math.inf
     return float(log_p[0] - log_p[-1])
 

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 import flowvi
 from flowvi import init
-from flowvi.look import check_integrable, check_size, look
+from flowvi.look import check_integrable, check_size, fall, look
 from flowvi.target import ModelError
 
 Y = torch.tensor([1.3, 0.2, 0.9, 1.8, 0.4])
@@ -105,3 +105,15 @@ def test_a_full_rank_base_beyond_memory_is_refused_with_a_remedy():
 
     with pytest.raises(ValueError, match=r"100000 x 100000 numbers.*'lowrank'"):
         check_size(100_000, "fullrank")
+
+
+def test_an_infinite_density_far_out_is_no_rise():
+    """Rounding may make one of large numbers; it says nothing of an integral."""
+
+    def normal_until_rounding(v):
+        x = v["x"]
+        return torch.where(x.abs() > 50, torch.inf, -0.5 * x**2)
+
+    target = flowvi.from_density(normal_until_rounding, {"x": flowvi.Site()})
+
+    assert fall(target, torch.zeros(1), torch.ones(1)) == math.inf
