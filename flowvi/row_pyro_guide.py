@@ -61,6 +61,7 @@ class RowPyroGuide(PyroModule):
         serve(target)
         with poutine.block():  # the model's plate alone is wanted
             call = target.called(args, kwargs)
+        given = target.as_batch(call.data)
         plates = {
             name: pyro.plate(name, frame.full_size, frame.size, dim=frame.dim)
             for name, frame in self._frames.items()
@@ -70,7 +71,7 @@ class RowPyroGuide(PyroModule):
             target.plate, call.size, call.subsample_size, call.subsample, dim=self._dim
         )
         with plates[target.plate] as index:
-            rows, context = self._read(call, index)
+            rows, context = self._read(call, given, index)
             posterior = GuideDistribution(self.density.guide, context)
             name, infer = f"_{self._pyro_name}_latent", {"is_auxiliary": True}
             z = pyro.sample(name, posterior, infer=infer)
@@ -88,10 +89,10 @@ class RowPyroGuide(PyroModule):
             out[name] = sample_site(message, value, ladj, lead, Size(batch), plates)
         return out
 
-    def _read(self, call: Call, index: Tensor | None) -> tuple[Batch, Tensor]:
+    def _read(self, call: Call, rows: Batch, index: Tensor | None) -> tuple[Batch, Tensor]:
         """The rows that the plate holds, and what the guide reads in them, (B, 1, ..., 1, C)."""
         (target,) = self._target
-        rows, known = target.as_batch(call.data), False
+        known = False
         if index is not None:
             index = torch.as_tensor(index, device=target.device)
             came = len(rows.places)

@@ -493,3 +493,10 @@ def test_a_model_without_its_plate_is_told(x):
 
     with pytest.raises(flowvi.ModelError, match="does not come to its plate 'row'"):
         guide(x, empty=True)
+
+
+def test_no_rows_are_refused_by_their_plate(fit):
+    words = r"Plate '.*' has size 0: the data has no rows"
+    for call in (flowvi.pyro_guide(fit), fit.iw_bound, lambda x: fit.draw(10, data=x)):
+        with pytest.raises(ValueError, match=words):
+            call(fit.target.batch([0]).data[0][:0])

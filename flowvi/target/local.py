@@ -164,7 +164,7 @@ class LocalTarget(nn.Module):
         """Rows as people give them: a `Batch`, a tensor or a tuple of tensors of any N.
 
         Raises:
-            ValueError: They are not like those of the model.
+            ValueError: They are not like those of the model, or none.
         """
         if isinstance(data, Batch):
             return data.to(self.device)
@@ -180,6 +180,8 @@ class LocalTarget(nn.Module):
                 f"{', '.join(str(('N', *s)) for s in expected)}; got "
                 f"{', '.join(str(tuple(t.shape)) for t in tensors)}."
             )
+        if not len(tensors[0]):
+            raise ValueError(f"Plate '{self.plate}' has size 0: the data has no rows.")
         data = tuple(t.to(e.dtype) for t, e in zip(tensors, like, strict=True))
         return Batch(torch.full((len(data[0]),), NOWHERE), data).to(self.device)
 
