@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from flowvi.gaussians import Gaussian, evaluate, near, refine
+from flowvi.gaussians import Gaussian, evaluate, near
 from flowvi.guides import Guide
-from flowvi.init import REFINE_ROUNDS
+from flowvi.init import settled
 from flowvi.target import Target
 
 DRAWS = 200
@@ -24,7 +24,12 @@ EXCESS = 3.0
 
 
 def left_out(
-    target: Target, guide: Guide, bound: float, others: Sequence[Gaussian], seed: int
+    target: Target,
+    guide: Guide,
+    bound: float,
+    others: Sequence[Gaussian],
+    seed: int,
+    over: Callable[[], bool] = lambda: False,
 ) -> list[Gaussian]:
     """Find Gaussians of the search that hold mass which the guide does not cover.
 
@@ -40,6 +45,7 @@ def left_out(
         bound: Its bound on the log mass.
         others: Refined Gaussians from other start points.
         seed: Of the draws.
+        over: Asked whether to make do with Gaussians that have not settled.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     noise = torch.randn(
@@ -59,7 +65,7 @@ def left_out(
             continue
         if outside(g) and not heavy:
             # What has not settled yet may be on its way to where the guide is.
-            g = refine(target, g, generator, noise, False, REFINE_ROUNDS)
+            g = settled(target, g, generator, noise, over)
         if outside(g) and not any(near(g, f) for f in found):
             found.append(g)
     return found if _share(found, bound) >= SHARE or len(found) >= MANY else []

@@ -14,7 +14,7 @@ from flowvi.bootstrap import refine_bootstrap
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import Draws, diagnose, draw
 from flowvi.flows import Chain
-from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, make_guide
+from flowvi.guides import FlowGuide, MixtureGuide, Pushforward, SkewedNormal, make_guide
 from flowvi.nuts import Plan, run_chains
 from flowvi.records import ANNEAL, CHAINS, CHECK
 from flowvi.run import CHECK_DRAWS, Kept, Run
@@ -152,15 +152,19 @@ def richer(run: Run, kept: Kept) -> Kept | None:
         sizes = {**kept.sizes, "depth": kept.sizes["depth"] + MORE_COUPLINGS, "base": "student_t"}
         new = run.flow(sizes)
         extend(cast(FlowGuide, new.guide), cast(FlowGuide, kept.guide))
+    elif kept.name == "skewed":
+        new = run.flow({"depth": MORE_COUPLINGS}, "skewed")
+        extend(cast(SkewedNormal, new.guide), cast(SkewedNormal, kept.guide))
     else:
         new = run.flow({"depth": MORE_COUPLINGS, "base": "student_t"})
-    new.lr = kept.lr / 2
+    # Couplings have a step size of their own.
+    new.lr = 0.0 if kept.name == "skewed" else kept.lr / 2
     run.improve(new, 0.7, "richer", MORE_DRAWS)
     return new
 
 
 @torch.no_grad()
-def extend(new: FlowGuide, old: FlowGuide) -> None:
+def extend(new: Pushforward, old: Pushforward) -> None:
     """Make a deeper flow start where a shallower one is: its first layers are the identity."""
     mine, theirs = cast(Chain, new.flow).layers, cast(Chain, old.flow).layers
     for layer, other in zip(list(mine)[-len(theirs) :], theirs, strict=True):

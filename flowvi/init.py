@@ -95,17 +95,31 @@ def best_gaussian(
         kinds = ([g for g in found if g.blind == kind] for kind in (True, False))
         found = [kind[0] for kind in kinds if kind]
 
-    def better(g: Gaussian, rounds: int) -> Gaussian:
-        if LARGE < target.dim <= FULL_RANK_DIM and not diagonal:
-            return swept(target, g, generator, judge, rounds // 2, over)
-        return refine(target, g, generator, judge, diagonal, HASTY_ROUNDS if over() else rounds)
-
-    tried = [better(g, TRY_ROUNDS) for g in (found if target.dim <= LARGE else found[:2])]
+    first = found if target.dim <= LARGE else found[:2]
+    tried = [
+        settled(target, g, generator, judge, over, TRY_ROUNDS, diagonal=diagonal) for g in first
+    ]
     best = max(tried, key=lambda g: g.elbo)
-    refined = better(best, REFINE_ROUNDS)
+    refined = settled(target, best, generator, judge, over, diagonal=diagonal)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return refined, [g for g in tried if g is not best]
+
+
+def settled(
+    target: Target,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+    rounds: int = REFINE_ROUNDS,
+    *,
+    diagonal: bool = False,
+) -> Gaussian:
+    """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
+    if LARGE < target.dim <= FULL_RANK_DIM and not diagonal:
+        return swept(target, g, generator, judge, rounds // 2, over)
+    return refine(target, g, generator, judge, diagonal, HASTY_ROUNDS if over() else rounds)
 
 
 def candidates(

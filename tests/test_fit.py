@@ -73,6 +73,22 @@ def test_a_flow_fits_what_a_gaussian_cannot():
     assert -0.05 < flow.bounds[0] < 0.02
 
 
+def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
+    """Of 310 Gumbel variables, log Z = 0; the networks of a flow would have to learn each skew."""
+
+    def gumbel(v):
+        return -(v["x"] + (-v["x"]).exp()).sum()
+
+    target = flowvi.from_density(gumbel, {"x": flowvi.Site((310,))})
+    fit = flowvi.fit(target, steps=200, progress=False)
+
+    start = flowvi.diagnose(fit.draw_start(1000))
+    assert start.gap > 10
+    assert fit.meta["guide"] == "skewed"
+    assert fit.bounds[0] > -3
+    assert fit.bounds[0] < 0
+
+
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
 def test_every_objective_fits_by_name(objective, brief):
     fit = flowvi.fit(banana(), objective=objective, steps=20, progress=False)

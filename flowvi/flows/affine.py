@@ -90,21 +90,23 @@ class Triangular(Layer):
     Args:
         dim: Length D of the vector.
         context_dim: Length C of the context; 0 for an unconditional layer.
+        held: Leave U at zero, so that all correlations are those of the frame.
     """
 
     origin: Tensor
     frame: Tensor
 
-    def __init__(self, dim: int, context_dim: int = 0) -> None:
+    def __init__(self, dim: int, context_dim: int = 0, held: bool = False) -> None:
         super().__init__()
         self.params = Amortised(torch.zeros(2 * dim), context_dim)
-        self.lower = nn.Parameter(torch.zeros(dim, dim))
+        self.lower = None if held else nn.Parameter(torch.zeros(dim, dim))
         self.register_buffer("origin", torch.zeros(dim))
         self.register_buffer("frame", torch.eye(dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
-        t = shift + log_scale.exp() * (x + x @ self.lower.tril(-1).mT)
+        mixed = x if self.lower is None else x + x @ self.lower.tril(-1).mT
+        t = shift + log_scale.exp() * mixed
         y = self.origin + t @ self.frame.mT
         return y, self._ladj(log_scale).expand(y.shape[:-1])
 
@@ -113,14 +115,16 @@ class Triangular(Layer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         with torch.no_grad():
             _, log_scale = self.params(context).chunk(2, dim=-1)
-            score = solve_rows(self.lower.mT, score, upper=True, unit=True)
+            if self.lower is not None:
+                score = solve_rows(self.lower.mT, score, upper=True, unit=True)
             score = solve_rows(self.frame.mT, score * (-log_scale).exp(), upper=True)
         return *self(x, context), score
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
         t = solve_rows(self.frame, y - self.origin)
-        x = solve_rows(self.lower, (t - shift) * (-log_scale).exp(), unit=True)
+        x = (t - shift) * (-log_scale).exp()
+        x = x if self.lower is None else solve_rows(self.lower, x, unit=True)
         return x, -self._ladj(log_scale).expand(x.shape[:-1])
 
     @torch.no_grad()
@@ -132,7 +136,8 @@ class Triangular(Layer):
             scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
         """
         _reset(self.params)
-        self.lower.zero_()
+        if self.lower is not None:
+            self.lower.zero_()
         self.origin.copy_(loc)
         self.frame.copy_(scale_tril.diag() if scale_tril.dim() == 1 else scale_tril.tril())
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flowvi.flows.layer import Layer
 from flowvi.flows.nets import Amortised
+from flowvi.flows.score import in_graph, through_elementwise
 
 # Tail weights between 1/4.5 and 4.5: |x|^4.5 and its square do not overflow single precision.
 BOUND = 1.5
@@ -39,16 +40,28 @@ class SinhArcsinh(Layer):
         self.params = Amortised(torch.zeros(2 * dim), context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        skew, log_tau = self._params(context)
-        u = torch.asinh(x)
-        v = log_tau.exp() * (u + skew)
-        return torch.sinh(v), (log_tau + _log_cosh(v) - _log_cosh(u)).sum(-1)
+        y, ladj = self._map(x, context)
+        return y, ladj.sum(-1)
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        x = in_graph(x)
+        y, ladj = self._map(x, context)
+        return y, ladj.sum(-1), through_elementwise(x, ladj, score)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         skew, log_tau = self._params(context)
         v = torch.asinh(y)
         u = (-log_tau).exp() * v - skew
         return torch.sinh(u), (_log_cosh(u) - _log_cosh(v) - log_tau).sum(-1)
+
+    def _map(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The image, and the log slope of each coordinate."""
+        skew, log_tau = self._params(context)
+        u = torch.asinh(x)
+        v = log_tau.exp() * (u + skew)
+        return torch.sinh(v), log_tau + _log_cosh(v) - _log_cosh(u)
 
     def _params(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         skew, raw = self.params(context).chunk(2, dim=-1)
