@@ -7,6 +7,8 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from flowvi.flat import vector_of
+
 MEMORY, SQUARES, LEAST = 0.9, 0.999, 1e-8
 
 
@@ -20,8 +22,8 @@ class Adam:
         \theta \leftarrow \theta - \eta\,
         \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}.
 
-    The bits are those of `torch.optim.Adam(fused=True)`, which takes three times as long for
-    a flow's many small tensors, and loads torch's compiler first, two seconds of every process.
+    The bits are those of `torch.optim.Adam(fused=True)`, which takes far longer for a flow's
+    many small tensors, and loads torch's compiler first, two seconds of every process.
 
     Args:
         parameters: What is trained, changed in place; all of one precision.
@@ -33,25 +35,34 @@ class Adam:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self._sizes = [p.numel() for p in self.parameters]
-        self._means = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
-        self._squares = [torch.zeros_like(p, requires_grad=False) for p in self.parameters]
+        zero = vector_of(self.parameters).zero_() if self.parameters else torch.zeros(0)
+        self._mean, self._square = zero, zero.clone()
+        self._means, self._squares = self._parts(self._mean), self._parts(self._square)
         # One count for all of them: adding to each takes as long as the step itself.
-        self._step = torch.zeros(
-            (), dtype=torch.float32, device=self._means[0].device if self._means else None
-        )
+        self._step = torch.zeros((), dtype=torch.float32, device=zero.device)
+
+    def _parts(self, vector: Tensor) -> list[Tensor]:
+        pairs = zip(vector.split(self._sizes), self.parameters, strict=True)
+        return [part.view_as(p) for part, p in pairs] if self.parameters else []
 
     @torch.no_grad()
-    def step(self, gradient: Tensor, lr: float) -> None:
-        """Take a step against a gradient, that of all parameters in one vector."""
-        parts = gradient.split(self._sizes)
+    def step(self, gradient: Tensor, lr: float, whole: Tensor | None = None) -> None:
+        """Take a step against a gradient, that of all parameters in one vector.
+
+        Args:
+            gradient: The gradient, (P).
+            lr: Step size.
+            whole: The memory of the parameters, if it is one vector, (P): the same, but faster.
+        """
         self._step += 1
+        if whole is None:
+            held = (self.parameters, self._parts(gradient), self._means, self._squares)
+        else:
+            held = ([whole], [gradient], [self._mean], [self._square])
         torch._fused_adam_(
-            self.parameters,
-            [part.view_as(p) for part, p in zip(parts, self.parameters, strict=True)],
-            self._means,
-            self._squares,
+            *held,
             [],
-            [self._step] * len(parts),
+            [self._step] * len(held[0]),
             lr=lr,
             beta1=MEMORY,
             beta2=SQUARES,

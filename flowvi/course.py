@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowvi.adam import Adam
+from flowvi.flat import give, vector_of
 from flowvi.guides import Guide
 from flowvi.records import Record
 from flowvi.schedule import Average, Guard
@@ -126,11 +126,10 @@ class Course:
 
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""
-        return nn.utils.parameters_to_vector(self.trained).detach().clone()
+        return vector_of(self.trained)
 
     def _set(self, vector: Tensor) -> None:
-        with torch.no_grad():
-            nn.utils.vector_to_parameters(vector.to(self.start).clone(), self.trained)
+        give(self.trained, vector.to(self.start))
 
     def _here(self) -> tuple[Tensor, dict[str, Any]]:
         return self.vector(), self.optimiser.state()

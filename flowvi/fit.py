@@ -147,6 +147,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = ...,
     resume: bool = ...,
     executor: Executor | None = ...,
+    max_memory: memory.MaxMemory = ...,
 ) -> Fit: ...
 
 
@@ -167,6 +168,7 @@ def fit(
     minibatch: Minibatch | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     resume: bool = ...,
+    max_memory: memory.MaxMemory = ...,
 ) -> RowFit: ...
 
 
@@ -193,6 +195,7 @@ def fit(
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     executor: Executor | None = None,
+    max_memory: memory.MaxMemory = None,
 ) -> Fit | RowFit:
     """Fit a guide to a target, starting at the best Gaussian that can be found.
 
@@ -252,6 +255,8 @@ def fit(
             there is nothing. The result has the bits of a fit that was not cut off.
         executor: Runs the restarts, such as a `ProcessPoolExecutor`, or Dask's for a cluster; one
             after the other without, and with the same result. Each may take the budget.
+        max_memory: What evaluations may take, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or
+            1 GB, by default. A step whose draws take more is made in parts.
 
     Raises:
         CheckpointError: The folder is in use, or cannot be gone on with.
@@ -296,19 +301,20 @@ def fit(
         }
         _refuse("has latents for each row", others)
         rows: Any = objective
-        return fit_rows(
-            target,
-            guide,
-            rows,
-            settings=_minibatch(minibatch, epochs=epochs, batch_size=batch_size, lr=lr),
-            validation=validation,
-            seed=seed,
-            budget=budget,
-            progress=progress,
-            callback=callback,
-            checkpoint=checkpoint,
-            resume=resume,
-        )
+        with memory.limited(max_memory):
+            return fit_rows(
+                target,
+                guide,
+                rows,
+                settings=_minibatch(minibatch, epochs=epochs, batch_size=batch_size, lr=lr),
+                validation=validation,
+                seed=seed,
+                budget=budget,
+                progress=progress,
+                callback=callback,
+                checkpoint=checkpoint,
+                resume=resume,
+            )
     for_rows = {"epochs": epochs, "batch_size": batch_size, "validation": validation}
     _refuse("has no latents for each row (local=)", {**for_rows, "minibatch": minibatch})
     objective = _objective(objective, particles)
@@ -334,6 +340,7 @@ def fit(
         clock,
         asked(compile),
         journal,
+        memory.limit() if max_memory is None else memory.parse(max_memory),
     )
     runs: list[Run] = []
 
@@ -349,6 +356,7 @@ def fit(
         runs += elsewhere(target, settings, restarts, ask, executor)
     with (
         own_randomness(),
+        memory.limited(settings.max_memory),
         best_threads(target, particles or PARTICLES),
         opened(folder, about, resume) as journal.shelf,
         interruptible(clock),

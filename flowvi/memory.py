@@ -32,6 +32,8 @@ EVALUATED, TABLED = 0.4, 0.2
 PIECE = 32 * 10**6
 # More points at a time gain no speed.
 MOST = 2000
+# No limit but that of memory.
+ANY = 10**9
 
 _LIMIT: ContextVar[int | None] = ContextVar("max_memory", default=None)
 

@@ -11,6 +11,7 @@ import torch
 
 from flowvi.compiling import Compile
 from flowvi.journal import Journal
+from flowvi.memory import MaxMemory
 from flowvi.objectives import ForwardKL, Renyi
 from flowvi.stopping import Clock
 
@@ -58,6 +59,7 @@ class Settings:
         clock: The time that is left.
         compile: Whether to compile the step.
         journal: Where what came of its pieces is kept.
+        max_memory: What an evaluation may take, in bytes.
     """
 
     objective: Objective
@@ -71,6 +73,7 @@ class Settings:
     clock: Clock
     compile: Compile = "auto"
     journal: Journal = field(default_factory=lambda: Journal(Clock()))
+    max_memory: MaxMemory = None
 
 
 class Row(NamedTuple):

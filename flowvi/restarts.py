@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from flowvi import memory
 from flowvi.diagnostics import Diagnosis
 from flowvi.escalation import escalate
 from flowvi.gaussians import Gaussian
@@ -31,7 +32,7 @@ from flowvi.threads import best_threads
 from flowvi.training import particles_of
 
 # Settings that the user gave, and that can be sent.
-ASKED = ("objective", "steps", "lr", "repeats", "seed", "escalate", "compile")
+ASKED = ("objective", "steps", "lr", "repeats", "seed", "escalate", "compile", "max_memory")
 
 
 class Task(NamedTuple):
@@ -121,7 +122,8 @@ def elsewhere(
 def told(task: Task) -> dict[str, Any]:
     """Run a restart; what came of it, as arrays, numbers and words."""
     # In another thread of this process, nobody else may draw random numbers meanwhile.
-    with own_randomness(), _precision(task.dtype):
+    limit = memory.limited(task.asked["max_memory"])
+    with own_randomness(), _precision(task.dtype), limit:
         return _arrays(_told(task, task.make()))
 
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from flowvi import parallel
 from flowvi.adam import Adam
 from flowvi.draws import stream
+from flowvi.flat import Flat
 from flowvi.guides import Guide
 from flowvi.minibatch import Minibatch, row_step
 from flowvi.objectives import Renyi, WakeSleep
@@ -304,53 +305,6 @@ class RowTrainer:
             disable=hidden,
             dynamic_ncols=True,
         )
-
-
-class Flat:
-    """Parameters as stretches of one vector, and their gradients likewise.
-
-    One vector takes one call of the optimiser, whatever the number of parameters.
-
-    Args:
-        parameters: Of one precision.
-    """
-
-    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
-        self.parameters = parameters
-        kinds = {(p.dtype, p.device) for p in parameters}
-        if len(kinds) != 1:
-            raise ValueError(
-                "Guide and model need parameters of one precision and device; got "
-                f"{', '.join(sorted(f'{d} on {v}' for d, v in kinds)) or 'none at all'}."
-            )
-        with torch.no_grad():
-            vector = torch.cat([p.reshape(-1) for p in parameters])
-        self.vector = nn.Parameter(vector)
-        self.gradient = self.vector.grad = torch.zeros_like(vector)
-        start = 0
-        for p in parameters:
-            part = slice(start, start + p.numel())
-            p.data = self.vector.data[part].view_as(p)
-            p.grad = self.gradient[part].view_as(p)
-            start += p.numel()
-
-    def zero(self) -> None:
-        """Forget the gradients."""
-        self.gradient.zero_()
-
-    def copy(self) -> Tensor:
-        """The values of all parameters."""
-        return self.vector.detach().clone()
-
-    def set(self, values: Tensor) -> None:
-        """Give all parameters other values."""
-        with torch.no_grad():
-            self.vector.copy_(values)
-
-    def release(self) -> None:
-        """Give every parameter memory of its own again."""
-        for p in self.parameters:
-            p.data, p.grad = p.data.clone(), None
 
 
 def pieces(batch: Batch, size: int) -> Iterator[Batch]:

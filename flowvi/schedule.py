@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+import statistics
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -94,7 +94,7 @@ class Guard:
         if not finite:
             self.skipped += 1
             return False, norm
-        median = float(np.median(self.norms)) if len(self.norms) >= WARM_UP else math.inf
+        median = statistics.median(self.norms) if len(self.norms) >= WARM_UP else math.inf
         self.norms.append(norm)
         if norm > 2 * median:
             gradient.mul_(2 * median / norm)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from flowvi import parallel
@@ -21,7 +22,9 @@ from flowvi.compiling import Accelerator, Compile
 from flowvi.course import MOST_HALVINGS, Course
 from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import piece, sampler, stream
+from flowvi.flat import Flat, give, vector_of
 from flowvi.guides import Guide, LogDensity
+from flowvi.memory import ANY
 from flowvi.objectives import Estimate, ForwardKL, Renyi
 from flowvi.randomness import random_state, set_random_state
 from flowvi.records import (
@@ -73,7 +76,7 @@ class Trainer:
         self.fast = Accelerator(
             [guide, target],
             self._bound,
-            settings.repeats,
+            self._unit,
             _compiled(settings),
             record.log.append,
         )
@@ -209,12 +212,11 @@ class Trainer:
 
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""
-        return nn.utils.parameters_to_vector(self.trained).detach().clone()
+        return vector_of(self.trained) if self.fast.whole is None else self.fast.whole.clone()
 
     def set(self, vector: Tensor) -> None:
         """Give the parameters the values of a vector."""
-        with torch.no_grad():
-            nn.utils.vector_to_parameters(vector.clone(), self.trained)
+        give(self.trained, vector)
 
     def _course(self, lr: float) -> Course:
         optimiser = Adam(self.trained)
@@ -265,7 +267,7 @@ class Trainer:
     ) -> None:
         """Take steps until there are enough, or `end` or the callback says so, or they fail."""
         settings, first, began = self.settings, course.step, time.perf_counter()
-        with self._bar(steps, quiet) as bar:
+        with self._bar(steps, quiet) as bar, self._together():
             while course.step < steps and not (course.ended or self.record.stopped):
                 i = course.step
                 if self.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
@@ -291,6 +293,21 @@ class Trainer:
             self.record.log.append(
                 f"{course.guard.skipped} of {course.step} steps skipped by the gradient guard"
             )
+
+    @contextmanager
+    def _together(self) -> Iterator[None]:
+        """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
+        try:
+            flat = Flat(self.trained)
+        except ValueError:  # several precisions or devices
+            yield
+            return
+        self.fast.whole = flat.vector.detach()
+        try:
+            yield
+        finally:
+            self.fast.whole = None
+            flat.release()
 
     def _failing(self, stage: Stage, course: Course) -> bool:
         """Go back where too many steps could not be taken; whether that was tried enough."""
@@ -320,8 +337,11 @@ class Trainer:
             seen.append(z)
             return self.target.log_prob(z, batch) if batch else self.log_density(z)
 
-        bound = estimate(self.settings.objective, log_p, self.guide, stage.repeats).bound.mean()
-        words = blamed(self.target, self.guide, bound, seen[0], batch)
+        for part in self._parts(stage.repeats):
+            bound = estimate(self.settings.objective, log_p, self.guide, part).bound.mean()
+            if not bound.isfinite():
+                break
+        words = blamed(self.target, self.guide, bound, seen[-1], batch)
         set_random_state(after)
         return words
 
@@ -371,7 +391,7 @@ class Trainer:
         value = bound.item()
         admitted, norm = course.guard.admits(value, flat)
         if admitted:
-            course.optimiser.step(flat, course.rate)
+            course.optimiser.step(flat, course.rate, self.fast.whole)
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, course.rate, not admitted, draws, len(self.record.stages) - 1)
 
@@ -380,17 +400,43 @@ class Trainer:
 
         Each skips the random numbers of the others.
         """
-        plain = self.log_density == self.target.log_prob
-        compiled = plain and self.fast.takes(repeats)
-        gradient = self.fast.gradient if compiled else self.fast.eager
         objective = self.settings.objective
         for process in range(parallel.size()):
             rows = self._rows()
             if process == parallel.rank():
-                bound, flat = gradient(repeats, rows)
+                bound, flat = self._whole(repeats, rows)
             elif isinstance(objective, Renyi):
-                self.guide.skip((objective.particles, repeats))
+                for part in self._parts(repeats):
+                    self.guide.skip((objective.particles, part))
         return parallel.averaged(bound, flat)
+
+    def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Bound and gradient of all draws, in one part if it fits memory."""
+        plain = self.log_density == self.target.log_prob
+        parts, total = self._parts(repeats), None
+        for part in parts:
+            compiled = plain and self.fast.takes(part)
+            found = (self.fast.gradient if compiled else self.fast.eager)(part, rows)
+            total = found if total is None else (total[0] + found[0], total[1] + found[1])
+        assert total is not None
+        return total if len(parts) == 1 else (total[0] / len(parts), total[1] / len(parts))
+
+    def _parts(self, repeats: int) -> list[int]:
+        """How many estimates to take after each other, of equal numbers."""
+        return [repeats] if repeats <= self._fits else [self._unit] * (repeats // self._unit)
+
+    @cached_property
+    def _fits(self) -> int:
+        """Estimates whose draws fit memory; other objectives bring draws of their own."""
+        if not isinstance(self.settings.objective, Renyi):
+            return ANY
+        return max(1, self.target.at_once() // self.settings.objective.particles)
+
+    @cached_property
+    def _unit(self) -> int:
+        """The largest number of estimates that fits and divides those of every stage."""
+        all_of_them = self.settings.repeats
+        return max(n for n in range(1, all_of_them + 1) if all_of_them % n == 0 and n <= self._fits)
 
     def _bound(self, repeats: int, rows: Sequence[Tensor]) -> Tensor:
         batch = dict(zip(self.target.subsampled, rows, strict=True))

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from flowvi.adam import Adam
+from flowvi.flat import Flat
 
 
 def gradients():
@@ -32,6 +33,21 @@ def test_steps_are_those_of_torch():
 
     for p, q in zip(mine, theirs, strict=True):
         assert torch.equal(p, q)
+
+
+def test_in_one_vector_steps_are_the_same():
+    apart, together = parameters(), parameters()
+    flat = Flat(together)
+    first, second = Adam(apart), Adam(together)
+
+    for gradient in gradients():
+        first.step(gradient, 0.1)
+        second.step(gradient, 0.1, flat.vector.detach())
+
+    flat.release()
+    assert all(torch.equal(p, q) for p, q in zip(apart, together, strict=True))
+    for name, held in first.state().items():
+        assert all(torch.equal(a, b) for a, b in zip(held, second.state()[name], strict=True))
 
 
 @pytest.mark.parametrize("taken", [0, 4])

@@ -15,6 +15,9 @@ from flowvi.cli import main
 from flowvi.columns import Columns
 from flowvi.draws import draw
 from flowvi.guides import FullRank, MeanField, make_guide
+from flowvi.records import Record, Settings
+from flowvi.stopping import Clock
+from flowvi.training import Trainer
 
 # A process that may allocate so much more, and no byte beyond, while it draws 10,000 times
 # 100 numbers: the table has 16 MB, and a draw takes 4,000 rows to be scored.
@@ -178,3 +181,43 @@ def test_columns_on_disk_are_those_in_memory(monkeypatch):
             assert type(array) is np.ndarray and array.dtype == whole.dtype
             np.testing.assert_array_equal(array, whole)
             array[:1] = 0  # the owner's to change
+
+
+def test_a_step_beyond_the_limit_is_made_in_parts():
+    x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+    def log_prob(values):
+        return -(x @ values["w"]).tanh().square().mean() - values["w"].square().sum()
+
+    def fitted(**limit):
+        target = flowvi.from_density(log_prob, {"w": flowvi.Site((5,))})
+        options = {"particles": 256, "steps": 30, "lr": 1e-2, "compile": False, "progress": False}
+        return target, flowvi.fit(target, "fullrank", **options, **limit)
+
+    with memory.limited("32MB"):
+        target, part = fitted()
+        assert target.at_once() < 256
+    _, whole = fitted(max_memory="4GB")
+    _, again = fitted(max_memory="32MB")
+    bounds = [fit.history["bound"] for fit in (part, whole, again)]
+    assert np.array_equal(bounds[0], bounds[2])
+    # As many draws, on the same noise or on other: no more scatter.
+    assert abs(part.bounds[0] - whole.bounds[0]) < 0.01
+    assert 0.5 < np.std(bounds[0][5:]) / np.std(bounds[1][5:]) < 2
+
+
+def test_the_gradient_of_a_step_in_parts_is_the_mean_of_theirs(target, monkeypatch):
+    guide = FullRank(target.dim).to(target.dtype)
+    clock = Clock()
+    settings = Settings(flowvi.elbo(1), 1, 1e-3, 12, 0, False, None, False, clock, False)
+    trainer = Trainer(target, guide, settings, 0, Record())
+    monkeypatch.setattr(target, "at_once", lambda: 5)
+    trainer.__dict__.pop("_fits", None)
+    trainer.__dict__.pop("_unit", None)
+    torch.manual_seed(0)
+    bound, gradient = trainer._gradient(12)
+    assert trainer._parts(12) == [4, 4, 4]
+    torch.manual_seed(0)
+    parts = [trainer.fast.eager(4, []) for _ in range(3)]
+    assert torch.allclose(bound, sum(b for b, _ in parts) / 3)
+    assert torch.allclose(gradient, sum(g for _, g in parts) / 3)

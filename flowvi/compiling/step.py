@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from flowvi.compiling.background import Compilation, Compiled, anything_kept, available
 from flowvi.compiling.graph import Bound, NotOneGraph, trace
+from flowvi.flat import vector_of
 
 Compile = bool | Literal["auto"]
 # Parameters (P), number of estimates, rows -> bound, gradient of minus the bound (P).
@@ -56,6 +57,9 @@ class Accelerator:
         compile: What `asked` returned: whether to wait for it, to do without, or "auto": to
             train on meanwhile.
         say: Takes a line of the log.
+
+    Attributes:
+        whole: The memory of the parameters, while it is one vector, (P).
     """
 
     def __init__(
@@ -71,6 +75,7 @@ class Accelerator:
         self.trained = list(self.module.trained().values())
         self.compile = compile
         self.compiled: Compiled | None = None
+        self.whole: Tensor | None = None
         self._compilation: Compilation | None = None
         self._began = 0.0
 
@@ -111,7 +116,7 @@ class Accelerator:
         except NotOneGraph as error:
             self._refuse(str(error))
             return
-        flat = nn.utils.parameters_to_vector(self.trained)
+        flat = vector_of(self.trained)
         self._compilation = Compilation(graph, flat, rows)
         self._began = time.perf_counter()
         if make:
@@ -130,7 +135,8 @@ class Accelerator:
     def gradient(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Bound, and the gradient of minus it, (P), by the compiled step."""
         assert self.compiled is not None and self._compilation is not None
-        flat, calls = nn.utils.parameters_to_vector(self.trained).detach(), repeats // self.repeats
+        flat = vector_of(self.trained) if self.whole is None else self.whole
+        calls = repeats // self.repeats
         with torch.no_grad():
             value, gradient = self.compiled(flat, *rows, *self._compilation.graph.draw())
             for _ in range(calls - 1):

@@ -304,10 +304,17 @@ class Target(nn.Module):
         What a point takes is measured at the first call. The limit is `max_memory` of the
         function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
         """
+        fixed, each = self._measured()
+        return memory.Cost(fixed, each * len(list(self.cover()))).fits(memory.evaluated())
+
+    def at_once(self) -> int:
+        """How many draws a step of training may evaluate at a time, of the rows of one step."""
+        return self._measured().fits(memory.evaluated(), memory.ANY)
+
+    def _measured(self) -> memory.Cost:
         if self._cost is None:
-            fixed, each = memory.cost(self._value_and_score)
-            self._cost = memory.Cost(fixed, each * len(list(self.cover())))
-        return self._cost.fits(memory.evaluated())
+            self._cost = memory.cost(self._value_and_score)
+        return self._cost
 
     def __repr__(self) -> str:
         return f"Target({self.name}: D = {self.dim}; {self._facts.sizes()})"
