@@ -17,8 +17,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import densities
+import flow_speed
 import numpy as np
-import speed
 import torch
 from PIL import Image
 
@@ -92,9 +92,9 @@ def main() -> None:
         rows = densities.table(densities.DENSITIES, guides, options.seconds, options.seed)
         draw_figures(rows, options.images, [name for name in SHOWN if name in guides])
     else:
-        speed.table(options.names or speed.OURS, options.dims)
+        flow_speed.table(options.names or flow_speed.OURS, options.dims)
         paths = [name for name in options.names or FLOWS if name not in WITHOUT_PATH]
-        speed.path_table(paths, PATH_DIMS)
+        flow_speed.path_table(paths, PATH_DIMS)
 
 
 if __name__ == "__main__":
