@@ -91,7 +91,7 @@ class ByHand:
 
     def gradient(self, eps: Tensor) -> tuple[Tensor, Tensor]:
         """The ELBO on given noise, up to the density of the noise, and the gradient of minus it."""
-        x, tape, ladj = eps, [], 0.0
+        x, tape, ladj = eps, [], torch.zeros_like(eps[:, 0])
         for i in range(DEPTH):
             w1, b1, w2, b2, w3, b3 = self.parameters[6 * i : 6 * i + 6]
             a, b = _halves(x, i, self.dim)

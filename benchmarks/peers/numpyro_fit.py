@@ -37,10 +37,23 @@ def fit(
     """Train a guide until the budget is spent."""
     numpyro.enable_x64()
     model, arrays = (MODELS | SERIES)[name], tuple(tensor.numpy() for tensor in args)
+    start, at_end = jax.random.split(jax.random.PRNGKey(seed))
+    guide, params, steps = trained(kind, model, arrays, budget, start)
+    for_draws, for_elbo = jax.random.split(at_end)
+    values = guide.sample_posterior(for_draws, params, *arrays, sample_shape=(DRAWS,))
+    if wanted - values.keys():
+        values |= Predictive(model, values)(for_draws, *arrays)
+    bound = -float(Trace_ELBO(num_particles=1000).loss(for_elbo, params, model, guide, *arrays))
+    return Fitted({name: np.asarray(value) for name, value in values.items()}, bound, steps)
+
+
+def trained(
+    kind: str, model: Callable[..., Any], arrays: tuple[np.ndarray, ...], budget: Budget, key: Any
+) -> tuple[Any, Any, int]:
+    """A guide, its parameters, and how many steps they took."""
     guide, elbo = GUIDES[kind](model), Trace_ELBO(num_particles=PARTICLES)
     svi = SVI(model, guide, Adam(budget.step_size()), elbo)
-    start, at_end = jax.random.split(jax.random.PRNGKey(seed))
-    state = svi.init(start, *arrays)
+    state = svi.init(key, *arrays)
 
     @jax.jit
     def train(state: Any, count: Any, step_size: Any) -> Any:
@@ -49,13 +62,7 @@ def fit(
         return jax.lax.fori_loop(0, count, lambda _, s: now.stable_update(s, *arrays)[0], state)
 
     state, steps = spend(train, state, budget)
-    params = svi.get_params(state)
-    for_draws, for_elbo = jax.random.split(at_end)
-    values = guide.sample_posterior(for_draws, params, *arrays, sample_shape=(DRAWS,))
-    if wanted - values.keys():
-        values |= Predictive(model, values)(for_draws, *arrays)
-    bound = -float(Trace_ELBO(num_particles=1000).loss(for_elbo, params, model, guide, *arrays))
-    return Fitted({name: np.asarray(value) for name, value in values.items()}, bound, steps)
+    return guide, svi.get_params(state), steps
 
 
 def spend(train: Callable[..., Any], state: Any, budget: Budget) -> tuple[Any, int]:
