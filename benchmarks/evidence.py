@@ -1,6 +1,7 @@
 """Fit targets whose log evidence is known, with the default call, and compare.
 
-    python benchmarks/evidence.py [--shared DIR] [--seeds 1] [--guide auto] [NAME ...]
+    python benchmarks/evidence.py [--shared DIR] [--seeds 1] [--guide auto] [--budget SECONDS]
+                                  [--draws 4000] [NAME ...]
 
 Per target: D, the true log Z, the gap log Z - ELBO, the estimated log evidence
 minus the truth and its standard error, k-hat, the verdict and the seconds from
@@ -139,12 +140,12 @@ TARGETS: dict[str, Callable[[Path], Made]] = {
 }
 
 
-def run(name: str, folder: Path, guide: str, seed: int) -> str:
+def run(name: str, folder: Path, guide: str, seed: int, budget: float | None, draws: int) -> str:
     """Fit one target; a row of the table."""
     began = time.perf_counter()
     target, log_z = TARGETS[name](folder)
-    fit = flowvi.fit(target, guide, seed=seed, progress=False)
-    d = flowvi.diagnose(fit.draw(4000, seed=seed))
+    fit = flowvi.fit(target, guide, seed=seed, budget=budget, progress=False)
+    d = flowvi.diagnose(fit.draw(draws, seed=seed))
     seconds = time.perf_counter() - began
     error = d.log_evidence - log_z
     return (
@@ -159,6 +160,8 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the corpus")
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--guide", default="auto")
+    parser.add_argument("--budget", type=float, help="seconds for each fit; none by default")
+    parser.add_argument("--draws", type=int, default=4000)
     parser.add_argument("names", nargs="*", help=f"of {', '.join(TARGETS)}")
     options = parser.parse_args()
     print(
@@ -169,7 +172,8 @@ def main() -> None:
         for seed in range(options.seeds):
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
-                print(run(name, options.shared / "targets", options.guide, seed), flush=True)
+                folder, o = options.shared / "targets", options
+                print(run(name, folder, o.guide, seed, o.budget, o.draws), flush=True)
 
 
 if __name__ == "__main__":

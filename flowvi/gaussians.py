@@ -43,6 +43,7 @@ class Gaussian:
         name: Where it came from.
         elbo: Its evidence lower bound, on draws that judged all candidates alike.
         blind: Whether it began at a start point itself, not on the way to a mode.
+        overshot: Whether Newton's steps from it went too far.
     """
 
     loc: Tensor
@@ -50,6 +51,7 @@ class Gaussian:
     name: str
     elbo: float = -math.inf
     blind: bool = False
+    overshot: bool = False
 
     def state(self) -> dict[str, Any]:
         """All of it, as `write_state` takes it."""
@@ -110,6 +112,8 @@ def refine(
     pairs = FEWEST_PAIRS if flat else int(np.clip(target.dim, FEWEST_PAIRS, MOST_PAIRS))
     rate, stale = FIRST_RATE, 0
     for _ in range(rounds):
+        if rate < LAST_RATE:
+            break
         for _ in range(REFINE_STEPS):
             current = _natural_step(target, current, rate, pairs, generator, diagonal)
         current = score(target, current, judge)
@@ -120,8 +124,9 @@ def refine(
         elif not gain > -1.0:
             # Thrown off, or not finite: back to the best, with smaller steps.
             current, rate = best, 0.5 * rate
+            continue
         stale = 0 if gain > 1e-3 else stale + 1
-        if stale == 3 or rate < LAST_RATE:
+        if stale == 3:
             break
     return best
 

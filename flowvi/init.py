@@ -117,8 +117,11 @@ def settled(
     diagonal: bool = False,
 ) -> Gaussian:
     """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
-    if LARGE < target.dim <= FULL_RANK_DIM and not diagonal:
-        return swept(target, g, generator, judge, rounds // 2, over)
+    if LARGE < target.dim <= FULL_RANK_DIM and not diagonal and not g.overshot:
+        found = swept(target, g, generator, judge, rounds // 2, over)
+        if not found.overshot:
+            return found
+        g = replace(g, overshot=True)
     return refine(target, g, generator, judge, diagonal, HASTY_ROUNDS if over() else rounds)
 
 

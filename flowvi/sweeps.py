@@ -30,6 +30,8 @@ def swept(
 ) -> Gaussian:
     """Raise a normal's ELBO: a few Newton steps on the way to the optimum, averaged ones around it.
 
+    Where one of the first goes too far, so would others: the best so far says so.
+
     Args:
         target: The log density.
         start: A Gaussian with a dense scale.
@@ -54,6 +56,9 @@ def swept(
         if gain > 0:
             best = current
         elif not gain > -ON_THE_WAY:
+            if settled <= 1:
+                # Far from normal: the curvature at one place says too little of the next.
+                return replace(best, overshot=True)
             current, damping = best, 0.5 * damping
         if stale == 3:
             break

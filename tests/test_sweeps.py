@@ -5,8 +5,10 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
+from flowvi import init
 from flowvi.gaussians import Gaussian, score
 from flowvi.sweeps import averaged, sweep, swept
+from models import irt_2pl
 
 DIM = 12
 
@@ -58,3 +60,19 @@ def test_the_best_normal_of_a_skewed_density_is_found(generator):
     exact = found.loc - (found.loc + found.widths.square() / 2).exp() + found.widths.log() + 1.4189
     assert best - 0.15 < exact.sum() <= best + 1e-3
     assert found.elbo > score(target, start, judge).elbo
+
+
+def test_where_newton_goes_too_far_small_steps_follow(monkeypatch):
+    """An item response model, whose start of many dimensions once ended 200 nats short."""
+    generator = torch.Generator().manual_seed(3)
+    theta, b = torch.randn(20, generator=generator), torch.randn(6, generator=generator)
+    a = (0.5 * torch.randn(6, generator=generator)).exp()
+    right = torch.rand(20, 6, generator=generator) < torch.sigmoid(a * (theta[:, None] - b))
+    target = flowvi.from_pyro(irt_2pl.model, right.double())
+    found = {}
+    for large in (300, 10):
+        monkeypatch.setattr(init, "LARGE", large)
+        found[large], _ = init.best_gaussian(target, 1, False, lambda words: None)
+
+    assert found[10].overshot and not found[300].overshot
+    assert found[10].elbo > found[300].elbo - 0.5
