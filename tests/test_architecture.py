@@ -16,7 +16,7 @@ PACKAGE = Path(flowvi.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Modules and packages from the bottom up; the parts of the first two layers stand alone.
 LAYERS = [
-    {"_version", "arguments", "parallel", "groups", "randomness", "files", "dispatch"},
+    {"_version", "arguments", "parallel", "groups", "randomness", "files", "dispatch", "flat"},
     {"states", "memory", "adam", "statistics"},
     {"columns"},
     {"flows", "target", "diagnostics"},
