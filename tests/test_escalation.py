@@ -15,9 +15,10 @@ import flowvi
 from flowvi import escalation, run, training
 from flowvi.cli import fitting, main
 from flowvi.diagnostics import VERDICTS
+from flowvi.draws import draw
 from flowvi.escalation import better, extend
 from flowvi.gaussians import Gaussian
-from flowvi.guides import FlowGuide, make_guide
+from flowvi.guides import make_guide
 from flowvi.nuts import Plan
 from flowvi.records import Judged, Settings
 from flowvi.run import Kept
@@ -86,8 +87,9 @@ def test_verdict_then_bound_then_tail_decide(new, old, expected):
     assert better(judged(*new), judged(*old)) is expected
 
 
-def test_a_deeper_flow_starts_as_the_shallower_one():
-    old, new = (FlowGuide(5, flowvi.FLOWS["realnvp"](5, depth=d)) for d in (4, 8))
+@pytest.mark.parametrize("name, depths", [("realnvp", (4, 8)), ("skewed", (0, 3))])
+def test_a_deeper_flow_starts_as_the_shallower_one(name, depths):
+    old, new = (make_guide(name, 5, depth=depth) for depth in depths)
     for p in old.parameters():
         torch.nn.init.normal_(p, std=0.3)
     z = torch.randn(20, 5)
@@ -176,6 +178,24 @@ def test_restarts_in_different_modes_are_joined(short):
     z = whole.guide.sample((2000,)).z
     assert 0.45 < (z[:, 0] > 0).double().mean() < 0.55
     torch.testing.assert_close(whole.judged.bound, 0.0, atol=0.02, rtol=0.0)
+
+
+def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
+    """Of 4000 draws of a guide that is too wide in each of 85 dimensions, 290 are effective."""
+    dim = 85
+    normal = flowvi.from_density(lambda v: -v["x"].square().sum() / 2, {"x": flowvi.Site((dim,))})
+    settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, False, Clock())
+    one = run.Run(normal, settings, 0, "auto", None)
+    guide = one.placed(make_guide("meanfield", dim))
+    guide.start(torch.zeros(dim), 1.15 * torch.eye(dim))
+    few = flowvi.diagnose(draw(normal, [guide], 4000))
+    assert few.verdict == DISTRUST and few.khat < few.khat_threshold
+
+    kept = Kept(guide, "meanfield", judged=one.trainer(guide).judge())
+    one.check(kept)
+
+    assert kept.diagnosis is not None and kept.diagnosis.draws == 16_000
+    assert kept.diagnosis.verdict == VERDICTS[1]
 
 
 def test_restarts_that_agree_are_left_alone(short, monkeypatch):
