@@ -13,6 +13,7 @@ from torch import Tensor, fx, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowvi.target.batched import Batched
+from flowvi.target.products import merged
 from flowvi.target.tape import record
 
 PROGRAMS_KEPT = 12
@@ -110,7 +111,7 @@ class Density(nn.Module):
             return log_p.detach(), gradient
 
         try:
-            return _no_grad(record(value_and_gradient if gradient else value, [z, *inputs]))
+            return _no_grad(merged(record(value_and_gradient if gradient else value, [z, *inputs])))
         except Exception as error:
             self.lowers = False
             warnings.warn(f"Keeping the slower evaluation of the density: {error}", stacklevel=5)
