@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -153,7 +154,9 @@ def line(name: str, grid: list[int]) -> str:
     cells = []
     for found in runs.values():
         good = [r["seconds"] for r in found if r["elbo"] >= best - ENOUGH]
-        cells.append(f"{min(good):.1f} s" if good else f"{found[0]['elbo'] - best:+.2f} nats")
+        short = found[0]["elbo"] - best
+        below = f"{short:+.2f} nats" if math.isfinite(short) else "no finite ELBO"
+        cells.append(f"{min(good):.1f} s" if good else below)
     return f"| {name} | {best:.2f} | {' | '.join(cells)} |"
 
 
