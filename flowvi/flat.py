@@ -15,12 +15,13 @@ class Flat:
 
     Args:
         parameters: Of one precision.
+        gradients: Whether their `grad` is to be a stretch of one vector too.
 
     Raises:
         ValueError: They are of several, or there are none.
     """
 
-    def __init__(self, parameters: Sequence[Tensor]) -> None:
+    def __init__(self, parameters: Sequence[Tensor], gradients: bool = True) -> None:
         self.parameters = parameters
         kinds = {(p.dtype, p.device) for p in parameters}
         if len(kinds) != 1:
@@ -30,13 +31,21 @@ class Flat:
             )
         vector = vector_of(parameters)
         self.vector = nn.Parameter(vector)
-        self.gradient = self.vector.grad = torch.zeros_like(vector)
+        if gradients:
+            self.vector.grad = torch.zeros_like(vector)
         start = 0
         for p in parameters:
             part = slice(start, start + p.numel())
             p.data = self.vector.data[part].view_as(p)
-            p.grad = self.gradient[part].view_as(p)
+            if gradients:
+                p.grad = self.gradient[part].view_as(p)
             start += p.numel()
+
+    @property
+    def gradient(self) -> Tensor:
+        """The gradients of all parameters, (P)."""
+        assert self.vector.grad is not None
+        return self.vector.grad
 
     def zero(self) -> None:
         """Forget the gradients."""
@@ -54,7 +63,9 @@ class Flat:
     def release(self) -> None:
         """Give every parameter memory of its own again."""
         for p in self.parameters:
-            p.data, p.grad = p.data.clone(), None
+            p.data = p.data.clone()
+            if self.vector.grad is not None:
+                p.grad = None
 
 
 def vector_of(parameters: Sequence[Tensor]) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from flowvi.arguments import unknown
+from flowvi.arguments import given, unknown, whole
 from flowvi.flows import (
     BASES,
     FLOWS,
@@ -261,6 +261,9 @@ class SkewedNormal(Pushforward):
         dim: Length D of the latent vector.
         context_dim: Length C of the context that all but R depend on; 0 for none.
         depth: Number of couplings.
+
+    Raises:
+        ValueError: The depth is no whole number from 0 on.
     """
 
     def __init__(self, dim: int, context_dim: int = 0, depth: int = 0) -> None:
@@ -270,6 +273,7 @@ class SkewedNormal(Pushforward):
         else:
             inner = LowRank(dim, context_dim)
         skews = [SinhArcsinh(dim, context_dim) for _ in range(2)]
+        depth = whole("depth", depth, 0)
         couplings = [FLOWS["realnvp"](dim, context_dim, depth)] if depth else []
         flow = Chain([*couplings, skews[0], inner, skews[1]])
         super().__init__(dim, flow, Diagonal(dim, context_dim))
@@ -449,11 +453,15 @@ def make_guide(
         context_dim: Length C of the context; 0 for an unconditional guide.
         base: Name of the density that a flow starts from, a row of `BASES`.
         **sizes: Of the guide or the flow, such as its depth.
+
+    Raises:
+        ValueError: There is no such name, or the depth is no whole number of at least 1.
     """
     named = {**JOINT_GUIDES, **GUIDES}
     if name in named:
         return named[name](dim, context_dim, **sizes)
     if name in FLOWS:
+        given(whole, "depth", sizes.get("depth"))
         flow = FLOWS[name](dim, context_dim, **sizes)
         affine = Triangular if dim <= FULL_RANK_DIM else LowRank
         return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))

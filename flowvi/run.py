@@ -193,7 +193,7 @@ class Run:
         if not trainer.trained or self.interrupted:
             return
         try:
-            kept.lr = kept.lr or self.settings.lr or self._rate(trainer, kept.judged.gap)
+            kept.lr = kept.lr or self.settings.lr or self._rate(trainer, kept)
             if self.settings.steps is None:
                 self._stages(trainer, kept, share, name, draws)
             else:
@@ -261,10 +261,12 @@ class Run:
             self.record.log.append(f"annealing from a wide start failed, {error}")
             return ""
 
-    def _rate(self, trainer: Trainer, gap: float) -> float:
+    def _rate(self, trainer: Trainer, kept: Kept) -> float:
+        if kept.name == "skewed" and not kept.sizes:
+            return SKEW_RATE
         steps, clock = self.settings.steps, self.settings.clock
         few = steps is not None and steps < FEWEST_TO_SEARCH
-        little = steps is None and gap < LITTLE
+        little = steps is None and kept.judged.gap < LITTLE
         if few or little or clock.left < SEARCH_SECONDS:
             return RATES[1]
         return self.settings.journal.once("rate", self.record, trainer.search, float, float)
@@ -320,9 +322,7 @@ class Run:
         if gap < NOTHING_LEFT:
             return gaussian
         if self.target.dim > HELD_DIM:
-            skewed = self.flow({}, "skewed")
-            skewed.lr = self.settings.lr or SKEW_RATE
-            return skewed
+            return self.flow({}, "skewed")
         return self.flow({"depth": _depth(gap)})
 
     def _given(self, tensors: Mapping[str, Tensor]) -> Kept:

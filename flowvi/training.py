@@ -298,7 +298,7 @@ class Trainer:
     def _together(self) -> Iterator[None]:
         """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
         try:
-            flat = Flat(self.trained)
+            flat = Flat(self.trained, gradients=False)
         except ValueError:  # several precisions or devices
             yield
             return

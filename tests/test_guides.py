@@ -159,3 +159,11 @@ def test_the_contract_is_abstract():
     for call in (lambda: guide.sample(()), lambda: guide.log_prob(torch.zeros(1))):
         with pytest.raises(NotImplementedError):
             call()
+
+
+@pytest.mark.parametrize(
+    "name, depth, least", [("realnvp", -1, 1), ("iaf", 1.5, 1), ("skewed", -1, 0)]
+)
+def test_a_depth_that_is_none_is_refused(name, depth, least):
+    with pytest.raises(ValueError, match=f"depth must be a whole number of at least {least}"):
+        guides.make_guide(name, 3, depth=depth)

@@ -20,56 +20,47 @@ def merged(module: fx.GraphModule) -> fx.GraphModule:
     Args:
         module: A recorded graph, changed in place.
     """
-    found = False
+    before = len(module.graph.nodes)
     for node in list(module.graph.nodes):
         if node.op != "call_function" or node.target is not aten.bmm.default:
             continue
         left, right = (_repeated(module, arg) for arg in node.args)
         if right is not None:
-            _replace(module, node, node.args[0], right, transpose=False)
+            _replace(module, node, node.args[0], right, transposed=False)
         elif left is not None:
-            _replace(module, node, node.args[1], left.mT, transpose=True)
-        found = found or right is not None or left is not None
-    if found:
+            _replace(module, node, node.args[1], left.mT, transposed=True)
+    if len(module.graph.nodes) > before:
         module.graph.eliminate_dead_code()
         used = {node.target for node in module.graph.nodes if node.op == "get_attr"}
-        for name, _ in list(module.named_buffers()):
-            if name not in used:
-                delattr(module, name)
+        for name in [name for name, _ in module.named_buffers() if name not in used]:
+            delattr(module, name)
         module.recompile()
     return module
 
 
 def _repeated(module: fx.GraphModule, arg: Any) -> Tensor | None:
-    """The matrix of which a constant has nothing but repeats."""
+    """A constant (B, k, m) that has nothing but repeats of one matrix."""
     if not isinstance(arg, fx.Node) or arg.op != "get_attr":
         return None
     value = getattr(module, str(arg.target), None)
     one = isinstance(value, Tensor) and value.dim() == 3 and value.stride(0) == 0
-    return value[0] if one and value is not None else None
+    return value if one else None
 
 
 def _replace(
-    module: fx.GraphModule, node: fx.Node, other: Any, matrix: Tensor, transpose: bool
+    module: fx.GraphModule, node: fx.Node, other: Any, constant: Tensor, transposed: bool
 ) -> None:
-    """Put (..., k) x (k, m) in place of a product; of transposes, if the matrix stood left."""
-    name = f"{node.name}_one"
-    module.register_buffer(name, matrix)
-    graph = module.graph
-    size = _batch(module, node)
+    """Put (B n, k) x (k, m) in place of a product; of transposes, if the matrix stood left."""
+    name, graph = f"{node.name}_one", module.graph
+    points, inner, outer = constant.shape
+    module.register_buffer(name, constant[0])
     with graph.inserting_before(node):
-        if transpose:
+        if transposed:
             other = graph.call_function(aten.permute.default, (other, [0, 2, 1]))
-        flat = graph.call_function(torch.reshape, (other, (-1, matrix.shape[0])))
+        flat = graph.call_function(torch.reshape, (other, (-1, inner)))
         whole = graph.call_function(aten.mm.default, (flat, graph.get_attr(name)))
-        result = graph.call_function(torch.reshape, (whole, (size, -1, matrix.shape[1])))
-        if transpose:
+        result = graph.call_function(torch.reshape, (whole, (points, -1, outer)))
+        if transposed:
             result = graph.call_function(aten.permute.default, (result, [0, 2, 1]))
     node.replace_all_uses_with(result)
     graph.erase_node(node)
-
-
-def _batch(module: fx.GraphModule, node: fx.Node) -> int:
-    held = next(arg for arg in node.args if _repeated(module, arg) is not None)
-    assert isinstance(held, fx.Node)
-    return int(getattr(module, str(held.target)).shape[0])
