@@ -1,6 +1,5 @@
 import itertools
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pyro
@@ -15,15 +14,23 @@ os.environ.setdefault("FLOWVI_COMPILE", "off")
 REPOSITORY = Path(__file__).parents[1]
 
 
-@pytest.fixture(autouse=True)
-def reproducible() -> Iterator[None]:
-    """Double precision, a fixed seed and an empty parameter store for every test."""
-    before = torch.get_default_dtype()
+def reproducible() -> None:
+    """Double precision, a fixed seed and an empty parameter store."""
     torch.set_default_dtype(torch.float64)
     torch.manual_seed(0)
     pyro.clear_param_store()
-    yield
-    torch.set_default_dtype(before)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def reproducible_module() -> None:
+    """What is made once for the tests of a module does not depend on the module before."""
+    reproducible()
+
+
+@pytest.fixture(autouse=True)
+def reproducible_test() -> None:
+    """What a test does not depend on the test before."""
+    reproducible()
 
 
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:

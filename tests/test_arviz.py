@@ -61,7 +61,6 @@ def exact_loo(x, y, out=True):
 
 def table(width=1.2, shift=0.1, flat=False, n=4000):
     """Two chains of draws of a guide that is off by a known amount."""
-    torch.set_default_dtype(torch.float64)
     x, y = data()
     target = flowvi.from_pyro(line, x, y, flat).label({"row": [f"r{i}" for i in range(ROWS)]})
     mean, covariance = exact(0.0 * x if flat else x, y)

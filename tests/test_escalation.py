@@ -216,14 +216,14 @@ def ended_in_chains():
         patch.setattr(run, "MOST_STAGES", 1)
         patch.setattr(training, "LEAST_DECAY", 60)
         patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
-        patch.setattr(escalation, "PLANS", (Plan(150, 300, 4),))
+        patch.setattr(escalation, "PLANS", (Plan(),))
         return flowvi.fit(heavy(), progress=False)
 
 
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 
-    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 300
+    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 1000
     assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
     assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
 

@@ -185,9 +185,6 @@ def regression(bias=False):
 
 @pytest.fixture(scope="module")
 def fitted():
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    torch.manual_seed(0)
     target, evidence = regression()
     with pytest.MonkeyPatch.context() as patch:
         brief(patch)
@@ -195,8 +192,7 @@ def fitted():
             flowvi.fit(target, guide, steps=300, lr=1e-2, progress=False)
             for guide in ("meanfield", Multiplicative(sizes={"depth": 2}))
         ]
-    yield target, evidence, *fits
-    torch.set_default_dtype(before)
+    return target, evidence, *fits
 
 
 def test_the_bound_is_below_the_evidence_and_above_mean_field(fitted):

@@ -25,15 +25,6 @@ def model(x):
         pyro.sample("x", dist.Normal(z + theta, NOISE), obs=x)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def double():
-    """Double precision, before the fixtures of the module are made."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(before)
-
-
 @pytest.fixture(scope="module")
 def data():
     torch.manual_seed(5)

@@ -177,8 +177,7 @@ def test_stages_and_attempts_go_on_too(tmp_path, every_step, short, monkeypatch,
 def cut_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, flowvi.Fit]:
     """A folder of a fit that was cut off, and what it would have come to."""
     folder = tmp_path_factory.mktemp("cut") / "run"
-    with pytest.MonkeyPatch.context() as patched, torch.random.fork_rng():
-        torch.set_default_dtype(torch.float64)
+    with pytest.MonkeyPatch.context() as patched:
         patched.setattr(journal, "EVERY", 0.0)
         patched.setattr(journal, "SPARED", 0.0)
         whole = flowvi.fit(banana(), "fullrank", progress=False, **COUNTED)

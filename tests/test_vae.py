@@ -378,7 +378,6 @@ def test_the_command_writes_a_fit_its_bounds_and_pictures(tiny):
     table = np.genfromtxt(tiny / "a/test_bounds.csv", delimiter=",", names=True)
     assert len(table) == 40 and (table["elbo"] < table["bound"] + 1e-9).all()
 
-    torch.set_default_dtype(torch.float64)
     parts = json.loads((tiny / "b/parts.json").read_text())
     facts = {k: v for k, v in parts.items() if k not in ("data", "binarise")}
     images = vae.load("tiny.npz", parts["binarise"])
