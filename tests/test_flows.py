@@ -204,6 +204,34 @@ def test_a_permutation_is_saved_with_its_flow():
     assert torch.equal(other(x)[0], saved(x)[0])
 
 
+@pytest.mark.parametrize("dim", [1, 2, 5])
+@pytest.mark.parametrize("name", FLOWS)
+def test_a_push_is_the_map_and_carries_the_score_along(name, dim, context):
+    """Values and gradients are those of `forward`; the score is that of the new density."""
+    flow = perturbed(FLOWS[name](dim, columns(context)))
+    x = torch.randn(7, 5, dim, requires_grad=True)
+    if context is not None:
+        context.requires_grad_()
+    weights = torch.randn(7, 5, dim), torch.randn(7, 5)
+    leaves = [x, *([] if context is None else [context]), *flow.parameters()]
+
+    def gradients(y, ladj):
+        value = (weights[0] * y).sum() + (weights[1] * ladj).sum()
+        found = torch.autograd.grad(value, leaves, allow_unused=True, materialize_grads=True)
+        return list(found)
+
+    y, ladj, score = flow.push(x, -x.detach(), context)
+    expected = flow(x, context)
+
+    torch.testing.assert_close((y, ladj), expected, rtol=0.0, atol=0.0)
+    torch.testing.assert_close(gradients(y, ladj), gradients(*expected))
+    assert not score.requires_grad
+    outside = y.detach().requires_grad_()
+    back, inverse_ladj = flow.inverse(outside, context)
+    log_q = inverse_ladj - back.square().sum(-1) / 2
+    torch.testing.assert_close(score, torch.autograd.grad(log_q.sum(), outside)[0])
+
+
 @pytest.mark.parametrize("inverse", [False, True], ids=["forward", "inverse"])
 @pytest.mark.parametrize("name", FLOWS)
 def test_functional_call_and_vmap(name, inverse):

@@ -5,6 +5,7 @@ from torch import Tensor
 
 from flowvi.flows.affine import Diagonal
 from flowvi.flows.elementwise import Affine, Elementwise, Shift, asymmetric_clamp
+from flowvi.flows.fused import push_affine
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Perceptron
 from flowvi.flows.permute import mixed
@@ -68,6 +69,9 @@ class Coupling(Layer):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         (a, b), (score_a, score_b) = self._split(x), self._split(score)
+        if self.map == Affine() and not torch.is_autocast_enabled(x.device.type):
+            y, ladj, scores = push_affine(self.net, (a, b), (score_a, score_b), context)
+            return self._join(a, y), ladj, self._join(*scores)
         params, pull = self.net.linearised(a, context)
         params = params.unflatten(-1, (self.map.size, -1))
         moved, ladj = self.map.forward(b, params)

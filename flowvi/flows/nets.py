@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from functools import partial
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -66,12 +67,18 @@ class Perceptron(nn.Module):
 
     def linearised(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Pull]:
         """The output, and the function that takes a gradient there to the input."""
-        h = self.first(x)
-        if self.context is not None:
-            h = h + self.context(required(context, self.context.in_features))
+        h, lifted = self.first(x), self.lifted(context)
+        if lifted is not None:
+            h = h + lifted
         m = self.middle(silu(h))
         weights = (self.first.weight, self.middle.weight, self.last.weight)
         return self.last(silu(m)), partial(pulled, weights, (h, m))
+
+    def lifted(self, context: Tensor | None) -> Tensor | None:
+        """What the context adds to the first hidden units, (*B, hidden); None without one."""
+        if self.context is None:
+            return None
+        return cast(Tensor, self.context(required(context, self.context.in_features)))
 
 
 def pulled(
