@@ -116,7 +116,7 @@ class Compilation:
         if self.failed:
             return None
         try:
-            compiled: Compiled = torch._inductor.aoti_load_package(str(self.package))
+            package = torch._inductor.aoti_load_package(str(self.package))
             os.utime(self.package)
         except (RuntimeError, OSError) as error:
             self.failed = str(error).strip().splitlines()[0]
@@ -124,6 +124,13 @@ class Compilation:
             self.package.unlink(missing_ok=True)
             return None
         _forget()
+        run = package.loader.boxed_run
+
+        def compiled(*inputs: Tensor) -> tuple[Tensor, Tensor]:
+            # The package's own call takes trees of arguments apart, 0.1 ms each time.
+            bound, gradient = run(list(inputs))
+            return bound, gradient
+
         return compiled
 
     def stop(self) -> None:
