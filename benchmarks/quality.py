@@ -4,12 +4,12 @@
 
 Needs `pip install "flowvi[benchmark]"`. Each run is a process of its own with one thread, and
 trains for 2, 4, 8 ... seconds: flowvi by `fit(target, budget=...)`, with no compiled step
-left by an earlier fit; NumPyro (`AutoIAFNormal`, `AutoBNAFNormal`, 16 draws a step) and
-Pyro (`AutoIAFNormal`, 16 vectorised draws) by Adam with a step size that falls from 0.01 to
-0.0001 meanwhile, NumPyro from the prior's median and Pyro from its own start. The seconds that
-are printed are all of the process up to the end of training: imports, compiling, start,
-checks. What the ELBO is comes after them, from fresh draws. Runs get longer until one is good
-enough.
+left by an earlier fit; NumPyro (`AutoIAFNormal`, `AutoBNAFNormal`, 16 draws a step), Pyro
+(`AutoIAFNormal`, 16 vectorised draws) and PyMC (full-rank ADVI, one draw) by Adam with a
+step size that falls from 0.01 to 0.0001 meanwhile, NumPyro from the prior's median and the
+others from starts of their own. The seconds that are printed are all of the process up to the
+end of training: imports, compiling, start, checks. What the ELBO is comes after them, from fresh
+draws; PyMC's is that of its last 1,000 steps. Runs get longer until one is good enough.
 """
 
 from __future__ import annotations
@@ -26,10 +26,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 GRID = (2, 4, 8, 16, 32, 64, 128)
 ENOUGH = 0.1
 DRAWS = 4000
 MODELS = ("eight_schools", "radon", "logistic", "network")
+# PyMC takes memory for the losses of all steps at once, and fewer than this in a second.
+FASTEST, LAST = 20_000, 1000
 BEGAN = "FLOWVI_BENCHMARK_BEGAN"
 
 
@@ -86,11 +90,40 @@ def _elbo(particles: int) -> Any:
     return Trace_ELBO(particles, vectorize_particles=True, max_plate_nesting=1)
 
 
+def pymc_fit(problem: Any, seconds: float) -> Callable[[], float]:
+    import pymc as pm
+    import pytensor
+    from peers.budget import HIGH, Budget
+
+    size = pytensor.shared(np.array(HIGH))
+    begun: list[Budget] = []
+
+    def told(approximation: Any, losses: Any, step: int) -> None:
+        if not begun:  # what comes before is compiling
+            begun.append(Budget(seconds))
+        size.set_value(np.array(begun[0].step_size()))
+        if begun[0].over():
+            raise StopIteration
+
+    with pm.Model():
+        problem.pymc()
+        advi = pm.FullRankADVI(random_seed=0)
+        approximation = advi.fit(
+            math.ceil(FASTEST * seconds),
+            callbacks=[told],
+            obj_optimizer=pm.adam(learning_rate=size),
+            progressbar=False,
+        )
+    # Of single draws, while the step is at its smallest.
+    return lambda: -float(np.mean(approximation.hist[-LAST:]))
+
+
 METHODS: dict[str, Callable[[Any, float], Callable[[], float]]] = {
     "flowvi": flowvi_fit,
     "numpyro_iaf": lambda problem, seconds: numpyro_fit("iaf", problem, seconds),
     "numpyro_bnaf": lambda problem, seconds: numpyro_fit("bnaf", problem, seconds),
     "pyro_iaf": pyro_fit,
+    "pymc_fullrank": pymc_fit,
 }
 
 
@@ -110,7 +143,8 @@ def elsewhere(method: str, name: str, seconds: float) -> dict[str, Any]:
     flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
     with tempfile.TemporaryDirectory() as cache:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
-        env |= {"FLOWVI_CACHE": cache, BEGAN: str(time.time())}
+        env |= {"FLOWVI_CACHE": cache, "PYTENSOR_FLAGS": f"base_compiledir={cache}"}
+        env[BEGAN] = str(time.time())
         command = [sys.executable, __file__, "--run", method, name, str(seconds)]
         done = subprocess.run(
             command, cwd=Path(__file__).parent, env=env, capture_output=True, text=True

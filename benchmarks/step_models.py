@@ -1,4 +1,4 @@
-"""Four models on made-up data, written for Pyro, for NumPyro, and by hand for torch and JAX.
+"""Four models on made-up data, for Pyro, NumPyro and PyMC, and by hand for torch and JAX.
 
 Each is a density of z in R^D: scales are the exponentials of their coordinates. By hand,
 `score` returns log p and its gradient for (K, D) points, the gradient written out.
@@ -6,6 +6,7 @@ Each is a density of z in R^D: scales are the exponentials of their coordinates.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ LOG_2PI = math.log(2 * math.pi)
 
 @dataclass(frozen=True)
 class Problem:
-    """A model in four ways.
+    """A model in five ways.
 
     Attributes:
         dim: Length D of z.
@@ -34,6 +35,7 @@ class Problem:
         score: By hand in torch: (K, D) -> log p (K) and its gradient (K, D).
         numpyro: Makes the model for NumPyro.
         jax: Makes log p for JAX: (K, D) -> (K).
+        pymc: Adds the variables to the PyMC model in whose context it is called.
     """
 
     dim: int
@@ -42,6 +44,7 @@ class Problem:
     score: Callable[[Tensor], tuple[Tensor, Tensor]]
     numpyro: Callable[[], Callable[..., Any]]
     jax: Callable[[], Callable[[Any], Any]]
+    pymc: Callable[[], None]
 
 
 def eight_schools() -> Problem:
@@ -103,7 +106,14 @@ def eight_schools() -> Problem:
 
         return log_p
 
-    return Problem(10, model, (y, s), score, for_numpyro, for_jax)
+    def for_pymc() -> None:
+        import pymc as pm
+
+        mu, tau = pm.Normal("mu", 0.0, 5.0), pm.HalfCauchy("tau", 5.0)
+        theta = pm.Normal("theta", 0.0, 1.0, shape=8)
+        pm.Normal("y", mu + tau * theta, s.numpy(), observed=y.numpy())
+
+    return Problem(10, model, (y, s), score, for_numpyro, for_jax, for_pymc)
 
 
 def radon() -> Problem:
@@ -179,7 +189,16 @@ def radon() -> Problem:
 
         return log_p
 
-    return Problem(89, model, (x, y), score, for_numpyro, for_jax)
+    def for_pymc() -> None:
+        import pymc as pm
+
+        mu, beta = pm.Normal("mu", 0.0, 5.0), pm.Normal("beta", 0.0, 5.0)
+        tau, sigma = pm.HalfNormal("tau", 1.0), pm.HalfNormal("sigma", 1.0)
+        a = pm.Normal("a", 0.0, 1.0, shape=85)
+        mean = mu + tau * a[groups.numpy()] + beta * x.numpy()
+        pm.Normal("y", mean, sigma, observed=y.numpy())
+
+    return Problem(89, model, (x, y), score, for_numpyro, for_jax, for_pymc)
 
 
 def logistic() -> Problem:
@@ -225,7 +244,13 @@ def logistic() -> Problem:
 
         return log_p
 
-    return Problem(25, model, (x, y), score, for_numpyro, for_jax)
+    def for_pymc() -> None:
+        import pymc as pm
+
+        w = pm.Normal("w", 0.0, 1.0, shape=25)
+        pm.Bernoulli("y", logit_p=x.numpy() @ w, observed=y.numpy())
+
+    return Problem(25, model, (x, y), score, for_numpyro, for_jax, for_pymc)
 
 
 def network() -> Problem:
@@ -301,7 +326,17 @@ def network() -> Problem:
 
         return log_p
 
-    return Problem(dim, model, (x, y), score, for_numpyro, for_jax)
+    def for_pymc() -> None:
+        import pymc as pm
+
+        w = pm.Normal("w", 0.0, 1.0, shape=dim)
+        ends = itertools.pairwise([0, *np.cumsum(sizes)])
+        a, b, c, d, e, f = (w[i:j] for i, j in ends)
+        h = pm.math.tanh(x.numpy() @ a.reshape((INPUTS, first)) + b)
+        h = pm.math.tanh(h @ c.reshape((first, second)) + d)
+        pm.Normal("y", h @ e + f, NOISE, observed=y.numpy())
+
+    return Problem(dim, model, (x, y), score, for_numpyro, for_jax, for_pymc)
 
 
 def _rows(values: Tensor) -> Tensor:
