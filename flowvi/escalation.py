@@ -153,12 +153,12 @@ def richer(run: Run, kept: Kept) -> Kept | None:
         new = run.flow(sizes)
         extend(cast(FlowGuide, new.guide), cast(FlowGuide, kept.guide))
     elif kept.name == "skewed":
-        new = run.flow({"depth": MORE_COUPLINGS}, "skewed")
+        new = run.flow({"depth": kept.sizes.get("depth", 0) + MORE_COUPLINGS}, "skewed")
         extend(cast(SkewedNormal, new.guide), cast(SkewedNormal, kept.guide))
     else:
         new = run.flow({"depth": MORE_COUPLINGS, "base": "student_t"})
     # Couplings have a step size of their own.
-    new.lr = 0.0 if kept.name == "skewed" else kept.lr / 2
+    new.lr = 0.0 if kept.name == "skewed" and not kept.sizes else kept.lr / 2
     run.improve(new, 0.7, "richer", MORE_DRAWS)
     return new
 
@@ -166,10 +166,16 @@ def richer(run: Run, kept: Kept) -> Kept | None:
 @torch.no_grad()
 def extend(new: Pushforward, old: Pushforward) -> None:
     """Make a deeper flow start where a shallower one is: its first layers are the identity."""
-    mine, theirs = cast(Chain, new.flow).layers, cast(Chain, old.flow).layers
-    for layer, other in zip(list(mine)[-len(theirs) :], theirs, strict=True):
-        layer.load_state_dict(other.state_dict())
+    _extend(cast(Chain, new.flow), cast(Chain, old.flow))
     new.affine.load_state_dict(old.affine.state_dict())
+
+
+def _extend(new: Chain, old: Chain) -> None:
+    for layer, other in zip(list(new.layers)[-len(old.layers) :], old.layers, strict=True):
+        if isinstance(layer, Chain):
+            _extend(layer, cast(Chain, other))
+        else:
+            layer.load_state_dict(other.state_dict())
 
 
 def annealed(run: Run, kept: Kept) -> Kept | None:

@@ -103,6 +103,18 @@ class Judged(NamedTuple):
     khat: float = math.nan
 
 
+class Trial(NamedTuple):
+    """The best of the step sizes that were tried.
+
+    Attributes:
+        lr: The step size.
+        bound: What a few steps of it led to; minus infinity if no step size was any good.
+    """
+
+    lr: float
+    bound: float
+
+
 @dataclass(frozen=True)
 class Stage:
     """A stretch of training: steps of constant size, then of falling size.

@@ -32,6 +32,7 @@ from flowvi.records import (
     Record,
     Settings,
     Stage,
+    Trial,
 )
 from flowvi.states import fill, tensors_of
 from flowvi.target import Target
@@ -62,6 +63,9 @@ FIRST_SHARE = 0.7
 START_SHARE = 0.2
 # Step size for skews, of which each follows a gradient of its own.
 SKEW_RATE = 1e-2
+# Where the Gaussian leaves as much, couplings compete with couplings and skews, which have to
+# be so many nats ahead after the trial.
+MUCH, FURTHER = 0.3, 0.2
 # With less time than this, it is better spent on training than on the search for a step size.
 SEARCH_SECONDS = 30.0
 
@@ -264,12 +268,16 @@ class Run:
     def _rate(self, trainer: Trainer, kept: Kept) -> float:
         if kept.name == "skewed" and not kept.sizes:
             return SKEW_RATE
+        if not self._searches(kept.judged.gap):
+            return RATES[1]
+        return self._tried(trainer).lr
+
+    def _searches(self, gap: float) -> bool:
+        """Whether a step size is looked for; not where there is little to gain, or little time."""
         steps, clock = self.settings.steps, self.settings.clock
         few = steps is not None and steps < FEWEST_TO_SEARCH
-        little = steps is None and kept.judged.gap < LITTLE
-        if few or little or clock.left < SEARCH_SECONDS:
-            return RATES[1]
-        return self.settings.journal.once("rate", self.record, trainer.search, float, float)
+        little = steps is None and gap < LITTLE
+        return not few and not little and clock.left >= SEARCH_SECONDS
 
     def _counted(self, trainer: Trainer, kept: Kept) -> None:
         assert self.settings.steps is not None
@@ -323,7 +331,29 @@ class Run:
             return gaussian
         if self.target.dim > HELD_DIM:
             return self.flow({}, "skewed")
-        return self.flow({"depth": _depth(gap)})
+        plain = self.flow({"depth": _depth(gap)})
+        asked = self.settings.steps is not None or self.settings.lr is not None
+        much = gap > MUCH and self._searches(gap) and not self.target.subsampled
+        return self._raced(plain) if much and not asked else plain
+
+    def _raced(self, plain: Kept) -> Kept:
+        """Couplings, or couplings and skews, if those get clearly further in as many steps."""
+        skewed = self.flow(plain.sizes, "skewed")
+        found = []
+        for kept in (plain, skewed):
+            try:
+                found.append(self._tried(self.trainer(kept.guide)))
+            except Interrupted:
+                return plain
+        best = found[1].bound > found[0].bound + FURTHER
+        kept, trial = (skewed, found[1]) if best else (plain, found[0])
+        kept.lr = trial.lr
+        self.record.log.append(f"the guide is {kept.name}, by these trials")
+        return kept
+
+    def _tried(self, trainer: Trainer) -> Trial:
+        journal, record = self.settings.journal, self.record
+        return journal.once("rate", record, trainer.search, list, lambda found: Trial(*found))
 
     def _given(self, tensors: Mapping[str, Tensor]) -> Kept:
         """The user's own guide, as it was when the fit began."""

@@ -38,6 +38,7 @@ from flowvi.records import (
     Settings,
     Stage,
     Step,
+    Trial,
 )
 from flowvi.schedule import Average, Guard, constant, decayed, warmed
 from flowvi.states import fill, tensors_of
@@ -87,7 +88,7 @@ class Trainer:
         """The seed of one of the places where this restart is random."""
         return stream(self.settings.seed, 1 + self.restart, place)
 
-    def search(self) -> float:
+    def search(self) -> Trial:
         """Try step sizes briefly from the same start, on the same noise, and judge them."""
         start, found = self.vector(), {}
         try:
@@ -105,7 +106,7 @@ class Trainer:
         self.record.log.append(
             f"step size {lr:g}, by the bound after {TRIAL_STEPS} steps ({tried})"
         )
-        return lr
+        return Trial(lr, finite.get(lr, -math.inf))
 
     def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
         """Train on the target to one power after the other, the last of them below one.

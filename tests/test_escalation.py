@@ -87,7 +87,9 @@ def test_verdict_then_bound_then_tail_decide(new, old, expected):
     assert better(judged(*new), judged(*old)) is expected
 
 
-@pytest.mark.parametrize("name, depths", [("realnvp", (4, 8)), ("skewed", (0, 3))])
+@pytest.mark.parametrize(
+    "name, depths", [("realnvp", (4, 8)), ("skewed", (0, 3)), ("skewed", (2, 6))]
+)
 def test_a_deeper_flow_starts_as_the_shallower_one(name, depths):
     old, new = (make_guide(name, 5, depth=depth) for depth in depths)
     for p in old.parameters():

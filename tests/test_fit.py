@@ -13,7 +13,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import init
+from flowvi import init, run, training
 from flowvi.schedule import Average, Guard, decayed
 
 
@@ -87,6 +87,27 @@ def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
     assert fit.meta["guide"] == "skewed"
     assert fit.bounds[0] > -3
     assert fit.bounds[0] < 0
+
+
+@pytest.mark.parametrize("heavy, expected", [(True, "skewed"), (False, "realnvp")])
+def test_skews_are_added_to_couplings_where_they_get_further(heavy, expected, brief, monkeypatch):
+    """Heavy tails in every coordinate, and bananas, each of a pair of them."""
+    monkeypatch.setattr(run, "STEADY_STEPS", 20)
+    monkeypatch.setattr(run, "MOST_STAGES", 1)
+    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+
+    def density(v):
+        x = v["x"]
+        if heavy:
+            return -1.5 * (1 + x.square() / 2).log().sum()
+        return -(x[0::2].square() / 2 + 5 * (x[1::2] - x[0::2].square()).square()).sum()
+
+    target = flowvi.from_density(density, {"x": flowvi.Site((20,))})
+    fit = flowvi.fit(target, escalate=False, progress=False)
+
+    assert fit.meta["guide"] == expected
+    assert sum(line.startswith("step size") for line in fit.log) == 2
+    assert f"the guide is {expected}, by these trials" in fit.log
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])

@@ -54,7 +54,12 @@ def plot_loss(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
         top = max(float(high.max()), level + noise / 2)
         ticks = _ticks(level, noise, bottom, top)
         ax.set_yticks(ticks, [_number(tick, level, noise) for tick in ticks])
-        ax.set(xlim=(0, len(bound)), ylim=(bottom, top), xlabel="step", ylabel="bound (nats, asinh scale)")
+        ax.set(
+            xlim=(0, len(bound)),
+            ylim=(bottom, top),
+            xlabel="step",
+            ylabel="bound (nats, asinh scale)",
+        )
         if "stage" in history:
             _mark_stages(ax, np.asarray(history["stage"]).astype(str).tolist())
         ax.legend(loc="lower right")
