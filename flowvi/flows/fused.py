@@ -73,7 +73,7 @@ class _Push(torch.autograd.Function):
         return torch.addcmul(shift, b, scale), s.sum(-1), score_a, score_y
 
     @staticmethod
-    @once_differentiable  # type: ignore[misc, untyped-decorator, unused-ignore]
+    @once_differentiable
     def backward(
         ctx: Any, by_y: Tensor | None, by_ladj: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
