@@ -257,6 +257,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         draws.target.improper,
         draws.title,
         draws.meta.get("missed", ()),
+        axes_of(draws),
     )
     diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
     if len(draws.z) == 1:
@@ -274,12 +275,23 @@ def where(draws: Draws) -> Where:
         draws: Draws of a fit, not resampled.
     """
     wanted("draws", draws, Draws, EXPECTED)
-    return diagnostics.where(draws.log_weights, named_values(draws))
+    return diagnostics.where(draws.log_weights, named_values(draws), axes_of(draws))
 
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
     """All values and, beside them, the unconstrained coordinates of each site."""
     return {**draws.values, **_coordinates(draws)}
+
+
+def axes_of(draws: Draws) -> dict[str, list[Sequence[Any] | None]]:
+    """The labels of every axis of these, as the user gave them; None without."""
+    dims, coords = draws.target.dims, draws.target.coords
+    axes: dict[str, list[Sequence[Any] | None]] = {
+        name: [coords.get(dim) for dim in own] for name, own in dims.items()
+    }
+    # Of a vector in R^n, coordinates are elements.
+    flat = {f"unconstrained {name}": labels for name, labels in axes.items() if len(labels) == 1}
+    return axes | flat
 
 
 def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 1000)) -> Bounds:
@@ -326,6 +338,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
         draws.stats["diverging"],
         draws.title,
         draws.meta.get("missed", ()),
+        axes_of(draws),
     )
     if draws.weighted is None:
         return diagnosis

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from flowvi.draws import bounds, diagnose, draw, resample
+from flowvi.draws import bounds, diagnose, draw, resample, where
 from flowvi.guides import Draw, MeanField
 from flowvi.target import Site, from_density
 
@@ -199,6 +199,17 @@ def test_verdict_names_the_value_that_is_off(target):
 
     assert diagnosis.verdict == "trust the resampled draws"
     assert "mean of x[1]" in diagnosis.reasons[0]
+
+
+def test_elements_are_named_by_the_labels_that_they_were_given(target):
+    target.label({"x_dim_0": ["left", "right"]})
+    q = guide()
+    q.start(torch.tensor([0.0, 1.0, 1.5]), torch.diag(torch.tensor([0.5, 1.0, 1.0])))
+
+    draws = draw(target, [q], 4000)
+
+    assert "mean of x[right]" in diagnose(draws).reasons[0]
+    assert {"x[left]", "unconstrained x[right]"} < {*where(draws).labels}
 
 
 def test_verdict_names_the_coordinate_that_is_off(target):

@@ -7,7 +7,7 @@ import numpy as np
 
 from flowvi import statistics as stats
 from flowvi.diagnostics import observe
-from flowvi.diagnostics.moments import blocks
+from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.observe import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.verdict import Diagnosis
 
@@ -23,6 +23,7 @@ def diagnose_chains(
     diverging: np.ndarray,
     title: str = "",
     missed: Sequence[str] = (),
+    axes: Axes | None = None,
 ) -> Diagnosis:
     """Judge draws of Markov chains: R-hat, bulk and tail ESS, divergences.
 
@@ -35,12 +36,13 @@ def diagnose_chains(
         diverging: Whether a draw ended a divergent trajectory, (chain, draw).
         title: What was sampled.
         missed: What is known of the posterior that the chains leave out.
+        axes: Labels of the elements of the values, for the reasons.
 
     References:
         Vehtari, Gelman, Simpson, Carpenter and Buerkner (2021),
         "Rank-normalization, folding, and localization", arXiv:1903.08008.
     """
-    labels, rhat, bulk, tail = _convergence(values)
+    labels, rhat, bulk, tail = _convergence(values, axes)
     divergent = int(np.sum(diverging))
     worst, least = int(np.argmax(rhat)), int(np.argmin(np.minimum(bulk, tail)))
     ess = float(min(bulk[least], tail[least]))
@@ -67,11 +69,12 @@ def diagnose_chains(
 
 def _convergence(
     values: Mapping[str, np.ndarray],
+    axes: Axes | None,
 ) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
     """Labels, R-hat, bulk and tail ESS of every scalar that varies."""
     labels: list[str] = []
     rows = []
-    for name, indices, block in blocks(values):
+    for name, indices, block in blocks(values, axes):
         for index, x in zip(indices, np.moveaxis(block, -1, 0), strict=True):
             if np.isfinite(x).all() and np.ptp(x) == 0:
                 continue

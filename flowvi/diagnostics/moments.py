@@ -1,10 +1,15 @@
 """Means and standard deviations of the same draws under two weightings, and by restart."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import product
+from typing import Any
 
 import numpy as np
 
+# By name of an array, the labels of each of its axes beyond chain and draw; None for an axis
+# that has none and is counted from zero.
+Axes = Mapping[str, Sequence[Sequence[Any] | None]]
 # Scalars compared at a time, and numbers of all their draws, to bound memory.
 COLUMNS, NUMBERS = 256, 4_000_000
 
@@ -37,7 +42,10 @@ class Comparison:
 
 
 def compare(
-    weights: np.ndarray, inside: np.ndarray, values: Mapping[str, np.ndarray]
+    weights: np.ndarray,
+    inside: np.ndarray,
+    values: Mapping[str, np.ndarray],
+    axes: Axes | None = None,
 ) -> Comparison:
     """Compare every scalar that varies under equal weights and under the given ones.
 
@@ -45,11 +53,12 @@ def compare(
         weights: Normalised weights, (chain, draw).
         inside: Whether a draw has positive density; others are left out, (chain, draw).
         values: Arrays (chain, draw, ...) by name.
+        axes: Labels of their elements.
     """
     labels: list[str] = []
     skipped: dict[str, None] = {}
     columns = [np.empty((8, 0))]
-    for name, indices, x in blocks(values):
+    for name, indices, x in blocks(values, axes):
         x = np.where(inside[..., None], x, 0.0)
         finite = np.isfinite(x).all((0, 1))
         if not finite.all():
@@ -61,17 +70,29 @@ def compare(
     return Comparison(tuple(labels), tuple(skipped), *np.concatenate(columns, axis=1))
 
 
-def blocks(values: Mapping[str, np.ndarray]) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Name, indices such as "[3]" and columns (chain, draw, some) of every array."""
+def blocks(
+    values: Mapping[str, np.ndarray], axes: Axes | None = None
+) -> Iterator[tuple[str, list[str], np.ndarray]]:
+    """Name, indices such as "[3]" or labels, and columns (chain, draw, some) of every array."""
     for name, array in values.items():
         flat = array.reshape(*array.shape[:2], -1)
-        shape = array.shape[2:]
-        indices = [str(list(map(int, i))).replace(" ", "") for i in np.ndindex(shape)]
-        indices = indices if shape else [""]
+        indices = _indices(array.shape[2:], (axes or {}).get(name, ()))
         width = int(np.clip(NUMBERS // max(1, flat.shape[0] * flat.shape[1]), 1, COLUMNS))
         for start in range(0, flat.shape[-1], width):
             block = slice(start, start + width)
             yield name, indices[block], flat[..., block].astype(np.float64)
+
+
+def _indices(shape: tuple[int, ...], axes: Sequence[Sequence[Any] | None]) -> list[str]:
+    """What tells the elements of an array apart, in order."""
+    if not shape:
+        return [""]
+    known = [*axes, *(None for _ in shape)]
+    names = [
+        range(size) if axis is None or len(axis) != size else axis
+        for size, axis in zip(shape, known, strict=False)
+    ]
+    return [f"[{','.join(map(str, place))}]" for place in product(*names)]
 
 
 def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarray:

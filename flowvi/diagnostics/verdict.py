@@ -17,7 +17,7 @@ from flowvi.diagnostics.importance import (
     psis,
     with_tail,
 )
-from flowvi.diagnostics.moments import compare
+from flowvi.diagnostics.moments import Axes, compare
 from flowvi.diagnostics.observe import RESAMPLE
 from flowvi.diagnostics.where import where
 
@@ -100,6 +100,7 @@ def diagnose(
     improper: Sequence[str] = (),
     title: str = "",
     missed: Sequence[str] = (),
+    axes: Axes | None = None,
 ) -> Diagnosis:
     """Judge draws by their log weights and by what reweighting does to their moments.
 
@@ -118,6 +119,7 @@ def diagnose(
         improper: Sites with improper priors: there is no evidence then.
         title: What was fitted, in one line.
         missed: What is known of the posterior that the draws leave out.
+        axes: Labels of the elements of the values, for the reasons.
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
@@ -133,7 +135,7 @@ def diagnose(
     comparison = None
     if khat < threshold or observe.flat(log_w):
         if arrays:
-            comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays)
+            comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays, axes)
             found += [*observe.moments(comparison), *observe.disagreement(comparison)]
         else:
             found += observe.divergence(log_w)

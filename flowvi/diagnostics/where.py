@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics.importance import as_chains, psis, tail_size
-from flowvi.diagnostics.moments import blocks
+from flowvi.diagnostics.moments import Axes, blocks
 
 # Standard errors by which the heaviest draws have to be off the middle of a scalar.
 CLEARLY = 5.0
@@ -66,12 +66,15 @@ class Where:
         )
 
 
-def where(log_weights: ArrayLike, values: Mapping[str, np.ndarray]) -> Where:
+def where(
+    log_weights: ArrayLike, values: Mapping[str, np.ndarray], axes: Axes | None = None
+) -> Where:
     """Say where the heaviest weights are, and how heavy they are for each scalar.
 
     Args:
         log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
         values: Arrays (chain, draw, ...) by name.
+        axes: Labels of their elements.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72),
@@ -83,7 +86,7 @@ def where(log_weights: ArrayLike, values: Mapping[str, np.ndarray]) -> Where:
     heaviest = tail_size(len(log_w))
     top = np.argsort(log_w)[-heaviest:]
     labels, columns = [], []
-    for name, indices, x in blocks(values):
+    for name, indices, x in blocks(values, axes):
         flat = x.reshape(len(log_w), -1)
         for index, column in zip(indices, flat.T, strict=True):
             if np.isfinite(column).all() and np.ptp(column) > 0:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from flowvi.diagnostics.moments import blocks
-from flowvi.draws import Draws, named_values, where
+from flowvi.draws import Draws, axes_of, named_values, where
 from flowvi.plots.theme import GREY, ORANGE, new_axes, style
 
 if TYPE_CHECKING:
@@ -29,7 +29,7 @@ def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
     log_w = draws.log_weights.ravel()
     columns = {
         name + index: x[..., i].ravel()
-        for name, indices, x in blocks(named_values(draws))
+        for name, indices, x in blocks(named_values(draws), axes_of(draws))
         for i, index in enumerate(indices)
     }
     x, y = (columns[label] for label in found.labels[:2])
