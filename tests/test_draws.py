@@ -210,6 +210,8 @@ def test_elements_are_named_by_the_labels_that_they_were_given(target):
 
     assert "mean of x[right]" in diagnose(draws).reasons[0]
     assert {"x[left]", "unconstrained x[right]"} < {*where(draws).labels}
+    target.label({"x_dim_0": ["side", "side"]})
+    assert {"x[0]", "x[1]"} < {*where(draws).labels}
 
 
 def test_verdict_names_the_coordinate_that_is_off(target):

@@ -89,10 +89,14 @@ def _indices(shape: tuple[int, ...], axes: Sequence[Sequence[Any] | None]) -> li
         return [""]
     known = [*axes, *(None for _ in shape)]
     names = [
-        range(size) if axis is None or len(axis) != size else axis
+        axis if axis is not None and _tell_apart(axis, size) else range(size)
         for size, axis in zip(shape, known, strict=False)
     ]
     return [f"[{','.join(map(str, place))}]" for place in product(*names)]
+
+
+def _tell_apart(labels: Sequence[Any], size: int) -> bool:
+    return len(labels) == len({*map(str, labels)}) == size
 
 
 def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarray:

@@ -69,6 +69,7 @@ class Coupling(Layer):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         (a, b), (score_a, score_b) = self._split(x), self._split(score)
+        # What is written out is in one precision.
         if self.map == Affine() and not torch.is_autocast_enabled(x.device.type):
             y, ladj, scores = push_affine(self.net, (a, b), (score_a, score_b), context)
             return self._join(a, y), ladj, self._join(*scores)
