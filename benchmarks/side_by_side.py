@@ -57,7 +57,7 @@ def cell(row: dict[str, Any] | None) -> str:
         return "-"
     if row["mean"] is None or row["sd"] is None:
         return "failed"
-    return f"{row['mean']:.2f}/{row['sd']:.2f}"
+    return "/".join(f"{x:.2f}" if x < 1000 else f"{x:.0e}" for x in (row["mean"], row["sd"]))
 
 
 def main() -> None:

@@ -63,9 +63,9 @@ FIRST_SHARE = 0.7
 START_SHARE = 0.2
 # Step size for skews, of which each follows a gradient of its own.
 SKEW_RATE = 1e-2
-# Where the Gaussian leaves as much, couplings compete with couplings and skews, which have to
-# be so many nats ahead after the trial.
-MUCH, FURTHER = 0.3, 0.2
+# Where the Gaussian leaves as much, couplings compete with couplings and skews: these have to be
+# so many nats ahead after the trials of step sizes, and clearly so after as many steps more.
+MUCH, AHEAD, FURTHER, RACE_STEPS = 0.3, 0.05, 0.2, 200
 # With less time than this, it is better spent on training than on the search for a step size.
 SEARCH_SECONDS = 30.0
 
@@ -237,7 +237,8 @@ class Run:
         found = diagnose(draw(self.target, [kept.guide], CHECK_DRAWS, self.seed(CHECK)))
         # With many dimensions, some mean needs more draws though the weights are good.
         few = found.khat < found.khat_threshold and found.verdict == VERDICTS[-1]
-        if not few and abs(found.khat - found.khat_threshold) > NEAR:
+        clear = not few and abs(found.khat - found.khat_threshold) > NEAR
+        if clear or self.settings.clock.over(0.9):
             return found
         return diagnose(draw(self.target, [kept.guide], AGAIN * CHECK_DRAWS, self.seed(CHECK)))
 
@@ -270,7 +271,9 @@ class Run:
             return SKEW_RATE
         if not self._searches(kept.judged.gap):
             return RATES[1]
-        return self._tried(trainer).lr
+        lr = self._tried(trainer).lr
+        kept.judged = trainer.judge()
+        return lr
 
     def _searches(self, gap: float) -> bool:
         """Whether a step size is looked for; not where there is little to gain, or little time."""
@@ -333,27 +336,43 @@ class Run:
             return self.flow({}, "skewed")
         plain = self.flow({"depth": _depth(gap)})
         asked = self.settings.steps is not None or self.settings.lr is not None
-        much = gap > MUCH and self._searches(gap) and not self.target.subsampled
-        return self._raced(plain) if much and not asked else plain
+        much = gap > MUCH and self._searches(gap)
+        # Parameters of the model belong to the guide that they were trained with.
+        alike = not self.target.subsampled and not list(self.target.parameters())
+        return self._raced(plain) if much and alike and not asked else plain
 
     def _raced(self, plain: Kept) -> Kept:
         """Couplings, or couplings and skews, if those get clearly further in as many steps."""
-        skewed = self.flow(plain.sizes, "skewed")
-        found = []
-        for kept in (plain, skewed):
-            try:
-                found.append(self._tried(self.trainer(kept.guide)))
-            except Interrupted:
-                return plain
+        racers = (plain, self.flow(plain.sizes, "skewed"))
+        try:
+            trainers = [self.trainer(kept.guide) for kept in racers]
+            found = [self._tried(trainer) for trainer in trainers]
+            if found[1].bound > found[0].bound + AHEAD:
+                pairs = zip(trainers, found, strict=True)
+                found = [self._tried(trainer, trial.lr) for trainer, trial in pairs]
+        except Interrupted:
+            return plain
         best = found[1].bound > found[0].bound + FURTHER
-        kept, trial = (skewed, found[1]) if best else (plain, found[0])
+        kept, trial = racers[best], found[best]
         kept.lr = trial.lr
         self.record.log.append(f"the guide is {kept.name}, by these trials")
         return kept
 
-    def _tried(self, trainer: Trainer) -> Trial:
-        journal, record = self.settings.journal, self.record
-        return journal.once("rate", record, trainer.search, list, lambda found: Trial(*found))
+    def _tried(self, trainer: Trainer, lr: float | None = None) -> Trial:
+        """The best of several step sizes, or where one of them leads from there."""
+
+        def further(lr: float) -> Trial:
+            bound = trainer.briefly(lr, RACE_STEPS)
+            self.record.log.append(f"after {RACE_STEPS} more steps: {bound:.3f}")
+            return Trial(lr, bound)
+
+        return self.settings.journal.once(
+            "rate",
+            self.record,
+            trainer.search if lr is None else lambda: further(lr),
+            trainer.state,
+            lambda state: Trial(*trainer.restore(state)),
+        )
 
     def _given(self, tensors: Mapping[str, Tensor]) -> Kept:
         """The user's own guide, as it was when the fit began."""

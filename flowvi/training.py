@@ -44,7 +44,8 @@ from flowvi.schedule import Average, Guard, constant, decayed, warmed
 from flowvi.states import fill, tensors_of
 from flowvi.target import Target
 
-RATES = (3e-3, 1e-3, 3e-4)
+# Step sizes to try; the middle one where there is no time for that.
+RATES = (1e-2, 5e-3, 1e-3)
 TRIAL_STEPS = 60
 JUDGE_DRAWS = 2000
 # Steps with a falling step size, at least.
@@ -89,24 +90,36 @@ class Trainer:
         return stream(self.settings.seed, 1 + self.restart, place)
 
     def search(self) -> Trial:
-        """Try step sizes briefly from the same start, on the same noise, and judge them."""
-        start, found = self.vector(), {}
+        """Try step sizes briefly from the same start, on the same noise; stay where the best led.
+
+        Each rises and falls within its trial, as it will in a stage: what a large one has
+        reached is hidden by its noise until it falls.
+        """
+        start, tried, best = self.vector(), {}, Trial(RATES[-1], -math.inf)
+        place, top = start, self.judge().bound
         try:
             for lr in RATES:
                 self.set(start)
-                torch.manual_seed(self.seed(TRIAL))
-                trial = Stage("", 0, TRIAL_STEPS, self.settings.repeats, lr)
-                self._go(trial, constant(lr), TRIAL_STEPS, self._course(lr), quiet=True)
-                found[lr] = self.judge().bound
+                tried[lr] = bound = self.briefly(lr, TRIAL_STEPS)
+                if math.isfinite(bound) and bound > best.bound:
+                    best = Trial(lr, bound)
+                if bound > top:
+                    place, top = self.vector(), bound
         finally:
-            self.set(start)
-        finite = {lr: bound for lr, bound in found.items() if math.isfinite(bound)}
-        lr = max(finite, key=lambda lr: finite[lr]) if finite else RATES[-1]
-        tried = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in found.items())
+            self.set(place)
+        words = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in tried.items())
         self.record.log.append(
-            f"step size {lr:g}, by the bound after {TRIAL_STEPS} steps ({tried})"
+            f"step size {best.lr:g}, by the bound after {TRIAL_STEPS} steps ({words})"
         )
-        return Trial(lr, finite.get(lr, -math.inf))
+        return best
+
+    def briefly(self, lr: float, steps: int) -> float:
+        """Take steps that are no stage of their own, and return the bound to which they led."""
+        torch.manual_seed(self.seed(TRIAL))
+        stage = Stage("", 0, steps, self.settings.repeats, lr)
+        rate = partial(decayed, steps=steps, lr=lr)
+        self._go(stage, rate, steps, self._course(lr), quiet=True)
+        return self.judge().bound
 
     def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
         """Train on the target to one power after the other, the last of them below one.
@@ -136,7 +149,11 @@ class Trainer:
             Interrupted: The stage was interrupted; the best so far is kept.
         """
         return self.settings.journal.once(
-            stage.name or "stage", self.record, lambda: self._run(stage), self._packed, self._redone
+            stage.name or "stage",
+            self.record,
+            lambda: self._run(stage),
+            self.state,
+            lambda state: Judged(*self.restore(state)),
         )
 
     def _run(self, stage: Stage) -> Judged:
@@ -163,17 +180,19 @@ class Trainer:
             raise Interrupted(judged)
         return judged
 
-    def _packed(self, judged: Judged) -> dict[str, Any]:
+    def state(self, found: Sequence[float]) -> dict[str, Any]:
+        """What a piece of the training found, and the guide with it, as `write_state` takes it."""
         return {
             "guide": tensors_of(self.guide),
             "parameters": self.vector(),
-            "judged": list(judged),
+            "found": list(found),
         }
 
-    def _redone(self, state: Mapping[str, Any]) -> Judged:
+    def restore(self, state: Mapping[str, Any]) -> list[float]:
+        """Be where a state was taken, and read what was found there."""
         fill(self.guide, state["guide"], "The checkpoint")
         self.set(state["parameters"].to(self.trained[0]))
-        return Judged(*state["judged"])
+        return list(state["found"])
 
     def judge(self) -> Judged:
         """Bound and gap on fresh draws, the same noise for all that are judged."""

@@ -154,6 +154,27 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(tmp_path, every_step, name):
     assert kept.bounds == whole.bounds
 
 
+def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
+    """A training begins where the trials of its step size and guide have led."""
+    monkeypatch.setattr(run, "RACE_STEPS", 10)
+
+    def heavy() -> flowvi.Target:
+        def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+            return -1.5 * (1 + v["x"].square() / 2).log().sum()
+
+        return flowvi.from_density(log_prob, {"x": flowvi.Site((12,))})
+
+    options = {"escalate": False, "progress": False}
+    whole = flowvi.fit(heavy(), **options)
+    options["checkpoint"] = tmp_path
+    with pytest.raises(CutOff):
+        flowvi.fit(heavy(), callback=cut_at(8), **options)
+    last = flowvi.fit(heavy(), resume=True, **options)
+
+    assert any("more steps" in line for line in whole.log)
+    same(last, whole)
+
+
 @pytest.mark.parametrize("cut", [5, 40, 70])
 def test_stages_and_attempts_go_on_too(tmp_path, every_step, short, monkeypatch, cut):
     """Of two bumps: a Gaussian, then a mixture of two flows."""
