@@ -1,7 +1,7 @@
 """Milliseconds of a whole training step, beside other ways to take the same one.
 
     python benchmarks/speed.py [--models eight_schools ...] [--draws 1 16 100 256]
-                               [--guides realnvp iaf fullrank meanfield] [--rounds 7]
+                               [--guides realnvp iaf nsf_coupling fullrank meanfield] [--rounds 7]
 
 Needs `pip install "flowvi[benchmark]"` and a C++ compiler. A step draws, evaluates the
 ELBO and its gradient, and updates the parameters by Adam, in double precision on one

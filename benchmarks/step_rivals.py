@@ -13,6 +13,7 @@ from torch import Tensor, nn
 Turn = Callable[[int], object]
 DEPTH, HIDDEN, BOUND, LR = 8, 64, 3.0, 1e-3
 FLOWS = 3
+SPLINES, BINS = 4, 8
 BETA1, BETA2, LEAST = 0.9, 0.999, 1e-8
 
 
@@ -28,8 +29,9 @@ def pyro_svi(kind: str, problem: Problem, draws: int) -> dict[str, Turn]:
         layer = {
             "realnvp": lambda: T.affine_coupling(dim, [HIDDEN, HIDDEN]),
             "iaf": lambda: T.affine_autoregressive(dim, [max(HIDDEN, dim)] * 2),
+            "nsf_coupling": lambda: T.spline_coupling(dim, dim // 2, [HIDDEN] * 2, BINS, 5.0),
         }[kind]
-        depth = DEPTH if kind == "realnvp" else FLOWS
+        depth = {"realnvp": DEPTH, "iaf": FLOWS, "nsf_coupling": SPLINES}[kind]
         return T.ComposeTransformModule(
             [m for _ in range(depth) for m in (layer(), T.Permute(order))]
         )
@@ -39,6 +41,7 @@ def pyro_svi(kind: str, problem: Problem, draws: int) -> dict[str, Turn]:
         "fullrank": lambda: auto.AutoMultivariateNormal(problem.model),
         "realnvp": lambda: auto.AutoNormalizingFlow(problem.model, transform),
         "iaf": lambda: auto.AutoNormalizingFlow(problem.model, transform),
+        "nsf_coupling": lambda: auto.AutoNormalizingFlow(problem.model, transform),
     }
     before = torch.get_default_dtype()
     pyro.clear_param_store()
@@ -271,6 +274,7 @@ def _turns(
 RIVALS: dict[str, list[Callable[[Problem, int], dict[str, Turn]]]] = {
     "realnvp": [partial(pyro_svi, "realnvp"), hand, jax_by_hand],
     "iaf": [partial(pyro_svi, "iaf"), partial(numpyro_svi, "iaf"), partial(numpyro_svi, "bnaf")],
+    "nsf_coupling": [partial(pyro_svi, "nsf_coupling")],
     "fullrank": [partial(pyro_svi, "fullrank"), partial(numpyro_svi, "fullrank")],
     "meanfield": [partial(pyro_svi, "meanfield"), partial(numpyro_svi, "meanfield")],
 }
