@@ -10,6 +10,7 @@ steps and the seconds. No escalation, so that what is compared is the first fit.
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import time
 import warnings
@@ -27,6 +28,7 @@ import flowvi
 from flowvi import run, training
 from flowvi.gaussians import Gaussian
 from flowvi.init import best_gaussian
+from flowvi.records import Trial
 from flowvi.schedule import Guard, constant
 
 DRAWS = 20_000
@@ -75,7 +77,9 @@ LEFT_OUT: dict[str, list[tuple[Any, str, Any]]] = {
     "clipping (skips instead)": [(training, "Guard", Skipping)],
     "later stages": [(run, "MOST_STAGES", 1)],
     "depth (4 couplings)": [(run, "_depth", lambda gap: 4)],
-    "the search for a step size": [(training.Trainer, "search", lambda self: 1e-3)],
+    "the search for a step size": [
+        (training.Trainer, "search", lambda self: Trial(training.RATES[1], -math.inf))
+    ],
     "the flow": [],
 }
 

@@ -25,6 +25,7 @@ from flowvi.gaussians import Gaussian
 from flowvi.guides import Guide, guide_names
 from flowvi.identity import guide_words, latents, log_density
 from flowvi.journal import Journal
+from flowvi.judging import particles_of
 from flowvi.look import check_size
 from flowvi.minibatch import Minibatch
 from flowvi.multiplicative import Multiplicative
@@ -39,7 +40,6 @@ from flowvi.shelf import opened, said
 from flowvi.stopping import Clock, interruptible
 from flowvi.target import LocalTarget, Target
 from flowvi.threads import best_threads
-from flowvi.training import particles_of
 
 PARTICLES = 64
 # The stream of random numbers of `draw_start`.

@@ -20,6 +20,7 @@ from flowvi.escalation import escalate
 from flowvi.gaussians import Gaussian
 from flowvi.guides import Guide, make_guide
 from flowvi.journal import Journal
+from flowvi.judging import particles_of
 from flowvi.randomness import own_randomness
 from flowvi.records import Judged, Record, Settings
 from flowvi.run import Kept, Run
@@ -29,7 +30,6 @@ from flowvi.stopping import Clock
 from flowvi.tables import put_up, taken_down
 from flowvi.target import Target
 from flowvi.threads import best_threads
-from flowvi.training import particles_of
 
 # Settings that the user gave, and that can be sent.
 ASKED = ("objective", "steps", "lr", "repeats", "seed", "escalate", "compile", "max_memory")

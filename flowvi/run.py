@@ -210,7 +210,7 @@ class Run:
             self.interrupted = True
             self.record.log.append(f"interrupted after {len(self.record.rows)} steps")
         finally:
-            trainer.fast.stop()
+            trainer.gradients.fast.stop()
         if isinstance(kept.guide, MixtureGuide):
             self.record.log += overlap(kept.guide).complaints
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 import math
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property, partial
 from typing import Any
 
@@ -17,22 +16,17 @@ from tqdm import tqdm
 
 from flowvi import parallel
 from flowvi.adam import Adam
-from flowvi.blame import blamed
-from flowvi.compiling import Accelerator, Compile
 from flowvi.course import MOST_HALVINGS, Course
-from flowvi.diagnostics import MIN_DRAWS, gap, psis
 from flowvi.draws import piece, sampler, stream
-from flowvi.flat import Flat, give, vector_of
-from flowvi.guides import Guide, LogDensity
-from flowvi.memory import ANY
-from flowvi.objectives import Estimate, ForwardKL, Renyi
-from flowvi.randomness import random_state, set_random_state
+from flowvi.flat import give, vector_of
+from flowvi.gradients import Gradients
+from flowvi.guides import Guide
+from flowvi.judging import best_of, judge, particles_of
 from flowvi.records import (
     JUDGE,
     TRAIN,
     TRIAL,
     Judged,
-    Objective,
     Record,
     Row,
     Settings,
@@ -52,8 +46,6 @@ JUDGE_DRAWS = 2000
 LEAST_DECAY = 200
 # Steps between two looks for a compiled step.
 POLL = 20
-# Gaps below this are known better than bounds.
-NARROW = 0.1
 # Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
 LAST_RATE = 0.1
 
@@ -74,16 +66,8 @@ class Trainer:
     ) -> None:
         self.target, self.guide, self.settings = target, guide, settings
         self.restart, self.record = restart, record
-        self.log_density: LogDensity = target.log_prob
-        self.fast = Accelerator(
-            [guide, target],
-            self._bound,
-            self._unit,
-            _compiled(settings),
-            record.log.append,
-        )
-        self.trained = self.fast.trained
-        self._before = random_state()
+        self.gradients = Gradients(target, guide, settings, record.log.append)
+        self.trained = self.gradients.trained
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
@@ -134,13 +118,13 @@ class Trainer:
         course = self._course(lr)
         self.record.stages.append("tempered")
         for power in powers:
-            self.log_density = partial(_to_power, self.target, power)
+            self.gradients.log_density = partial(_to_power, self.target, power)
             stage = Stage("tempered", steps, None, repeats, lr)
             self._go(stage, constant(lr), steps, course)
             if self.record.stopped or course.lost:
                 break
             course.step, course.ended = 0, False
-        self.log_density = self.target.log_prob
+        self.gradients.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Judged:
         """Train for one stage and keep the best of its start, its last iterate and the average.
@@ -196,43 +180,19 @@ class Trainer:
 
     def judge(self) -> Judged:
         """Bound and gap on fresh draws, the same noise for all that are judged."""
-        objective = self.settings.objective
-        inner = particles_of(objective)
-        size, left = max(1, self._at_once // inner), max(1, JUDGE_DRAWS // inner)
-        bounds, log_w = [], []
-        state = torch.get_rng_state()
+        settings, density = self.settings, self.gradients.in_parts
         # The same noise for all restarts, whose bounds are compared.
-        torch.manual_seed(stream(self.settings.seed, 0, JUDGE))
-        with torch.no_grad():
-            while left > 0:
-                now = min(size, left)
-                found = estimate(objective, self._in_parts, self.guide, now)
-                bounds.append(found.bound.reshape(-1))
-                log_w.append(found.log_w.reshape(-1))
-                left -= now
-        torch.set_rng_state(state)
-        weights = torch.cat(log_w).cpu().double().numpy()
-        known = isinstance(objective, Renyi) and np.isfinite(weights).all()
-        values = torch.cat(bounds).double()
-        return Judged(
-            float(values.mean()),
-            float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
-            gap(weights).value if known else math.nan,
-            psis(weights).khat if known and len(weights) >= MIN_DRAWS else math.nan,
-        )
+        seed = stream(settings.seed, 0, JUDGE)
+        return judge(settings.objective, density, self.guide, seed, JUDGE_DRAWS, self._at_once)
 
     @cached_property
     def _at_once(self) -> int:
         return piece(sampler(self.guide))
 
-    def _in_parts(self, z: Tensor) -> Tensor:
-        """The log density of many points, in parts that fit memory. (*S, D) -> (*S)."""
-        parts = z.reshape(-1, z.shape[-1]).split(self.target.chunk())
-        return torch.cat([self.log_density(part) for part in parts]).reshape(z.shape[:-1])
-
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""
-        return vector_of(self.trained) if self.fast.whole is None else self.fast.whole.clone()
+        whole = self.gradients.fast.whole
+        return vector_of(self.trained) if whole is None else whole.clone()
 
     def set(self, vector: Tensor) -> None:
         """Give the parameters the values of a vector."""
@@ -287,10 +247,10 @@ class Trainer:
     ) -> None:
         """Take steps until there are enough, or `end` or the callback says so, or they fail."""
         settings, first, began = self.settings, course.step, time.perf_counter()
-        with self._bar(steps, quiet) as bar, self._together():
+        with self._bar(steps, quiet) as bar, self.gradients.together():
             while course.step < steps and not (course.ended or self.record.stopped):
                 i = course.step
-                if self.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
+                if self.gradients.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
                     self._accelerate(stage, steps, (time.perf_counter() - began) / (i - first))
                 course.rate = rate(i) * 0.5**course.halvings
                 row = self._step(stage, course)
@@ -314,28 +274,13 @@ class Trainer:
                 f"{course.guard.skipped} of {course.step} steps skipped by the gradient guard"
             )
 
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
-        try:
-            flat = Flat(self.trained, gradients=False)
-        except ValueError:  # several precisions or devices
-            yield
-            return
-        self.fast.whole = flat.vector.detach()
-        try:
-            yield
-        finally:
-            self.fast.whole = None
-            flat.release()
-
     def _failing(self, stage: Stage, course: Course) -> bool:
         """Go back where too many steps could not be taken; whether that was tried enough."""
         course.note()
         if not course.guard.failed:
             return False
         words = f"{course.guard.skipped} of {course.step} steps had no finite gradient"
-        why = self._blamed(stage) if course.halvings == MOST_HALVINGS else ""
+        why = self.gradients.blamed(stage.repeats) if course.halvings == MOST_HALVINGS else ""
         course.back()
         if not course.lost:
             self.record.log.append(f"{words}: back to the last good state, with half the step")
@@ -346,24 +291,6 @@ class Trainer:
         )
         self.record.log.append(self.record.failures[-1])
         return True
-
-    def _blamed(self, stage: Stage) -> str:
-        """What was not finite in the step before, which is evaluated again."""
-        after, seen = random_state(), []
-        set_random_state(self._before)
-        batch = dict(zip(self.target.subsampled, self._rows(), strict=True)) or None
-
-        def log_p(z: Tensor) -> Tensor:
-            seen.append(z)
-            return self.target.log_prob(z, batch) if batch else self.log_density(z)
-
-        for part in self._parts(stage.repeats):
-            bound = estimate(self.settings.objective, log_p, self.guide, part).bound.mean()
-            if not bound.isfinite():
-                break
-        words = blamed(self.target, self.guide, bound, seen[-1], batch)
-        set_random_state(after)
-        return words
 
     def _accelerate(self, stage: Stage, steps: int, seconds: float) -> None:
         """Compile the step if enough of them are ahead.
@@ -377,12 +304,7 @@ class Trainer:
             # The decay, and a stage of twice the draws.
             steps = steps + steps // 2 if stage.steady else steps
             steps *= 3
-        # Rows that take no random numbers.
-        rows = [
-            torch.arange(batch, device=self.target.device)
-            for _, batch in self.target.subsampled.values()
-        ]
-        self.fast.consider(min(steps * seconds, self.settings.clock.left), rows)
+        self.gradients.consider(min(steps * seconds, self.settings.clock.left))
 
     def _tell(self, bar: tqdm[Any], i: int) -> None:
         if i % 20 == 0:
@@ -406,72 +328,13 @@ class Trainer:
             self.record.stopped = True
 
     def _step(self, stage: Stage, course: Course) -> Row:
-        self._before = random_state()
-        bound, flat = self._gradient(stage.repeats)
+        bound, flat = self.gradients(stage.repeats)
         value = bound.item()
         admitted, norm = course.guard.admits(value, flat)
         if admitted:
-            course.optimiser.step(flat, course.rate, self.fast.whole)
+            course.optimiser.step(flat, course.rate, self.gradients.fast.whole)
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, course.rate, not admitted, draws, len(self.record.stages) - 1)
-
-    def _gradient(self, repeats: int) -> tuple[Tensor, Tensor]:
-        """Bound and the gradient of minus it; of the draws of all processes, where they are many.
-
-        Each skips the random numbers of the others.
-        """
-        objective = self.settings.objective
-        for process in range(parallel.size()):
-            rows = self._rows()
-            if process == parallel.rank():
-                bound, flat = self._whole(repeats, rows)
-            elif isinstance(objective, Renyi):
-                for part in self._parts(repeats):
-                    self.guide.skip((objective.particles, part))
-        return parallel.averaged(bound, flat)
-
-    def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bound and gradient of all draws, in one part if it fits memory."""
-        plain = self.log_density == self.target.log_prob
-        parts, total = self._parts(repeats), None
-        for part in parts:
-            compiled = plain and self.fast.takes(part)
-            found = (self.fast.gradient if compiled else self.fast.eager)(part, rows)
-            total = found if total is None else (total[0] + found[0], total[1] + found[1])
-        assert total is not None
-        return total if len(parts) == 1 else (total[0] / len(parts), total[1] / len(parts))
-
-    def _parts(self, repeats: int) -> list[int]:
-        """How many estimates to take after each other, of equal numbers."""
-        return [repeats] if repeats <= self._fits else [self._unit] * (repeats // self._unit)
-
-    @cached_property
-    def _fits(self) -> int:
-        """Estimates whose draws fit memory; other objectives bring draws of their own."""
-        if not isinstance(self.settings.objective, Renyi):
-            return ANY
-        return max(1, self.target.at_once() // self.settings.objective.particles)
-
-    @cached_property
-    def _unit(self) -> int:
-        """The largest number of estimates that fits and divides those of every stage."""
-        all_of_them = self.settings.repeats
-        return max(n for n in range(1, all_of_them + 1) if all_of_them % n == 0 and n <= self._fits)
-
-    def _bound(self, repeats: int, rows: Sequence[Tensor]) -> Tensor:
-        batch = dict(zip(self.target.subsampled, rows, strict=True))
-
-        def log_p(z: Tensor) -> Tensor:
-            return self.target.log_prob(z, batch) if batch else self.log_density(z)
-
-        return estimate(self.settings.objective, log_p, self.guide, repeats).bound.mean()
-
-    def _rows(self) -> list[Tensor]:
-        """Random rows of every subsampled plate."""
-        return [
-            torch.randperm(size, device=self.target.device)[:batch]
-            for size, batch in self.target.subsampled.values()
-        ]
 
     def _choose(self, stage: Stage, steps: int, start: Tensor, average: Tensor | None) -> Judged:
         vectors = {"start": start, "last": self.vector()}
@@ -483,7 +346,7 @@ class Trainer:
             found[name] = self.judge()
         best = best_of(found)
         self.set(vectors[best])
-        tried = ", ".join(f"{name} {judged.bound:.3f}" for name, judged in found.items())
+        tried = ", ".join(f"{name} {j.bound:.3f}" for name, j in found.items())
         gained = found[best].bound - found["start"].bound
         draws = stage.repeats * particles_of(self.settings.objective)
         self.record.log.append(
@@ -498,13 +361,6 @@ class Trainer:
         name = self.record.stages[-1] if self.record.stages else ""
         words = f"{self.target.name} ({name})" if name else self.target.name
         return tqdm(total=steps, desc=words, unit="step", disable=bool(hidden), dynamic_ncols=True)
-
-
-def _compiled(settings: Settings) -> Compile:
-    """Several processes would compile the same on processors that they need."""
-    if not isinstance(settings.objective, Renyi):
-        return False
-    return False if parallel.size() > 1 and settings.compile == "auto" else settings.compile
 
 
 class Interrupted(Exception):
@@ -523,35 +379,3 @@ def _known(judged: Judged) -> str:
 
 def _to_power(target: Target, power: float, z: Tensor) -> Tensor:
     return power * target.log_prob(z)
-
-
-def best_of(found: Mapping[str, Judged]) -> str:
-    """The name of the best: by the bound and, where noise hides a difference, by the gap.
-
-    Near the target the gap has far less noise than the bound. Alone it would favour a
-    guide that has left a part of the target.
-    """
-    finite = {name: j for name, j in found.items() if math.isfinite(j.bound)}
-    if not finite:
-        return next(iter(found))
-    top = max(finite.values(), key=lambda j: j.bound)
-    close = {
-        name: j.gap
-        for name, j in finite.items()
-        if j.bound >= top.bound - 4 * math.hypot(j.se, top.se) and math.isfinite(j.gap)
-    }
-    if close and max(close.values()) < NARROW:
-        return min(close, key=lambda name: close[name])
-    return max(finite, key=lambda name: finite[name].bound)
-
-
-def particles_of(objective: Objective) -> int:
-    """Draws inside one estimate that the guide makes."""
-    return objective.particles if isinstance(objective, Renyi) else 1
-
-
-def estimate(objective: Objective, log_p: LogDensity, guide: Guide, repeats: int) -> Estimate:
-    """Evaluate any objective, with `repeats` independent estimates where it makes its own draws."""
-    if isinstance(objective, ForwardKL):
-        return objective(log_p, guide)
-    return objective(log_p, guide, repeats=(repeats,))

@@ -25,9 +25,9 @@ LAYERS = [
     {"objectives", "overlap", "compiling"},
     {"draws"},
     {
-        *("fit", "run", "records", "training", "escalation", "stopping", "schedule", "checkpoint"),
-        *("threads", "init", "gaussians", "sweeps", "pathfinder", "look", "coverage"),
-        *("modes", "symmetry"),
+        *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),
+        *("schedule", "checkpoint", "threads", "init", "gaussians", "sweeps", "pathfinder", "look"),
+        *("modes", "symmetry", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
         *("minibatch", "row_training", "row_draws", "row_fit", "nested"),

@@ -16,10 +16,10 @@ import flowvi
 from flowvi.compiling import Accelerator, Bound, NotOneGraph, background, step, trace
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, Guide, make_guide, mixture
+from flowvi.judging import estimate
 from flowvi.objectives import elbo, iwelbo
 from flowvi.target import Target
 from flowvi.target.program import PATIENCE
-from flowvi.training import estimate
 
 REPEATS = 8
 # A mixture of full size, and an image flow, are covered by their parts.

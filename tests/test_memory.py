@@ -14,10 +14,10 @@ from flowvi import memory
 from flowvi.cli import main
 from flowvi.columns import Columns
 from flowvi.draws import draw
+from flowvi.gradients import Gradients
 from flowvi.guides import FullRank, MeanField, make_guide
-from flowvi.records import Record, Settings
+from flowvi.records import Settings
 from flowvi.stopping import Clock
-from flowvi.training import Trainer
 
 # A process that may allocate so much more, and no byte beyond, while it draws 10,000 times
 # 100 numbers: the table has 16 MB, and a draw takes 4,000 rows to be scored.
@@ -210,14 +210,14 @@ def test_the_gradient_of_a_step_in_parts_is_the_mean_of_theirs(target, monkeypat
     guide = FullRank(target.dim).to(target.dtype)
     clock = Clock()
     settings = Settings(flowvi.elbo(1), 1, 1e-3, 12, 0, False, None, False, clock, False)
-    trainer = Trainer(target, guide, settings, 0, Record())
+    gradients = Gradients(target, guide, settings, lambda line: None)
     monkeypatch.setattr(target, "at_once", lambda: 5)
-    trainer.__dict__.pop("_fits", None)
-    trainer.__dict__.pop("_unit", None)
+    gradients.__dict__.pop("_fits", None)
+    gradients.__dict__.pop("_unit", None)
     torch.manual_seed(0)
-    bound, gradient = trainer._gradient(12)
-    assert trainer._parts(12) == [4, 4, 4]
+    bound, gradient = gradients(12)
+    assert gradients.parts(12) == [4, 4, 4]
     torch.manual_seed(0)
-    parts = [trainer.fast.eager(4, []) for _ in range(3)]
+    parts = [gradients.fast.eager(4, []) for _ in range(3)]
     assert torch.allclose(bound, sum(b for b, _ in parts) / 3)
     assert torch.allclose(gradient, sum(g for _, g in parts) / 3)

@@ -1,0 +1,161 @@
+"""The bound of a step and its gradient: of one process or many, compiled or not, in parts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from flowvi import parallel
+from flowvi.blame import blamed
+from flowvi.compiling import Accelerator, Compile
+from flowvi.flat import Flat
+from flowvi.guides import Guide, LogDensity
+from flowvi.judging import estimate
+from flowvi.memory import ANY
+from flowvi.objectives import Renyi
+from flowvi.randomness import random_state, set_random_state
+from flowvi.records import Settings
+from flowvi.target import Target
+
+
+class Gradients:
+    """Bounds on fresh draws, and the gradient of minus the bound.
+
+    Args:
+        target: The log density.
+        guide: The guide.
+        settings: What the user asked for.
+        say: Takes a sentence about what is compiled.
+
+    Attributes:
+        log_density: What the guide is fitted to; a density of another temperature can take the
+            target's place.
+        fast: The compiled gradient, once there is one.
+        trained: Parameters of the guide and the target's own, in the order of the gradient.
+    """
+
+    def __init__(
+        self, target: Target, guide: Guide, settings: Settings, say: Callable[[str], None]
+    ) -> None:
+        self.target, self.guide, self.settings = target, guide, settings
+        self.log_density: LogDensity = target.log_prob
+        self.fast = Accelerator([guide, target], self._bound, self._unit, _compiled(settings), say)
+        self.trained = self.fast.trained
+        self._before = random_state()
+
+    def __call__(self, repeats: int) -> tuple[Tensor, Tensor]:
+        """Bound and the gradient of minus it; of the draws of all processes, where they are many.
+
+        Each skips the random numbers of the others.
+        """
+        self._before = random_state()
+        objective = self.settings.objective
+        for process in range(parallel.size()):
+            rows = self._rows()
+            if process == parallel.rank():
+                bound, flat = self._whole(repeats, rows)
+            elif isinstance(objective, Renyi):
+                for part in self.parts(repeats):
+                    self.guide.skip((objective.particles, part))
+        return parallel.averaged(bound, flat)
+
+    def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Bound and gradient of all draws, in one part if it fits memory."""
+        plain = self.log_density == self.target.log_prob
+        parts, total = self.parts(repeats), None
+        for part in parts:
+            compiled = plain and self.fast.takes(part)
+            found = (self.fast.gradient if compiled else self.fast.eager)(part, rows)
+            total = found if total is None else (total[0] + found[0], total[1] + found[1])
+        assert total is not None
+        return total if len(parts) == 1 else (total[0] / len(parts), total[1] / len(parts))
+
+    def parts(self, repeats: int) -> list[int]:
+        """How many estimates to take after each other, of equal numbers."""
+        return [repeats] if repeats <= self._fits else [self._unit] * (repeats // self._unit)
+
+    @cached_property
+    def _fits(self) -> int:
+        """Estimates whose draws fit memory; other objectives bring draws of their own."""
+        if not isinstance(self.settings.objective, Renyi):
+            return ANY
+        return max(1, self.target.at_once() // self.settings.objective.particles)
+
+    @cached_property
+    def _unit(self) -> int:
+        """The largest number of estimates that fits and divides those of every stage."""
+        all_of_them = self.settings.repeats
+        return max(n for n in range(1, all_of_them + 1) if all_of_them % n == 0 and n <= self._fits)
+
+    def _bound(self, repeats: int, rows: Sequence[Tensor]) -> Tensor:
+        batch = dict(zip(self.target.subsampled, rows, strict=True))
+
+        def log_p(z: Tensor) -> Tensor:
+            return self.target.log_prob(z, batch) if batch else self.log_density(z)
+
+        return estimate(self.settings.objective, log_p, self.guide, repeats).bound.mean()
+
+    def _rows(self) -> list[Tensor]:
+        """Random rows of every subsampled plate."""
+        return [
+            torch.randperm(size, device=self.target.device)[:batch]
+            for size, batch in self.target.subsampled.values()
+        ]
+
+    def in_parts(self, z: Tensor) -> Tensor:
+        """The log density of many points, in parts that fit memory. (*S, D) -> (*S)."""
+        parts = z.reshape(-1, z.shape[-1]).split(self.target.chunk())
+        return torch.cat([self.log_density(part) for part in parts]).reshape(z.shape[:-1])
+
+    @contextmanager
+    def together(self) -> Iterator[None]:
+        """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
+        try:
+            flat = Flat(self.trained, gradients=False)
+        except ValueError:  # several precisions or devices
+            yield
+            return
+        self.fast.whole = flat.vector.detach()
+        try:
+            yield
+        finally:
+            self.fast.whole = None
+            flat.release()
+
+    def consider(self, seconds: float) -> None:
+        """Compile the gradient if steps of so many seconds are ahead."""
+        # Rows that take no random numbers.
+        rows = [
+            torch.arange(batch, device=self.target.device)
+            for _, batch in self.target.subsampled.values()
+        ]
+        self.fast.consider(seconds, rows)
+
+    def blamed(self, repeats: int) -> str:
+        """What was not finite in the step before, which is evaluated again."""
+        after, seen = random_state(), []
+        set_random_state(self._before)
+        batch = dict(zip(self.target.subsampled, self._rows(), strict=True)) or None
+
+        def log_p(z: Tensor) -> Tensor:
+            seen.append(z)
+            return self.target.log_prob(z, batch) if batch else self.log_density(z)
+
+        for part in self.parts(repeats):
+            bound = estimate(self.settings.objective, log_p, self.guide, part).bound.mean()
+            if not bound.isfinite():
+                break
+        words = blamed(self.target, self.guide, bound, seen[-1], batch)
+        set_random_state(after)
+        return words
+
+
+def _compiled(settings: Settings) -> Compile:
+    """Several processes would compile the same on processors that they need."""
+    if not isinstance(settings.objective, Renyi):
+        return False
+    return False if parallel.size() > 1 and settings.compile == "auto" else settings.compile
