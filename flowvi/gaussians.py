@@ -18,6 +18,8 @@ FIRST_RATE = 0.5
 LAST_RATE = 0.01
 # Pairs of opposite draws behind one natural-gradient step.
 FEWEST_PAIRS, MOST_PAIRS = 32, 256
+# Largest element of a Hessian in units in which the diagonal is one.
+STEEPEST = 1e30
 
 
 class Density(Protocol):
@@ -233,6 +235,21 @@ def factor_of(covariance: Tensor) -> Tensor:
         if info == 0:
             break
     return scale[:, None] * factor
+
+
+def curvature(target: Density, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Eigenvalues of :math:`-\nabla^2 \log p(z)` in units of each coordinate's own width.
+
+    Returns:
+        The widths w (D), eigenvalues (D) and eigenvectors (D, D) of w H w^T.
+    """
+    precision = -hessian(target, z)
+    width = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
+    # In other units wide coordinates would drown in narrow ones' rounding. Numbers that are far
+    # too large come from steps that ended where the density is beyond all measure.
+    unit = (width[:, None] * precision * width).nan_to_num(0.0).clamp(-STEEPEST, STEEPEST)
+    values, vectors = torch.linalg.eigh(unit)
+    return width, values, vectors
 
 
 def hessian(target: Density, z: Tensor) -> Tensor:

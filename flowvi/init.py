@@ -14,10 +14,10 @@ from torch import Tensor
 
 from flowvi.gaussians import (
     Gaussian,
+    curvature,
     diagonal_of,
     distinct,
     factor_of,
-    hessian,
     refine,
     score,
     scores_in_chunks,
@@ -200,10 +200,7 @@ def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
 
     Absolute eigenvalues make it a density where the log density is not concave.
     """
-    precision = -hessian(target, z)
-    width = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
-    # In units of each coordinate's own width, or wide ones would drown in narrow ones' rounding.
-    values, vectors = torch.linalg.eigh(width[:, None] * precision * width)
+    width, values, vectors = curvature(target, z)
     size = values.abs().clamp_min(1e-10)
     _, gradient = value_and_score(target, z)
     covariance = width[:, None] * ((vectors / size) @ vectors.mT) * width

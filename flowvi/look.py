@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.gaussians import Gaussian, evaluate, hessian, scores_in_chunks
+from flowvi.gaussians import Gaussian, curvature, evaluate, scores_in_chunks
 from flowvi.target import ModelError, Target
 
 PRIOR_DRAWS = 200
@@ -153,9 +153,7 @@ def _check_precision(target: Target, g: Gaussian) -> None:
 
 def _softest(target: Target, g: Gaussian) -> list[Tensor]:
     """Steps of one width along the directions in which the density curves least."""
-    precision = -hessian(target, g.loc)
-    unit = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
-    values, vectors = torch.linalg.eigh(unit[:, None] * precision * unit)
+    unit, values, vectors = curvature(target, g.loc)
     widths = values.clamp_min(FLAT).rsqrt()
     return [width * unit * v for width, v in zip(widths, vectors.mT[:DIRECTIONS], strict=False)]
 

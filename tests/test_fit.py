@@ -13,7 +13,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import init, run, training
+from flowvi import gaussians, init, run, training
 from flowvi.schedule import Average, Guard, decayed
 
 
@@ -299,6 +299,26 @@ def test_laplace_at_the_mode_of_a_normal_is_the_normal():
     expected = torch.tensor([1e-3, 1.0, 1e3])
     torch.testing.assert_close(found.scale_tril.norm(dim=1), expected, rtol=1e-3, atol=0.0)
     torch.testing.assert_close(found.loc, torch.tensor([5.0, 0.0, -2e3]), rtol=1e-3, atol=1e-3)
+
+
+def test_laplace_is_a_normal_where_differences_are_beyond_all_measure(monkeypatch):
+    """As in the neck of a funnel, where a step ended among gradients of 1e264.
+
+    Of such matrices LAPACK finds no eigenvectors in two of three cases.
+    """
+    target = flowvi.from_density(lambda v: -v["x"].square().sum(), {"x": flowvi.Site((10,))})
+    for seed in range(20):
+        torch.manual_seed(seed)
+        precision = torch.eye(10)
+        precision[0, 2:] = precision[2:, 0] = -0.35355
+        precision[1] = precision[:, 1] = 1e258 * torch.randn(10)
+        precision[1, 1] = 1.0
+        monkeypatch.setattr(gaussians, "hessian", lambda target, z, found=-precision: found)
+
+        laplace = init.laplace(target, torch.ones(10), "test")
+
+        assert laplace.loc.isfinite().all()
+        assert laplace.scale_tril.isfinite().all()
 
 
 def test_the_guard_skips_what_is_not_finite_and_clips_what_is_too_long():
