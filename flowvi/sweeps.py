@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flowvi.gaussians import Density, Gaussian, factor_of, score, scores_in_chunks
+from flowvi.gaussians import STEEPEST, Density, Gaussian, factor_of, score, scores_in_chunks
 
 # A sweep that gains more nats than this is on the way to the optimum; one that gains less than the
 # other is not worth its time.
@@ -133,7 +133,8 @@ def _moved(g: Gaussian, slope: Tensor, mean: Tensor, rate: float) -> Gaussian:
         section 4: the step.
     """
     unit = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
-    values, vectors = torch.linalg.eigh(unit - 0.5 * rate * (slope + slope.mT))
+    precision = (unit - 0.5 * rate * (slope + slope.mT)).nan_to_num(0.0)
+    values, vectors = torch.linalg.eigh(precision.clamp(-STEEPEST, STEEPEST))
     values = values.clamp_min(FLATTEST)
     shift = rate * (vectors @ ((vectors.mT @ mean) / values))
     shift = shift / (shift.norm() / math.sqrt(len(mean))).clamp_min(1.0)
