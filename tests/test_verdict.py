@@ -124,6 +124,44 @@ def test_too_few_effective_draws_are_said_to_be_too_few(rng):
     assert any("effective draws" in reason for reason in d.reasons)
 
 
+def test_a_moment_that_no_draws_tell_is_named(rng):
+    """Of a Cauchy variable neither mean nor sd, of Student's t on two degrees no sd."""
+    draws = (1, 4000)
+    values = {
+        "cauchy": rng.standard_cauchy(draws),
+        "two": rng.standard_t(2, draws),
+        "normal": rng.standard_normal(draws),
+    }
+
+    found = diagnose(math.log(2) * (np.abs(values["cauchy"]) > 20), values)
+
+    assert found.verdict == RESAMPLE
+    (reason,) = (r for r in found.reasons if "mean and sd" in r)
+    assert reason.startswith("No draws") and "cauchy" in reason
+    assert "two" not in reason
+    assert not any("No draws" in r and "normal" in r for r in found.reasons)
+
+
+def test_a_tail_of_two_values_can_be_judged(rng):
+    """Nothing can be fitted to it."""
+    x = rng.standard_normal((1, 4000))
+
+    found = diagnose(math.log(2) * (x > 2.5), {"x": x})
+
+    assert found.khat < 0.5
+    assert math.isfinite(found.ess)
+    assert found.log_evidence == pytest.approx(math.log(1 + np.mean(x > 2.5)))
+
+
+def test_tails_of_the_guide_alone_are_not_those_of_the_posterior(rng):
+    x = rng.standard_t(2, (1, 4000))
+
+    found = diagnose(stats.norm.logpdf(x) - stats.t.logpdf(x, 2), {"x": x})
+
+    assert found.verdict == RESAMPLE
+    assert not any("No draws" in reason for reason in found.reasons)
+
+
 def test_zero_weights_forbid_the_plain_draws(rng):
     """Half a normal, covered by a normal: half of the draws are outside the support."""
     z = rng.normal(size=4000)

@@ -112,6 +112,9 @@ def psis(log_w: np.ndarray) -> Psis:
         return Psis(log_w - logsumexp(log_w), -math.inf)
     with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
         smooth, khat = psislw(log_w)
+    if np.isnan(smooth).any():
+        # Of a tail of few different values, to which nothing can be fitted, or of such weights.
+        smooth = log_w - logsumexp(log_w)
     return Psis(smooth, math.inf if np.isnan(khat) else khat)
 
 

@@ -124,11 +124,17 @@ def moments(c: Comparison) -> list[Finding]:
         f"Reweighting moves the mean of {c.labels[shift]} by {c.shift[shift]:+.2g} sd and the sd "
         f"of {c.labels[stretch]} by {math.expm1(c.stretch[stretch]):+.1%}"
     )
-    mean_error = np.abs(c.shift) + 2 * c.shift_se
-    sd_error = np.expm1(np.abs(c.stretch) + 2 * c.stretch_se)
-    if np.all(mean_error <= TOLERANCE) and np.all(sd_error <= TOLERANCE):
+    mean_off, sd_off = off(c)
+    if not mean_off.any() and not sd_off.any():
         return [*found, Finding(TRUST, f"{moved}; no other moves more.")]
     return [*found, Finding(RESAMPLE, f"{moved}: the plain draws are off.")]
+
+
+def off(c: Comparison) -> tuple[np.ndarray, np.ndarray]:
+    """Whether the plain mean, and the plain sd, of each scalar may be off by too much, (P), (P)."""
+    mean_error = np.abs(c.shift) + 2 * c.shift_se
+    sd_error = np.expm1(np.abs(c.stretch) + 2 * c.stretch_se)
+    return ~(mean_error <= TOLERANCE), ~(sd_error <= TOLERANCE)
 
 
 def disagreement(c: Comparison) -> list[Finding]:

@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import observe
+from flowvi.diagnostics.heavy import heavy
 from flowvi.diagnostics.importance import (
     as_chains,
     elbo,
@@ -18,7 +19,7 @@ from flowvi.diagnostics.importance import (
     with_tail,
 )
 from flowvi.diagnostics.moments import Axes, compare
-from flowvi.diagnostics.observe import RESAMPLE
+from flowvi.diagnostics.observe import RESAMPLE, TRUST
 from flowvi.diagnostics.where import where
 
 
@@ -144,7 +145,9 @@ def diagnose(
         found += observe.effective(ess, log_w.size, comparison)
     if khat >= threshold and arrays:
         place = where(chains, arrays).sentence
-        found += [observe.Finding(observe.TRUST, place)] if place else []
+        found += [observe.Finding(TRUST, place)] if place else []
+    if comparison is not None and observe.verdict(found) != TRUST:
+        found += heavy(comparison, chains, arrays, axes)
     found += [observe.Finding(observe.DISTRUST, sentence) for sentence in missed]
     found += observe.priors(improper)
 
