@@ -190,7 +190,8 @@ def line(name: str, grid: list[int]) -> str:
     for found in runs.values():
         good = [r["seconds"] for r in found if r["elbo"] >= best - ENOUGH]
         short = found[0]["elbo"] - best
-        below = f"{short:+.2f} nats" if math.isfinite(short) else "no finite ELBO"
+        below = f"{short:+.2f} nats" if short > -1e4 else f"{short:.0e} nats"
+        below = below if math.isfinite(short) else "no finite ELBO"
         cells.append(f"{min(good):.1f} s" if good else below)
     return f"| {name} | {best:.2f} | {' | '.join(cells)} |"
 

@@ -43,7 +43,7 @@ from flowvi.training import RATES, TRIAL_STEPS, Interrupted, Trainer
 NOTHING_LEFT = 0.003
 # And below this, training no further stage: no mean is then off by 0.15 sds. If the weights
 # have a heavy tail, it takes a smaller one.
-ENOUGH, ENOUGH_HEAVY = 0.01, 0.003
+ENOUGH, ENOUGH_HEAVY = 0.005, 0.003
 # Where less than this is left to gain, the middle step size will do, and few steps.
 LITTLE, FEW_STEPS = 0.03, 300
 LIGHT = 0.5
