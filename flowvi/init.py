@@ -37,8 +37,6 @@ SMALL = 50
 LARGE = 300
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
-# Rounds where the time for a start is spent: none at all leave what may be a spike.
-HASTY_ROUNDS = 3
 JUDGE_DRAWS = 400
 
 
@@ -96,6 +94,8 @@ def best_gaussian(
         found = [kind[0] for kind in kinds if kind]
 
     first = found if target.dim <= LARGE else found[:2]
+    if target.dim > LARGE and not diagonal:
+        first = [_flat_first(target, g, generator, judge, over) for g in first]
     tried = [
         settled(target, g, generator, judge, over, TRY_ROUNDS, diagonal=diagonal) for g in first
     ]
@@ -104,6 +104,24 @@ def best_gaussian(
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return refined, [g for g in tried if g is not best]
+
+
+def _flat_first(
+    target: Target,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+) -> Gaussian:
+    """The best Gaussian without correlations from the same place, if that is better.
+
+    Of many dimensions, as of a network's weights, a matrix from one place can be worse than none.
+    """
+    flat = score(target, diagonal_of(g), judge)
+    flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, over)
+    if not flat.elbo > g.elbo:
+        return g
+    return replace(flat, scale_tril=flat.scale_tril.diag(), name=f"{g.name}, without correlations")
 
 
 def settled(
@@ -117,12 +135,13 @@ def settled(
     diagonal: bool = False,
 ) -> Gaussian:
     """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
-    if LARGE < target.dim <= FULL_RANK_DIM and not diagonal and not g.overshot:
+    dense = not diagonal and g.scale_tril.dim() == 2
+    if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
         found = swept(target, g, generator, judge, rounds // 2, over)
         if not found.overshot:
             return found
         g = replace(g, overshot=True)
-    return refine(target, g, generator, judge, diagonal, HASTY_ROUNDS if over() else rounds)
+    return refine(target, g, generator, judge, diagonal, rounds, over)
 
 
 def candidates(

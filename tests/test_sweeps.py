@@ -1,5 +1,7 @@
 """Newton steps with the expected Hessian reach a normal at once, and the best normal otherwise."""
 
+import math
+
 import pytest
 import torch
 from torch.distributions import MultivariateNormal
@@ -76,3 +78,38 @@ def test_where_newton_goes_too_far_small_steps_follow(monkeypatch):
 
     assert found[10].overshot and not found[300].overshot
     assert found[10].elbo > found[300].elbo - 0.5
+
+
+def test_a_start_of_many_dimensions_begins_without_correlations_where_these_are_worth_nothing():
+    """Of 310 Cauchy-like variables at some distance from a mode, a matrix from there misleads."""
+    dim = 310
+
+    def log_prob(v):
+        return -1.5 * (1 + (v["x"] * torch.linspace(0.1, 10.0, dim)).square() / 2).log().sum()
+
+    target = flowvi.from_density(log_prob, {"x": flowvi.Site((dim,))})
+    judge = torch.randn(400, dim, generator=torch.Generator().manual_seed(0))
+    narrow = score(target, Gaussian(torch.ones(dim), 0.1 * torch.eye(dim), "narrow"), judge)
+
+    found = init._flat_first(target, narrow, torch.Generator().manual_seed(0), judge, lambda: False)
+
+    assert found.elbo > narrow.elbo + 100
+    assert found.scale_tril.shape == (dim, dim)
+    assert score(target, found, judge).elbo == pytest.approx(found.elbo)
+
+
+def test_a_gaussian_without_a_matrix_settles_as_one(generator):
+    """As the search's, where a guide without correlations is compared with them."""
+    dim = 310
+    scales = torch.linspace(0.1, 10.0, dim)
+    target = flowvi.from_density(
+        lambda v: -0.5 * (v["x"] / scales).square().sum(), {"x": flowvi.Site((dim,))}
+    )
+    judge = torch.randn(400, dim, generator=generator)
+    start = score(target, Gaussian(torch.zeros(dim), 1.5 * scales, "flat"), judge)
+
+    found = init.settled(target, start, generator, judge, lambda: False)
+
+    assert found.scale_tril.shape == (dim,)
+    exact = 0.5 * dim * math.log(2 * math.pi) + float(scales.log().sum())
+    assert found.elbo == pytest.approx(exact, abs=1e-3)
