@@ -109,6 +109,21 @@ def test_skews_are_added_to_couplings_where_they_get_further(further, expected, 
     assert f"the guide is {expected}, by these trials" in fit.log
 
 
+def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypatch):
+    for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+
+    fit = flowvi.fit(banana(), "realnvp", progress=False)
+
+    (trials,) = (line for line in fit.log if line.startswith("step size"))
+    (stage,) = (line for line in fit.log if line.startswith("stage 1"))
+    tried = {float(lr): float(bound) for lr, bound in re.findall(r"([\d.]+): (-?[\d.]+)", trials)}
+    assert set(tried) == set(training.RATES)
+    assert float(re.search(r"start (-?[\d.]+)", stage)[1]) == max(tried.values())
+    assert fit.meta["lr"] == [max(tried, key=lambda lr: tried[lr])]
+
+
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
 def test_every_objective_fits_by_name(objective, brief):
     fit = flowvi.fit(banana(), objective=objective, steps=20, progress=False)
