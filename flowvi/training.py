@@ -41,6 +41,8 @@ from flowvi.target import Target
 # Step sizes to try; the middle one where there is no time for that.
 RATES = (1e-2, 5e-3, 1e-3)
 TRIAL_STEPS = 60
+# Share of a time budget at which trials end.
+TRIAL_SHARE = 0.5
 JUDGE_DRAWS = 2000
 # Steps with a falling step size, at least.
 LEAST_DECAY = 200
@@ -256,7 +258,7 @@ class Trainer:
                 row = self._step(stage, course)
                 course.step += 1
                 if quiet:
-                    course.ended = course.guard.failed
+                    course.ended = course.guard.failed or settings.clock.spent(TRIAL_SHARE)
                     if settings.clock.interrupted:
                         raise Interrupted
                     continue

@@ -124,6 +124,22 @@ def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypa
     assert fit.meta["lr"] == [max(tried, key=lambda lr: tried[lr])]
 
 
+def test_trials_of_step_sizes_keep_to_their_share_of_the_budget(brief, monkeypatch):
+    """Of none at all, each ends after its first step."""
+    for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
+        monkeypatch.setattr(run, name, value)
+    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+    monkeypatch.setattr(training, "TRIAL_SHARE", 0.0)
+    taken, step = [], training.Trainer._step
+    monkeypatch.setattr(
+        training.Trainer, "_step", lambda self, *args: taken.append(1) or step(self, *args)
+    )
+
+    fit = flowvi.fit(banana(), "realnvp", progress=False, budget=1000)
+
+    assert len(taken) - fit.meta["steps"] == len(training.RATES)
+
+
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
 def test_every_objective_fits_by_name(objective, brief):
     fit = flowvi.fit(banana(), objective=objective, steps=20, progress=False)
