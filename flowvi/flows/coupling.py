@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flowvi.flows.affine import Diagonal
 from flowvi.flows.elementwise import Affine, Elementwise, Shift, asymmetric_clamp
-from flowvi.flows.fused import push_affine
+from flowvi.flows.fused import Move, Plan
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Perceptron
 from flowvi.flows.permute import mixed
@@ -68,11 +68,9 @@ class Coupling(Layer):
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if (pushed := self.planned(x, score, context)) is not None:
+            return pushed
         (a, b), (score_a, score_b) = self._split(x), self._split(score)
-        # What is written out is in one precision.
-        if self.map == Affine() and not torch.is_autocast_enabled(x.device.type):
-            y, ladj, scores = push_affine(self.net, (a, b), (score_a, score_b), context)
-            return self._join(a, y), ladj, self._join(*scores)
         params, pull = self.net.linearised(a, context)
         params = params.unflatten(-1, (self.map.size, -1))
         moved, ladj = self.map.forward(b, params)
@@ -80,6 +78,9 @@ class Coupling(Layer):
         score_b = (score_b - f.change) * (-f.log_slope).exp()
         score_a = score_a - pull(f.pull(score_b).flatten(-2))
         return self._join(a, moved), ladj.sum(-1), self._join(score_a, score_b)
+
+    def plan(self) -> Plan | None:
+        return Move(self.sizes, self.swap, self.net) if self.map == Affine() else None
 
     def _params(self, a: Tensor, context: Tensor | None) -> Tensor:
         return self.net(a, context).unflatten(-1, (self.map.size, -1))

@@ -7,6 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from flowvi.flows import fused
 from flowvi.flows.score import through_inverse, through_jacobian
 
 
@@ -50,6 +51,18 @@ class Layer(nn.Module):
         except NotImplementedError:
             return y, ladj, through_jacobian(self, x, score, context)
 
+    def plan(self) -> fused.Plan | None:
+        """The layer as affine couplings and orders, if it is nothing else."""
+        return None
+
+    def planned(
+        self, x: Tensor, score: Tensor, context: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor] | None:
+        """What `push` returns, by one operation that is written out, if there is one."""
+        # It is in one precision.
+        plan = None if torch.is_autocast_enabled(x.device.type) else self.plan()
+        return None if plan is None else fused.push(plan, x, score, context)
+
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Take data to the base, setting on the way what starts from data. (..., D) -> (..., D).
 
@@ -83,11 +96,18 @@ class Chain(Layer):
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
+        if (pushed := self.planned(x, score, context)) is not None:
+            return pushed
         ladjs = []
         for layer in self.layers:
             x, ladj, score = cast(Layer, layer).push(x, score, context)
             ladjs.append(ladj)
         return x, _sum(ladjs, x), score
+
+    def plan(self) -> fused.Plan | None:
+        plans = tuple(cast(Layer, layer).plan() for layer in self.layers)
+        known = tuple(plan for plan in plans if plan is not None)
+        return fused.Series(known) if plans and len(known) == len(plans) else None
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in reversed(self.layers):

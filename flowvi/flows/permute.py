@@ -5,6 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from flowvi.flows.fused import Order, Plan
 from flowvi.flows.layer import Chain, Layer
 
 
@@ -48,6 +49,9 @@ class Permutation(Layer):
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         return *self(x), score.index_select(-1, self.order)
+
+    def plan(self) -> Plan | None:
+        return Order(self.order, self.back)
 
 
 def permutation(dim: int, context_dim: int = 0, seed: int = 0) -> Permutation:
