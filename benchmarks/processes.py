@@ -4,7 +4,8 @@
 
 The radon-like model of `speed.py` (919 rows, 85 groups), a RealNVP, one thread a process, and
 no compiled step. A process takes so many draws a step; gradients are averaged between them (gloo).
-One and several processes take turns; medians of the steps of all rounds.
+So many processes at once that know nothing of each other show what the machine allows: processors
+that share a core do not make it twice as fast. All take turns; medians of the steps of all rounds.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 
 STEPS, BEFORE = 120, 20
 
@@ -51,16 +53,25 @@ def worker(draws: int) -> None:
     dist.destroy_process_group()
 
 
-def steps_of(processes: int, draws: int) -> list[float]:
-    """Seconds of the steps of so many processes."""
+def started(processes: int, draws: int) -> subprocess.Popen[str]:
+    """A group of so many processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     command += ["--nproc-per-node", str(processes), __file__, "--worker", "--draws", str(draws)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, env=env, capture_output=True, text=True)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    line = next(x for x in done.stdout.splitlines() if x.startswith("["))
-    return [float(x) for x in json.loads(line)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True)
+
+
+def steps_of(groups: Sequence[int], draws: int) -> list[float]:
+    """Seconds of the steps of groups of so many processes each, at the same time."""
+    found: list[float] = []
+    for running in [started(processes, draws) for processes in groups]:
+        out, err = running.communicate()
+        if running.returncode:
+            raise SystemExit(err)
+        line = next(x for x in out.splitlines() if x.startswith("["))
+        found += [float(x) for x in json.loads(line)]
+    return found
 
 
 def main() -> None:
@@ -75,15 +86,17 @@ def main() -> None:
     if options.worker:
         worker(options.draws)
         return
-    counts = (1, options.processes)
-    found: dict[int, list[float]] = {count: [] for count in counts}
+    p, draws = options.processes, options.draws
+    ways = {"1 process": [1], f"{p} processes": [p], f"{p} without each other": [1] * p}
+    found: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(options.rounds):
-        for count in counts:
-            found[count] += steps_of(count, options.draws)
-    one, many = (statistics.median(found[count]) for count in counts)
-    print(f"1 process: {1e3 * one:.1f} ms a step of {options.draws} draws")
-    print(f"{counts[1]} processes: {1e3 * many:.1f} ms a step of {counts[1] * options.draws} draws")
-    print(f"throughput: {counts[1] * one / many:.2f} times")
+        for name, groups in ways.items():
+            found[name] += steps_of(groups, draws)
+    ms = {name: 1e3 * statistics.median(steps) for name, steps in found.items()}
+    one, many, apart = ms.values()
+    for name, each in ms.items():
+        print(f"{name}: {each:.1f} ms a step of {draws} draws each")
+    print(f"throughput: {p * one / many:.2f} times; the machine allows {p * one / apart:.2f}")
 
 
 if __name__ == "__main__":

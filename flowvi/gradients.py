@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from flowvi import parallel
 from flowvi.blame import blamed
@@ -43,9 +43,28 @@ class Gradients:
     ) -> None:
         self.target, self.guide, self.settings = target, guide, settings
         self.log_density: LogDensity = target.log_prob
-        self.fast = Accelerator([guide, target], self._bound, self._unit, _compiled(settings), say)
-        self.trained = self.fast.trained
+        self.trained = _trained(guide, target)
+        self.say = say
+        # Every step is taken in it; bounds that are reported are of the guide itself.
+        single = guide.in_single()
+        alike = single and len(_trained(single, target)) == len(self.trained)
+        self._worker = single if single and alike else guide
+        self.fast = self._accelerator(_compiled(settings))
         self._before = random_state()
+
+    def _accelerator(self, compile: Compile) -> Accelerator:
+        modules = [self._worker, self.target]
+        return Accelerator(modules, self.trained, self._bound, self._unit, compile, self.say)
+
+    def in_double(self) -> None:
+        """Do everything in the precision of the guide from now on."""
+        if self._worker is self.guide:
+            return
+        self.say("from here in double precision")
+        self._worker, before = self.guide, self.fast
+        before.stop()
+        self.fast = self._accelerator(compile=False)
+        self.fast.whole = before.whole
 
     def __call__(self, repeats: int) -> tuple[Tensor, Tensor]:
         """Bound and the gradient of minus it; of the draws of all processes, where they are many.
@@ -60,7 +79,7 @@ class Gradients:
                 bound, flat = self._whole(repeats, rows)
             elif isinstance(objective, Renyi):
                 for part in self.parts(repeats):
-                    self.guide.skip((objective.particles, part))
+                    self._worker.skip((objective.particles, part))
         return parallel.averaged(bound, flat)
 
     def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -97,7 +116,7 @@ class Gradients:
         def log_p(z: Tensor) -> Tensor:
             return self.target.log_prob(z, batch) if batch else self.log_density(z)
 
-        return estimate(self.settings.objective, log_p, self.guide, repeats).bound.mean()
+        return estimate(self.settings.objective, log_p, self._worker, repeats).bound.mean()
 
     def _rows(self) -> list[Tensor]:
         """Random rows of every subsampled plate."""
@@ -152,6 +171,10 @@ class Gradients:
         words = blamed(self.target, self.guide, bound, seen[-1], batch)
         set_random_state(after)
         return words
+
+
+def _trained(*modules: nn.Module) -> list[Tensor]:
+    return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
 
 
 def _compiled(settings: Settings) -> Compile:

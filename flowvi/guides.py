@@ -1,5 +1,6 @@
 """Guides: densities on R^D that can be sampled and scored."""
 
+import copy
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
@@ -15,6 +16,7 @@ from flowvi.flows import (
     Base,
     Chain,
     Diagonal,
+    InSingle,
     Kronecker,
     Layer,
     LowRank,
@@ -127,6 +129,14 @@ class Guide(nn.Module):
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of the part that each draw of `strata` came from, less the whole's."""
         return z.new_zeros(())
+
+    def in_single(self) -> "Guide | None":
+        """A copy of a guide in double precision that does in single what loses nothing by it.
+
+        Its parameters are those of the guide, in the same order. None if there is nothing
+        like that.
+        """
+        return None
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         """Become the Gaussian N(loc, L L^T), or the nearest one that the guide can be.
@@ -278,6 +288,15 @@ class SkewedNormal(Pushforward):
         flow = Chain([*couplings, skews[0], inner, skews[1]])
         super().__init__(dim, flow, Diagonal(dim, context_dim))
 
+    def in_single(self) -> Guide | None:
+        layers = cast(Chain, self.flow).layers
+        inner = None if len(layers) < 4 else _in_single(cast(Layer, layers[0]))
+        if inner is None:
+            return None
+        new = copy.deepcopy(self)
+        cast(Chain, new.flow).layers[0] = inner
+        return new
+
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         flat = scale_tril.dim() == 1
         widths = scale_tril if flat else scale_tril.norm(dim=1)
@@ -309,6 +328,14 @@ class FlowGuide(Pushforward):
         base: Base | None = None,
     ) -> None:
         super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
+
+    def in_single(self) -> Guide | None:
+        inner = _in_single(self.flow)
+        if inner is None:
+            return None
+        new = copy.deepcopy(self)
+        new.flow = inner
+        return new
 
 
 class MixtureGuide(Guide):
@@ -368,6 +395,15 @@ class MixtureGuide(Guide):
     def skip(self, shape: tuple[int, ...]) -> None:
         for part in self._parts():
             part.skip(shape)
+
+    def in_single(self) -> Guide | None:
+        parts = [part.in_single() for part in self._parts()]
+        if not any(parts):
+            return None
+        new = copy.deepcopy(self)
+        for i, part in enumerate(parts):
+            new.components[i] = new.components[i] if part is None else part
+        return new
 
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         scores = self.log_parts(z, context)
@@ -477,6 +513,12 @@ def starts_flat(name: str) -> bool:
 def guide_names() -> set[str]:
     """All names that `make_guide` takes."""
     return {*GUIDES, *JOINT_GUIDES, *FLOWS}
+
+
+def _in_single(flow: Layer) -> Layer | None:
+    """A copy of a flow that works in single precision, if that is enough."""
+    double = {p.dtype for p in flow.parameters()} == {torch.float64}
+    return InSingle(copy.deepcopy(flow)) if double and flow.single else None
 
 
 def _between(values: Tensor, dims: int) -> Tensor:

@@ -153,6 +153,8 @@ class Trainer:
             self.record.stages.append(stage.name)
         else:
             course.restore(standing)
+            if course.halvings:
+                self.gradients.in_double()
         interrupted = False
         try:
             self._train(stage, course)
@@ -283,6 +285,7 @@ class Trainer:
             return False
         words = f"{course.guard.skipped} of {course.step} steps had no finite gradient"
         why = self.gradients.blamed(stage.repeats) if course.halvings == MOST_HALVINGS else ""
+        self.gradients.in_double()
         course.back()
         if not course.lost:
             self.record.log.append(f"{words}: back to the last good state, with half the step")

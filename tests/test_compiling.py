@@ -31,6 +31,10 @@ CASES += [(name, objective) for name in ("meanfield", "planar") for objective in
 pytestmark = pytest.mark.filterwarnings("ignore:Singular sample detected")
 
 
+def trained_of(*modules: nn.Module) -> list[torch.Tensor]:
+    return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
+
+
 def accelerator(target: Target, guide: Guide, objective=None, compile=False) -> Accelerator:
     objective = elbo() if objective is None else objective
 
@@ -43,7 +47,7 @@ def accelerator(target: Target, guide: Guide, objective=None, compile=False) -> 
         return estimate(objective, log_p, guide, repeats).bound.mean()
 
     said: list[str] = []
-    made = Accelerator([guide, target], bound, REPEATS, compile, said.append)
+    made = Accelerator([guide, target], trained_of(guide, target), bound, REPEATS, compile, said.append)
     made.said = said
     for _ in range(PATIENCE + 1):  # the last one lowers the model's own graph
         made.eager(REPEATS, rows_of(target))

@@ -99,14 +99,14 @@ def trace(bound: Bound, rows: Sequence[Tensor] = ()) -> Graph:
     def step(flat: Tensor, *rows: Tensor) -> tuple[Tensor, Tensor]:
         parts = flat.detach().split([p.numel() for p in like.values()])
         leaves = [
-            part.view(p.shape).detach().requires_grad_()
+            part.view(p.shape).to(p.dtype).detach().requires_grad_()
             for part, p in zip(parts, like.values(), strict=True)
         ]
         with torch.enable_grad():
             value = functional_call(bound, dict(zip(like, leaves, strict=True)), rows)
             found = torch.autograd.grad(-value, leaves, allow_unused=True)
         gradient = [
-            (torch.zeros_like(x) if g is None else g).reshape(-1)
+            (torch.zeros_like(x) if g is None else g).reshape(-1).to(flat.dtype)
             for x, g in zip(leaves, found, strict=True)
         ]
         return value.detach(), torch.cat(gradient)

@@ -51,6 +51,8 @@ class Accelerator:
 
     Args:
         modules: What has the parameters: guide and target.
+        trained: Those to train, in the order of the modules. They may be others than the modules'
+            own, which then follow them, rounded to their precision.
         bound: (estimates, rows of subsampled plates) -> mean of so many estimates.
         repeats: Estimates in one call of the compiled step. A multiple of it takes more calls,
             so that a change of the number of draws compiles nothing anew.
@@ -65,6 +67,7 @@ class Accelerator:
     def __init__(
         self,
         modules: Sequence[nn.Module],
+        trained: Sequence[Tensor],
         bound: Callable[[int, Sequence[Tensor]], Tensor],
         repeats: int,
         compile: Compile,
@@ -72,7 +75,10 @@ class Accelerator:
     ) -> None:
         self.bound, self.repeats, self.say = bound, repeats, say
         self.module = Bound(modules, lambda *rows: bound(repeats, rows))
-        self.trained = list(self.module.trained().values())
+        self.trained = trained
+        self._own = list(self.module.trained().values())
+        pairs = zip(self._own, trained, strict=True)
+        self._apart = [(own, other) for own, other in pairs if own is not other]
         self.compile = compile
         self.compiled: Compiled | None = None
         self.whole: Tensor | None = None
@@ -146,13 +152,22 @@ class Accelerator:
 
     def eager(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The same by autograd."""
+        self._follow()
         value = self.bound(repeats, rows)
-        found = torch.autograd.grad(-value, self.trained, allow_unused=True)
+        found = torch.autograd.grad(-value, self._own, allow_unused=True)
         parts = [
             (torch.zeros_like(p) if g is None else g).reshape(-1)
-            for p, g in zip(self.trained, found, strict=True)
+            for p, g in zip(self._own, found, strict=True)
         ]
+        # Of parts in two precisions, this is in the finer one.
         return value.detach(), torch.cat(parts)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Give the modules the values of the parameters that are trained."""
+        if self._apart:
+            own, trained = zip(*self._apart, strict=True)
+            torch._foreach_copy_(list(own), list(trained))
 
     def stop(self) -> None:
         """End a compilation that is still going on."""
@@ -171,7 +186,7 @@ class Accelerator:
         (expected, slow), (found, fast) = timed
         for name, a, b in zip(("bound", "gradient"), expected, found, strict=True):
             size = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
-            eps = torch.finfo(a.dtype).eps
+            eps = max(torch.finfo(p.dtype).eps for p in (a, *self._own))
             allowed = min(ROUNDING * eps, eps**0.5) * max(size, 1.0)
             if not torch.isclose(a, b, rtol=0.0, atol=allowed, equal_nan=True).all():
                 off = float((a - b).abs().max())

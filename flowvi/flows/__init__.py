@@ -23,7 +23,7 @@ from flowvi.flows.glow import ActNorm, InvertibleLinear, glow
 from flowvi.flows.householder import Householder, householder
 from flowvi.flows.image import image_glow
 from flowvi.flows.kronecker import Kronecker
-from flowvi.flows.layer import Chain, Inverse, Layer
+from flowvi.flows.layer import Chain, InSingle, Inverse, Layer
 from flowvi.flows.lowrank import LowRank
 from flowvi.flows.neural_autoregressive import naf
 from flowvi.flows.permute import Flip, Permutation, permutation
@@ -54,6 +54,7 @@ __all__ = [
     "FromTransform",
     "GaussianMixture",
     "Householder",
+    "InSingle",
     "Inverse",
     "InvertibleLinear",
     "Kronecker",

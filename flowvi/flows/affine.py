@@ -33,6 +33,10 @@ class Diagonal(Layer):
         self.register_buffer("origin", torch.zeros(dim))
         self.register_buffer("width", torch.ones(dim))
 
+    @property
+    def single(self) -> bool:
+        return True
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale = self.params(context).chunk(2, dim=-1)
         log_scale = log_scale + self.width.log()

@@ -49,6 +49,10 @@ class Autoregressive(Layer):
         self.map = map
         self.net = MaskedPerceptron(dim, map.size, context_dim, hidden, reverse=reverse)
 
+    @property
+    def single(self) -> bool:
+        return self.map.single
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, ladj = self.map.forward(x, self.net(x, context))
         return y, ladj.sum(-1)

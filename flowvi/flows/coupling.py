@@ -55,6 +55,10 @@ class Coupling(Layer):
         kept, moved = reversed(self.sizes) if swap else self.sizes
         self.net = Perceptron(kept, map.size * moved, context_dim, hidden)
 
+    @property
+    def single(self) -> bool:
+        return self.map.single
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         a, b = self._split(x)
         b, ladj = self.map.forward(b, self._params(a, context))

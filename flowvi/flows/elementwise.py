@@ -4,7 +4,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,7 +35,12 @@ class Elementwise(ABC):
 
     Parameters are (..., size, D): `size` numbers for each of D coordinates.
     When they are zero the map is the identity.
+
+    Attributes:
+        single: Whether single precision is enough for training: see `Layer.single`.
     """
+
+    single: ClassVar[bool] = False
 
     @property
     @abstractmethod
@@ -88,6 +93,7 @@ class Affine(Elementwise):
     r"""Shift and scale: :math:`y = x \, e^{c(s)} + m` with a clamp c."""
 
     clamp: Callable[[Tensor], Tensor] = tanh_clamp
+    single: ClassVar[bool] = True
 
     @property
     def size(self) -> int:
@@ -118,6 +124,8 @@ class Affine(Elementwise):
 @dataclass(frozen=True)
 class Shift(Elementwise):
     """Shift alone: y = x + m, which preserves volume."""
+
+    single: ClassVar[bool] = True
 
     @property
     def size(self) -> int:

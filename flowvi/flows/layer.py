@@ -21,7 +21,15 @@ class Layer(nn.Module):
     A conditional layer takes a context, (*B, C), whose rows B are the last
     dimensions before D: x is (*S, *B, D). A layer built without a context
     ignores the one it is given, so both kinds can stand in one chain.
+
+    Attributes:
+        single: Whether single precision is enough for training, in coordinates in which the
+            target is about standard. False where something is iterated, solved or cancels.
     """
+
+    @property
+    def single(self) -> bool:
+        return False
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Map base to target. (..., D) -> (..., D), log|det dy/dx| (...)."""
@@ -79,6 +87,10 @@ class Chain(Layer):
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
+    @property
+    def single(self) -> bool:
+        return all(cast(Layer, layer).single for layer in self.layers)
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         ladjs = []
         for layer in self.layers:
@@ -115,6 +127,28 @@ class Chain(Layer):
         return y
 
 
+class InSingle(Layer):
+    """A layer in single precision between others in double."""
+
+    def __init__(self, layer: Layer) -> None:
+        super().__init__()
+        self.layer = layer.float()
+
+    def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        y, ladj = self.layer(*_floats(x, context))
+        return y.to(x.dtype), ladj.to(x.dtype)
+
+    def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        x, ladj = self.layer.inverse(*_floats(y, context))
+        return x.to(y.dtype), ladj.to(y.dtype)
+
+    def push(
+        self, x: Tensor, score: Tensor, context: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        y, ladj, pushed = self.layer.push(x.float(), *_floats(score, context))
+        return y.to(x.dtype), ladj.to(x.dtype), pushed.to(x.dtype)
+
+
 class Inverse(Layer):
     """A layer run backwards."""
 
@@ -132,3 +166,7 @@ class Inverse(Layer):
 def _sum(ladjs: list[Tensor], x: Tensor) -> Tensor:
     """The sum of log determinants; zero without any."""
     return reduce(torch.add, ladjs) if ladjs else x.new_zeros(x.shape[:-1])
+
+
+def _floats(x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    return x.float(), None if context is None else context.float()

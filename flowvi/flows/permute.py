@@ -12,6 +12,10 @@ from flowvi.flows.layer import Chain, Layer
 class Flip(Layer):
     """Reverse the order of the coordinates; its own inverse."""
 
+    @property
+    def single(self) -> bool:
+        return True
+
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.flip(-1), x.new_zeros(x.shape[:-1])
 
@@ -38,6 +42,10 @@ class Permutation(Layer):
         super().__init__()
         self.register_buffer("order", order)
         self.register_buffer("back", order.argsort())
+
+    @property
+    def single(self) -> bool:
+        return True
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         return x.index_select(-1, self.order), x.new_zeros(x.shape[:-1])

@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -44,6 +45,8 @@ class RationalQuadratic(Elementwise):
         Durkan, Bekasov, Murray and Papamakarios (2019), "Neural Spline Flows",
         arXiv:1906.04032, section 3.1.
     """
+
+    single: ClassVar[bool] = True
 
     bins: int = 8
     bound: float = 5.0
@@ -108,6 +111,10 @@ class Spline(Layer):
         self.map = RationalQuadratic(bins, bound)
         self.shape = (self.map.size, dim)
         self.params = Amortised(torch.zeros(dim * self.map.size), context_dim)
+
+    @property
+    def single(self) -> bool:
+        return self.map.single
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, ladj = self.map.forward(x, self.params(context).unflatten(-1, self.shape))
