@@ -2,12 +2,14 @@
 
     python benchmarks/speed.py [--models eight_schools ...] [--draws 1 16 100 256]
                                [--guides realnvp iaf nsf_coupling fullrank meanfield] [--rounds 7]
+                               [--double] [--without bnaf]
 
 Needs `pip install "flowvi[benchmark]"` and a C++ compiler. A step draws, evaluates the
-ELBO and its gradient, and updates the parameters by Adam, in double precision on one
-thread. The first number is flowvi's, its steps called from Python by `flowvi.fit`, compiled;
-the others are ratios to it, above 1 where flowvi is faster. All take turns of 50 steps
-in one run; medians of the rounds.
+ELBO and its gradient, and updates the parameters by Adam, on one thread. The others work in
+single precision, their default, or in double; flowvi as it always does, with flows in single
+and densities in double precision. The first number is flowvi's, its steps called from Python by
+`flowvi.fit`, compiled; the others are ratios to it, above 1 where flowvi is faster. All take
+turns of 50 steps in one run; medians of the rounds.
 
 - pyro: `SVI` with `Trace_ELBO`, vectorised particles, and the same guide.
 - hand: torch by hand, the backward pass written out, Adam fused (realnvp).
@@ -86,11 +88,14 @@ class Rounds:
         return {name: 1e3 * statistics.median(found) for name, found in self.seconds.items()}
 
 
-def row(problem: Problem, name: str, kind: str, draws: int, rounds: int) -> str:
+def row(
+    problem: Problem, name: str, kind: str, draws: int, rounds: int, without: str | None
+) -> str:
     """Time one cell of the table."""
     others: dict[str, Turn] = {}
     for make in RIVALS.get(kind, ()):
-        others |= make(problem, draws)
+        if without not in make.args:
+            others |= make(problem, draws)
     for turn in others.values():
         turn(STEPS)  # compiles what is compiled
     target = flowvi.from_pyro(problem.model, *problem.args)
@@ -123,6 +128,8 @@ def main() -> None:
     parser.add_argument("--guides", nargs="+", choices=RIVALS, default=list(RIVALS))
     parser.add_argument("--draws", nargs="+", type=int, default=[1, 16, 100, 256])
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--double", action="store_true", help="the others in double precision")
+    parser.add_argument("--without", choices=("bnaf",), help="it takes long to compile")
     options = parser.parse_args()
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -130,9 +137,10 @@ def main() -> None:
     print(f"| {' | '.join(['---'] * (len(COLUMNS) + 4))} |")
     for kind in options.guides:
         for name in options.models:
-            problem = PROBLEMS[name]()
+            problem = PROBLEMS[name](torch.float64 if options.double else torch.float32)
             for draws in options.draws:
-                print(row(problem, name, kind, draws, options.rounds), flush=True)
+                line = row(problem, name, kind, draws, options.rounds, options.without)
+                print(line, flush=True)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """Four models on made-up data, for Pyro, NumPyro and PyMC, and by hand for torch and JAX.
 
 Each is a density of z in R^D: scales are the exponentials of their coordinates. By hand,
-`score` returns log p and its gradient for (K, D) points, the gradient written out.
+`score` returns log p and its gradient for (K, D) points, the gradient written out. Data are of
+the precision asked for.
 """
 
 from __future__ import annotations
@@ -46,10 +47,15 @@ class Problem:
     jax: Callable[[], Callable[[Any], Any]]
     pymc: Callable[[], None]
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The precision of the data."""
+        return self.args[0].dtype
 
-def eight_schools() -> Problem:
-    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=torch.float64)
-    s = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=torch.float64)
+
+def eight_schools(dtype: torch.dtype = torch.float64) -> Problem:
+    y = torch.tensor([28.0, 8, -3, 7, -1, 1, 18, 12], dtype=dtype)
+    s = torch.tensor([15.0, 10, 16, 11, 9, 11, 10, 18], dtype=dtype)
 
     def model(y: Tensor, s: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -116,12 +122,13 @@ def eight_schools() -> Problem:
     return Problem(10, model, (y, s), score, for_numpyro, for_jax, for_pymc)
 
 
-def radon() -> Problem:
+def radon(dtype: torch.dtype = torch.float64) -> Problem:
     rng = np.random.default_rng(0)
     groups = torch.tensor(rng.integers(0, 85, 919))
     x = torch.tensor(rng.integers(0, 2, 919).astype(float))
     y = torch.tensor(1.3 + 0.3 * rng.normal(size=85)[groups] - 0.7 * x.numpy())
     y = y + 0.7 * torch.tensor(rng.normal(size=919))
+    x, y = x.to(dtype), y.to(dtype)
 
     def model(x: Tensor, y: Tensor) -> None:
         mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
@@ -201,12 +208,12 @@ def radon() -> Problem:
     return Problem(89, model, (x, y), score, for_numpyro, for_jax, for_pymc)
 
 
-def logistic() -> Problem:
+def logistic(dtype: torch.dtype = torch.float64) -> Problem:
     rng = np.random.default_rng(1)
-    x = torch.tensor(rng.normal(size=(1000, 25)))
-    y = (
-        torch.rand(1000, generator=torch.Generator().manual_seed(0)) < torch.sigmoid(x[:, 0])
-    ).double()
+    x = torch.tensor(rng.normal(size=(1000, 25))).to(dtype)
+    y = (torch.rand(1000, generator=torch.Generator().manual_seed(0)) < torch.sigmoid(x[:, 0])).to(
+        dtype
+    )
 
     def model(x: Tensor, y: Tensor) -> None:
         w = pyro.sample("w", dist.Normal(torch.zeros(25, dtype=x.dtype), 1.0).to_event(1))
@@ -253,12 +260,13 @@ def logistic() -> Problem:
     return Problem(25, model, (x, y), score, for_numpyro, for_jax, for_pymc)
 
 
-def network() -> Problem:
+def network(dtype: torch.dtype = torch.float64) -> Problem:
     """A regression by 497 weights: 4 inputs, 20 and 18 hidden units, 100 rows."""
     rng = np.random.default_rng(2)
     first, second = HIDDEN
     x = torch.tensor(rng.normal(size=(100, INPUTS)))
     y = x[:, 0].sin() + 0.5 * x[:, 1] * x[:, 2] + NOISE * torch.tensor(rng.normal(size=100))
+    x, y = x.to(dtype), y.to(dtype)
     sizes = [INPUTS * first, first, first * second, second, second, 1]
     dim = sum(sizes)
     constant = -0.5 * dim * LOG_2PI - 50 * LOG_2PI - 100 * math.log(NOISE)
@@ -344,7 +352,7 @@ def _rows(values: Tensor) -> Tensor:
     return values.squeeze(-2) if values.dim() > 1 else values
 
 
-PROBLEMS: dict[str, Callable[[], Problem]] = {
+PROBLEMS: dict[str, Callable[..., Problem]] = {
     "eight_schools": eight_schools,
     "radon": radon,
     "logistic": logistic,

@@ -50,7 +50,7 @@ def pyro_svi(kind: str, problem: Problem, draws: int) -> dict[str, Turn]:
     svi = SVI(problem.model, guide, pyro.optim.Adam({"lr": LR}), elbo)
 
     def turn(steps: int) -> None:
-        torch.set_default_dtype(torch.float64)
+        torch.set_default_dtype(problem.dtype)
         try:
             for _ in range(steps):
                 svi.step(*problem.args)
@@ -70,6 +70,7 @@ class ByHand:
 
     def __init__(self, problem: Problem, draws: int) -> None:
         self.score, self.dim, self.draws = problem.score, problem.dim, draws
+        self.dtype = problem.dtype
         generator = torch.Generator().manual_seed(0)
         self.kept = problem.dim - problem.dim // 2
         a, b = self.kept, problem.dim // 2
@@ -79,11 +80,11 @@ class ByHand:
             # Every other layer acts on the first half.
             sizes = shapes if i % 2 == 0 else _swapped(problem.dim)
             self.parameters += [
-                torch.randn(s, generator=generator, dtype=torch.float64) * 0.01 for s in sizes
+                torch.randn(s, generator=generator, dtype=self.dtype) * 0.01 for s in sizes
             ]
-        self.parameters += [torch.zeros(problem.dim, dtype=torch.float64) for _ in range(2)]
-        self.parameters.append(torch.zeros(problem.dim, problem.dim, dtype=torch.float64))
-        self.below = torch.ones(problem.dim, problem.dim, dtype=torch.float64).tril(-1)
+        self.parameters += [torch.zeros(problem.dim, dtype=self.dtype) for _ in range(2)]
+        self.parameters.append(torch.zeros(problem.dim, problem.dim, dtype=self.dtype))
+        self.below = torch.ones(problem.dim, problem.dim, dtype=self.dtype).tril(-1)
         # As in flowvi, one vector for the optimiser.
         self.sizes = [p.numel() for p in self.parameters]
         self.vector = torch.cat([p.reshape(-1) for p in self.parameters])
@@ -140,7 +141,7 @@ class ByHand:
     @torch.no_grad()
     def __call__(self, steps: int) -> None:
         for _ in range(steps):
-            bound, gradient = self.gradient(torch.randn(self.draws, self.dim, dtype=torch.float64))
+            bound, gradient = self.gradient(torch.randn(self.draws, self.dim, dtype=self.dtype))
             bound.item()  # everyone wants to know
             self.count += 1
             torch._fused_adam_(
@@ -185,7 +186,7 @@ def jax_by_hand(problem: Problem, draws: int) -> dict[str, Turn]:
     import jax
     import jax.numpy as jnp
 
-    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_enable_x64", problem.dtype == torch.float64)
     log_p, dim = problem.jax(), problem.dim
     start = [jnp.asarray(p.numpy()) for p in ByHand(problem, draws).parameters]
     below = jnp.tril(jnp.ones((dim, dim)), -1)
@@ -231,7 +232,7 @@ def numpyro_svi(kind: str, problem: Problem, draws: int) -> dict[str, Turn]:
     from numpyro.infer import SVI, Trace_ELBO
     from numpyro.infer import autoguide as auto
 
-    numpyro.enable_x64()
+    numpyro.enable_x64(problem.dtype == torch.float64)
     model, args = problem.numpyro(), tuple(x.numpy() for x in problem.args)
     widths = [max(HIDDEN, problem.dim)] * 2
     made: dict[str, Callable[[], Any]] = {
@@ -271,8 +272,8 @@ def _turns(
     return {f"{name}, called": called, f"{name}, loop": loop}
 
 
-RIVALS: dict[str, list[Callable[[Problem, int], dict[str, Turn]]]] = {
-    "realnvp": [partial(pyro_svi, "realnvp"), hand, jax_by_hand],
+RIVALS: dict[str, list[partial[dict[str, Turn]]]] = {
+    "realnvp": [partial(pyro_svi, "realnvp"), partial(hand), partial(jax_by_hand)],
     "iaf": [partial(pyro_svi, "iaf"), partial(numpyro_svi, "iaf"), partial(numpyro_svi, "bnaf")],
     "nsf_coupling": [partial(pyro_svi, "nsf_coupling")],
     "fullrank": [partial(pyro_svi, "fullrank"), partial(numpyro_svi, "fullrank")],

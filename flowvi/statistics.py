@@ -20,16 +20,6 @@ TAILS = (0.05, 0.95)
 DENSEST = 0.94
 
 
-def psislw(log_w: np.ndarray) -> tuple[np.ndarray, float]:
-    """Pareto-smoothed, normalised log weights of (S), and k-hat."""
-    if has_trees():
-        # Its argument is a log likelihood, whose weights are its inverse.
-        smooth, khat = import_module("arviz_stats.base").array_stats.psislw(-log_w)
-    else:
-        smooth, khat = _arviz().psislw(log_w)
-    return np.asarray(smooth), float(khat)
-
-
 def rhat(chains: np.ndarray) -> float:
     """Rank-normalised split R-hat of one number, (chain, draw)."""
     return float(_arviz().rhat(chains))

@@ -47,7 +47,9 @@ def accelerator(target: Target, guide: Guide, objective=None, compile=False) -> 
         return estimate(objective, log_p, guide, repeats).bound.mean()
 
     said: list[str] = []
-    made = Accelerator([guide, target], trained_of(guide, target), bound, REPEATS, compile, said.append)
+    made = Accelerator(
+        [guide, target], trained_of(guide, target), bound, REPEATS, compile, said.append
+    )
     made.said = said
     for _ in range(PATIENCE + 1):  # the last one lowers the model's own graph
         made.eager(REPEATS, rows_of(target))

@@ -13,7 +13,7 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 from flowvi.arguments import whole
-from flowvi.statistics import psislw
+from flowvi.diagnostics.pareto import psislw, tail_size
 
 MIN_DRAWS = 100
 # Log weights that differ by less are equal: single precision cannot tell them apart.
@@ -105,7 +105,7 @@ def psis(log_w: np.ndarray) -> Psis:
         log_w: Log weights, (S).
 
     References:
-        Vehtari et al. (2024), JMLR 25(72). The fit is ArviZ's `psislw`.
+        Vehtari et al. (2024), JMLR 25(72). See `psislw`.
     """
     top = np.sort(log_w)[-tail_size(len(log_w)) :]
     if top[-1] - top[0] <= ROUNDING:
@@ -162,11 +162,6 @@ def with_tail(estimate: Estimate, log_w: np.ndarray, khat: float) -> Estimate:
     q = u + sigma * (size**k - 1) / k
     unseen = (q + (sigma + k * (q - u)) / (1 - k)) / len(log_w)
     return Estimate(estimate.value, math.hypot(estimate.se, unseen))
-
-
-def tail_size(draws: int) -> int:
-    """How many weights make the tail that a Pareto distribution is fitted to."""
-    return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
 
 
 def smoothed_evidence(log_w: np.ndarray, smooth: Psis) -> Estimate:

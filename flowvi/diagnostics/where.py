@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics.importance import as_chains, psis, tail_size
+from flowvi.diagnostics.importance import as_chains, psis
 from flowvi.diagnostics.moments import Axes, blocks
+from flowvi.diagnostics.pareto import tail_size
 
 # Standard errors by which the heaviest draws have to be off the middle of a scalar.
 CLEARLY = 5.0
