@@ -21,24 +21,31 @@ from flowvi.plots import plot_images
 from flowvi.vae.model import PLATE
 
 SHOWN, BATCH, LR = 8, 50, 1e-3
+# The step size falls to this share of it.
+LAST = 0.02
 
 
 def autoencoder(x: Tensor, seconds: float, **parts: str) -> tuple[Tensor, int]:
     """Mean images of draws from the prior of a VAE, and its epochs."""
     latent = 128 if parts.get("net") == "maps" else 32
-    made = vae.build(x, latent, likelihood="gaussian", **parts)
-    target = flowvi.from_pyro(made.model, x, local=PLATE)
+
+    def trained(epochs: int) -> vae.Autoencoder:
+        made = vae.build(x, latent, likelihood="gaussian", **parts)
+        flowvi.fit(
+            flowvi.from_pyro(made.model, x, local=PLATE),
+            made.guide,
+            flowvi.elbo(1, "total"),
+            epochs=epochs,
+            minibatch=flowvi.Minibatch(batch_size=BATCH, lr=LR),
+            progress=False,
+        )
+        return made
+
+    # What two epochs take tells how many there is time for: the step falls in the second half.
     began = time.process_time()
-    fit = flowvi.fit(
-        target,
-        made.guide,
-        flowvi.elbo(1, "total"),
-        epochs=10_000,
-        callback=lambda _: time.process_time() - began > seconds,
-        minibatch=flowvi.Minibatch(batch_size=BATCH, lr=LR, decay=0.0),
-        progress=False,
-    )
-    return made.generator.sample(SHOWN, seed=1), fit.meta["epochs"]
+    trained(2)
+    epochs = round(2 * seconds / (time.process_time() - began))
+    return trained(epochs).generator.sample(SHOWN, seed=1), epochs
 
 
 def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
@@ -56,9 +63,11 @@ def glow(x: Tensor, seconds: float) -> tuple[Tensor, int]:
 
     flow.initialise(rows(torch.arange(200)))
     optimiser = torch.optim.Adam(flow.parameters(), lr=LR)
-    began, epochs = time.process_time(), 0
-    while time.process_time() - began < seconds:
+    began, epochs, spent = time.process_time(), 0, 0.0
+    while spent < 1.0:
         for index in torch.randperm(len(x)).split(BATCH):
+            spent = (time.process_time() - began) / seconds
+            optimiser.param_groups[0]["lr"] = LR * max(LAST, min(1.0, 2 * (1 - spent)))
             eps, ladj = flow.inverse(rows(index))
             optimiser.zero_grad()
             (-(base.log_prob(eps) + ladj).mean() / dim).backward()

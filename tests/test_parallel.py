@@ -75,8 +75,10 @@ def test_two_processes_are_one_with_twice_the_draws(name, two_processes):
     alone = fitted(name, 128)
     assert first == second
     assert first[0] == 2
-    np.testing.assert_allclose(first[1], alone.history["bound"], rtol=1e-8)
-    np.testing.assert_allclose(first[2], somewhere(alone), rtol=1e-8)
+    # Sums of the draws of one and of two, in the precision of the steps.
+    rounding = 1e-8 if alone.guide.in_single() is None else 1e-5
+    np.testing.assert_allclose(first[1], alone.history["bound"], rtol=rounding)
+    np.testing.assert_allclose(first[2], somewhere(alone), rtol=rounding)
 
 
 def test_the_first_process_writes_and_speaks(tmp_path):
