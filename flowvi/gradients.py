@@ -36,6 +36,8 @@ class Gradients:
             target's place.
         fast: The compiled gradient, once there is one.
         trained: Parameters of the guide and the target's own, in the order of the gradient.
+        answer: What the callback of this process said to the last step, for the others to hear.
+        stopped: Whether that of the first process has said to stop, as the last step told.
     """
 
     def __init__(
@@ -51,6 +53,7 @@ class Gradients:
         self._worker = single if single and alike else guide
         self.fast = self._accelerator(_compiled(settings))
         self._before = random_state()
+        self.answer = self.stopped = False
 
     def _accelerator(self, compile: Compile) -> Accelerator:
         modules = [self._worker, self.target]
@@ -80,7 +83,13 @@ class Gradients:
             elif isinstance(objective, Renyi):
                 for part in self.parts(repeats):
                     self._worker.skip((objective.particles, part))
-        return parallel.averaged(bound, flat)
+        single = None if self._worker is self.guide else torch.float32
+        told = *self.settings.clock.told(), self.answer
+        bound, flat, heard = parallel.averaged(bound, flat, told, single)
+        if parallel.size() > 1:
+            self.settings.clock.hear(*heard[:2])
+            self.stopped = bool(heard[2])
+        return bound, flat
 
     def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Bound and gradient of all draws, in one part if it fits memory."""

@@ -9,7 +9,7 @@ of one with P K.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -27,14 +27,32 @@ def rank() -> int:
     return dist.get_rank() if _grouped() else 0
 
 
-def averaged(bound: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor]:
-    """Means over the processes of a scalar and of a vector (P)."""
+def averaged(
+    bound: Tensor, gradient: Tensor, told: Sequence[float] = (), dtype: torch.dtype | None = None
+) -> tuple[Tensor, Tensor, list[float]]:
+    """Means over the processes of a scalar and of a vector (P), in one exchange.
+
+    Args:
+        bound: The scalar, ().
+        gradient: The vector, (P).
+        told: Numbers that the others are to hear from the first process.
+        dtype: Precision in which the vector travels; its own by default.
+
+    Returns:
+        Both means, and what the first process told.
+    """
     if size() == 1:
-        return bound, gradient
-    both = torch.cat([bound.detach().reshape(1).to(gradient.dtype), gradient])
+        return bound, gradient, list(told)
+    own = told if rank() == 0 else [0.0] * len(told)
+    numbers = torch.cat([bound.detach().double().reshape(1), bound.new_tensor(own).double()])
+    # What a number loses in single precision travels beside it.
+    high = numbers.to(dtype or gradient.dtype)
+    low = (numbers - high).to(high)
+    both = torch.cat([high, low, gradient.to(high)])
     dist.all_reduce(both)
-    both /= size()
-    return both[0], both[1:]
+    high, low, mean = both.split([len(high), len(low), len(gradient)])
+    sums = high.double() + low
+    return sums[0] / size(), mean.to(gradient) / size(), sums[1:].tolist()
 
 
 def agreed(value: float) -> float:

@@ -252,7 +252,7 @@ class RowTrainer:
             (-share * found.objective).backward()
             bound, divergence = share * found.bound, found.divergence
         if processes > 1:
-            bound, averaged = parallel.averaged(bound, self.flat.gradient)
+            bound, averaged, _ = parallel.averaged(bound, self.flat.gradient)
             self.flat.gradient.copy_(averaged)
         return bound, divergence
 

@@ -37,11 +37,12 @@ class Clock:
     budget: float | None = None
     began: float = field(default_factory=time.perf_counter)
     _asked: bool = False
+    _heard: tuple[bool, float] | None = None
 
     @property
     def interrupted(self) -> bool:
         """Whether the fit was asked to stop; the first process, where there are several."""
-        return bool(parallel.agreed(self._asked))
+        return bool(parallel.agreed(self._asked)) if self._heard is None else self._heard[0]
 
     def interrupt(self) -> None:
         """Ask the fit to stop after its present step; the second time, it stops at once.
@@ -60,7 +61,23 @@ class Clock:
     @property
     def seconds(self) -> float:
         """Seconds since the beginning; those of the first process, where there are several."""
-        return parallel.agreed(self.own_seconds)
+        return parallel.agreed(self.own_seconds) if self._heard is None else self._heard[1]
+
+    def told(self) -> tuple[bool, float]:
+        """Whether this process was asked to stop, and its seconds, for `hear`."""
+        return self._asked, self.own_seconds
+
+    def hear(self, asked: float, seconds: float) -> None:
+        """Take for the state of things what the first process told in a step."""
+        self._heard = bool(asked), seconds
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ask nobody between steps in which the first process says how things are."""
+        try:
+            yield
+        finally:
+            self._heard = None
 
     @property
     def own_seconds(self) -> float:

@@ -251,7 +251,8 @@ class Trainer:
     ) -> None:
         """Take steps until there are enough, or `end` or the callback says so, or they fail."""
         settings, first, began = self.settings, course.step, time.perf_counter()
-        with self._bar(steps, quiet) as bar, self.gradients.together():
+        together, listening = self.gradients.together(), settings.clock.listening()
+        with self._bar(steps, quiet) as bar, together, listening:
             while course.step < steps and not (course.ended or self.record.stopped):
                 i = course.step
                 if self.gradients.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
@@ -273,6 +274,9 @@ class Trainer:
                 if settings.clock.interrupted:
                     settings.journal.keep(course.state)
                     raise Interrupted
+        if not quiet and parallel.size() > 1:
+            # What was said to the very last step.
+            self.record.stopped |= bool(parallel.agreed(self.gradients.answer))
         if course.guard.skipped and not quiet:
             self.record.log.append(
                 f"{course.guard.skipped} of {course.step} steps skipped by the gradient guard"
@@ -317,18 +321,16 @@ class Trainer:
             bar.set_postfix_str(f"bound {np.mean(recent):.3f}" if recent else "")
 
     def _ask(self, row: Row, steps: int, guard: Guard) -> None:
-        """Tell the callback of a step, and stop if it says so."""
-        if self.settings.callback is None:
-            return
+        """Tell the callback of a step, and stop if it says so; several processes, a step later."""
         step = len(self.record.rows)
-        most = self.settings.steps or max(steps, step)
-        told = Step(step, most, *row[:3], guard.skipped, self.restart)
-        try:
-            answer = bool(self.settings.callback(told))
-        except KeyboardInterrupt:
-            self.settings.clock.interrupt()
-            answer = False
-        if parallel.agreed(answer):
+        if self.settings.callback is not None:
+            most = self.settings.steps or max(steps, step)
+            told = Step(step, most, *row[:3], guard.skipped, self.restart)
+            try:
+                self.gradients.answer = bool(self.settings.callback(told))
+            except KeyboardInterrupt:
+                self.settings.clock.interrupt()
+        if self.gradients.answer if parallel.size() == 1 else self.gradients.stopped:
             self.record.log.append(f"stopped by the callback after {step} steps")
             self.record.stopped = True
 

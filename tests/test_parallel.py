@@ -31,6 +31,26 @@ with parallel.launched():
     open(f"{out}/{{parallel.rank()}}.json", "w").write(json.dumps(facts))
 """
 NAMES = ("realnvp", "fullrank")
+# The first process says stop to the tenth step, or to the last; the second is slower.
+ENDING = """
+import json, sys, time, torch
+sys.path.insert(0, {tests!r})
+from test_compiling import schools
+import flowvi
+from flowvi import parallel
+with parallel.launched():
+    rank, facts = parallel.rank(), []
+    for call in (
+        dict(callback=lambda step: step.step == (10, 5)[rank], steps=30),
+        dict(callback=lambda step: step.step == (30, 5)[rank], steps=30),
+        dict(budget=2.0, callback=lambda step: time.sleep(0.01 * rank)),
+    ):
+        found = flowvi.fit(
+            schools(), "fullrank", lr=0.01, escalate=False, progress=False, **call
+        )
+        facts.append([len(found.history["bound"]), found.bounds[0], found.log])
+    open(f"{out}/{{rank}}.json", "w").write(json.dumps(facts))
+"""
 
 
 def fitted(name: str, particles: int) -> flowvi.Fit:
@@ -81,6 +101,20 @@ def test_two_processes_are_one_with_twice_the_draws(name, two_processes):
     np.testing.assert_allclose(first[2], somewhere(alone), rtol=rounding)
 
 
+def test_processes_end_together(tmp_path):
+    """The first one's callback and clock count, the callback from the next step on."""
+    script = tmp_path / "ending.py"
+    script.write_text(ENDING.format(tests=str(Path(__file__).parent), out=str(tmp_path)))
+
+    done = torchrun("--nproc-per-node", "2", str(script))
+
+    assert done.returncode == 0, done.stderr
+    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in (0, 1))
+    assert [f[:2] for f in first] == [f[:2] for f in second]
+    assert [f[0] for f in first[:2]] == [11, 30]
+    assert "stopped by the callback after 11 steps" in first[0][2]
+
+
 def test_the_first_process_writes_and_speaks(tmp_path):
     out = tmp_path / "out"
 
@@ -97,7 +131,7 @@ def test_outside_a_group_nothing_is_shared():
     bound, gradient = torch.tensor(1.0), torch.arange(3.0)
 
     assert (parallel.size(), parallel.rank()) == (1, 0)
-    assert parallel.averaged(bound, gradient) == (bound, gradient)
+    assert parallel.averaged(bound, gradient, [1.0, 0.5]) == (bound, gradient, [1.0, 0.5])
     assert parallel.agreed(2.5) == 2.5
     assert parallel.shared(gradient) is gradient
 
