@@ -430,7 +430,7 @@ def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
 
     whole = gradient()
     monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "averaged", lambda bound, gradient: (bound, gradient))
+    monkeypatch.setattr(parallel, "averaged", lambda bound, gradient: (bound, gradient, []))
     parts = []
     for rank in range(2):
         monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
