@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from torch.nn.functional import adaptive_avg_pool2d
 
 from flowvi.flows.elementwise import Affine
-from flowvi.flows.glow import mixing
+from flowvi.flows.glow import ActNorm, mixing
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import required
 from flowvi.flows.permute import Permutation
@@ -169,7 +169,9 @@ def image_glow(
 
     From the image inwards, each level trades four pixels for four times the
     channels, takes `steps` steps of Glow, and hands on half of the channels;
-    what is left behind gets its mean and scale from the half that goes on.
+    what is left behind gets its mean and scale from the half that goes on. Beside that, every
+    coordinate of the base has a mean and a scale of its own: convolutions know no place but
+    the border, and pictures such as faces differ from place to place.
     Call ``flow.initialise(images)`` to start the normalisations from data.
 
     Args:
@@ -206,7 +208,7 @@ def image_glow(
     # Channels last inside, so that the channels of a pixel lie side by side.
     order = torch.arange(dim).reshape(shape).movedim(0, -1).flatten()
     inside = _level(shape, levels, steps, hidden, context_shape)
-    return Chain([inside, Permutation(order.argsort())])
+    return Chain([ActNorm(dim), inside, Permutation(order.argsort())])
 
 
 def _level(
