@@ -330,7 +330,8 @@ class FlowGuide(Pushforward):
         super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
 
     def in_single(self) -> Guide | None:
-        inner = _in_single(self.flow)
+        # A guide derived from this one may look inside of its flow.
+        inner = _in_single(self.flow) if type(self) is FlowGuide else None
         if inner is None:
             return None
         new = copy.deepcopy(self)
