@@ -1,11 +1,10 @@
 """Coupling layers: one part of the vector moves, told how by the part that stays."""
 
-import torch
 from torch import Tensor
 
 from flowvi.flows.affine import Diagonal
 from flowvi.flows.elementwise import Affine, Elementwise, Shift, asymmetric_clamp
-from flowvi.flows.fused import Move, Plan
+from flowvi.flows.fused import Halves, Move, Plan
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Perceptron
 from flowvi.flows.permute import mixed
@@ -49,10 +48,9 @@ class Coupling(Layer):
         super().__init__()
         if dim < 2:
             raise ValueError(f"A coupling splits its input in two: dim must be >= 2, got {dim}.")
-        self.sizes = [dim // 2, dim - dim // 2]
-        self.swap = swap
+        self.halves = Halves([dim // 2, dim - dim // 2], swap)
         self.map = map
-        kept, moved = reversed(self.sizes) if swap else self.sizes
+        kept, moved = reversed(self.halves.sizes) if swap else self.halves.sizes
         self.net = Perceptron(kept, map.size * moved, context_dim, hidden)
 
     @property
@@ -60,41 +58,34 @@ class Coupling(Layer):
         return self.map.single
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, b = self._split(x)
+        a, b = self.halves.split(x)
         b, ladj = self.map.forward(b, self._params(a, context))
-        return self._join(a, b), ladj.sum(-1)
+        return self.halves.join(a, b), ladj.sum(-1)
 
     def inverse(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        a, b = self._split(y)
+        a, b = self.halves.split(y)
         b, ladj = self.map.inverse(b, self._params(a, context))
-        return self._join(a, b), ladj.sum(-1)
+        return self.halves.join(a, b), ladj.sum(-1)
 
     def push(
         self, x: Tensor, score: Tensor, context: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         if (pushed := self.planned(x, score, context)) is not None:
             return pushed
-        (a, b), (score_a, score_b) = self._split(x), self._split(score)
+        (a, b), (score_a, score_b) = self.halves.split(x), self.halves.split(score)
         params, pull = self.net.linearised(a, context)
         params = params.unflatten(-1, (self.map.size, -1))
         moved, ladj = self.map.forward(b, params)
         f = self.map.linearised(b, params)
         score_b = (score_b - f.change) * (-f.log_slope).exp()
         score_a = score_a - pull(f.pull(score_b).flatten(-2))
-        return self._join(a, moved), ladj.sum(-1), self._join(score_a, score_b)
+        return self.halves.join(a, moved), ladj.sum(-1), self.halves.join(score_a, score_b)
 
     def plan(self) -> Plan | None:
-        return Move(self.sizes, self.swap, self.net) if self.map == Affine() else None
+        return Move(self.halves, self.net) if self.map == Affine() else None
 
     def _params(self, a: Tensor, context: Tensor | None) -> Tensor:
         return self.net(a, context).unflatten(-1, (self.map.size, -1))
-
-    def _split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        first, second = x.split(self.sizes, dim=-1)
-        return (second, first) if self.swap else (first, second)
-
-    def _join(self, a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([b, a] if self.swap else [a, b], dim=-1)
 
 
 class AffineCoupling(Coupling):

@@ -37,12 +37,11 @@ class Order(NamedTuple):
     back: Tensor
 
 
-class Move(NamedTuple):
-    """An affine coupling: the sizes of the halves, whether the first one moves, and how."""
+class Halves(NamedTuple):
+    """The sizes of the halves of a vector, and whether the first one moves."""
 
     sizes: list[int]
     swap: bool
-    net: Perceptron
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """What stays and what moves."""
@@ -52,6 +51,13 @@ class Move(NamedTuple):
     def join(self, a: Tensor, b: Tensor) -> Tensor:
         """Both in their places again."""
         return torch.cat([b, a] if self.swap else [a, b], dim=-1)
+
+
+class Move(NamedTuple):
+    """An affine coupling: the halves, and how one moves."""
+
+    halves: Halves
+    net: Perceptron
 
 
 class Series(NamedTuple):
@@ -116,7 +122,7 @@ class _Push(torch.autograd.Function):
                 continue
             i = count - 1 - len(each)
             here, w = kept[KEPT * i : KEPT * (i + 1)], weights[3 * i : 3 * (i + 1)]
-            by_y, found = _back(plan, by_y, by_ladj, here, w, ctx.lifted[i])
+            by_y, found = _back(plan.halves, by_y, by_ladj, here, w, ctx.lifted[i])
             each.append(found)
         return None, by_y, None, *(g for found in reversed(each) for g in found)
 
@@ -144,7 +150,8 @@ def _there(
         # In the order of `Chain.forward`, for the same bits.
         return x, reduce(torch.add, ladjs) if ladjs else None, score
     lifted, w1, b1, w2, b2, w3, b3 = (next(given) for _ in range(EACH))
-    (a, b), (score_a, score_b) = plan.split(x), plan.split(score)
+    halves = plan.halves
+    (a, b), (score_a, score_b) = halves.split(x), halves.split(score)
     h = linear(a, w1, b1)
     u, du = _silu(h if lifted is None else h + lifted)
     v, dv = _silu(linear(u, w2, b2))
@@ -160,11 +167,11 @@ def _there(
     score_a = score_a - g.mul_(du) @ w1
     kept += (a, u, du, v, dv, ds, scale, scaled)
     y = torch.addcmul(shift, b, scale)
-    return plan.join(a, y), s.sum(-1), plan.join(score_a, score_y)
+    return halves.join(a, y), s.sum(-1), halves.join(score_a, score_y)
 
 
 def _back(
-    move: Move,
+    halves: Halves,
     by_y: Tensor | None,
     by_ladj: Tensor | None,
     kept: tuple[Tensor, ...],
@@ -174,7 +181,7 @@ def _back(
     """Gradients by what came in, and by the seven tensors that were given for the move."""
     (a, u, du, v, dv, ds, scale, scaled), (w1, w2, w3) = kept, weights
     zeros = torch.zeros_like
-    by_a, by_b = (zeros(a), zeros(scale)) if by_y is None else move.split(by_y)
+    by_a, by_b = (zeros(a), zeros(scale)) if by_y is None else halves.split(by_y)
     by_s = by_b * scaled
     if by_ladj is not None:
         by_s = by_s + by_ladj.unsqueeze(-1)
@@ -183,7 +190,7 @@ def _back(
     h = (m @ w2).mul_(du)
     by_lifted = None if lifted is None else h.sum_to_size(lifted)
     by_layers = [*_by_linear(h, a), *_by_linear(m, u), *_by_linear(out, v)]
-    return move.join(by_a + h @ w1, by_b * scale), [by_lifted, *by_layers]
+    return halves.join(by_a + h @ w1, by_b * scale), [by_lifted, *by_layers]
 
 
 def _by_linear(gradient: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
