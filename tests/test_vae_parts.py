@@ -8,7 +8,7 @@ from families import perturbed
 from scipy.io import savemat
 
 from flowvi.flows import Flip, Permutation
-from flowvi.vae import NETS, POSTERIORS, PRIORS, Binarise, build, load, posterior
+from flowvi.vae import NETS, POSTERIORS, PRIORS, Binarise, build, load, nets, posterior
 from flowvi.vae.maps import Cropped, Padded
 from flowvi.vae.priors import MixturePrior
 
@@ -427,3 +427,25 @@ def test_a_file_that_is_missing_or_no_archive_is_named(tmp_path):
         load(tmp_path / "g.npz")
     with pytest.raises(ValueError, match="Choose from static, dynamic"):
         load(binarise="otsu")
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("kind", ["down", "up"])
+def test_gated_convolutions_start_by_passing_on_what_comes_in(kind, stride):
+    """Several in a row neither lose nor blow up what tells one image from another."""
+    layer = {"down": nets._down, "up": nets._up}[kind]
+    x = torch.randn(4, 16, 64, 64)
+    for _ in range(2):
+        y = layer(16, 16, stride)(x).detach()[..., 2:-2, 2:-2]
+        assert 0.9 < y.std() / x.std() < 1.15
+        x = y
+
+
+def test_a_learnt_scale_starts_at_half_of_what_the_pixels_vary_by():
+    x = torch.linspace(0.0, 1.0, 16).reshape(4, 4) + 0.2 * torch.randn(500, 4, 4)
+
+    own = build(x, 2, likelihood="gaussian").generator.likelihood
+    told = build(x, 2, likelihood="gaussian", likelihood_sizes={"scale": 0.5})
+
+    assert float(own.scale.detach()) == pytest.approx(0.1, rel=0.02)
+    assert float(told.generator.likelihood.scale.detach()) == pytest.approx(0.5)

@@ -40,6 +40,10 @@ class Likelihood(nn.Module):
         """Outputs whose mean image is about this one, (H, W) -> (P, H, W)."""
         raise NotImplementedError
 
+    def begin(self, x: Tensor, mean: Tensor) -> None:
+        """Take a start from images (N, H, W) and their mean (H, W), where there is one to take."""
+        return
+
     def check(self, x: Tensor) -> None:
         """Refuse images that this is no density of.
 
@@ -152,15 +156,21 @@ class Gaussian(Likelihood):
     exactly from growing without bound.
 
     Args:
-        scale: The scale at the start, above the floor.
+        scale: The scale at the start, above the floor; by default half of what the pixels vary
+            by, where `begin` sees them. From a larger one, codes do not pay for their divergence
+            at first, and the guide learns to say nothing.
         learned: Whether it is learnt.
         floor: The least scale.
     """
 
     log_excess: Tensor
 
-    def __init__(self, scale: float = 0.3, learned: bool = True, floor: float = 0.01) -> None:
+    def __init__(
+        self, scale: float | None = None, learned: bool = True, floor: float = 0.01
+    ) -> None:
         super().__init__()
+        self.chosen = scale is not None
+        scale = 0.3 if scale is None else scale
         if not scale > floor > 0:
             raise ValueError(
                 f"scale must lie above the floor, and that above 0; got {scale} and {floor}."
@@ -182,6 +192,12 @@ class Gaussian(Likelihood):
 
     def start(self, mean: Tensor) -> Tensor:
         return mean.unsqueeze(0).clone()
+
+    @torch.no_grad()
+    def begin(self, x: Tensor, mean: Tensor) -> None:
+        width = float((x - mean).square().mean().sqrt()) / 2
+        if not self.chosen and width > self.floor:
+            self.log_excess.fill_(math.log(width - self.floor))
 
     def check(self, x: Tensor) -> None:
         _refuse(x, ~x.isfinite(), "a Gaussian likelihood needs finite numbers")

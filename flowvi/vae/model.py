@@ -128,6 +128,7 @@ def build(
         torch.manual_seed(seed)
         family = named("likelihood", LIKELIHOODS, likelihood, likelihood_sizes)
         family.check(x)
+        family.begin(x, means)
         bodies = named("net", NETS, net, net_sizes, (height, width), latent, family.outputs)
         encoder = Encoder(bodies.encoder, bodies.width, means, family.top)
         decoder = Decoder(bodies.decoder, family.start(means))
