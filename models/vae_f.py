@@ -31,7 +31,8 @@ class Generator(nn.Module):
         latent = shape[0] * shape[1] * shape[2]
         self.prior = vae.FlowPrior(latent, "image_glow", shape=shape, levels=2, steps=2, hidden=32)
         self.body = bodies.decoder
-        self.log_scale = nn.Parameter(torch.tensor(-1.5))
+        # Less than the pixels vary by: codes pay for their divergence from the beginning.
+        self.log_scale = nn.Parameter(torch.tensor(-2.5))
 
     def forward(self, z: Tensor) -> Tensor:
         out: Tensor = self.body(z.reshape(-1, z.shape[-1]))
