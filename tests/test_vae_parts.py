@@ -447,5 +447,8 @@ def test_a_learnt_scale_starts_at_half_of_what_the_pixels_vary_by():
     own = build(x, 2, likelihood="gaussian").generator.likelihood
     told = build(x, 2, likelihood="gaussian", likelihood_sizes={"scale": 0.5})
 
+    fixed = build(x, 2, likelihood="gaussian", likelihood_sizes={"learned": False})
+
+    assert float(fixed.generator.likelihood.scale) == pytest.approx(0.3)
     assert float(own.scale.detach()) == pytest.approx(0.1, rel=0.02)
     assert float(told.generator.likelihood.scale.detach()) == pytest.approx(0.5)

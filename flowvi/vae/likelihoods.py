@@ -156,8 +156,8 @@ class Gaussian(Likelihood):
     exactly from growing without bound.
 
     Args:
-        scale: The scale at the start, above the floor; by default half of what the pixels vary
-            by, where `begin` sees them. From a larger one, codes do not pay for their divergence
+        scale: The scale at the start, above the floor; a learnt one by default half of what the
+            pixels vary by, where `begin` sees them. From a larger one, codes do not pay for their divergence
             at first, and the guide learns to say nothing.
         learned: Whether it is learnt.
         floor: The least scale.
@@ -169,7 +169,7 @@ class Gaussian(Likelihood):
         self, scale: float | None = None, learned: bool = True, floor: float = 0.01
     ) -> None:
         super().__init__()
-        self.chosen = scale is not None
+        self.chosen = scale is not None or not learned
         scale = 0.3 if scale is None else scale
         if not scale > floor > 0:
             raise ValueError(
