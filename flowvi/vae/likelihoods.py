@@ -157,8 +157,8 @@ class Gaussian(Likelihood):
 
     Args:
         scale: The scale at the start, above the floor; a learnt one by default half of what the
-            pixels vary by, where `begin` sees them. From a larger one, codes do not pay for their divergence
-            at first, and the guide learns to say nothing.
+            pixels vary by, where `begin` sees them. From a larger one, codes do not pay for
+            their divergence at first, and the guide learns to say nothing.
         learned: Whether it is learnt.
         floor: The least scale.
     """
