@@ -186,6 +186,29 @@ class Target(nn.Module):
         pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
         return rows.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
 
+    def probabilities(self, z: Tensor) -> dict[str, Tensor]:
+        """Probabilities of the values of discrete sites, given the data and the latents.
+
+        What Pyro's `infer_discrete` draws from, for each site by itself: its values in the order
+        of `enumerate_support`. Over draws of the posterior their mean is P(value | data).
+
+        Args:
+            z: Points of R^D, (*S, D).
+
+        Returns:
+            Discrete site -> (*S, *shape of the site, K), which add up to 1 over the last axis;
+            empty where the model has no discrete sites.
+        """
+        self._check(z)
+        if self._functions.discrete is None:
+            return {}
+        function = self._map("discrete")
+        if not self.subsampled:
+            out: dict[str, Tensor] = function(z, *self._own)
+            return out
+        pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
+        return rows.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
+
     def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
         """Draw all sites from the prior: name -> (n, *shape).
 

@@ -89,6 +89,7 @@ class Functions:
         messages: Pyro's record of each latent site in one run.
         rerun: Draws from the model with other arguments.
         met: Pyro's record of each latent site in one run with other arguments.
+        discrete: z (D,) -> probabilities of the values of discrete sites that are summed out.
     """
 
     values: PointFunction
@@ -99,3 +100,4 @@ class Functions:
     messages: Mapping[str, Any] = field(default_factory=dict)
     rerun: Rerun | None = None
     met: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
+    discrete: PointFunction | None = None

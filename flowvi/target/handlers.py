@@ -288,7 +288,7 @@ def _scorable(value: Tensor, site: Mapping[str, Any]) -> Tensor:
         return value
     lead = value.shape[: value.dim() - fn.event_dim]
     good = value.isfinite().reshape(*lead, -1).all(-1) & fn.support.check(value)
-    keep = (mask | good).reshape(*good.shape, *(1,) * fn.event_dim)
+    keep = (mask | good).reshape((*good.shape, *(1,) * fn.event_dim))
     shape = torch.Size((*fn.batch_shape, *fn.event_shape))
     if fn.support.is_discrete:
         return torch.where(keep, value, torch.zeros_like(value))

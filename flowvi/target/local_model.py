@@ -18,6 +18,7 @@ from flowvi.target.base import Target
 from flowvi.target.batched import Batched
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture, capture_values
+from flowvi.target.discrete import Places
 from flowvi.target.facts import Facts, Functions, ModelError, Site
 from flowvi.target.handlers import FromVector, ToVector, is_improper
 from flowvi.target.layout import Layout, layout_of
@@ -95,6 +96,8 @@ class _LocalCapture:
             if self.common:
                 theta[0].requires_grad_()
         trial = Trial(points, inputs[0], inputs[1:])
+        if self.local.enumerated:
+            self._check_sum(points[0], inputs[0])
         whole_row = capture(self._log_prob, trial, self.name, double=False)
         parts = not self.local.enumerated
         terms = capture_values(self._terms, trial, whole_row)
@@ -241,6 +244,20 @@ class _LocalCapture:
 
     def _from(self) -> int | None:
         return -1 - self.local.nesting if self.local.enumerated else None
+
+    def _check_sum(self, z: Tensor, inputs: Sequence[Tensor]) -> None:
+        """Compare the terms of the sum over discrete sites with runs in which they have a value."""
+        theta, own, data = self._taken(inputs)
+        places = Places.of(self.first.nodes, self.local.enumerated)
+        runs = {}
+        for row in places.some(1, seed=0) if places.shapes else ():
+            at = places.split(row)
+            with torch.no_grad():
+                for axes in (self._from(), None):
+                    handler = _both(self._from_z(z), self._from_theta(theta))
+                    given = at if axes is None else None
+                    runs[axes] = self.rows.trace(handler, data, own, axes, given)
+            enumeration.compare(runs[self._from()], runs[None], at)
 
     # Facts.
 

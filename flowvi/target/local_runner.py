@@ -117,12 +117,13 @@ class Rows:
         data: Sequence[Tensor],
         own: Sequence[Tensor],
         enumerate_from: int | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> poutine.Trace:
         """One scored run on latent values that handlers serve, without the plate's scale."""
         runner = self.on(data)
         runner.model = Unscaled(self.plate)(runner.model)
         with whole(self.plate, len(data[0]) if data else 1):
-            trace, _ = runner.trace(handler, own, enumerate_from)
+            trace, _ = runner.trace(handler, own, enumerate_from, places)
         return trace
 
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:

@@ -15,19 +15,20 @@ from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
 from flowvi.randomness import own_randomness
-from flowvi.target import checks, enumeration, rows, scores
+from flowvi.target import checks, rows, scores
 from flowvi.target.again import rerunner
 from flowvi.target.base import Target
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Simulator
-from flowvi.target.handlers import FromVector, ToVector, store_aside
+from flowvi.target.handlers import FromVector, ToVector, observes, store_aside
 from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
+from flowvi.target.summation import Summation
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
 RUNS = 3
@@ -122,6 +123,7 @@ class _Capture:
         scores.site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
         _warn_if_data_are_missing(runner, self.data, name)
         self.parameters = runner.parameters.leaves
+        self.summation = self._summation()
         self.reported = [*self.layout.latents, *self._deterministics()]
 
     def target(self, replace: bool = False) -> Target:
@@ -140,6 +142,7 @@ class _Capture:
             trial = self._with_data(trial, data, simulate)
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
+        discrete = self._probabilities if self.summation else None
         again = rerunner(self.runner, self.layout, self._on)
         return Target(
             facts,
@@ -153,6 +156,7 @@ class _Capture:
                 self.layout.latents,
                 again,
                 self._met,
+                discrete,
             ),
             trial,
             self.parameters,
@@ -190,15 +194,11 @@ class _Capture:
     # The functions of one point that are recorded.
 
     def _log_prob(self, z: Tensor, *inputs: Tensor) -> Tensor:
+        if self.summation:
+            return self.summation.log_density(z, inputs)
         handler = self._from_vector(z)
         trace = self._trace(handler, inputs)
-        if self.layout.enumerated:
-            total = enumeration.log_joint(trace)
-        else:
-            terms = [site["log_prob_sum"] for site in checks.scored(trace)]
-            total = sum(terms[1:], terms[0])
-        log_p: Tensor = total + handler.ladj
-        return log_p
+        return _sum_of_sites(trace) + handler.ladj
 
     def _values(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         trace = self._trace(self._from_vector(z), inputs)
@@ -216,18 +216,38 @@ class _Capture:
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
 
     def _log_likelihood(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        if self.summation:
+            return self.summation.log_likelihood(z, inputs, self._row_shapes())
         trace = self._trace(self._from_vector(z), inputs)
-        if self.layout.enumerated:
-            return enumeration.log_likelihood(trace, self._row_shapes())
         return {
             site["name"]: scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
             for site in checks.scored(trace)
             if site["name"] in self.data
         }
 
-    def _trace(self, handler: Any, inputs: Sequence[Tensor]) -> poutine.Trace:
-        enumerate_from = -1 - self.layout.nesting if self.layout.enumerated else None
-        trace, _ = self.runner.trace(handler, inputs, enumerate_from)
+    def _probabilities(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        assert self.summation is not None
+        return self.summation.probabilities(z, inputs)
+
+    def _trace(
+        self,
+        handler: Any,
+        inputs: Sequence[Tensor],
+        places: Mapping[str, Tensor] | None = None,
+        axes: bool = True,
+    ) -> poutine.Trace:
+        """A scored run.
+
+        Args:
+            handler: Serves the latents.
+            inputs: What the model takes beside them.
+            places: Values of discrete sites; without, those in the first term of their sum.
+            axes: Whether the other discrete sites have an axis for all their values.
+        """
+        if places is None and self.summation:
+            places = self.summation.first()
+        enumerate_from = -1 - self.layout.nesting if axes and self.layout.enumerated else None
+        trace, _ = self.runner.trace(handler, inputs, enumerate_from, places)
         checks.same_latents(trace, self.layout.latents)
         return trace
 
@@ -236,25 +256,77 @@ class _Capture:
 
     # Facts.
 
+    def _summation(self) -> Summation | None:
+        """How discrete sites are summed out, if there are any."""
+        if not self.layout.enumerated:
+            return None
+
+        def run(
+            z: Tensor, inputs: Sequence[Tensor], places: dict[str, Tensor], axes: bool
+        ) -> tuple[poutine.Trace, Tensor]:
+            handler = self._from_vector(z)
+            return self._trace(handler, inputs, places, axes), handler.ladj
+
+        summation = Summation(self.first, self.layout.enumerated, run)
+        points, inputs = [self._unconstrained(t) for t in self.traces], self._some_inputs()
+        with torch.no_grad():
+            moved = summation.varying(points[0], inputs, list(self.layout.latents))
+            if moved:
+                raise ModelError(
+                    f"The support of site '{min(moved)}' depends on a discrete site that is summed "
+                    "out: give it one support for all values."
+                )
+            summation.plan(points[:2], inputs)
+        shapes = self._row_shapes()
+        summation.prepare(points[0], inputs, shapes)
+        return summation
+
+    def _some_inputs(self) -> list[Tensor]:
+        """Parameters, and the first rows of subsampled plates."""
+        batch = next(rows.cover(self.runner.drawn))[1]
+        return [*self.parameters.values(), *batch.values()]
+
     def _deterministics(self) -> list[str]:
         """Derived values; those that depend on a discrete site have one for each of its values."""
         names = self.layout.deterministics
-        if not (self.layout.enumerated and names):
+        if not (self.summation and names):
             return list(names)
         with torch.no_grad():
-            batch = next(rows.cover(self.runner.drawn))[1].values()
-            trace = self._trace(self._at_prior(), [*self.parameters.values(), *batch])
-        return enumeration.unaffected(trace, self.first, names)
+            moved = self.summation.varying(
+                self._unconstrained(self.first), self._some_inputs(), names
+            )
+        return [name for name in names if name not in moved]
 
     def _row_shapes(self) -> dict[str, torch.Size]:
         return {name: self.first.nodes[name]["log_prob"].shape for name in self.data}
 
     def _has_rows(self, trial: Trial) -> bool:
-        if not self.layout.enumerated:
+        """Whether each row of the data has a log likelihood, and the log joint is their sum."""
+        if not (self.data and self.summation):
             return bool(self.data)
         with torch.no_grad():
-            traces = [self._trace(self._from_vector(z), trial.inputs) for z in trial.points]
-        return all(enumeration.rows_are_exact(t, self._row_shapes()) for t in traces)
+            return all(self._adds_up(z, trial.inputs) for z in trial.points)
+
+    def _adds_up(self, z: Tensor, inputs: Sequence[Tensor]) -> bool:
+        """Whether the sum over discrete sites is one for each row, as it is in a mixture.
+
+        It is not where rows share a discrete site, or sites of one row do.
+        """
+        trace = self._trace(self._from_vector(z), inputs)
+        scales = {site["name"]: site["scale"] for site in checks.scored(trace)}
+        try:
+            found = self._log_likelihood(z, *inputs)
+        except RuntimeError:  # rows and discrete values have no common shape
+            return False
+        total = sum((scales[name] * value).sum() for name, value in found.items())
+        rest = [
+            site["log_prob_sum"]
+            for site in checks.scored(trace)
+            if not (observes(site) or checks.is_enumerated(site))
+        ]
+        handler = self._from_vector(z)
+        self._trace(handler, inputs)
+        return agree((total + sum(rest) + handler.ladj,), (self._log_prob(z, *inputs),))
 
     def _facts(self) -> Facts:
         layout = self.layout
@@ -298,6 +370,9 @@ class _Capture:
 
         def is_finite(z: Tensor) -> bool:
             last[0] = self._trace(self._from_vector(z), inputs)
+            if self.summation:
+                # Some values of a discrete site may be impossible.
+                return bool(self._log_prob(z, *inputs).isfinite())
             sums = (site["log_prob_sum"] for site in checks.scored(last[0]))
             return all(bool(log_p.isfinite()) for log_p in sums)
 
@@ -310,6 +385,12 @@ class _Capture:
     def _unconstrained(self, trace: poutine.Trace) -> Tensor:
         sites = [trace.nodes[name] for name in self.layout.latents]
         return torch.cat([bijection_of(s["fn"]).inv(s["value"]).reshape(-1) for s in sites])
+
+
+def _sum_of_sites(trace: poutine.Trace) -> Tensor:
+    terms = [site["log_prob_sum"] for site in checks.scored(trace)]
+    total: Tensor = sum(terms[1:], terms[0])
+    return total
 
 
 def _warn_if_data_are_missing(runner: Runner, data: dict[str, Tensor], name: str) -> None:

@@ -74,7 +74,7 @@ def masked_write(func: OpOverload, args: Any) -> tuple[OpOverload, Any]:
     memory, (mask,), value = args
     if mask is None or mask.dtype != torch.bool or value.numel() != 1:
         return func, args
-    mask = mask.reshape(*mask.shape, *(1,) * (memory.dim() - mask.dim()))
+    mask = mask.reshape((*mask.shape, *(1,) * (memory.dim() - mask.dim())))
     return aten.masked_fill_.Tensor, (memory, mask, value.reshape(()).to(memory.dtype))
 
 

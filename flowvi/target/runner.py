@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves, tree_map
 
 from flowvi.target import checks, scores
+from flowvi.target.discrete import AtValues, Marked
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Prior, as_tensor, quiet, run
 from flowvi.target.parameters import Parameters
@@ -67,7 +68,7 @@ class Runner:
         """One run from the prior, and the data that it observed, as they were given."""
         owned = Owned(self.parameters)
         last = checks.LastSite()
-        handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known())
+        handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known(), Marked())
         with torch.no_grad(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)
@@ -105,7 +106,11 @@ class Runner:
         return f"Tensors of the model lie on several devices: {words}. Move them to one."
 
     def trace(
-        self, handler: Any, inputs: Sequence[Tensor] = (), enumerate_from: int | None = None
+        self,
+        handler: Any,
+        inputs: Sequence[Tensor] = (),
+        enumerate_from: int | None = None,
+        places: Mapping[str, Tensor] | None = None,
     ) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One scored run on latent values that a handler serves, and the data as given.
 
@@ -114,11 +119,12 @@ class Runner:
             inputs: The model's own parameters, rows for the plates that draw theirs, and values
                 of the sites in `replaced`.
             enumerate_from: First axis for the values of discrete sites; None to draw them.
+            places: Discrete sites that have one value, by its place among all.
         """
         rest = inputs[len(self.parameters.leaves) :]
         rows, data = rest[: len(self.drawn)], rest[len(self.drawn) :]
         owned = Owned(self.parameters, dict(zip(self.drawn, rows, strict=True)))
-        model = self.model
+        model = AtValues(places or {})(Marked()(self.model))
         if data:
             model = poutine.condition(model, dict(zip(self.replaced, data, strict=True)))
         if enumerate_from is not None:

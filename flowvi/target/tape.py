@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
 from flowvi.dispatch import Watch
@@ -227,6 +228,55 @@ class Tape(Watch):
         return self._seen[key]
 
 
+class Selecting(TorchFunctionMode):
+    """Keep `x[i]` a tensor operation where i is a single integer that depends on an input.
+
+    Torch reads an index without axes into Python, whatever else indexes x.
+
+    Args:
+        tape: Knows what depends on an input.
+    """
+
+    def __init__(self, tape: Tape) -> None:
+        super().__init__()
+        self.tape = tape
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if func is Tensor.__getitem__ and isinstance(args[0], Tensor):
+            args = self._selected(*args)
+        return func(*args, **(kwargs or {}))
+
+    def _selected(self, x: Tensor, index: Any) -> tuple[Tensor, Any]:
+        """The same element of a tensor that has it alone along each axis chosen that way."""
+        indices = index if isinstance(index, tuple) else (index,)
+        if not any(self._is_chosen(i) for i in indices):
+            return x, index
+        taken = [_axes_of(i) for i in indices]
+        axis, new = 0, []
+        for i, n in zip(indices, taken, strict=True):
+            if self._is_chosen(i):
+                place = torch.where(i < 0, i + x.shape[axis], i).reshape(1)
+                x, i = x.index_select(axis, place), 0
+            axis += x.dim() - sum(taken) if i is Ellipsis else n
+            new.append(i)
+        return x, tuple(new)
+
+    def _is_chosen(self, i: Any) -> bool:
+        single = isinstance(i, Tensor) and i.dim() == 0 and not i.dtype.is_floating_point
+        return single and i.dtype != torch.bool and i in self.tape.memory
+
+
+def _axes_of(index: Any) -> int:
+    """How many axes of a tensor one of its indices is for."""
+    if index is None or index is Ellipsis or isinstance(index, bool):
+        return 0
+    if isinstance(index, Tensor) and index.dtype in (torch.bool, torch.uint8):
+        return index.dim()
+    return 1
+
+
 def record(
     function: Callable[..., Any],
     inputs: Sequence[Tensor],
@@ -250,7 +300,7 @@ def record(
     # function reads by itself is an input all the same.
     inputs = [inputs[0].detach().clone(), *(x.detach() for x in inputs[1:])]
     tape = Tape(inputs, double, chance)
-    with tape:
+    with tape, Selecting(tape):
         outputs = function(*inputs)
     if tape.random:
         raise RandomNumber(tape.random)
