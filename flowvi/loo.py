@@ -95,7 +95,8 @@ def _site(idata: az.InferenceData, var_name: str | None) -> str:
     if not has_group(idata, "log_likelihood"):
         raise ValueError(
             "There is no pointwise log likelihood: use to_inference_data(draws), and a model with "
-            "observed sites whose rows have densities of their own."
+            "observed sites whose rows have densities of their own (rows that share a discrete "
+            "latent have none)."
         )
     names = [str(name) for name in idata["log_likelihood"].data_vars]
     if var_name is None and len(names) > 1:

@@ -278,9 +278,9 @@ def subsampled(seed: int) -> Callable[[], None]:
 
     def model() -> None:
         mu = _levels(k)
-        with pyro.plate("n", n, subsample_size=2) as rows:
-            with _masked(keep[rows] if masked else None):
-                _observed(c, "y", mu[site("z")], y[rows])
+        plate = pyro.plate("n", n, subsample_size=2)
+        with plate as rows, _masked(keep[rows] if masked else None):
+            _observed(c, "y", mu[site("z")], y[rows])
 
     return model
 
@@ -356,9 +356,7 @@ class Oracle:
         out = {}
         for name, site in self.discrete.items():
             support = _support(site)
-            hot = [
-                (values[name].unsqueeze(-1) == support).to(weights) for values in self._all()
-            ]
+            hot = [(values[name].unsqueeze(-1) == support).to(weights) for values in self._all()]
             out[name] = torch.tensordot(weights, torch.stack(hot), 1)
         return out
 

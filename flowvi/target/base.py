@@ -207,7 +207,7 @@ class Target(nn.Module):
             out: dict[str, Tensor] = function(z, *self._own)
             return out
         pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
-        return rows.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
+        return rows.assemble(pieces, self.subsampled, self._facts.discrete, z.dim() - 1)
 
     def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
         """Draw all sites from the prior: name -> (n, *shape).

@@ -15,7 +15,6 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 
 from flowvi.target.bijections import site_bijection
-from flowvi.target.discrete import is_finite
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import is_deterministic
 
@@ -102,9 +101,6 @@ def _guided(trace: poutine.Trace) -> dict[str, Any]:
 
 def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     """Continuous latent sites of a trace, in the order in which the model samples them."""
-    for name, site in trace.nodes.items():
-        if is_enumerated(site) and not is_finite(site["fn"]):
-            raise ModelError(_discrete(name, site["fn"]))
     sites = _guided(trace)
     if not sites:
         raise ModelError(

@@ -17,6 +17,8 @@ from flowvi.target.facts import ModelError
 
 # Distributions that another one is made of, which has the same values.
 WRAPPERS = (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)
+# What a site's `infer` says of enumeration.
+SETTINGS = ("enumerate", "num_samples", "tmc", "expand")
 # Joint values of discrete sites that are summed one by one.
 MOST = 4096
 
@@ -40,12 +42,13 @@ class Marked(Messenger):
             self.observed.add(name)
             return
         asked = infer.get("enumerate") in ("parallel", "sequential")
-        if not asked and not (self._is_missing_part(name) and is_finite(fn)):
-            return
-        while isinstance(fn, dist.MaskedDistribution):
-            fn = fn.base_dist
-        rest = {k: v for k, v in infer.items() if k not in ("num_samples", "tmc", "expand")}
-        msg["fn"], msg["mask"], msg["infer"] = fn, None, {**rest, "enumerate": "parallel"}
+        rest = {k: v for k, v in infer.items() if k not in SETTINGS}
+        if not is_finite(fn):
+            msg["infer"] = rest
+        elif asked or self._is_missing_part(name):
+            while isinstance(fn, dist.MaskedDistribution):
+                fn = fn.base_dist
+            msg["fn"], msg["mask"], msg["infer"] = fn, None, {**rest, "enumerate": "parallel"}
 
     def _is_missing_part(self, name: str) -> bool:
         base = name.removesuffix("_unobserved")
@@ -66,7 +69,7 @@ class AtValues(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         if msg["name"] in self.places:
             values, places = values_of(msg["name"], msg["fn"]), self.places[msg["name"]]
-            chosen = values.index_select(0, places.reshape(-1))
+            chosen = values.index_select(0, places.reshape(-1).to(values.device))
             msg["value"], msg["done"] = chosen.reshape((*places.shape, *values.shape[1:])), True
 
 
@@ -89,8 +92,8 @@ def values_of(name: str, fn: Any) -> Tensor:
         values: Tensor = inner.enumerate_support(expand=False)
     except NotImplementedError as error:
         raise ModelError(
-            f"Site '{name}' ({type(inner).__name__}) cannot be summed out: {error}. Give all of "
-            "its rows the same set of values."
+            f"Site '{name}' ({type(inner).__name__}) cannot be summed out, for its rows differ in "
+            f"what values they have ({str(error).rstrip('.')}). Give all of them the same set."
         ) from error
     return values.reshape(len(values), *inner.event_shape)
 

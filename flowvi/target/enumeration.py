@@ -14,15 +14,17 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
-from pyro.ops.rings import LogRing
 from torch import Tensor
 
 from flowvi.target.capture import agree
 from flowvi.target.checks import scored
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import observes
+from flowvi.target.log_einsum import Ring
 
 Sites = Mapping[str, Any]
+# A tensor that knows the symbols of its axes, `_pyro_dims`; those of size one have none.
+Packed = Any
 
 
 class Unsummable(ModelError):
@@ -50,7 +52,7 @@ class Factor:
     """
 
     site: Sites
-    log_p: Tensor
+    log_p: Packed
     plates: frozenset[str]
     carried: frozenset[str]
 
@@ -118,7 +120,7 @@ def log_likelihood(trace: poutine.Trace, shapes: Mapping[str, torch.Size]) -> di
                 todo += sorted(terms[-1].carried - symbols)
                 symbols |= terms[-1].carried
             with shared_intermediates() as cache:
-                log_p = LogRing(cache).sumproduct(_of_one_type(f.log_p for f in terms), symbols)
+                log_p = Ring(cache).sumproduct(_of_one_type(f.log_p for f in terms), symbols)
             name = factor.site["name"]
             out[name] = packed.unpack(log_p, trace.symbol_to_dim).expand(shapes[name])
     return out
@@ -157,7 +159,9 @@ def _factors(trace: poutine.Trace) -> tuple[list[Factor], dict[str, Sites]]:
     """All factors of a trace, and the discrete site behind each symbol."""
     trace.symbolize_dims()
     sites = scored(trace)
-    owners = {s["infer"]["_enumerate_symbol"]: s for s in sites if _axis(s) is not None}
+    owners: dict[str, Sites] = {
+        s["infer"]["_enumerate_symbol"]: s for s in sites if _axis(s) is not None
+    }
     factors = []
     for site in sites:
         log_p = _packed(site, _unscaled(site))
@@ -166,7 +170,7 @@ def _factors(trace: poutine.Trace) -> tuple[list[Factor], dict[str, Sites]]:
     return factors, owners
 
 
-def _packed(site: Sites, value: Tensor) -> Tensor:
+def _packed(site: Sites, value: Tensor) -> Packed:
     try:
         return packed.pack(value, site["infer"]["_dim_to_symbol"])
     except ValueError as error:
@@ -231,7 +235,7 @@ def _sum_of(
     rows = frozenset(scale._pyro_dims if scale.dim() else "")
     try:
         with shared_intermediates() as cache:
-            log_p = contract_to_tensor(tree, symbols, rows, cache=cache)
+            log_p = contract_to_tensor(tree, symbols, rows, ring=Ring(cache))
     except NotImplementedError as error:
         names = sorted(owners[s]["name"] for s in symbols)
         raise Unsummable(
@@ -242,10 +246,11 @@ def _sum_of(
     if not rows:
         return scale.to(log_p) * log_p
     log_p, scale = packed.broadcast_all(log_p, _cast(scale, log_p.dtype))
-    return (scale * log_p).sum()
+    weighted: Tensor = scale * log_p
+    return weighted.sum()
 
 
-def _scale_of(component: Sequence[Factor]) -> Tensor:
+def _scale_of(component: Sequence[Factor]) -> Packed:
     """The scale that all factors of a sum have: a number, or one for each row of their plates."""
     scales = [_packed(f.site, torch.as_tensor(f.site["scale"])) for f in component]
     for factor, scale in zip(component, scales, strict=True):
@@ -253,8 +258,9 @@ def _scale_of(component: Sequence[Factor]) -> Tensor:
             first, other = component[0].site["name"], factor.site["name"]
             raise ModelError(
                 f"Sites '{first}' and '{other}' depend on a discrete site that is summed out, and "
-                "have different scales: the sum has no unbiased estimate from a part of the rows. "
-                "Use the full plate, or move the discrete site into the subsampled one."
+                "have different scales: a scale multiplies the logarithm of the sum, which has no "
+                "unbiased estimate from a part of the rows. Use the full plate, or move the "
+                "discrete site into the plate or block that is scaled."
             )
         if scale.dim() and not set(scale._pyro_dims) <= factor.plates:
             raise ModelError(
@@ -264,14 +270,14 @@ def _scale_of(component: Sequence[Factor]) -> Tensor:
     return scales[0]
 
 
-def _of_one_type(terms: Iterable[Tensor]) -> list[Tensor]:
+def _of_one_type(terms: Iterable[Packed]) -> list[Packed]:
     """Packed tensors in the finest precision that one of them has."""
     terms = list(terms)
     dtype = functools.reduce(torch.promote_types, (t.dtype for t in terms))
     return [_cast(t, dtype) for t in terms]
 
 
-def _cast(value: Tensor, dtype: torch.dtype) -> Tensor:
+def _cast(value: Packed, dtype: torch.dtype) -> Packed:
     """A packed tensor in another precision."""
     if value.dtype == dtype:
         return value
@@ -312,7 +318,7 @@ def _plates(site: Sites) -> frozenset[str]:
     return frozenset(names[frame.dim] for frame in _frames(site))
 
 
-def _packed_places(site: Sites, places: Mapping[str, Tensor]) -> Tensor:
+def _packed_places(site: Sites, places: Mapping[str, Tensor]) -> Packed:
     return packed.pack(places[site["name"]], site["infer"]["_dim_to_symbol"])
 
 

@@ -58,6 +58,7 @@ class Facts:
         improper: Sites whose prior has no integral.
         subsampled: Plates that are subsampled: size and batch size.
         parameters: Parameters of the model itself, with the constraints on their values.
+        discrete: Discrete sites that are summed out, with a name for each axis.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Facts:
     improper: tuple[str, ...] = ()
     subsampled: dict[str, tuple[int, int]] = field(default_factory=dict)
     parameters: dict[str, Constraint] = field(default_factory=dict)
+    discrete: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def sizes(self) -> str:
         """How many columns of z each site has, in words."""

@@ -22,7 +22,7 @@ from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Simulator
 from flowvi.target.handlers import FromVector, ToVector, observes, store_aside
-from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
+from flowvi.target.layout import constant_dims, constants_of, dims_of, layout_of, name_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
 from flowvi.target.program import Density
@@ -181,6 +181,9 @@ class _Capture:
         with torch.no_grad():
             before = [self._log_prob(z, *trial.inputs) for z in trial.points]
             self.runner.replaced = tuple(data)
+            if self.summation:
+                inputs = [*trial.inputs, *data.values()]
+                self.summation.prepare(trial.points[0], inputs, self._row_shapes())
             after = [self._log_prob(z, *trial.inputs, *data.values()) for z in trial.points]
         fits = all(drawn[name].shape == like.shape for name, like in data.items())
         if not (fits and agree(before, after)):
@@ -268,17 +271,16 @@ class _Capture:
             return self._trace(handler, inputs, places, axes), handler.ladj
 
         summation = Summation(self.first, self.layout.enumerated, run)
-        points, inputs = [self._unconstrained(t) for t in self.traces], self._some_inputs()
+        point, inputs = self._unconstrained(self.first), self._some_inputs()
         with torch.no_grad():
-            moved = summation.varying(points[0], inputs, list(self.layout.latents))
+            moved = summation.varying(point, inputs, list(self.layout.latents))
             if moved:
                 raise ModelError(
                     f"The support of site '{min(moved)}' depends on a discrete site that is summed "
                     "out: give it one support for all values."
                 )
-            summation.plan(points[:2], inputs)
-        shapes = self._row_shapes()
-        summation.prepare(points[0], inputs, shapes)
+            summation.plan(point, inputs)
+        summation.prepare(point, inputs, self._row_shapes())
         return summation
 
     def _some_inputs(self) -> list[Tensor]:
@@ -348,6 +350,7 @@ class _Capture:
             layout.improper(),
             self.runner.drawn,
             dict(self.runner.parameters.supports),
+            {name: dims_of(self.first.nodes[name]) for name in layout.enumerated},
         )
 
     def _all_data(self) -> dict[str, Tensor]:

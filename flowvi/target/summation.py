@@ -52,11 +52,11 @@ class Summation:
         self.jointly, self.values = Places({}, {}), torch.zeros(1, 0, dtype=torch.long)
         self._graphs: dict[str, fx.GraphModule | None] = {}
 
-    def plan(self, points: Sequence[Tensor], inputs: Sequence[Tensor]) -> None:
+    def plan(self, point: Tensor, inputs: Sequence[Tensor]) -> None:
         """Find out which sites have to be summed value by value.
 
         Args:
-            points: Where to compare the sum's terms with runs of the model, (D,) each.
+            point: Where to compare the sum's terms with runs of the model, (D,).
             inputs: What the model takes behind a point.
 
         Raises:
@@ -67,8 +67,7 @@ class Summation:
         while True:
             self._sum_jointly(chosen, reason)
             try:
-                for point in points:
-                    self._compare(point, inputs)
+                self._compare(point, inputs)
                 return
             except Unsummable as error:
                 reason, more = str(error), set(error.sites) or set(self.sites)
@@ -121,9 +120,7 @@ class Summation:
         """The first of the joint values that are summed one by one."""
         return self.jointly.split(self.values[0])
 
-    def varying(
-        self, point: Tensor, inputs: Sequence[Tensor], names: Sequence[str]
-    ) -> set[str]:
+    def varying(self, point: Tensor, inputs: Sequence[Tensor], names: Sequence[str]) -> set[str]:
         """Which of some values in the model differ between values of discrete sites."""
         runs = [
             self.run(point, inputs, self.places.split(row), False)[0].nodes
@@ -151,14 +148,18 @@ class Summation:
         if self.jointly.number > MOST:
             digits = len(str(self.jointly.number))
             many = f"{self.jointly.number:,}" if digits < 10 else f"about 10^{digits - 1}"
-            sites = " and ".join(f"'{n}'" for n in self.jointly.shapes)
+            sites = " and ".join(self._with_plates(n) for n in self.jointly.shapes)
             raise ModelError(
-                f"{reason} {sites} would be summed over {many} joint values, and at most "
-                f"{MOST:,} are. Put what depends on a discrete site into its plates, loop over "
-                "the plate (for i in pyro.plate(...)), or sum the values within the model and add "
-                "the result by pyro.factor."
+                f"{reason} Site {sites} would be summed over {many} joint values, and at most "
+                f"{MOST:,} are. Put what depends on a discrete site into its plates, loop over a "
+                "small plate (for i in pyro.plate(...)), or sum the values within the model and "
+                "add the result by pyro.factor."
             )
         self.values = self.jointly.all()
+
+    def _with_plates(self, name: str) -> str:
+        plates = [f"'{frame.name}'" for frame in self.sites[name]["cond_indep_stack"]]
+        return f"'{name}'" + (f" in plate {' and '.join(plates)}" if plates else "")
 
     def _compare(self, point: Tensor, inputs: Sequence[Tensor]) -> None:
         """Compare the terms of the sum with runs in which each discrete site has one value."""
