@@ -223,7 +223,7 @@ def _sum_of(
     component: Sequence[Factor], owners: Mapping[str, Sites], own: Mapping[str, Tensor] | None
 ) -> Tensor:
     """Logarithm of the sum over the discrete sites of one component, times its scale."""
-    scale = torch.ones(()) if own is not None else _scale_of(component)
+    scale: Packed = torch.ones(()) if own is not None else _scale_of(component)
     symbols = {symbol for f in component for symbol in f.carried}
     added = [owners[s] for s in sorted(symbols) if own and owners[s]["name"] in own]
     plates = [f.plates for f in component] + [_plates(site) for site in added]
