@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 
 from flowvi.target.bijections import site_bijection
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import is_deterministic
+from flowvi.target.handlers import innermost, is_reparametrised, mask_of, observes
 
 FINITE_DISCRETE = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical, dist.Binomial)
 SAMPLE_EVERY_SITE = (
@@ -66,6 +66,12 @@ class Known(Messenger):
                 f"Site '{name}' samples from a {came} of {type(fn).__module__}; it needs a "
                 "distribution of pyro.distributions, such as dist.Normal(0.0, 1.0)."
             )
+        if msg["infer"].get("_do_not_trace"):
+            raise ModelError(
+                f"Site '{name}' draws random numbers that Pyro keeps out of the density, as "
+                "ConjugateReparam does: there is no density to fit. Leave that reparametrisation "
+                "out."
+            )
 
 
 def is_latent(site: Mapping[str, Any]) -> bool:
@@ -89,8 +95,11 @@ def valued(trace: poutine.Trace) -> list[dict[str, Any]]:
 
 
 def scored(trace: poutine.Trace) -> list[dict[str, Any]]:
-    """Sites that contribute to the log joint."""
-    return [site for site in valued(trace) if not is_deterministic(site)]
+    """Sites that contribute to the log joint.
+
+    A reparametrised site may: some reparametrisations leave a part of its density with it.
+    """
+    return [site for site in valued(trace) if not site["infer"].get("_deterministic")]
 
 
 def _guided(trace: poutine.Trace) -> dict[str, Any]:
@@ -105,6 +114,7 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
         if is_enumerated(site) and not site["fn"].has_enumerate_support:
             raise ModelError(_discrete(name, site["fn"]))
     sites = _guided(trace)
+    reparametrised(trace)
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
@@ -122,13 +132,6 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     return sites
 
 
-def innermost(fn: Any) -> Any:
-    """The distribution in wrappers of it."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 def _discrete(name: str, fn: Any) -> str:
     base = innermost(fn)
     kind = type(base).__name__
@@ -143,6 +146,20 @@ def _discrete(name: str, fn: Any) -> str:
             "is negative binomial, say), or put a continuous relaxation in its place."
         )
     return f"Site '{name}' is discrete ({kind}); a guide needs a density on R^D. {cure}"
+
+
+def reparametrised(trace: poutine.Trace) -> None:
+    """Refuse reparametrisations of observed sites whose density would lack a Jacobian."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not is_reparametrised(site):
+            continue
+        parts = [s for s in valued(trace) if s["name"].startswith(f"{name}_") and observes(s)]
+        if parts and mask_of(site) is False:
+            raise ModelError(
+                f"Site '{name}' is observed and reparametrised (site '{parts[0]['name']}'): Pyro "
+                "reparametrises latent sites in this way only, because the density of data would "
+                f"lack the Jacobian. Leave '{name}' out of poutine.reparam."
+            )
 
 
 def is_model(model: Any, name: str) -> None:

@@ -166,9 +166,32 @@ def is_improper(fn: Any) -> bool:
     return isinstance(fn, dist.ImproperUniform)
 
 
+def innermost(fn: Any) -> Any:
+    """The distribution in wrappers of it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def is_deterministic(site: Mapping[str, Any]) -> bool:
-    """Whether a site was made by `pyro.deterministic`."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a site's value is computed from others: by `pyro.deterministic` or a `reparam`."""
+    return bool(site["infer"].get("_deterministic")) or is_reparametrised(site)
+
+
+def is_reparametrised(site: Mapping[str, Any]) -> bool:
+    """Whether `poutine.reparam` put other sites in the place of a site.
+
+    Pyro then makes it an observed Delta whose point is the value itself.
+    """
+    if not site["is_observed"] or site["infer"].get("_deterministic"):
+        return False
+    fn = innermost(site["fn"])
+    return isinstance(fn, dist.Delta) and _is_view(fn.v, site["value"])
+
+
+def _is_view(a: Tensor, b: Any) -> bool:
+    """Whether a is b, or was expanded from it, as a plate does with what is sampled in it."""
+    return a is b or (isinstance(b, Tensor) and bool(torch._C._is_alias_of(a, b)))
 
 
 def observes(site: Mapping[str, Any]) -> bool:

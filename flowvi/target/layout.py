@@ -14,7 +14,13 @@ from torch import Size, Tensor
 from flowvi.target import checks
 from flowvi.target.bijections import bijection_of, support_of
 from flowvi.target.facts import Site
-from flowvi.target.handlers import is_deterministic, is_improper, observes
+from flowvi.target.handlers import (
+    innermost,
+    is_deterministic,
+    is_improper,
+    is_reparametrised,
+    observes,
+)
 
 
 @dataclass
@@ -31,6 +37,7 @@ class Layout:
         plates: Plate -> its size.
         nesting: How many plates lie within each other.
         enumerated: Discrete latents that are summed out.
+        improper: Latents whose prior has no integral.
     """
 
     latents: dict[str, Any]
@@ -42,10 +49,7 @@ class Layout:
     plates: dict[str, int]
     nesting: int
     enumerated: tuple[str, ...]
-
-    def improper(self) -> tuple[str, ...]:
-        """Latents whose prior has no integral."""
-        return tuple(name for name, site in self.latents.items() if is_improper(site["fn"]))
+    improper: tuple[str, ...]
 
 
 def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
@@ -70,6 +74,16 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
         plates,
         max((-f.dim for f in frames), default=0),
         tuple(name for name, site in nodes.items() if checks.is_enumerated(site)),
+        tuple(n for n, s in latents.items() if is_improper(s["fn"]) and not _is_part(n, nodes)),
+    )
+
+
+def _is_part(name: str, nodes: Mapping[str, Any]) -> bool:
+    """Whether a site is one that a `reparam` made, and whose density lies with the original."""
+    return any(
+        name.startswith(f"{other}_") and bool((innermost(site["fn"]).log_density != 0).any())
+        for other, site in nodes.items()
+        if is_reparametrised(site)
     )
 
 

@@ -15,7 +15,17 @@ LIBRARIES = tuple(
     f"{Path(file).parent}/"
     for file in (torch.__file__, pyro.__file__, opt_einsum.__file__, str(Path(__file__).parent))
 )
+# Frames in these ones only carry out what other code asks of tensors.
+NOT_CALLING = tuple(f"{Path(file).parent}/" for file in (torch.__file__, str(Path(__file__).parent)))
 STANDARD = f"{Path(contextlib.__file__).parent}/"
+
+
+def in_assertion() -> bool:
+    """Whether the code that called torch is an `assert`, which decides about no value."""
+    for frame in reversed(traceback.extract_stack()):
+        if not frame.filename.startswith(NOT_CALLING):
+            return (frame.line or "").startswith("assert ")
+    return False
 
 
 def user_line() -> str:

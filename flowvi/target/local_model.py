@@ -19,7 +19,7 @@ from flowvi.target.batched import Batched
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture, capture_values
 from flowvi.target.facts import Facts, Functions, ModelError, Site
-from flowvi.target.handlers import FromVector, ToVector, is_improper
+from flowvi.target.handlers import FromVector, ToVector, is_reparametrised
 from flowvi.target.layout import Layout, layout_of
 from flowvi.target.local import LocalFacts, LocalTarget, RowFunctions
 from flowvi.target.local_rows import Batch
@@ -150,8 +150,8 @@ class _LocalCapture:
             rest = [s["log_prob_sum"] for s in checks.scored(trace) if not self._is_local(s)]
             total = enumeration.log_joint(trace) - sum(rest) + handler.ladj
             return torch.stack([total, 0.0 * handler.ladj])
-        prior = [s["log_prob_sum"] for s in local if s["name"] in self.local.sites]
-        likelihood = [s["log_prob_sum"] for s in local if s["name"] not in self.local.sites]
+        prior = [s["log_prob_sum"] for s in local if self._is_prior(s)]
+        likelihood = [s["log_prob_sum"] for s in local if not self._is_prior(s)]
         return torch.stack(
             [sum(likelihood, 0.0 * handler.ladj), sum(prior[1:], prior[0]) + handler.ladj]
         )
@@ -170,7 +170,7 @@ class _LocalCapture:
                 if len(rows) != len(z):
                     raise ModelError(f"Site '{site['name']}' has {len(rows)} densities.")
                 rows = rows.reshape(len(z), -1).sum(-1)
-                if site["name"] in self.local.sites:
+                if self._is_prior(site):
                     prior = prior + rows
                 else:
                     likelihood = likelihood + rows
@@ -246,6 +246,10 @@ class _LocalCapture:
 
     def _is_local(self, site: Mapping[str, Any]) -> bool:
         return any(f.name == self.plate for f in site.get("cond_indep_stack", ()))
+
+    def _is_prior(self, site: Mapping[str, Any]) -> bool:
+        """Whether a density is a latent's, or was left with the site that it was made from."""
+        return site["name"] in self.local.sites or is_reparametrised(site)
 
     def _axis(self, site: Mapping[str, Any]) -> int:
         """The axis of the plate in a site's value, from the left."""
@@ -331,7 +335,7 @@ class _LocalCapture:
             layout.slices,
             self._common_deterministics(),
             dims={name: layout.dims[name] for name in names},
-            improper=tuple(n for n, s in layout.latents.items() if is_improper(s["fn"])),
+            improper=layout.improper,
         )
         functions = Functions(self._common_values, self._common_inverse)
         return Target(facts, Density(batched, frozen=not own), functions, trial, self.own)

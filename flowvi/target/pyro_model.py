@@ -273,7 +273,7 @@ class _Capture:
             observed,
             constants,
             dims,
-            layout.improper(),
+            layout.improper,
             self.runner.drawn,
             dict(self.runner.parameters.supports),
         )
