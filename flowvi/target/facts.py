@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from flowvi.target.batched import PointFunction
+from flowvi.target.imputed import Missing
 
 # Draws the data given latent values, or everything where those are None: (values, n, seed).
 Simulator = Callable[[Mapping[str, np.ndarray] | None, int, int], dict[str, np.ndarray]]
@@ -58,6 +59,7 @@ class Facts:
         improper: Sites whose prior has no integral.
         subsampled: Plates that are subsampled: size and batch size.
         parameters: Parameters of the model itself, with the constraints on their values.
+        missing: Elements that are latent where observations have others.
     """
 
     name: str
@@ -70,10 +72,12 @@ class Facts:
     improper: tuple[str, ...] = ()
     subsampled: dict[str, tuple[int, int]] = field(default_factory=dict)
     parameters: dict[str, Constraint] = field(default_factory=dict)
+    missing: tuple[Missing, ...] = ()
 
     def sizes(self) -> str:
         """How many columns of z each site has, in words."""
-        return ", ".join(f"{name} {s.stop - s.start}" for name, s in self.slices.items())
+        columns = {name: s.stop - s.start for name, s in self.slices.items()}
+        return ", ".join(f"{name} {n}" for name, n in columns.items() if name in self.sites)
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Number
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from flowvi.target.bijections import bijection_of, site_bijection
 from flowvi.target.facts import ModelError
+from flowvi.target.imputed import OBSERVED, Missing, imputed
 from flowvi.target.parameters import Parameters
 
 
@@ -53,23 +54,12 @@ class Owned(Messenger):
                 self.drawn[name] = (fn.size, batch)
                 if name in self.rows:
                     msg["value"], msg["done"] = self.rows[name], True
-        elif self._is_imputed(msg):
-            # Rows that were observed are auxiliary here: give them the density that makes
-            # them integrate to one, so that they neither count nor wander off.
+        elif is_imputed(msg, self.data) and msg["infer"].get("enumerate") == "parallel":
+            # Rows that were observed are auxiliary: with a density they sum to one.
             msg["mask"] = None
         elif observes(msg):
             self.data[name] = _as_data(name, msg["value"])
             msg["value"] = _scorable(self.data[name], msg)
-
-    def _is_imputed(self, site: Mapping[str, Any]) -> bool:
-        """Whether a site holds the missing rows of an observation with `obs_mask`."""
-        base = site["name"].removesuffix("_unobserved")
-        return (
-            not site["is_observed"]
-            and isinstance(site["mask"], Tensor)
-            and base != site["name"]
-            and f"{base}_observed" in self.data
-        )
 
 
 class Prior(Messenger):
@@ -102,6 +92,7 @@ class FromVector(Messenger):
         z: The vector, (D,).
         slices: Columns of each site.
         shapes: Unconstrained shape of each site.
+        missing: Sites of which only some elements are latent.
 
     Attributes:
         ladjs: Log Jacobian of each site, by its batch shape.
@@ -109,10 +100,15 @@ class FromVector(Messenger):
     """
 
     def __init__(
-        self, z: Tensor, slices: Mapping[str, slice], shapes: Mapping[str, Sequence[int]]
+        self,
+        z: Tensor,
+        slices: Mapping[str, slice],
+        shapes: Mapping[str, Sequence[int]],
+        missing: Mapping[str, Missing] | None = None,
     ) -> None:
         super().__init__()
         self.z, self.slices, self.shapes = z, slices, shapes
+        self.missing = missing or {}
         self.ladj: Tensor = z.new_zeros(())
         self.ladjs: dict[str, Tensor] = {}
 
@@ -122,8 +118,11 @@ class FromVector(Messenger):
             return
         transform = bijection_of(msg["fn"])
         u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
+        part = self.missing.get(name)
+        u = part.spread(u) if part else u
         value = transform(u)
-        self.ladjs[name] = transform.log_abs_det_jacobian(u, value)
+        ladj = transform.log_abs_det_jacobian(u, value)
+        self.ladjs[name] = part.only(ladj) if part else ladj
         self.ladj = self.ladj + self.ladjs[name].sum()
         msg["value"], msg["done"] = value, True
 
@@ -133,18 +132,26 @@ class ToVector(Messenger):
 
     Args:
         values: Value of every latent site.
+        missing: Sites of which only some elements are latent.
     """
 
-    def __init__(self, values: Mapping[str, Tensor]) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], missing: Mapping[str, Missing] | None = None
+    ) -> None:
         super().__init__()
         self.values = values
+        self.missing = missing or {}
         self.pieces: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
-        if name in self.values:
-            msg["value"], msg["done"] = self.values[name], True
-            self.pieces[name] = bijection_of(msg["fn"]).inv(self.values[name]).reshape(-1)
+        part = self.missing.get(name)
+        # One without any latent element is in none of the values.
+        value = part.like if part and name not in self.values else self.values.get(name)
+        if value is not None:
+            msg["value"], msg["done"] = value, True
+            u = bijection_of(msg["fn"]).inv(value)
+            self.pieces[name] = (part.pick(u) if part else u).reshape(-1)
 
 
 class Unseen(Messenger):
@@ -157,6 +164,12 @@ class Unseen(Messenger):
             and not isinstance(msg["fn"], dist.Unit)
         ):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
+
+
+def is_imputed(site: Mapping[str, Any], data: Collection[str]) -> bool:
+    """Whether a site holds the missing rows of an observation with `obs_mask`."""
+    name = imputed(site)
+    return name is not None and f"{name}{OBSERVED}" in data
 
 
 def is_improper(fn: Any) -> bool:

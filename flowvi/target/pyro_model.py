@@ -122,7 +122,7 @@ class _Capture:
         scores.site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
         _warn_if_data_are_missing(runner, self.data, name)
         self.parameters = runner.parameters.leaves
-        self.reported = [*self.layout.latents, *self._deterministics()]
+        self.reported = [*self.layout.sites, *self._deterministics()]
 
     def target(self, replace: bool = False) -> Target:
         """Find points, capture the density and put the target together.
@@ -164,7 +164,7 @@ class _Capture:
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
         with own_randomness(0):
             nodes = runner.prior(validate=False)[0].nodes
-        return {name: nodes[name] for name in self.layout.sites if name in nodes}
+        return {name: nodes[name] for name in self.layout.latents if name in nodes}
 
     def _on(self, runner: Runner) -> Target:
         """The same model on other arguments."""
@@ -203,7 +203,8 @@ class _Capture:
     def _values(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         trace = self._trace(self._from_vector(z), inputs)
         # A deterministic value may not depend on z, or be a number.
-        return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
+        values = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
+        return self.layout.latent(values)
 
     def _latents(self, z: Tensor, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         handler = self._from_vector(z)
@@ -211,7 +212,8 @@ class _Capture:
         return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        handler = ToVector(split(flat, self.layout.sites))
+        values = self.layout.whole(split(flat, self.layout.sites))
+        handler = ToVector(values, self.layout.missing)
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
 
@@ -232,7 +234,7 @@ class _Capture:
         return trace
 
     def _from_vector(self, z: Tensor) -> FromVector:
-        return FromVector(z, self.layout.slices, self.layout.shapes)
+        return FromVector(z, self.layout.slices, self.layout.shapes, self.layout.missing)
 
     # Facts.
 
@@ -276,6 +278,7 @@ class _Capture:
             layout.improper,
             self.runner.drawn,
             dict(self.runner.parameters.supports),
+            tuple(part for name, part in layout.missing.items() if name in layout.sites),
         )
 
     def _all_data(self) -> dict[str, Tensor]:
@@ -308,8 +311,9 @@ class _Capture:
         return points
 
     def _unconstrained(self, trace: poutine.Trace) -> Tensor:
-        sites = [trace.nodes[name] for name in self.layout.latents]
-        return torch.cat([bijection_of(s["fn"]).inv(s["value"]).reshape(-1) for s in sites])
+        sites = {name: trace.nodes[name] for name in self.layout.latents}
+        found = {n: bijection_of(s["fn"]).inv(s["value"]) for n, s in sites.items()}
+        return torch.cat([u.reshape(-1) for u in self.layout.latent(found).values()])
 
 
 def _warn_if_data_are_missing(runner: Runner, data: dict[str, Tensor], name: str) -> None:
