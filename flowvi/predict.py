@@ -62,6 +62,10 @@ class Prediction:
         lines += [f"  {name:<16} {value.shape[2:]}" for name, value in self.values.items()]
         for name in self.log_likelihood:
             found = self.log_density(name)
+            # Rows behind a mask have a density of one whatever is drawn.
+            found = found[(self.log_likelihood[name] != 0).any(axis=(0, 1))]
+            if not found.size:
+                continue
             lines.append(
                 f"  {name}: log predictive density {found.sum():.2f} of {found.size} rows, "
                 f"{found.mean():.3f} a row"

@@ -16,7 +16,9 @@ LIBRARIES = tuple(
     for file in (torch.__file__, pyro.__file__, opt_einsum.__file__, str(Path(__file__).parent))
 )
 # Frames in these ones only carry out what other code asks of tensors.
-NOT_CALLING = tuple(f"{Path(file).parent}/" for file in (torch.__file__, str(Path(__file__).parent)))
+NOT_CALLING = tuple(
+    f"{Path(file).parent}/" for file in (torch.__file__, str(Path(__file__).parent))
+)
 STANDARD = f"{Path(contextlib.__file__).parent}/"
 
 
