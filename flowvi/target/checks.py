@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,7 +16,15 @@ from pyro.poutine.subsample_messenger import _Subsample
 
 from flowvi.target.bijections import site_bijection
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import innermost, is_reparametrised, mask_of, observes
+from flowvi.target.handlers import (
+    has_density,
+    innermost,
+    is_improper,
+    is_reparametrised,
+    mask_of,
+    observes,
+)
+from flowvi.target.imputed import missing_of
 
 FINITE_DISCRETE = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical, dist.Binomial)
 SAMPLE_EVERY_SITE = (
@@ -115,6 +123,7 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
             raise ModelError(_discrete(name, site["fn"]))
     sites = _guided(trace)
     reparametrised(trace)
+    masked_latents(trace)
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
@@ -146,6 +155,48 @@ def _discrete(name: str, fn: Any) -> str:
             "is negative binomial, say), or put a continuous relaxation in its place."
         )
     return f"Site '{name}' is discrete ({kind}); a guide needs a density on R^D. {cure}"
+
+
+def masked(name: str, what: str, statement: str) -> str:
+    """Why a latent site behind a mask has no distribution, and what to do.
+
+    Args:
+        name: The site.
+        what: What the mask covers of it.
+        statement: What the model samples.
+    """
+    return (
+        f"Site '{name}' is latent, and a mask covers {what}: a mask takes the prior away from what "
+        "it covers, which leaves it without a distribution. Mask the observed sites alone: sample "
+        f"'{statement}' outside of poutine.mask and without .mask, so that it keeps its prior, or drop "
+        "the masked rows."
+    )
+
+
+def masked_latents(trace: poutine.Trace) -> None:
+    """Refuse latent sites whose prior a mask takes away."""
+    if any(is_reparametrised(s) and has_density(s) for s in valued(trace)):
+        return  # their density may lie with another site
+    for name, site in _guided(trace).items():
+        if is_improper(site["fn"]) or missing_of(site, trace.nodes):
+            continue
+        for mask, batch in _masks(site):
+            covered = ~torch.as_tensor(mask, dtype=torch.bool).expand(batch)
+            n, all_of = int(covered.sum()), covered.numel()
+            if n:
+                what = "it" if all_of == 1 else f"{n} of its {all_of} values"
+                raise ModelError(masked(name, what, name))
+
+
+def _masks(site: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Size]]:
+    """The masks of a site, of the blocks around it and of its distribution, and their shapes."""
+    fn = site["fn"]
+    if site["mask"] is not None:
+        yield site["mask"], site["value"].shape[: site["value"].dim() - fn.event_dim]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            yield fn._mask, fn.batch_shape
+        fn = fn.base_dist
 
 
 def reparametrised(trace: poutine.Trace) -> None:

@@ -202,6 +202,11 @@ def is_reparametrised(site: Mapping[str, Any]) -> bool:
     return isinstance(fn, dist.Delta) and _is_view(fn.v, site["value"])
 
 
+def has_density(site: Mapping[str, Any]) -> bool:
+    """Whether a reparametrisation left a part of the density with the original site."""
+    return bool((innermost(site["fn"]).log_density != 0).any())
+
+
 def _is_view(a: Tensor, b: Any) -> bool:
     """Whether a is b, or was expanded from it, as a plate does with what is sampled in it."""
     return a is b or (isinstance(b, Tensor) and bool(torch._C._is_alias_of(a, b)))

@@ -25,12 +25,14 @@ class Missing:
         keep: Which elements are latent, (*batch).
         like: The site's value in one run, (*batch, *event): the constant.
         dims: A name for each axis of the batch.
+        unread: The unconstrained number that stands for elements that are not latent.
     """
 
     name: str
     keep: Tensor
     like: Tensor
     dims: tuple[str, ...]
+    unread: float = 0.0
 
     @property
     def places(self) -> Tensor:
@@ -55,8 +57,8 @@ class Missing:
         return self._put(part, rest.expand(*part.shape[:lead], *rest.shape), lead)
 
     def spread(self, part: Tensor) -> Tensor:
-        """All elements, zero where they are not latent: (n, *any) -> (*batch, *any)."""
-        return self._put(part, part.new_zeros(*self.keep.shape, *part.shape[1:]), 0)
+        """Unconstrained numbers of all elements: (n, *any) -> (*batch, *any)."""
+        return self._put(part, part.new_full((*self.keep.shape, *part.shape[1:]), self.unread), 0)
 
     def only(self, terms: Tensor) -> Tensor:
         """Terms of all elements, (*batch), zero where they are not latent."""

@@ -15,7 +15,7 @@ from flowvi.target import checks
 from flowvi.target.bijections import bijection_of, support_of
 from flowvi.target.facts import Site
 from flowvi.target.handlers import (
-    innermost,
+    has_density,
     is_deterministic,
     is_improper,
     is_reparametrised,
@@ -104,9 +104,8 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
 def _is_part(name: str, nodes: Mapping[str, Any]) -> bool:
     """Whether a site is one that a `reparam` made, and whose density lies with the original."""
     return any(
-        name.startswith(f"{other}_") and bool((innermost(site["fn"]).log_density != 0).any())
+        name.startswith(f"{other}_") and is_reparametrised(site) and has_density(site)
         for other, site in nodes.items()
-        if is_reparametrised(site)
     )
 
 

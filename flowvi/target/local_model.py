@@ -29,6 +29,8 @@ from flowvi.target.runner import Runner
 from flowvi.target.vectors import finite_points, nearby, split
 
 RUNS = 3
+# Rows among which latents without a prior are looked for.
+ROWS = 1000
 
 
 def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
@@ -81,6 +83,9 @@ class _LocalCapture:
         self.axes = {site["name"]: self._axis(site) for site in valued}
         scores.observations(self.first, self.data)
         scores.score(self.first)
+        some = rows.arguments.batch(range(min(rows.arguments.size, ROWS)))
+        with own_randomness(0):
+            checks.masked_latents(rows.prior(some.data, validate=False)[0])
 
     def target(self) -> LocalTarget:
         """Find points, capture the densities and put the target together."""

@@ -133,6 +133,7 @@ class _Capture:
         batches = [list(batch.values()) for _, batch in rows.cover(self.runner.drawn)]
         inputs = [[*self.parameters.values(), *batch] for batch in batches]
         trial = Trial(self._points(inputs[0]), inputs[0], inputs[1:2])
+        self._check_unread(trial)
         facts = self._facts()
         simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
         data = dict(facts.observed) if replace else {}
@@ -309,6 +310,19 @@ class _Capture:
         if points is None:
             raise ModelError(scores.where_not_finite(last[0], TRIES, self.runner.arguments()))
         return points
+
+    def _check_unread(self, trial: Trial) -> None:
+        """Refuse a density that reads values which are neither latent nor observed."""
+        own = self.layout.missing
+        for name, part in own.items():
+            found = []
+            for number in (part.unread, 1.0):
+                self.layout.missing = {**own, name: replace(part, unread=number)}
+                with torch.no_grad():
+                    found.append(self._log_prob(trial.points[0], *trial.inputs))
+            self.layout.missing = own
+            if not agree(found[:1], found[1:]):
+                raise ModelError(checks.masked(name, "values that are missing", part.name))
 
     def _unconstrained(self, trace: poutine.Trace) -> Tensor:
         sites = {name: trace.nodes[name] for name in self.layout.latents}
