@@ -168,8 +168,8 @@ def masked(name: str, what: str, statement: str) -> str:
     return (
         f"Site '{name}' is latent, and a mask covers {what}: a mask takes the prior away from what "
         "it covers, which leaves it without a distribution. Mask the observed sites alone: sample "
-        f"'{statement}' outside of poutine.mask and without .mask, so that it keeps its prior, or drop "
-        "the masked rows."
+        f"'{statement}' outside of poutine.mask and without .mask, so that it keeps its prior, or "
+        "drop the masked rows."
     )
 
 

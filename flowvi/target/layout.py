@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -164,10 +163,3 @@ def constant_dims(name: str, t: Tensor, plates: Mapping[str, int]) -> tuple[str,
         known = len(fitting) == 1 and fitting[0] not in dims
         dims.append(fitting[0] if known else f"{name}_dim_{i}")
     return tuple(dims)
-
-
-def name_of(model: Any) -> str:
-    """What to call a model in messages and results."""
-    while isinstance(model, functools.partial):
-        model = model.func
-    return getattr(model, "__name__", type(model).__name__)

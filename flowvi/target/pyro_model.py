@@ -22,9 +22,10 @@ from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Simulator
 from flowvi.target.handlers import FromVector, ToVector, store_aside
-from flowvi.target.layout import constant_dims, constants_of, layout_of, name_of
+from flowvi.target.layout import constant_dims, constants_of, layout_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
+from flowvi.target.naming import name_of
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator

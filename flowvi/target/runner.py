@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +15,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flowvi.target import checks, scores
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import Owned, Prior, as_tensor, quiet, run
+from flowvi.target.naming import signature_of
 from flowvi.target.parameters import Parameters
 from flowvi.target.samplers import RightSamples
 
@@ -57,7 +57,7 @@ class Runner:
     def arguments(self) -> dict[str, Any]:
         """What the model is called with, by name, defaults included; empty if that is unknown."""
         try:
-            bound = inspect.signature(self.model).bind(*self.args, **self.kwargs)
+            bound = signature_of(self.model).bind(*self.args, **self.kwargs)
         except (TypeError, ValueError):
             return {}
         bound.apply_defaults()
