@@ -21,6 +21,7 @@ from flowvi.target.bijections import bijection_of, site_bijection
 from flowvi.target.facts import ModelError
 from flowvi.target.imputed import OBSERVED, Missing, imputed
 from flowvi.target.parameters import Parameters
+from flowvi.target.tabular import as_tensor, cure, kind_of
 
 
 class Owned(Messenger):
@@ -282,32 +283,20 @@ def run(
     return poutine.trace(model).get_trace(*args, **kwargs)
 
 
-def as_tensor(value: Any) -> Any:
-    """An array of numbers, or a column of a table, as a tensor; all else as it is."""
-    array = value.to_numpy() if _is_column(value) else value
-    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
-        # Torch warns of an array that cannot be written to, and takes no negative strides.
-        return torch.as_tensor(np.require(array, requirements=["C", "W"]))
-    return value
-
-
-def _is_column(value: Any) -> bool:
-    """Whether a value is a column of a pandas or polars table."""
-    kind = type(value)
-    return kind.__name__ == "Series" and kind.__module__.split(".")[0] in ("pandas", "polars")
-
-
 def _as_data(name: str, given: Any) -> Tensor:
     value = as_tensor(given)
     if isinstance(value, np.generic | Number | list | tuple) and not isinstance(value, str):
         with suppress(TypeError, ValueError):
             value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
+        kind = kind_of(given)
         what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else "a "
         what += "" if isinstance(value, np.ndarray) else type(given).__name__
-        raise ModelError(
-            f"Site '{name}' observes {what}; pass numbers, as a tensor (torch.as_tensor)."
+        what += f" of {kind}" if kind and kind != "table" else ""
+        what += (
+            f"; pass {cure(kind)}." if kind else "; pass numbers, as a tensor (torch.as_tensor)."
         )
+        raise ModelError(f"Site '{name}' observes {what}")
     if value.is_complex():
         raise ModelError(
             f"Site '{name}' observes complex numbers; observe their real and imaginary parts."
