@@ -83,7 +83,8 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
 
     Sites that these arguments bring no data for are drawn given the latents,
     and so are observed ones: what is predicted are new data, not those passed.
-    Data among the arguments are scored. Draws are taken as they are, with equal weights: see
+    Data among the arguments are scored, given these draws. Of a nested fit, the latents of rows
+    are among what is drawn. Draws are taken as they are, with equal weights: see
     `resample` for those of a guide that is not quite right.
 
     Args:

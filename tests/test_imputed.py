@@ -131,7 +131,7 @@ def test_fit_is_that_of_the_observed_rows(fitted):
 
 
 def test_groups_name_the_missing_rows(fitted):
-    y, draws = fitted
+    _, draws = fitted
     idata = flowvi.to_inference_data(draws, prior=3, predictive=5)
     for group in (idata.posterior, idata.prior):
         assert group["y_unobserved"].dims[2:] == ("y_missing",)

@@ -192,6 +192,11 @@ def is_deterministic(site: Mapping[str, Any]) -> bool:
     return bool(site["infer"].get("_deterministic")) or is_reparametrised(site)
 
 
+def is_reported(site: Mapping[str, Any]) -> bool:
+    """Whether a site's value is computed from others, and of interest in every draw of a fit."""
+    return is_deterministic(site) and bool(site["infer"].get("reported", True))
+
+
 def is_reparametrised(site: Mapping[str, Any]) -> bool:
     """Whether `poutine.reparam` put other sites in the place of a site.
 
@@ -290,9 +295,10 @@ def _as_data(name: str, given: Any) -> Tensor:
             value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
         kind = kind_of(given)
-        what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else "a "
-        what += "" if isinstance(value, np.ndarray) else type(given).__name__
-        what += f" of {kind}" if kind and kind != "table" else ""
+        of = f" of {kind}" if kind and kind != "table" else ""
+        what = f"a {type(given).__name__}{of}"
+        if isinstance(value, np.ndarray):
+            what = f"an array of {value.dtype}"
         what += (
             f"; pass {cure(kind)}." if kind else "; pass numbers, as a tensor (torch.as_tensor)."
         )

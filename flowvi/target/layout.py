@@ -18,6 +18,7 @@ from flowvi.target.handlers import (
     is_deterministic,
     is_improper,
     is_reparametrised,
+    is_reported,
     observes,
 )
 from flowvi.target.imputed import Missing, missing_of
@@ -89,7 +90,7 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
         sites,
         slices,
         shapes,
-        tuple(name for name, site in nodes.items() if is_deterministic(site)),
+        tuple(name for name, site in nodes.items() if is_reported(site)),
         {name: dims_of(site) for name, site in values.items()}
         | {name: site.dims for name, site in sites.items()},
         plates,

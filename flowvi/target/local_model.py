@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from flowvi.randomness import own_randomness
 from flowvi.target import checks, enumeration, scores
+from flowvi.target.again import rerunner
 from flowvi.target.base import Target
 from flowvi.target.batched import Batched
 from flowvi.target.bijections import bijection_of
@@ -33,25 +34,31 @@ RUNS = 3
 ROWS = 1000
 
 
-def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
+def from_local_model(
+    runner: Runner, name: str, plate: str, again: Callable[[str, Runner], Target]
+) -> LocalTarget:
     """Capture a model whose sites in a plate are local.
 
     Args:
         runner: The model with its arguments, all rows of them.
         name: What to call it.
         plate: Name of the plate.
+        again: Captures the model with all its latents in one vector, on other arguments.
 
     Raises:
         ModelError: There is no such plate, or its rows do not stand for themselves.
     """
-    return _LocalCapture(Rows.of(runner, name, plate), name, plate).target()
+    rows = Rows.of(runner, name, plate)
+    return _LocalCapture(rows, name, plate, functools.partial(again, name)).target()
 
 
 class _LocalCapture:
     """One model with local latents on its way to a target."""
 
-    def __init__(self, rows: Rows, name: str, plate: str) -> None:
-        self.rows, self.name, self.plate = rows, name, plate
+    def __init__(
+        self, rows: Rows, name: str, plate: str, again: Callable[[Runner], Target]
+    ) -> None:
+        self.rows, self.name, self.plate, self.again = rows, name, plate, again
         self.first_row = rows.arguments.batch([0]).data
         try:
             with pyro.get_param_store().scope():
@@ -342,7 +349,9 @@ class _LocalCapture:
             dims={name: layout.dims[name] for name in names},
             improper=layout.improper,
         )
-        functions = Functions(self._common_values, self._common_inverse)
+        # There are no draws of the latents of rows: other rows draw their own.
+        rerun = rerunner(self.rows.runner, layout, self.again)
+        functions = Functions(self._common_values, self._common_inverse, rerun=rerun)
         return Target(facts, Density(batched, frozen=not own), functions, trial, self.own)
 
     def _columns(self) -> dict[str, int]:

@@ -72,7 +72,7 @@ def from_pyro(
     checks.is_model(model, name_of(model))
     with own_randomness(0):
         if local is not None:
-            return from_local_model(Runner(model, args, kwargs), name_of(model), local)
+            return from_local_model(Runner(model, args, kwargs), name_of(model), local, _on)
         target = _Capture(Runner(model, args, kwargs), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target
@@ -142,7 +142,7 @@ class _Capture:
             trial = self._with_data(trial, data, simulate)
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
-        again = rerunner(self.runner, self.layout, self._on)
+        again = rerunner(self.runner, self.layout, partial(_on, self.name))
         return Target(
             facts,
             Density(batched, frozen=not self.parameters),
@@ -167,11 +167,6 @@ class _Capture:
         with own_randomness(0):
             nodes = runner.prior(validate=False)[0].nodes
         return {name: nodes[name] for name in self.layout.latents if name in nodes}
-
-    def _on(self, runner: Runner) -> Target:
-        """The same model on other arguments."""
-        with own_randomness(0):
-            return _Capture(runner, self.name).target()
 
     def _with_data(self, trial: Trial, data: Mapping[str, Tensor], simulate: Simulator) -> Trial:
         """The trial with the data as inputs, and with a simulated data set to compare as well."""
@@ -329,6 +324,12 @@ class _Capture:
         sites = {name: trace.nodes[name] for name in self.layout.latents}
         found = {n: bijection_of(s["fn"]).inv(s["value"]) for n, s in sites.items()}
         return torch.cat([u.reshape(-1) for u in self.layout.latent(found).values()])
+
+
+def _on(name: str, runner: Runner) -> Target:
+    """A model on other arguments than those of a fit."""
+    with own_randomness(0):
+        return _Capture(runner, name).target()
 
 
 def _warn_if_data_are_missing(runner: Runner, data: dict[str, Tensor], name: str) -> None:
