@@ -98,10 +98,9 @@ def direction(x):
     pyro.sample("x", dist.Normal(u, 0.3).to_event(1), obs=x)
 
 
-def stable(y):
-    with pyro.plate("row", len(y)):
-        x = pyro.sample("x", dist.Stable(1.5, 0.1, 1.0, 0.0))
-        pyro.sample("y", dist.Normal(x, 1.0), obs=y)
+def relaxed(y):
+    p = pyro.sample("p", dist.RelaxedOneHotCategorical(torch.tensor(0.7), torch.ones(3)))
+    pyro.sample("y", dist.Normal(p, 1.0).to_event(1), obs=y)
 
 
 def strategy(y):
@@ -112,7 +111,7 @@ def strategy(y):
 
 CONFIGS = {
     "projected": (direction, Y[:2].reshape(-1)[:3], {"u": reparam.ProjectedNormalReparam()}, "u"),
-    "stable": (stable, Y[0], {"x": reparam.LatentStableReparam()}, "x"),
+    "relaxed": (relaxed, torch.ones(3), {"p": reparam.GumbelSoftmaxReparam()}, "p"),
     "strategy": (strategy, Y[0], reparam.AutoReparam(centered=0.0), "scale"),
     "cosines": (vector, Y, {"theta": reparam.DiscreteCosineReparam()}, "theta"),
 }

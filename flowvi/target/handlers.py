@@ -155,6 +155,22 @@ class ToVector(Messenger):
             self.pieces[name] = (part.pick(u) if part else u).reshape(-1)
 
 
+class Given(Messenger):
+    """Fix the values of sites; those that are derived from others stay what they are.
+
+    Args:
+        values: Value of each site.
+    """
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self.values = values
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["name"] in self.values and not is_deterministic(msg):
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
+
+
 class Unseen(Messenger):
     """Forget the data, so that they are drawn; values derived from others stay what they are."""
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Unseen, is_imputed, quiet
+from flowvi.target.handlers import Given, Owned, Unseen, is_imputed, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
@@ -147,7 +147,7 @@ class Rows:
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
         """One run in which the data are drawn, and all latents that are not given."""
         runner = self.on(data)
-        free = Owned(runner.parameters)(poutine.condition(Unseen()(runner.model), values))
+        free = Owned(runner.parameters)(Given(values)(Unseen()(runner.model)))
         with quiet(), whole(self.plate, len(data[0]) if data else 1):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 

@@ -16,7 +16,7 @@ from flowvi.target import checks, rows
 from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
-from flowvi.target.handlers import Owned, Unseen, quiet
+from flowvi.target.handlers import Given, Owned, Unseen, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.runner import Runner
 from flowvi.target.samplers import RightSamples
@@ -125,7 +125,7 @@ class ManyRuns:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = Owned(runner.parameters, batch)(poutine.condition(Unseen()(model), values))
+        free = Owned(runner.parameters, batch)(Given(values)(Unseen()(model)))
         last = checks.LastSite()
         try:
             with quiet():
