@@ -56,6 +56,7 @@ class Target(nn.Module):
         self.dims = facts.dims
         self.coords = {part.dim: part.labels({}) for part in facts.missing}
         self.improper = facts.improper
+        self.masked = facts.masked
         self.subsampled = facts.subsampled
         self.dim = trial.points.shape[-1]
         self.density = density

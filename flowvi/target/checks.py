@@ -123,7 +123,6 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
             raise ModelError(_discrete(name, site["fn"]))
     sites = _guided(trace)
     reparametrised(trace)
-    masked_latents(trace)
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
@@ -173,10 +172,11 @@ def masked(name: str, what: str, statement: str) -> str:
     )
 
 
-def masked_latents(trace: poutine.Trace) -> None:
-    """Refuse latent sites whose prior a mask takes away."""
+def masked_latents(trace: poutine.Trace) -> dict[str, str]:
+    """Latent sites whose prior a mask takes away, and why they cannot be fitted."""
+    found: dict[str, str] = {}
     if any(is_reparametrised(s) and has_density(s) for s in valued(trace)):
-        return  # their density may lie with another site
+        return found  # their density may lie with another site
     for name, site in _guided(trace).items():
         if is_improper(site["fn"]) or missing_of(site, trace.nodes):
             continue
@@ -185,7 +185,8 @@ def masked_latents(trace: poutine.Trace) -> None:
             n, all_of = int(covered.sum()), covered.numel()
             if n:
                 what = "it" if all_of == 1 else f"{n} of its {all_of} values"
-                raise ModelError(masked(name, what, name))
+                found[name] = masked(name, what, name)
+    return found
 
 
 def _masks(site: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Size]]:

@@ -60,6 +60,7 @@ class Facts:
         subsampled: Plates that are subsampled: size and batch size.
         parameters: Parameters of the model itself, with the constraints on their values.
         missing: Elements that are latent where observations have others.
+        masked: Latents whose prior a mask takes away, and why they cannot be fitted.
     """
 
     name: str
@@ -73,6 +74,7 @@ class Facts:
     subsampled: dict[str, tuple[int, int]] = field(default_factory=dict)
     parameters: dict[str, Constraint] = field(default_factory=dict)
     missing: tuple[Missing, ...] = ()
+    masked: dict[str, str] = field(default_factory=dict)
 
     def sizes(self) -> str:
         """How many columns of z each site has, in words."""

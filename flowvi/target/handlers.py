@@ -231,7 +231,8 @@ def has_density(site: Mapping[str, Any]) -> bool:
 
 def _is_view(a: Tensor, b: Any) -> bool:
     """Whether a is b, or was expanded from it, as a plate does with what is sampled in it."""
-    return a is b or (isinstance(b, Tensor) and bool(torch._C._is_alias_of(a, b)))
+    aliases: Any = vars(torch._C)["_is_alias_of"]  # not in torch's stubs
+    return a is b or (isinstance(b, Tensor) and bool(aliases(a, b)))
 
 
 def observes(site: Mapping[str, Any]) -> bool:

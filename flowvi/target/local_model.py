@@ -92,7 +92,9 @@ class _LocalCapture:
         scores.score(self.first)
         some = rows.arguments.batch(range(min(rows.arguments.size, ROWS)))
         with own_randomness(0):
-            checks.masked_latents(rows.prior(some.data, validate=False)[0])
+            masked = checks.masked_latents(rows.prior(some.data, validate=False)[0])
+        if masked:
+            raise ModelError(next(iter(masked.values())))
 
     def target(self) -> LocalTarget:
         """Find points, capture the densities and put the target together."""

@@ -276,6 +276,7 @@ class _Capture:
             self.runner.drawn,
             dict(self.runner.parameters.supports),
             tuple(part for name, part in layout.missing.items() if name in layout.sites),
+            checks.masked_latents(self.first),
         )
 
     def _all_data(self) -> dict[str, Tensor]:
