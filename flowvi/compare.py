@@ -157,7 +157,9 @@ def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
             seen[name] = np.sort(np.concatenate(arrays).astype(np.float64))
     first = next(iter(seen), "")
     for name, values in seen.items():
-        same = values.shape == seen[first].shape and np.allclose(values, seen[first], rtol=1e-5)
+        same = values.shape == seen[first].shape and np.allclose(
+            values, seen[first], rtol=1e-5, equal_nan=True
+        )
         if not same:
             raise ValueError(
                 f"'{first}' and '{name}' were fitted to different data: evidences and predictions "

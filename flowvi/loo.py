@@ -11,7 +11,7 @@ from scipy.special import logsumexp
 from flowvi.arguments import known
 from flowvi.diagnostics import khat_threshold
 from flowvi.draws import Draws
-from flowvi.groups import has_group
+from flowvi.groups import has_group, make_groups, to_dataset
 from flowvi.inference_data import to_inference_data
 from flowvi.statistics import loo_record
 
@@ -29,7 +29,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
 
     Pareto-smoothed and normalised to :math:`\tilde r`. `az.loo` takes the second factor for a
     constant, which it is for resampled draws and those of Markov chains alone; for these the
-    result is that of `az.loo`.
+    result is that of `az.loo`. Rows behind a mask are not observed and are left out.
 
     Args:
         source: Draws of a fit, or what `to_inference_data` made of them.
@@ -48,6 +48,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     """
     idata = to_inference_data(source) if isinstance(source, Draws) else source
     name = _site(idata, var_name)
+    idata = _observed(idata, name)
     scores = idata["log_likelihood"][name]
     stats = idata["sample_stats"]
     if "log_weight" not in stats:
@@ -89,6 +90,27 @@ def _psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     found = [psis(row) for row in log_ratios]
     return np.stack([f.log_weights for f in found]), np.array([f.khat for f in found])
+
+
+def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:
+    """Groups without the rows of a site that are masked: their density is one in every draw."""
+    scores = idata["log_likelihood"][name]
+    rows = scores.values.reshape(scores.shape[0] * scores.shape[1], -1)
+    kept = (rows != 0).any(0)
+    if kept.all():
+        return idata
+    if not kept.any():
+        raise ValueError(f"All rows of '{name}' are masked: there is nothing to predict.")
+    dims = scores.dims[2:]
+    # Labels of the rows would be an index of tuples, which no file holds.
+    flat = scores.drop_vars(list(scores.coords)).stack({f"{name}_row": dims}, create_index=False)
+    groups = {
+        group: to_dataset(idata[group])
+        for group in ("posterior", "sample_stats")
+        if has_group(idata, group)
+    }
+    seen = flat.isel({f"{name}_row": kept}).assign_coords({f"{name}_row": kept.nonzero()[0]})
+    return make_groups({**groups, "log_likelihood": seen.to_dataset(name=name)})
 
 
 def _site(idata: az.InferenceData, var_name: str | None) -> str:

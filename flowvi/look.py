@@ -68,8 +68,11 @@ def look(target: Target, seed: int) -> Look:
     """Evaluate a target at draws from its prior, or at random points where it has none.
 
     Raises:
-        ModelError: The log density is finite at none of them, nor at a start point.
+        ModelError: The log density is finite at none of them, nor at a start point; or latents
+            have no distribution.
     """
+    if target.masked:
+        raise ModelError(next(iter(target.masked.values())))
     generator = torch.Generator(device=target.device).manual_seed(seed)
     try:
         values = target.prior(PRIOR_DRAWS, seed)

@@ -62,6 +62,10 @@ class Prediction:
         lines += [f"  {name:<16} {value.shape[2:]}" for name, value in self.values.items()]
         for name in self.log_likelihood:
             found = self.log_density(name)
+            # Rows behind a mask have a density of one whatever is drawn.
+            found = found[(self.log_likelihood[name] != 0).any(axis=(0, 1))]
+            if not found.size:
+                continue
             lines.append(
                 f"  {name}: log predictive density {found.sum():.2f} of {found.size} rows, "
                 f"{found.mean():.3f} a row"
@@ -79,7 +83,8 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
 
     Sites that these arguments bring no data for are drawn given the latents,
     and so are observed ones: what is predicted are new data, not those passed.
-    Data among the arguments are scored. Draws are taken as they are, with equal weights: see
+    Data among the arguments are scored, given these draws. Of a nested fit, the latents of rows
+    are among what is drawn. Draws are taken as they are, with equal weights: see
     `resample` for those of a guide that is not quite right.
 
     Args:

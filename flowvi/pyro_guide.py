@@ -185,6 +185,11 @@ class Transport(Transform):
 
 def _maps_as_pyro(target: Target, name: str, message: Any) -> bool:
     """Whether a site's columns of z are what Pyro makes of its value."""
+    if any(
+        n not in target.sites or m["value"].shape != target.sites[n].shape
+        for n, m in target.messages.items()
+    ):
+        return False  # some elements of a site alone are latent
     theirs = biject_to(message["fn"].support).inv(message["value"]).reshape(-1)
     values = {n: m["value"] for n, m in target.messages.items()}
     with poutine.block():

@@ -94,8 +94,11 @@ def test_networks_predict_in_chunks(batch, monkeypatch):
     monkeypatch.setattr("flowvi.target.again.NUMBERS", 100)
 
     output = flowvi.predict(draws, x)["output"]
-    scores = flowvi.predict(draws, x, y).log_likelihood["y"]
+    scored = flowvi.predict(draws, x, y)
+    scores = scored.log_likelihood["y"]
 
+    np.testing.assert_allclose(scored["output"], output)
+    assert "output" not in draws.values
     weights = {n: torch.as_tensor(draws[n][1, 4]) for n in dict(net.named_parameters())}
     expected = torch.func.functional_call(net, weights, x).squeeze(1)
     np.testing.assert_allclose(output[1, 4], expected.detach())
@@ -158,3 +161,25 @@ def test_a_plain_density_cannot_predict():
 
     with pytest.raises(flowvi.ModelError, match="no arguments to change"):
         flowvi.predict(draws, torch.zeros(2))
+
+
+def test_draws_of_a_nested_fit_predict_rows():
+    """Latents of rows are drawn: y is normal given the shared latent, with both variances."""
+
+    def rows(y):
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    target = flowvi.from_pyro(rows, torch.randn(6), local="row")
+    draws = flowvi.nested(target, inner="fullrank", steps=2).draw(2000)
+    found = flowvi.predict(draws, torch.tensor([0.0, 1.0, 2.0]))
+    assert found["z"].shape == found["y"].shape == (1, 2000, 3)
+    spread = found["y"] - draws["m"][..., None]
+    assert abs(spread.var((0, 1)) - 2).max() < 5 * 2 * (2 / 2000) ** 0.5
+    expected = norm.logpdf([0.0, 1.0, 2.0], draws["m"][..., None], 2**0.5)
+    given = found.log_likelihood["y"][0]
+    exact = np.log(np.exp(expected).mean((0, 1)))
+    error = np.exp(given).std(0) / np.exp(given).mean(0) / 2000**0.5
+    assert (abs(found.log_density("y") - exact) < 5 * error).all()

@@ -10,6 +10,7 @@ from functools import reduce
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -28,9 +29,9 @@ class Bayesian:
 
     Called with inputs x, a tensor or a tuple of tensors whose first axis is the
     rows, and data y. The sites are the weights, by their names in the module, those of the
-    likelihood, and "y" in the plate "row". Without y, data are drawn, and
-    "output" is reported: the network's output, (rows, *outputs). A single output
-    is a number a row, and so is a single column of y.
+    likelihood, and "y" in the plate "row". Without y, data are drawn.
+    `predict` reports "output" as well: the network's output, (rows, *outputs). A single
+    output is a number a row, and so is a single column of y.
 
     Args:
         module: The network.
@@ -61,8 +62,11 @@ class Bayesian:
             output = output.squeeze(1)
         fn = self._given(output)
         with plate:
-            if y is None:
+            # Of the data of a fit, it would be as many numbers a draw as there are rows.
+            reported = poutine.infer_config(config_fn=lambda _: {"reported": y is None})
+            with reported:
                 pyro.deterministic("output", output, event_dim=output.dim() - 1)
+            if y is None:
                 seen = None
             else:
                 seen = _fitting(y, fn, rows)

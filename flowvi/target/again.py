@@ -15,6 +15,7 @@ from flowvi.target import checks, rows
 from flowvi.target.base import Target
 from flowvi.target.facts import ModelError, Rerun
 from flowvi.target.handlers import is_deterministic, observes
+from flowvi.target.imputed import Missing, missing_of
 from flowvi.target.layout import Layout, dims_of
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import CHUNK, ManyRuns
@@ -40,27 +41,47 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]
         new = Runner(runner.model, args, kwargs, runner.parameters)
         with own_randomness(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
-            values = _values(given, layout, trace, runner.dtype)
-            drawn = _drawn(new, trace, values)
+            missing = _missing(trace)
+            values = _values(given, layout, trace, missing, runner.dtype)
+            drawn = _drawn(new, trace, values, missing)
         scores: Arrays = {}
         if data:
             target = capture(new)
-            fixed = {name: values[name] for name in target.sites if name in values}
-            scores = _scores(target, fixed)
+            known = {n: missing[n].pick(v, 1) if n in missing else v for n, v in values.items()}
+            known |= {n: torch.as_tensor(v) for n, v in drawn.items() if n not in known}
+            scores = _scores(target, {name: known[name] for name in target.sites})
         return drawn, scores
 
     return rerun
 
 
+def _missing(trace: poutine.Trace) -> dict[str, Missing]:
+    """Sites of a run of which only the missing elements of an observation are latent."""
+    sites = {s["name"]: s for s in checks.valued(trace) if checks.is_latent(s)}
+    found = {name: missing_of(site, trace.nodes) for name, site in sites.items()}
+    return {name: part for name, part in found.items() if part is not None}
+
+
 def _values(
-    given: Mapping[str, np.ndarray], layout: Layout, trace: poutine.Trace, dtype: torch.dtype
+    given: Mapping[str, np.ndarray],
+    layout: Layout,
+    trace: poutine.Trace,
+    missing: Mapping[str, Missing],
+    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
-    """Values of the latents that the model has with its new arguments."""
+    """Values of the latents that the model has with its new arguments.
+
+    What the data of the fit lacked is a latent of theirs: of other data, what they lack is drawn.
+    """
     found = {}
     for name, site in layout.sites.items():
         if name not in trace.nodes:
             continue
-        node = trace.nodes[name]
+        node, part = trace.nodes[name], layout.missing.get(name)
+        if part is not None:
+            if part.same(missing.get(name)):
+                found[name] = part.fill(torch.as_tensor(given[name]).to(dtype), 1)
+            continue
         if node["is_observed"]:
             raise ModelError(
                 f"Site '{name}' is latent in the fit, but these arguments bring data for it."
@@ -75,7 +96,12 @@ def _values(
     return found
 
 
-def _drawn(new: Runner, trace: poutine.Trace, values: dict[str, Tensor]) -> Arrays:
+def _drawn(
+    new: Runner,
+    trace: poutine.Trace,
+    values: dict[str, Tensor],
+    missing: Mapping[str, Missing],
+) -> Arrays:
     """Draws of all sites that have no value."""
     sites = {
         s["name"]: s
@@ -89,7 +115,8 @@ def _drawn(new: Runner, trace: poutine.Trace, values: dict[str, Tensor]) -> Arra
     pieces = [(batch, runs(values, batch, n, list(sites))) for batch in batches]
     dims = {name: dims_of(site) for name, site in sites.items()}
     out = rows.assemble(pieces, new.drawn, dims, lead=1)
-    return {name: value.cpu().numpy() for name, value in out.items()}
+    out = {n: missing[n].pick(v, 1) if n in missing else v for n, v in out.items()}
+    return {n: v.cpu().numpy() for n, v in out.items() if n not in missing or v.shape[1]}
 
 
 def _scores(target: Target, values: dict[str, Tensor]) -> Arrays:

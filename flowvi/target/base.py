@@ -54,8 +54,9 @@ class Target(nn.Module):
         self.observed = facts.observed
         self.constants = facts.constants
         self.dims = facts.dims
-        self.coords: dict[str, list[Any]] = {}
+        self.coords = {part.dim: part.labels({}) for part in facts.missing}
         self.improper = facts.improper
+        self.masked = facts.masked
         self.subsampled = facts.subsampled
         self.dim = trial.points.shape[-1]
         self.density = density
@@ -264,7 +265,7 @@ class Target(nn.Module):
         if self._functions.met is None:
             return
         for name, node in self._functions.met(args, kwargs).items():
-            shape, came = tuple(self.sites[name].shape), tuple(node["value"].shape)
+            shape, came = tuple(self.messages[name]["value"].shape), tuple(node["value"].shape)
             if came != shape:
                 plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
                 where = f" in plate '{plates[-1]}'" if plates else ""
@@ -310,6 +311,9 @@ class Target(nn.Module):
                     f"dim '{dim}' has size {sizes[dim]}; got {len(labels)} labels for it."
                 )
             self.coords[dim] = list(labels)
+        for part in self._facts.missing:
+            if part.dim not in coords:
+                self.coords[part.dim] = part.labels(self.coords)
         return self
 
     def starts(self, generator: torch.Generator) -> Tensor:

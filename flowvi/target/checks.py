@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pyro.distributions as dist
@@ -16,7 +16,15 @@ from pyro.poutine.subsample_messenger import _Subsample
 
 from flowvi.target.bijections import site_bijection
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import is_deterministic
+from flowvi.target.handlers import (
+    has_density,
+    innermost,
+    is_improper,
+    is_reparametrised,
+    mask_of,
+    observes,
+)
+from flowvi.target.imputed import missing_of
 
 FINITE_DISCRETE = (dist.Bernoulli, dist.Categorical, dist.OneHotCategorical, dist.Binomial)
 SAMPLE_EVERY_SITE = (
@@ -66,6 +74,12 @@ class Known(Messenger):
                 f"Site '{name}' samples from a {came} of {type(fn).__module__}; it needs a "
                 "distribution of pyro.distributions, such as dist.Normal(0.0, 1.0)."
             )
+        if msg["infer"].get("_do_not_trace"):
+            raise ModelError(
+                f"Site '{name}' draws random numbers that Pyro keeps out of the density, as "
+                "ConjugateReparam does: there is no density to fit. Leave that reparametrisation "
+                "out."
+            )
 
 
 def is_latent(site: Mapping[str, Any]) -> bool:
@@ -89,8 +103,11 @@ def valued(trace: poutine.Trace) -> list[dict[str, Any]]:
 
 
 def scored(trace: poutine.Trace) -> list[dict[str, Any]]:
-    """Sites that contribute to the log joint."""
-    return [site for site in valued(trace) if not is_deterministic(site)]
+    """Sites that contribute to the log joint.
+
+    A reparametrised site may: some reparametrisations leave a part of its density with it.
+    """
+    return [site for site in valued(trace) if not site["infer"].get("_deterministic")]
 
 
 def _guided(trace: poutine.Trace) -> dict[str, Any]:
@@ -102,6 +119,7 @@ def _guided(trace: poutine.Trace) -> dict[str, Any]:
 def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     """Continuous latent sites of a trace, in the order in which the model samples them."""
     sites = _guided(trace)
+    reparametrised(trace)
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
@@ -119,13 +137,6 @@ def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     return sites
 
 
-def innermost(fn: Any) -> Any:
-    """The distribution in wrappers of it."""
-    while hasattr(fn, "base_dist"):
-        fn = fn.base_dist
-    return fn
-
-
 def _discrete(name: str, fn: Any) -> str:
     base = innermost(fn)
     kind = type(base).__name__
@@ -140,6 +151,64 @@ def _discrete(name: str, fn: Any) -> str:
             "is negative binomial, say), or put a continuous relaxation in its place."
         )
     return f"Site '{name}' is discrete ({kind}); a guide needs a density on R^D. {cure}"
+
+
+def masked(name: str, what: str, statement: str) -> str:
+    """Why a latent site behind a mask has no distribution, and what to do.
+
+    Args:
+        name: The site.
+        what: What the mask covers of it.
+        statement: What the model samples.
+    """
+    return (
+        f"Site '{name}' is latent, and a mask covers {what}: a mask takes the prior away from what "
+        "it covers, which leaves it without a distribution. Mask the observed sites alone: sample "
+        f"'{statement}' outside of poutine.mask and without .mask, so that it keeps its prior, or "
+        "drop the masked rows."
+    )
+
+
+def masked_latents(trace: poutine.Trace) -> dict[str, str]:
+    """Latent sites whose prior a mask takes away, and why they cannot be fitted."""
+    found: dict[str, str] = {}
+    if any(is_reparametrised(s) and has_density(s) for s in valued(trace)):
+        return found  # their density may lie with another site
+    for name, site in _guided(trace).items():
+        if is_improper(site["fn"]) or missing_of(site, trace.nodes):
+            continue
+        for mask, batch in _masks(site):
+            covered = ~torch.as_tensor(mask, dtype=torch.bool).expand(batch)
+            n, all_of = int(covered.sum()), covered.numel()
+            if n:
+                what = "it" if all_of == 1 else f"{n} of its {all_of} values"
+                found[name] = masked(name, what, name)
+    return found
+
+
+def _masks(site: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Size]]:
+    """The masks of a site, of the blocks around it and of its distribution, and their shapes."""
+    fn = site["fn"]
+    if site["mask"] is not None:
+        yield site["mask"], site["value"].shape[: site["value"].dim() - fn.event_dim]
+    while hasattr(fn, "base_dist"):
+        if isinstance(fn, dist.MaskedDistribution):
+            yield fn._mask, fn.batch_shape
+        fn = fn.base_dist
+
+
+def reparametrised(trace: poutine.Trace) -> None:
+    """Refuse reparametrisations of observed sites whose density would lack a Jacobian."""
+    for name, site in trace.nodes.items():
+        if site["type"] != "sample" or not is_reparametrised(site):
+            continue
+        parts = [s for s in valued(trace) if s["name"].startswith(f"{name}_") and observes(s)]
+        if parts and mask_of(site) is False:
+            raise ModelError(
+                f"Site '{name}' is observed and reparametrised (site '{parts[0]['name']}'): Pyro "
+                "reparametrises latent sites in this way only, because the density of data would "
+                f"lack the Jacobian. Leave '{name}' out of poutine.reparam."
+            )
 
 
 def is_model(model: Any, name: str) -> None:

@@ -14,6 +14,7 @@ from pyro.poutine.messenger import Messenger
 from torch import Size, Tensor
 
 from flowvi.target.facts import ModelError
+from flowvi.target.handlers import is_imputed
 
 # Distributions that another one is made of, which has the same values.
 WRAPPERS = (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)
@@ -45,14 +46,10 @@ class Marked(Messenger):
         rest = {k: v for k, v in infer.items() if k not in SETTINGS}
         if not is_finite(fn):
             msg["infer"] = rest
-        elif asked or self._is_missing_part(name):
+        elif asked or is_imputed(msg, self.observed):
             while isinstance(fn, dist.MaskedDistribution):
                 fn = fn.base_dist
             msg["fn"], msg["mask"], msg["infer"] = fn, None, {**rest, "enumerate": "parallel"}
-
-    def _is_missing_part(self, name: str) -> bool:
-        base = name.removesuffix("_unobserved")
-        return base != name and f"{base}_observed" in self.observed
 
 
 class AtValues(Messenger):
@@ -73,7 +70,7 @@ class AtValues(Messenger):
             msg["value"], msg["done"] = chosen.reshape((*places.shape, *values.shape[1:])), True
 
 
-def innermost(fn: Any) -> Any:
+def elementary(fn: Any) -> Any:
     """The distribution of a single element."""
     while isinstance(fn, WRAPPERS):
         fn = fn.base_dist
@@ -82,12 +79,12 @@ def innermost(fn: Any) -> Any:
 
 def is_finite(fn: Any) -> bool:
     """Whether each element of a distribution's values is one of a few."""
-    return bool(getattr(innermost(fn), "has_enumerate_support", False))
+    return bool(getattr(elementary(fn), "has_enumerate_support", False))
 
 
 def values_of(name: str, fn: Any) -> Tensor:
     """All values of one element of a site, (K, *event)."""
-    inner = innermost(fn)
+    inner = elementary(fn)
     try:
         values: Tensor = inner.enumerate_support(expand=False)
     except NotImplementedError as error:
@@ -116,7 +113,7 @@ class Places:
         shapes, counts = {}, {}
         for name in names:
             fn, value = sites[name]["fn"], sites[name]["value"]
-            shapes[name] = value.shape[: value.dim() - innermost(fn).event_dim]
+            shapes[name] = value.shape[: value.dim() - elementary(fn).event_dim]
             counts[name] = len(values_of(name, fn))
         return cls(shapes, counts)
 

@@ -12,6 +12,7 @@ from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
 from flowvi.target.batched import PointFunction
+from flowvi.target.imputed import Missing
 
 # Draws the data given latent values, or everything where those are None: (values, n, seed).
 Simulator = Callable[[Mapping[str, np.ndarray] | None, int, int], dict[str, np.ndarray]]
@@ -59,6 +60,8 @@ class Facts:
         subsampled: Plates that are subsampled: size and batch size.
         parameters: Parameters of the model itself, with the constraints on their values.
         discrete: Discrete sites that are summed out, with a name for each axis.
+        missing: Elements that are latent where observations have others.
+        masked: Latents whose prior a mask takes away, and why they cannot be fitted.
     """
 
     name: str
@@ -72,10 +75,13 @@ class Facts:
     subsampled: dict[str, tuple[int, int]] = field(default_factory=dict)
     parameters: dict[str, Constraint] = field(default_factory=dict)
     discrete: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    missing: tuple[Missing, ...] = ()
+    masked: dict[str, str] = field(default_factory=dict)
 
     def sizes(self) -> str:
         """How many columns of z each site has, in words."""
-        return ", ".join(f"{name} {s.stop - s.start}" for name, s in self.slices.items())
+        columns = {name: s.stop - s.start for name, s in self.slices.items()}
+        return ", ".join(f"{name} {n}" for name, n in columns.items() if name in self.sites)
 
 
 @dataclass(frozen=True)

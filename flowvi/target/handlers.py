@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from numbers import Number
 from typing import Any
@@ -19,7 +19,9 @@ from torch import Tensor
 
 from flowvi.target.bijections import bijection_of, site_bijection
 from flowvi.target.facts import ModelError
+from flowvi.target.imputed import OBSERVED, Missing, imputed
 from flowvi.target.parameters import Parameters
+from flowvi.target.tabular import as_tensor, cure, kind_of
 
 
 class Owned(Messenger):
@@ -53,23 +55,9 @@ class Owned(Messenger):
                 self.drawn[name] = (fn.size, batch)
                 if name in self.rows:
                     msg["value"], msg["done"] = self.rows[name], True
-        elif self._is_imputed(msg):
-            # Rows that were observed are auxiliary here: give them the density that makes
-            # them integrate to one, so that they neither count nor wander off.
-            msg["mask"] = None
         elif observes(msg):
             self.data[name] = _as_data(name, msg["value"])
             msg["value"] = _scorable(self.data[name], msg)
-
-    def _is_imputed(self, site: Mapping[str, Any]) -> bool:
-        """Whether a site holds the missing rows of an observation with `obs_mask`."""
-        base = site["name"].removesuffix("_unobserved")
-        return (
-            not site["is_observed"]
-            and isinstance(site["mask"], Tensor)
-            and base != site["name"]
-            and f"{base}_observed" in self.data
-        )
 
 
 class Prior(Messenger):
@@ -102,6 +90,7 @@ class FromVector(Messenger):
         z: The vector, (D,).
         slices: Columns of each site.
         shapes: Unconstrained shape of each site.
+        missing: Sites of which only some elements are latent.
 
     Attributes:
         ladjs: Log Jacobian of each site, by its batch shape.
@@ -109,10 +98,15 @@ class FromVector(Messenger):
     """
 
     def __init__(
-        self, z: Tensor, slices: Mapping[str, slice], shapes: Mapping[str, Sequence[int]]
+        self,
+        z: Tensor,
+        slices: Mapping[str, slice],
+        shapes: Mapping[str, Sequence[int]],
+        missing: Mapping[str, Missing] | None = None,
     ) -> None:
         super().__init__()
         self.z, self.slices, self.shapes = z, slices, shapes
+        self.missing = missing or {}
         self.ladj: Tensor = z.new_zeros(())
         self.ladjs: dict[str, Tensor] = {}
 
@@ -122,8 +116,11 @@ class FromVector(Messenger):
             return
         transform = bijection_of(msg["fn"])
         u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
+        part = self.missing.get(name)
+        u = part.spread(u) if part else u
         value = transform(u)
-        self.ladjs[name] = transform.log_abs_det_jacobian(u, value)
+        ladj = transform.log_abs_det_jacobian(u, value)
+        self.ladjs[name] = part.only(ladj) if part else ladj
         self.ladj = self.ladj + self.ladjs[name].sum()
         msg["value"], msg["done"] = value, True
 
@@ -133,18 +130,42 @@ class ToVector(Messenger):
 
     Args:
         values: Value of every latent site.
+        missing: Sites of which only some elements are latent.
+    """
+
+    def __init__(
+        self, values: Mapping[str, Tensor], missing: Mapping[str, Missing] | None = None
+    ) -> None:
+        super().__init__()
+        self.values = values
+        self.missing = missing or {}
+        self.pieces: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        name = msg["name"]
+        part = self.missing.get(name)
+        # One without any latent element is in none of the values.
+        value = part.like if part and name not in self.values else self.values.get(name)
+        if value is not None:
+            msg["value"], msg["done"] = value, True
+            u = bijection_of(msg["fn"]).inv(value)
+            self.pieces[name] = (part.pick(u) if part else u).reshape(-1)
+
+
+class Given(Messenger):
+    """Fix the values of sites; those that are derived from others stay what they are.
+
+    Args:
+        values: Value of each site.
     """
 
     def __init__(self, values: Mapping[str, Tensor]) -> None:
         super().__init__()
         self.values = values
-        self.pieces: dict[str, Tensor] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
-        name = msg["name"]
-        if name in self.values:
-            msg["value"], msg["done"] = self.values[name], True
-            self.pieces[name] = bijection_of(msg["fn"]).inv(self.values[name]).reshape(-1)
+        if msg["name"] in self.values and not is_deterministic(msg):
+            msg["value"], msg["is_observed"] = self.values[msg["name"]], True
 
 
 class Unseen(Messenger):
@@ -159,6 +180,12 @@ class Unseen(Messenger):
             msg["is_observed"], msg["value"], msg["done"] = False, None, False
 
 
+def is_imputed(site: Mapping[str, Any], data: Collection[str]) -> bool:
+    """Whether a site holds the missing rows of an observation with `obs_mask`."""
+    name = imputed(site)
+    return name is not None and f"{name}{OBSERVED}" in data
+
+
 def is_improper(fn: Any) -> bool:
     """Whether a distribution, or what it wraps, has no integral."""
     while not isinstance(fn, dist.ImproperUniform) and hasattr(fn, "base_dist"):
@@ -166,9 +193,43 @@ def is_improper(fn: Any) -> bool:
     return isinstance(fn, dist.ImproperUniform)
 
 
+def innermost(fn: Any) -> Any:
+    """The distribution in wrappers of it."""
+    while hasattr(fn, "base_dist"):
+        fn = fn.base_dist
+    return fn
+
+
 def is_deterministic(site: Mapping[str, Any]) -> bool:
-    """Whether a site was made by `pyro.deterministic`."""
-    return bool(site["infer"].get("_deterministic"))
+    """Whether a site's value is computed from others: by `pyro.deterministic` or a `reparam`."""
+    return bool(site["infer"].get("_deterministic")) or is_reparametrised(site)
+
+
+def is_reported(site: Mapping[str, Any]) -> bool:
+    """Whether a site's value is computed from others, and of interest in every draw of a fit."""
+    return is_deterministic(site) and bool(site["infer"].get("reported", True))
+
+
+def is_reparametrised(site: Mapping[str, Any]) -> bool:
+    """Whether `poutine.reparam` put other sites in the place of a site.
+
+    Pyro then makes it an observed Delta whose point is the value itself.
+    """
+    if not site["is_observed"] or site["infer"].get("_deterministic"):
+        return False
+    fn = innermost(site["fn"])
+    return isinstance(fn, dist.Delta) and _is_view(fn.v, site["value"])
+
+
+def has_density(site: Mapping[str, Any]) -> bool:
+    """Whether a reparametrisation left a part of the density with the original site."""
+    return bool((innermost(site["fn"]).log_density != 0).any())
+
+
+def _is_view(a: Tensor, b: Any) -> bool:
+    """Whether a is b, or was expanded from it, as a plate does with what is sampled in it."""
+    aliases: Any = vars(torch._C)["_is_alias_of"]  # not in torch's stubs
+    return a is b or (isinstance(b, Tensor) and bool(aliases(a, b)))
 
 
 def observes(site: Mapping[str, Any]) -> bool:
@@ -241,32 +302,21 @@ def run(
     return poutine.trace(model).get_trace(*args, **kwargs)
 
 
-def as_tensor(value: Any) -> Any:
-    """An array of numbers, or a column of a table, as a tensor; all else as it is."""
-    array = value.to_numpy() if _is_column(value) else value
-    if isinstance(array, np.ndarray) and array.dtype.kind in "biufc":
-        # Torch warns of an array that cannot be written to, and takes no negative strides.
-        return torch.as_tensor(np.require(array, requirements=["C", "W"]))
-    return value
-
-
-def _is_column(value: Any) -> bool:
-    """Whether a value is a column of a pandas or polars table."""
-    kind = type(value)
-    return kind.__name__ == "Series" and kind.__module__.split(".")[0] in ("pandas", "polars")
-
-
 def _as_data(name: str, given: Any) -> Tensor:
     value = as_tensor(given)
     if isinstance(value, np.generic | Number | list | tuple) and not isinstance(value, str):
         with suppress(TypeError, ValueError):
             value = torch.as_tensor(value)
     if not isinstance(value, Tensor):
-        what = f"an array of {value.dtype}" if isinstance(value, np.ndarray) else "a "
-        what += "" if isinstance(value, np.ndarray) else type(given).__name__
-        raise ModelError(
-            f"Site '{name}' observes {what}; pass numbers, as a tensor (torch.as_tensor)."
+        kind = kind_of(given)
+        of = f" of {kind}" if kind and kind != "table" else ""
+        what = f"a {type(given).__name__}{of}"
+        if isinstance(value, np.ndarray):
+            what = f"an array of {value.dtype}"
+        what += (
+            f"; pass {cure(kind)}." if kind else "; pass numbers, as a tensor (torch.as_tensor)."
         )
+        raise ModelError(f"Site '{name}' observes {what}")
     if value.is_complex():
         raise ModelError(
             f"Site '{name}' observes complex numbers; observe their real and imaginary parts."

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,15 @@ from torch import Size, Tensor
 from flowvi.target import checks
 from flowvi.target.bijections import bijection_of, support_of
 from flowvi.target.facts import Site
-from flowvi.target.handlers import is_deterministic, is_improper, observes
+from flowvi.target.handlers import (
+    has_density,
+    is_deterministic,
+    is_improper,
+    is_reparametrised,
+    is_reported,
+    observes,
+)
+from flowvi.target.imputed import Missing, missing_of
 
 
 @dataclass
@@ -23,7 +30,7 @@ class Layout:
 
     Args:
         latents: Latent sites of one run.
-        sites: Shapes, supports and dims of the latents.
+        sites: Shapes, supports and dims of the latents, as far as they have elements.
         slices: Columns of z of each latent.
         shapes: Unconstrained shape of each latent.
         deterministics: Names of derived values.
@@ -31,6 +38,8 @@ class Layout:
         plates: Plate -> its size.
         nesting: How many plates lie within each other.
         enumerated: Discrete latents that are summed out.
+        improper: Latents whose prior has no integral.
+        missing: Latents of which only some elements are latent.
     """
 
     latents: dict[str, Any]
@@ -42,20 +51,36 @@ class Layout:
     plates: dict[str, int]
     nesting: int
     enumerated: tuple[str, ...]
+    improper: tuple[str, ...]
+    missing: dict[str, Missing]
 
-    def improper(self) -> tuple[str, ...]:
-        """Latents whose prior has no integral."""
-        return tuple(name for name, site in self.latents.items() if is_improper(site["fn"]))
+    def whole(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
+        """Values of all elements of the sites, as the model has them, (*lead, *shape) each."""
+        parts = self.missing
+        return {n: parts[n].fill(v, lead) if n in parts else v for n, v in values.items()}
+
+    def latent(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
+        """Values of the latent elements alone: the inverse of `whole`."""
+        parts = self.missing
+        return {n: parts[n].pick(v, lead) if n in parts else v for n, v in values.items()}
 
 
 def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
     """Lay out the latents of a run in a vector, and name all axes."""
-    slices, shapes, sites, start = {}, {}, {}, 0
+    slices, shapes, sites, missing, start = {}, {}, {}, {}, 0
     for name, site in latents.items():
-        shapes[name] = bijection_of(site["fn"]).inv(site["value"]).shape
-        slices[name] = slice(start, start + shapes[name].numel())
+        dims, value = dims_of(site), site["value"]
+        unconstrained = bijection_of(site["fn"]).inv(value)
+        part = missing_of(site, trace.nodes, dims)
+        if part:
+            missing[name] = part
+            value, unconstrained = part.pick(value), part.pick(unconstrained)
+            dims = (part.dim, *dims[part.keep.dim() :])
+        shapes[name] = unconstrained.shape
+        slices[name] = slice(start, start + unconstrained.numel())
         start = slices[name].stop
-        sites[name] = Site(tuple(site["value"].shape), support_of(site["fn"]), dims_of(site))
+        if part is None or value.numel():
+            sites[name] = Site(tuple(value.shape), support_of(site["fn"]), dims)
     nodes = {name: s for name, s in trace.nodes.items() if s["type"] == "sample"}
     frames = [f for s in nodes.values() for f in s["cond_indep_stack"] if f.dim is not None]
     plates = {n: s["fn"].size for n, s in nodes.items() if isinstance(s["fn"], _Subsample)}
@@ -65,11 +90,22 @@ def layout_of(trace: poutine.Trace, latents: dict[str, Any]) -> Layout:
         sites,
         slices,
         shapes,
-        tuple(name for name, site in nodes.items() if is_deterministic(site)),
-        {name: dims_of(site) for name, site in (latents | values).items()},
+        tuple(name for name, site in nodes.items() if is_reported(site)),
+        {name: dims_of(site) for name, site in values.items()}
+        | {name: site.dims for name, site in sites.items()},
         plates,
         max((-f.dim for f in frames), default=0),
         tuple(name for name, site in nodes.items() if checks.is_enumerated(site)),
+        tuple(n for n, s in latents.items() if is_improper(s["fn"]) and not _is_part(n, nodes)),
+        missing,
+    )
+
+
+def _is_part(name: str, nodes: Mapping[str, Any]) -> bool:
+    """Whether a site is one that a `reparam` made, and whose density lies with the original."""
+    return any(
+        name.startswith(f"{other}_") and is_reparametrised(site) and has_density(site)
+        for other, site in nodes.items()
     )
 
 
@@ -128,10 +164,3 @@ def constant_dims(name: str, t: Tensor, plates: Mapping[str, int]) -> tuple[str,
         known = len(fitting) == 1 and fitting[0] not in dims
         dims.append(fitting[0] if known else f"{name}_dim_{i}")
     return tuple(dims)
-
-
-def name_of(model: Any) -> str:
-    """What to call a model in messages and results."""
-    while isinstance(model, functools.partial):
-        model = model.func
-    return getattr(model, "__name__", type(model).__name__)

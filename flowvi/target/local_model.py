@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -14,13 +14,14 @@ from torch import Tensor
 
 from flowvi.randomness import own_randomness
 from flowvi.target import checks, enumeration, scores
+from flowvi.target.again import rerunner
 from flowvi.target.base import Target
 from flowvi.target.batched import Batched
 from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture, capture_values
 from flowvi.target.discrete import Places
 from flowvi.target.facts import Facts, Functions, ModelError, Site
-from flowvi.target.handlers import FromVector, ToVector, is_improper
+from flowvi.target.handlers import FromVector, ToVector, is_reparametrised
 from flowvi.target.layout import Layout, layout_of
 from flowvi.target.local import LocalFacts, LocalTarget, RowFunctions
 from flowvi.target.local_rows import Batch
@@ -30,27 +31,35 @@ from flowvi.target.runner import Runner
 from flowvi.target.vectors import finite_points, nearby, split
 
 RUNS = 3
+# Rows among which latents without a prior are looked for.
+ROWS = 1000
 
 
-def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
+def from_local_model(
+    runner: Runner, name: str, plate: str, again: Callable[[str, Runner], Target]
+) -> LocalTarget:
     """Capture a model whose sites in a plate are local.
 
     Args:
         runner: The model with its arguments, all rows of them.
         name: What to call it.
         plate: Name of the plate.
+        again: Captures the model with all its latents in one vector, on other arguments.
 
     Raises:
         ModelError: There is no such plate, or its rows do not stand for themselves.
     """
-    return _LocalCapture(Rows.of(runner, name, plate), name, plate).target()
+    rows = Rows.of(runner, name, plate)
+    return _LocalCapture(rows, name, plate, functools.partial(again, name)).target()
 
 
 class _LocalCapture:
     """One model with local latents on its way to a target."""
 
-    def __init__(self, rows: Rows, name: str, plate: str) -> None:
-        self.rows, self.name, self.plate = rows, name, plate
+    def __init__(
+        self, rows: Rows, name: str, plate: str, again: Callable[[Runner], Target]
+    ) -> None:
+        self.rows, self.name, self.plate, self.again = rows, name, plate, again
         self.first_row = rows.arguments.batch([0]).data
         try:
             with pyro.get_param_store().scope():
@@ -82,6 +91,11 @@ class _LocalCapture:
         self.axes = {site["name"]: self._axis(site) for site in valued}
         scores.observations(self.first, self.data)
         scores.score(self.first)
+        some = rows.arguments.batch(range(min(rows.arguments.size, ROWS)))
+        with own_randomness(0):
+            masked = checks.masked_latents(rows.prior(some.data, validate=False)[0])
+        if masked:
+            raise ModelError(next(iter(masked.values())))
 
     def target(self) -> LocalTarget:
         """Find points, capture the densities and put the target together."""
@@ -153,8 +167,8 @@ class _LocalCapture:
             rest = [s["log_prob_sum"] for s in checks.scored(trace) if not self._is_local(s)]
             total = enumeration.log_joint(trace) - sum(rest) + handler.ladj
             return torch.stack([total, 0.0 * handler.ladj])
-        prior = [s["log_prob_sum"] for s in local if s["name"] in self.local.sites]
-        likelihood = [s["log_prob_sum"] for s in local if s["name"] not in self.local.sites]
+        prior = [s["log_prob_sum"] for s in local if self._is_prior(s)]
+        likelihood = [s["log_prob_sum"] for s in local if not self._is_prior(s)]
         return torch.stack(
             [sum(likelihood, 0.0 * handler.ladj), sum(prior[1:], prior[0]) + handler.ladj]
         )
@@ -173,7 +187,7 @@ class _LocalCapture:
                 if len(rows) != len(z):
                     raise ModelError(f"Site '{site['name']}' has {len(rows)} densities.")
                 rows = rows.reshape(len(z), -1).sum(-1)
-                if site["name"] in self.local.sites:
+                if self._is_prior(site):
                     prior = prior + rows
                 else:
                     likelihood = likelihood + rows
@@ -264,6 +278,10 @@ class _LocalCapture:
     def _is_local(self, site: Mapping[str, Any]) -> bool:
         return any(f.name == self.plate for f in site.get("cond_indep_stack", ()))
 
+    def _is_prior(self, site: Mapping[str, Any]) -> bool:
+        """Whether a density is a latent's, or was left with the site that it was made from."""
+        return site["name"] in self.local.sites or is_reparametrised(site)
+
     def _axis(self, site: Mapping[str, Any]) -> int:
         """The axis of the plate in a site's value, from the left."""
         frame = next(f for f in site["cond_indep_stack"] if f.name == self.plate)
@@ -348,9 +366,11 @@ class _LocalCapture:
             layout.slices,
             self._common_deterministics(),
             dims={name: layout.dims[name] for name in names},
-            improper=tuple(n for n, s in layout.latents.items() if is_improper(s["fn"])),
+            improper=layout.improper,
         )
-        functions = Functions(self._common_values, self._common_inverse)
+        # There are no draws of the latents of rows: other rows draw their own.
+        rerun = rerunner(self.rows.runner, layout, self.again)
+        functions = Functions(self._common_values, self._common_inverse, rerun=rerun)
         return Target(facts, Density(batched, frozen=not own), functions, trial, self.own)
 
     def _columns(self) -> dict[str, int]:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Unseen, quiet
+from flowvi.target.handlers import Given, Owned, Unseen, is_imputed, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
@@ -35,6 +35,24 @@ class Unscaled(Messenger):
         for frame in msg["cond_indep_stack"]:
             if frame.name == self.plate:
                 msg["scale"] = msg["scale"] * frame.size / frame.full_size
+
+
+class Imputed(Messenger):
+    """Let every row have a value that its observation with `obs_mask` may lack.
+
+    Whether it does is a matter of the row, and the vector of a row has one length: where it
+    does not, the value has its own density, which integrates to one, and is not read.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.observed: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if is_imputed(msg, self.observed):
+            msg["mask"] = None
+        elif msg["is_observed"]:
+            self.observed.add(msg["name"])
 
 
 class FromRows(Messenger):
@@ -102,7 +120,8 @@ class Rows:
     def on(self, data: Sequence[Tensor]) -> Runner:
         """The model on some rows."""
         args, kwargs = self.arguments.call(data)
-        return replace(self.runner, args=args, kwargs=kwargs, drawn={})
+        model = Imputed()(self.runner.model)
+        return replace(self.runner, model=model, args=args, kwargs=kwargs, drawn={})
 
     def prior(
         self, data: Sequence[Tensor], validate: bool
@@ -129,7 +148,7 @@ class Rows:
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
         """One run in which the data are drawn, and all latents that are not given."""
         runner = self.on(data)
-        free = Owned(runner.parameters)(poutine.condition(Unseen()(runner.model), values))
+        free = Owned(runner.parameters)(Given(values)(Unseen()(runner.model)))
         with quiet(), whole(self.plate, len(data[0]) if data else 1):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 

@@ -25,6 +25,7 @@ from flowvi.target.handlers import FromVector, ToVector, observes, store_aside
 from flowvi.target.layout import constant_dims, constants_of, dims_of, layout_of, name_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
+from flowvi.target.naming import name_of
 from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
@@ -72,7 +73,7 @@ def from_pyro(
     checks.is_model(model, name_of(model))
     with own_randomness(0):
         if local is not None:
-            return from_local_model(Runner(model, args, kwargs), name_of(model), local)
+            return from_local_model(Runner(model, args, kwargs), name_of(model), local, _on)
         target = _Capture(Runner(model, args, kwargs), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target
@@ -124,7 +125,7 @@ class _Capture:
         _warn_if_data_are_missing(runner, self.data, name)
         self.parameters = runner.parameters.leaves
         self.summation = self._summation()
-        self.reported = [*self.layout.latents, *self._deterministics()]
+        self.reported = [*self.layout.sites, *self._deterministics()]
 
     def target(self, replace: bool = False) -> Target:
         """Find points, capture the density and put the target together.
@@ -135,6 +136,7 @@ class _Capture:
         batches = [list(batch.values()) for _, batch in rows.cover(self.runner.drawn)]
         inputs = [[*self.parameters.values(), *batch] for batch in batches]
         trial = Trial(self._points(inputs[0]), inputs[0], inputs[1:2])
+        self._check_unread(trial)
         facts = self._facts()
         simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
         data = dict(facts.observed) if replace else {}
@@ -143,7 +145,7 @@ class _Capture:
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
         discrete = self._probabilities if self.summation else None
-        again = rerunner(self.runner, self.layout, self._on)
+        again = rerunner(self.runner, self.layout, partial(_on, self.name))
         return Target(
             facts,
             Density(batched, frozen=not self.parameters),
@@ -168,12 +170,7 @@ class _Capture:
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
         with own_randomness(0):
             nodes = runner.prior(validate=False)[0].nodes
-        return {name: nodes[name] for name in self.layout.sites if name in nodes}
-
-    def _on(self, runner: Runner) -> Target:
-        """The same model on other arguments."""
-        with own_randomness(0):
-            return _Capture(runner, self.name).target()
+        return {name: nodes[name] for name in self.layout.latents if name in nodes}
 
     def _with_data(self, trial: Trial, data: Mapping[str, Tensor], simulate: Simulator) -> Trial:
         """The trial with the data as inputs, and with a simulated data set to compare as well."""
@@ -206,7 +203,8 @@ class _Capture:
     def _values(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         trace = self._trace(self._from_vector(z), inputs)
         # A deterministic value may not depend on z, or be a number.
-        return {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
+        values = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
+        return self.layout.latent(values)
 
     def _latents(self, z: Tensor, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         handler = self._from_vector(z)
@@ -214,7 +212,8 @@ class _Capture:
         return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        handler = ToVector(split(flat, self.layout.sites))
+        values = self.layout.whole(split(flat, self.layout.sites))
+        handler = ToVector(values, self.layout.missing)
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
 
@@ -255,7 +254,7 @@ class _Capture:
         return trace
 
     def _from_vector(self, z: Tensor) -> FromVector:
-        return FromVector(z, self.layout.slices, self.layout.shapes)
+        return FromVector(z, self.layout.slices, self.layout.shapes, self.layout.missing)
 
     # Facts.
 
@@ -347,10 +346,12 @@ class _Capture:
             observed,
             constants,
             dims,
-            layout.improper(),
+            layout.improper,
             self.runner.drawn,
             dict(self.runner.parameters.supports),
             {name: dims_of(self.first.nodes[name]) for name in layout.enumerated},
+            tuple(part for name, part in layout.missing.items() if name in layout.sites),
+            checks.masked_latents(self.first),
         )
 
     def _all_data(self) -> dict[str, Tensor]:
@@ -385,9 +386,29 @@ class _Capture:
             raise ModelError(scores.where_not_finite(last[0], TRIES, self.runner.arguments()))
         return points
 
+    def _check_unread(self, trial: Trial) -> None:
+        """Refuse a density that reads values which are neither latent nor observed."""
+        own = self.layout.missing
+        for name, part in own.items():
+            found = []
+            for number in (part.unread, 1.0):
+                self.layout.missing = {**own, name: replace(part, unread=number)}
+                with torch.no_grad():
+                    found.append(self._log_prob(trial.points[0], *trial.inputs))
+            self.layout.missing = own
+            if not agree(found[:1], found[1:]):
+                raise ModelError(checks.masked(name, "values that are missing", part.name))
+
     def _unconstrained(self, trace: poutine.Trace) -> Tensor:
-        sites = [trace.nodes[name] for name in self.layout.latents]
-        return torch.cat([bijection_of(s["fn"]).inv(s["value"]).reshape(-1) for s in sites])
+        sites = {name: trace.nodes[name] for name in self.layout.latents}
+        found = {n: bijection_of(s["fn"]).inv(s["value"]) for n, s in sites.items()}
+        return torch.cat([u.reshape(-1) for u in self.layout.latent(found).values()])
+
+
+def _on(name: str, runner: Runner) -> Target:
+    """A model on other arguments than those of a fit."""
+    with own_randomness(0):
+        return _Capture(runner, name).target()
 
 
 def _sum_of_sites(trace: poutine.Trace) -> Tensor:

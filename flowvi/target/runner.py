@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +15,11 @@ from torch.utils._pytree import tree_leaves, tree_map
 from flowvi.target import checks, scores
 from flowvi.target.discrete import AtValues, Marked
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Prior, as_tensor, quiet, run
+from flowvi.target.handlers import Owned, Prior, quiet, run
+from flowvi.target.naming import signature_of
 from flowvi.target.parameters import Parameters
 from flowvi.target.samplers import RightSamples
+from flowvi.target.tabular import as_tensor, not_numbers
 
 # Of the words of an error that repeat all values of a tensor.
 LONGEST = 300
@@ -43,8 +44,10 @@ class Runner:
     parameters: Parameters = field(default_factory=Parameters)
     drawn: dict[str, tuple[int, int]] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    given: tuple[Any, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
+        self.given = self.args, self.kwargs
         # Arrays and columns of numbers become tensors; all else is the model's own business.
         self.args, self.kwargs = tree_map(as_tensor, (self.args, self.kwargs))
 
@@ -57,8 +60,11 @@ class Runner:
 
     def arguments(self) -> dict[str, Any]:
         """What the model is called with, by name, defaults included; empty if that is unknown."""
+        return self._named(self.args, self.kwargs)
+
+    def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
-            bound = inspect.signature(self.model).bind(*self.args, **self.kwargs)
+            bound = signature_of(self.model).bind(*args, **kwargs)
         except (TypeError, ValueError):
             return {}
         bound.apply_defaults()
@@ -84,10 +90,16 @@ class Runner:
         if isinstance(error, ModelError):
             return
         several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""
-        cause = scores.not_finite_in(self.arguments()) if isinstance(error, ValueError) else ""
-        if several or cause:
-            first = str(error).partition("\n")[0]
-            raise ModelError(f"The model fails. {several}{cause} {first[:LONGEST]}") from error
+        cause = ""
+        if isinstance(error, ValueError | IndexError):
+            cause = scores.not_finite_in(self.arguments()).strip()
+        args, kwargs = self.given
+        named = self._named(args, kwargs) or {"args": args, **kwargs}
+        odd = "" if several or cause else not_numbers(named, error)
+        if several or cause or odd:
+            first = str(error).partition("\n")[0][:LONGEST]
+            words = " ".join(filter(None, (several, cause, odd, first)))
+            raise ModelError(f"The model fails. {words}") from error
 
     def _devices(self, sites: Mapping[str, torch.device]) -> str:
         """Which tensors lie on which devices, in words; empty if all lie on one."""

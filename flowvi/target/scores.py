@@ -13,9 +13,9 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowvi.target.checks import innermost, scored
+from flowvi.target.checks import scored
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import mask_of
+from flowvi.target.handlers import innermost, mask_of
 
 # Their densities leave out what is nan.
 NAN_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)

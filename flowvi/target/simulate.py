@@ -16,7 +16,7 @@ from flowvi.target import checks, rows
 from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
-from flowvi.target.handlers import Owned, Unseen, quiet
+from flowvi.target.handlers import Given, Owned, Unseen, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.runner import Runner
 from flowvi.target.samplers import RightSamples
@@ -47,7 +47,8 @@ def simulator(
         given: Mapping[str, np.ndarray] | None, n: int, seed: int
     ) -> dict[str, np.ndarray]:
         batches = [batch for _, batch in rows.cover(runner.drawn)]
-        values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+        latent = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+        values = layout.whole(latent, lead=1)
         out: Values = {}
         with own_randomness(seed), torch.no_grad():
             if given is None:
@@ -57,6 +58,7 @@ def simulator(
                 draw = ManyRuns(runner, values, batches[0])
                 pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
                 out |= rows.assemble(pieces, runner.drawn, layout.dims, lead=1)
+        out = layout.latent(out, lead=1)
         return {name: value.cpu().numpy() for name, value in out.items()}
 
     return simulate
@@ -123,7 +125,7 @@ class ManyRuns:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = Owned(runner.parameters, batch)(poutine.condition(Unseen()(model), values))
+        free = Owned(runner.parameters, batch)(Given(values)(Unseen()(model)))
         last = checks.LastSite()
         try:
             with quiet():

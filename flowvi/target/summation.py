@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flowvi.target import enumeration
 from flowvi.target.capture import agree
-from flowvi.target.discrete import MOST, Places, innermost
+from flowvi.target.discrete import MOST, Places, elementary
 from flowvi.target.enumeration import Unsummable
 from flowvi.target.facts import ModelError
 from flowvi.target.tape import record
@@ -62,7 +62,7 @@ class Summation:
         Raises:
             ModelError: The sum has too many terms, or its terms are not those of the model.
         """
-        chosen = {n for n, s in self.sites.items() if innermost(s["fn"]).event_dim < _events(s)}
+        chosen = {n for n, s in self.sites.items() if elementary(s["fn"]).event_dim < _events(s)}
         reason = "Elements of one event (to_event) have no axes of their own."
         while True:
             self._sum_jointly(chosen, reason)

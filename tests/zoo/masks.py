@@ -101,14 +101,13 @@ def imputed_by_obs_mask() -> Case:
             pyro.sample("y", dist.Normal(m, s), obs=y, obs_mask=keep)
 
     def twin(y: Tensor, keep: Tensor) -> None:
-        # The missing rows are latent; so that the density is proper, the others are as well.
+        # The missing rows are latent, and they alone.
         m = pyro.sample("m", dist.Normal(0.0, 1.0))
         s = pyro.sample("s", dist.LogNormal(0.0, 1.0))
-        with pyro.plate("row", len(y)):
-            with poutine.mask(mask=keep):
-                pyro.sample("y_observed", dist.Normal(m, s), obs=torch.where(keep, y, 0.0))
-            free = pyro.sample("y_unobserved", dist.Normal(m, s))
-            pyro.deterministic("y", torch.where(keep, y, free))
+        with pyro.plate("row", len(y)), poutine.mask(mask=keep):
+            pyro.sample("y_observed", dist.Normal(m, s), obs=torch.where(keep, y, 0.0))
+        free = pyro.sample("y_unobserved", dist.Normal(m, s).expand([2]).to_event(1))
+        pyro.deterministic("y", y.masked_scatter(~keep, free))
 
     return Case(
         model,
