@@ -22,7 +22,7 @@ LAYERS = [
     {"flows", "target", "diagnostics"},
     {"guides"},
     {"amortised", "blocks", "multiplicative"},
-    {"objectives", "overlap", "compiling"},
+    {"objectives", "overlap", "compiling", "outside"},
     {"draws"},
     {
         *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),

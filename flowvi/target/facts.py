@@ -89,6 +89,8 @@ class Functions:
         messages: Pyro's record of each latent site in one run.
         rerun: Draws from the model with other arguments.
         met: Pyro's record of each latent site in one run with other arguments.
+        violation: z (D,) -> the site, and a sentence, where a parameter of its distribution leaves
+            its constraint.
     """
 
     values: PointFunction
@@ -99,3 +101,4 @@ class Functions:
     messages: Mapping[str, Any] = field(default_factory=dict)
     rerun: Rerun | None = None
     met: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
+    violation: Callable[[Tensor], tuple[str, str]] | None = None

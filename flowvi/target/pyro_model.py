@@ -29,6 +29,7 @@ from flowvi.target.program import Density
 from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
+from flowvi.target.violations import violation
 
 RUNS = 3
 
@@ -153,6 +154,7 @@ class _Capture:
                 self.layout.latents,
                 again,
                 self._met,
+                lambda z: violation(self._trace(self._from_vector(z), trial.inputs)),
             ),
             trial,
             self.parameters,
