@@ -27,6 +27,7 @@ LAYERS = [
     {
         *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),
         *("schedule", "checkpoint", "threads", "init", "gaussians", "sweeps", "pathfinder", "look"),
+        *("unbounded",),
         *("modes", "symmetry", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),

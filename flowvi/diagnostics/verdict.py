@@ -182,10 +182,7 @@ def diagnose(
     if comparison is not None and verdict != TRUST:
         found += heavy(comparison, chains, arrays, axes)
     reasons = observe.reasons([*known, *found, *observe.priors(improper)])
-    if verdict == final:
-        reasons = (*first, *reasons)
-    else:
-        reasons = (*reasons, *first)
+    reasons = (*first, *reasons) if verdict == final else (*reasons, *first)
 
     return Diagnosis(
         verdict,
