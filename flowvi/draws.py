@@ -358,6 +358,9 @@ def _of_chains(draws: Draws) -> Diagnosis:
         draws.meta.get("missed", ()),
         axes_of(draws),
     )
+    check = checked(draws.meta)
+    if check is not None and len(draws) < check.draws:
+        diagnosis = _of_all(diagnosis, check, len(draws.z), draws.meta.get("missed", ()))
     if draws.weighted is None:
         return diagnosis
     trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
@@ -375,6 +378,16 @@ def _of_chains(draws: Draws) -> Diagnosis:
         log_evidence=found.log_evidence if proper else math.nan,
         log_evidence_se=found.log_evidence_se if proper else math.nan,
     )
+
+
+def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]) -> Diagnosis:
+    """The verdict on some draws of chains that have been judged as a whole."""
+    reason = (
+        f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "
+        f"as a whole: {check.verdict}. For all of them draw more, fit.draw({check.draws // chains})."
+    )
+    verdict = diagnostics.VERDICTS[-1] if missed else check.verdict
+    return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
 
 
 def _coordinates(draws: Draws) -> dict[str, np.ndarray]:

@@ -373,6 +373,12 @@ def fit(
         kept = [union] if union else [run.kept for run in runs]
         result = _result(target, runs, settings, kept)
         result.meta["check"] = _check_of(target, kept, settings)
+        if result.chains is not None:
+            # Fewer of their draws are judged by all of them.
+            found = max(kept, key=lambda k: k.bound).diagnosis
+            result.chains.meta["check"] = (
+                found and Check(found.verdict, None, found.draws)._asdict()
+            )
         if folder is not None and not parallel.rank():
             with said(folder):
                 result.save(folder / BEST)

@@ -408,7 +408,7 @@ def checked(
         over: Asked whether to make do with the first.
     """
     found = diagnose(draw(target, guides, CHECK_DRAWS, seed))
-    if found.verdict == found.at_best or over():
+    if not found.near or over():
         return found
     return diagnose(draw(target, guides, AGAIN * CHECK_DRAWS, seed))
 

@@ -71,6 +71,19 @@ class Diagnosis:
         """Standard error of k-hat; NaN without weights, or where k-hat is not finite."""
         return khat_error(self.khat, self.draws) if math.isfinite(self.khat) else math.nan
 
+    @property
+    def near(self) -> bool:
+        """Whether other draws could well say otherwise.
+
+        That is so where the errors of these numbers would better the verdict, or where it rests
+        on a k-hat less than a standard error below its limit.
+        """
+        flat = self.gap + 2 * self.gap_se <= observe.FLAT_GAP
+        close = self.khat < self.khat_threshold <= self.khat + self.khat_se
+        return self.at_best not in ("", self.verdict) or (
+            self.verdict != DISTRUST and close and not flat
+        )
+
     def __str__(self) -> str:
         rows = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
         lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
