@@ -384,7 +384,8 @@ def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[st
     """The verdict on some draws of chains that have been judged as a whole."""
     reason = (
         f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "
-        f"as a whole: {check.verdict}. For all of them draw more, fit.draw({check.draws // chains})."
+        f"as a whole: {check.verdict}. Draw more for all of them: "
+        f"fit.draw({check.draws // chains})."
     )
     verdict = diagnostics.VERDICTS[-1] if missed else check.verdict
     return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
