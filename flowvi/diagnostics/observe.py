@@ -333,7 +333,7 @@ def undecided(draws: int, strict: str, best: str, final: str, check: Check | Non
     unclear = final == DISTRUST and best != DISTRUST
     words = []
     if few or unclear:
-        wanted = ASKED if draws < ASKED else AGAIN * draws
+        wanted = _more(draws)
         what = "are few" if few else "are too few to tell on which side of a limit the guide is"
         words.append(f"{draws} draws {what}: draw more, for example fit.draw({wanted}).")
     if check is not None:
@@ -347,6 +347,11 @@ def undecided(draws: int, strict: str, best: str, final: str, check: Check | Non
     elif unclear:
         words.append("Nothing here shows that the guide is poor, nor that it is good.")
     return [" ".join(words)] if words else []
+
+
+def _more(draws: int) -> int:
+    """How many draws to ask for where there are too few."""
+    return ASKED if draws < ASKED else AGAIN * draws
 
 
 def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
@@ -363,6 +368,13 @@ def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
     if flat(log_w):
         reason = f"The weights hardly vary: KL(q || p) = {gap(log_w).value:.2g}."
         return Finding(TRUST, reason)
+    if open_tail(khat, len(log_w)):
+        reason = (
+            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, but may be, by its standard "
+            f"error of {khat_error(khat, len(log_w)):.2g}: draw more, for example "
+            f"fit.draw({_more(len(log_w))}). The lower bounds hold all the same."
+        )
+        return Finding(DISTRUST, reason)
     reason = (
         f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}: the mean weight rests on a few "
         "draws, and the evidence is probably higher. The lower bounds hold all the same."
