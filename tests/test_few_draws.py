@@ -28,7 +28,7 @@ def near_the_limit(seed, draws=4000):
 
 @pytest.mark.parametrize("seed", SEEDS)
 def test_a_hundred_draws_of_a_good_guide_are_few_and_do_not_speak_against_it(seed):
-    d = diagnose(*gaussian(np.random.default_rng(seed), scale=1.1, draws=100))
+    d = diagnose(*gaussian(np.random.default_rng(seed), scale=0.8, draws=100))
 
     assert d.reasons[0].startswith("100 draws are few: draw more, for example fit.draw(4000).")
     assert not any("too poor" in reason for reason in d.reasons)
@@ -93,6 +93,16 @@ def test_few_effective_draws_are_a_want_of_draws_if_the_check_had_enough():
     assert any(
         "effective draws" in reason and "fit.draw(4000)" in reason for reason in held.reasons
     )
+
+
+def test_too_few_draws_to_resample_do_not_speak_against_a_check():
+    few = gaussian(np.random.default_rng(1), scale=0.8, draws=100)
+
+    d = diagnose(*few, check=Check(RESAMPLE, 0.3, 4_000))
+
+    assert d.verdict == DISTRUST
+    assert "100 draws are few" in d.reasons[0] and "too few to be resampled" in d.reasons[0]
+    assert not any("speak against" in reason for reason in d.reasons)
 
 
 def test_doubts_leave_no_more_than_resampled_draws():

@@ -319,27 +319,28 @@ def open_tail(khat: float, draws: int) -> bool:
     return khat - 2 * khat_error(khat, draws) < MOST_KHAT
 
 
-def undecided(draws: int, strict: str, best: str, final: str, check: Check | None) -> list[str]:
+def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | None) -> list[str]:
     """Say that more draws are wanted where these are too few to tell, and how that was decided.
 
     Args:
         draws: How many there are.
         strict: The verdict of the draws alone.
-        best: The verdict if their errors speak for them.
+        poor: Whether they show, whatever their errors, that the guide is poor: too few effective
+            draws do not.
         final: The verdict, as `decided` gives it.
         check: What the check of the fit found.
     """
-    few = draws < MIN_ESS and best != DISTRUST
-    unclear = final == DISTRUST and best != DISTRUST
+    few = draws < MIN_ESS and not poor
+    unclear = final == DISTRUST and not poor
     words = []
     if few or unclear:
-        wanted = _more(draws)
         what = "are few" if few else "are too few to tell on which side of a limit the guide is"
-        words.append(f"{draws} draws {what}: draw more, for example fit.draw({wanted}).")
+        words.append(f"{draws} draws {what}: draw more, for example fit.draw({_more(draws)}).")
     if check is not None:
         place = VERDICTS.index
         if place(final) > place(check.verdict):
-            words.append(f"{check}; these {draws} draws speak against it.")
+            against = "are too few to be resampled" if unclear else "speak against it"
+            words.append(f"{check}; these {draws} draws {against}.")
         elif place(final) < place(check.verdict):
             words.append(f"{check}; these are more draws, and decide.")
         elif few or final != strict:

@@ -180,11 +180,12 @@ def diagnose(
         else:
             found += observe.divergence(log_w)
     found += observe.tail(log_w, khat, threshold, *observe.verdicts(found))
+    poor = observe.verdicts(found)[1] == DISTRUST
     if RESAMPLE in observe.verdicts(found):
         found += observe.effective(ess, log_w.size, comparison, observe.verdicts(found)[1])
     strict, best = observe.verdicts(found)
     final = observe.decided(strict, best, log_w.size, check)
-    first = observe.undecided(log_w.size, strict, best, final, check)
+    first = observe.undecided(log_w.size, strict, poor, final, check)
 
     known = [Finding(DISTRUST, sentence) for sentence in missed]
     known += [Finding(RESAMPLE, sentence) for sentence in doubts]
