@@ -11,10 +11,8 @@ from torch import Tensor, nn
 
 from flowvi.guides import Guide
 from flowvi.look import label
+from flowvi.outside import movable, observed, values
 from flowvi.target import Target
-
-# Values of so many sites are shown.
-SHOWN = 3
 
 
 def blamed(
@@ -66,35 +64,14 @@ def _in_the_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | Non
     operation = _operation(target, z[first], batch)
     where = f", first at site '{site}'" if site else ""
     where += f" (in {operation})" if operation else ""
-    return f"{what} of {len(z)} draws{where}, such as at {_values(target, z[first])}."
+    return f"{what} of {len(z)} draws{where}, such as at {values(target, z[first])}."
 
 
 def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None) -> str:
     """The observed site whose log likelihood is not finite, or the latent one to be moved."""
     with torch.no_grad():
-        for name, value in target.log_likelihood(z.detach()).items():
-            if not value.isfinite().all():
-                return name
-        for name, columns in target.slices.items():
-            moved = z.detach().clone()[None]
-            moved[:, columns] = good[:, columns] if len(good) else 0.0
-            if target.log_prob(moved, batch).isfinite().all():
-                return name
-    return ""
-
-
-def _values(target: Target, z: Tensor) -> str:
-    with torch.no_grad():
-        values = target.constrain(z.detach())
-    shown = [f"{name} = {_short(values[name])}" for name in list(target.sites)[:SHOWN]]
-    more = ", ..." if len(target.sites) > SHOWN else ""
-    return ", ".join(shown) + more
-
-
-def _short(value: Tensor) -> str:
-    flat = [f"{v:.3g}" for v in value.flatten()[:SHOWN].tolist()]
-    more = ", ..." if value.numel() > SHOWN else ""
-    return flat[0] if value.dim() == 0 else f"[{', '.join(flat)}{more}]"
+        name = observed(target, z.detach())
+        return name or next(iter(movable(target, z.detach(), good, batch)), "")
 
 
 def _operation(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:

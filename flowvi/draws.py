@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -11,10 +11,10 @@ import torch
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from flowvi import diagnostics, memory
+from flowvi import diagnostics, memory, outside
 from flowvi.arguments import given, unknown, wanted, whole
 from flowvi.columns import Columns
-from flowvi.diagnostics import Bounds, Diagnosis, Where
+from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
 from flowvi.guides import Guide
 from flowvi.randomness import own_randomness
 from flowvi.target import Target
@@ -214,7 +214,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     wanted("draws", draws, Draws, EXPECTED)
     given(whole, "n", n)
     diagnosis = diagnose(draws)
-    if diagnosis.khat >= diagnosis.khat_threshold:
+    if diagnosis.khat >= diagnosis.khat_threshold and diagnosis.verdict != diagnostics.VERDICTS[1]:
         warnings.warn(
             f"Pareto k-hat {diagnosis.khat:.2f} is not below {diagnosis.khat_threshold:.2f}: the "
             "resampled draws are no better than the guide.",
@@ -258,6 +258,9 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         draws.title,
         draws.meta.get("missed", ()),
         axes_of(draws),
+        checked(draws.meta),
+        draws.meta.get("failures", ()),
+        _outside(draws),
     )
     diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
     if len(draws.z) == 1:
@@ -266,6 +269,21 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
     apart = tuple(finding.reason for finding in diagnostics.apart(found))
     matrix = tuple(tuple(row) for row in found.matrix.round(6).tolist())
     return replace(diagnosis, reasons=(*diagnosis.reasons, *apart), distances=matrix)
+
+
+def checked(meta: Mapping[str, Any]) -> Check | None:
+    """What the check of a fit found, from the facts that it left."""
+    return Check(**meta["check"]) if meta.get("check") else None
+
+
+def _outside(draws: Draws) -> str:
+    """Why draws have no positive density; empty where all have, or their model is gone."""
+    inside = np.isfinite(draws.log_p)
+    if inside.all() or not inside.any() or not isinstance(draws.target, Target):
+        return ""
+    pieces = (draws.z[~inside][: outside.TRIED], draws.z[inside][:1])
+    z, good = (torch.as_tensor(x, device=draws.target.device) for x in pieces)
+    return outside.explained(draws.target, z, good)
 
 
 def where(draws: Draws) -> Where:
@@ -340,6 +358,9 @@ def _of_chains(draws: Draws) -> Diagnosis:
         draws.meta.get("missed", ()),
         axes_of(draws),
     )
+    check = checked(draws.meta)
+    if check is not None and len(draws) < check.draws:
+        diagnosis = _of_all(diagnosis, check, len(draws.z), draws.meta.get("missed", ()))
     if draws.weighted is None:
         return diagnosis
     trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
@@ -357,6 +378,17 @@ def _of_chains(draws: Draws) -> Diagnosis:
         log_evidence=found.log_evidence if proper else math.nan,
         log_evidence_se=found.log_evidence_se if proper else math.nan,
     )
+
+
+def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]) -> Diagnosis:
+    """The verdict on some draws of chains that have been judged as a whole."""
+    reason = (
+        f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "
+        f"as a whole: {check.verdict}. Draw more for all of them: "
+        f"fit.draw({check.draws // chains})."
+    )
+    verdict = diagnostics.VERDICTS[-1] if missed else check.verdict
+    return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
 
 
 def _coordinates(draws: Draws) -> dict[str, np.ndarray]:

@@ -19,6 +19,7 @@ from flowvi._version import __version__
 from flowvi.arguments import given, known, path, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.compiling import Compile, asked
+from flowvi.diagnostics import Check
 from flowvi.draws import Draws, draw, in_pieces, stream, tabulate
 from flowvi.escalation import joined
 from flowvi.gaussians import Gaussian
@@ -31,11 +32,11 @@ from flowvi.minibatch import Minibatch
 from flowvi.multiplicative import Multiplicative
 from flowvi.objectives import OBJECTIVES, ForwardKL, Renyi, WakeSleep, elbo
 from flowvi.randomness import own_randomness
-from flowvi.records import Objective, Record, Row, Settings, Step
+from flowvi.records import CHECK, Objective, Record, Row, Settings, Step
 from flowvi.restarts import Task, begun, elsewhere, go
 from flowvi.row_fit import RowFit, fit_rows
 from flowvi.row_training import Epoch
-from flowvi.run import Kept, Run
+from flowvi.run import Kept, Run, checked
 from flowvi.shelf import opened, said
 from flowvi.stopping import Clock, interruptible
 from flowvi.target import LocalTarget, Target
@@ -369,7 +370,15 @@ def fit(
             if runs[-1].interrupted:
                 break
         union = joined(runs) if settings.escalate and len(runs) > 1 else None
-        result = _result(target, runs, settings, [union] if union else [run.kept for run in runs])
+        kept = [union] if union else [run.kept for run in runs]
+        result = _result(target, runs, settings, kept)
+        result.meta["check"] = _check_of(target, kept, settings)
+        if result.chains is not None:
+            # Fewer of their draws are judged by all of them.
+            found = max(kept, key=lambda k: k.bound).diagnosis
+            result.chains.meta["check"] = (
+                found and Check(found.verdict, None, found.draws)._asdict()
+            )
         if folder is not None and not parallel.rank():
             with said(folder):
                 result.save(folder / BEST)
@@ -429,6 +438,18 @@ def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept
     guides, bounds = [k.guide for k in kept], [k.bound for k in kept]
     best = runs[int(np.argmax(bounds)) if len(kept) == len(runs) else 0].best
     return Fit(target, guides, bounds, history, log, meta, chains, best)
+
+
+def _check_of(target: Target, kept: list[Kept], settings: Settings) -> dict[str, Any] | None:
+    """What the last check of the guides found, for the verdict on draws that are made later."""
+    if len(kept) == 1:
+        found = None if kept[0].chains else kept[0].diagnosis
+    elif settings.clock.over() or settings.clock.interrupted:
+        found = None
+    else:
+        seed = stream(settings.seed, 0, CHECK)
+        found = checked(target, [k.guide for k in kept], seed, settings.clock.over)
+    return None if found is None else Check(found.verdict, found.khat, found.draws)._asdict()
 
 
 def _missed(kept: list[Kept]) -> list[str]:

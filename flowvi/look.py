@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flowvi.gaussians import Gaussian, curvature, evaluate, scores_in_chunks
 from flowvi.target import ModelError, Target
+from flowvi.unbounded import cause, collapse
 
 PRIOR_DRAWS = 200
 # Widths at which the density is looked up along the longest directions of a Gaussian.
@@ -21,6 +22,8 @@ DIRECTIONS = 3
 FARTHEST = 1e10
 # A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
 LEAST_FALL = 3.0
+# Nats that are nothing.
+STILL = 1e-3
 # Nats of rounding that hide a posterior.
 LOST = 0.1
 # Largest D at which improper priors have the curvature looked at, and the least that counts.
@@ -78,7 +81,8 @@ def look(target: Target, seed: int) -> Look:
         values = target.prior(PRIOR_DRAWS, seed)
         points = target.unconstrain({name: values[name] for name in target.sites})
         of_prior = True
-    except (ModelError, ValueError):
+    except (ModelError, ValueError, RuntimeError):
+        # The data of some prior draws may be such that no distribution can draw them.
         shape = (PRIOR_DRAWS, target.dim)
         points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
         of_prior = False
@@ -101,16 +105,19 @@ def check_integrable(target: Target, g: Gaussian) -> str:
 
     Along the longest directions of the Gaussian the density is looked up at
     1 to 10^4 of its widths, on either side. The density of a Cauchy variable
-    falls by 18 nats on that way, that of a flat direction not at all.
+    falls by 18 nats on that way, that of a flat direction not at all. Before that, scales
+    near zero are made smaller still, to see whether the density has no bound.
 
     Args:
         target: The log density.
         g: The best Gaussian that was found for it.
 
     Raises:
-        ModelError: The density does not fall: the posterior is improper.
+        ModelError: The density does not fall, or has no bound: the posterior is improper.
     """
     _check_precision(target, g)
+    if words := collapse(target, g):
+        raise ModelError(words)
     widths = g.widths
     if g.scale_tril.dim() == 1:
         # Of a diagonal covariance of many dimensions, the coordinates are the axes.
@@ -119,26 +126,38 @@ def check_integrable(target: Target, g: Gaussian) -> str:
     else:
         vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
         axes = vectors.mT[:DIRECTIONS]
-    # Farther out, rounding of the direction would be taken for a fall.
-    reached = lengths.clamp_max(FARTHEST * float(torch.minimum(lengths[-1], widths.min())))
+    # Farther out, rounding of the direction would be taken for a fall; and the shortest axis of a
+    # matrix is nothing but rounding where it is that much shorter than the longest.
+    known = bool(lengths[-1] > sys.float_info.epsilon * lengths[0])
+    shortest = torch.minimum(lengths[-1], widths.min()) if known else widths.min()
+    reached = lengths.clamp_max(FARTHEST * float(shortest))
     steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
     if target.improper and target.dim <= CURVED:
         # Those of a guide without correlations are no help: a - b may be free where a is not.
         steps += _softest(target, g)
     for step in steps:
-        falls = [fall(target, g.loc, sign * step) for sign in (1, -1)]
-        if min(falls) < LEAST_FALL:
+        falls = {sign: fall(target, g.loc, sign * step) for sign in (1, -1)}
+        sign = min(falls, key=lambda sign: falls[sign])
+        if falls[sign] < LEAST_FALL:
+            far = g.loc + REACH[-1] * sign * step
             raise ModelError(
                 f"The posterior of {target.name} is improper, or as good as that: along "
-                f"{describe(target, step)} its log density falls by {min(falls):.2g} nats "
-                f"over {REACH[-1] * float(step.norm()):.2g} units. Give these a proper prior, or "
-                "fix one of them."
+                f"{describe(target, step)} its log density {_course(falls[sign])} "
+                f"over {REACH[-1] * float(step.norm()):.2g} units.{cause(target, g.loc, far)} "
+                "Give these a proper prior, or fix one of them."
             )
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
     return (
         f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
         f"axes in a ratio of 1 to {condition:.2g}"
     )
+
+
+def _course(fall: float) -> str:
+    """What the log density does over a way on which it falls by so many nats, in words."""
+    if abs(fall) < STILL:
+        return "does not fall"
+    return f"rises by {-fall:.2g} nats" if fall < 0 else f"falls by no more than {fall:.2g} nats"
 
 
 def _check_precision(target: Target, g: Gaussian) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,8 +55,8 @@ FEWEST_TO_SEARCH = 5 * len(RATES) * TRIAL_STEPS
 MOST_STAGES = 3
 # Draws behind the check, as many as `Fit.draw` makes.
 CHECK_DRAWS = 4000
-# Where k-hat is so near to its limit that other draws could decide otherwise, times as many.
-NEAR, AGAIN = 0.1, 4
+# Where other draws could decide otherwise, times as many.
+AGAIN = 4
 # Share of a time budget for which the first guide is trained, if more could follow.
 FIRST_SHARE = 0.7
 # And for which a start is looked for.
@@ -234,13 +234,9 @@ class Run:
     def _diagnosed(self, kept: Kept) -> Diagnosis:
         if kept.chains:
             return diagnose(kept.chains)
-        found = diagnose(draw(self.target, [kept.guide], CHECK_DRAWS, self.seed(CHECK)))
-        # With many dimensions, some mean needs more draws though the weights are good.
-        few = found.khat < found.khat_threshold and found.verdict == VERDICTS[-1]
-        clear = not few and abs(found.khat - found.khat_threshold) > NEAR
-        if clear or self.settings.clock.over(0.9):
-            return found
-        return diagnose(draw(self.target, [kept.guide], AGAIN * CHECK_DRAWS, self.seed(CHECK)))
+        return checked(
+            self.target, [kept.guide], self.seed(CHECK), lambda: self.settings.clock.over(0.9)
+        )
 
     def _left_out(self, kept: Kept) -> list[Gaussian]:
         seed, over = self.seed(COVER), lambda: self.settings.clock.over(0.9)
@@ -398,6 +394,23 @@ class Run:
             guide.start_many([(g.loc, g.scale_tril) for g in whole])
             self.record.log.append(f"components started at {len(starts)} different places")
         return kept
+
+
+def checked(
+    target: Target, guides: Sequence[Guide], seed: int, over: Callable[[], bool]
+) -> Diagnosis:
+    """Judge guides by fresh draws, and by more of them where the first could be wrong.
+
+    Args:
+        target: The log density.
+        guides: Independent fits to it.
+        seed: Of the draws.
+        over: Asked whether to make do with the first.
+    """
+    found = diagnose(draw(target, guides, CHECK_DRAWS, seed))
+    if not found.near or over():
+        return found
+    return diagnose(draw(target, guides, AGAIN * CHECK_DRAWS, seed))
 
 
 def _own(guide: Guide) -> Kept:

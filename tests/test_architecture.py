@@ -22,11 +22,12 @@ LAYERS = [
     {"flows", "target", "diagnostics"},
     {"guides"},
     {"amortised", "blocks", "multiplicative"},
-    {"objectives", "overlap", "compiling"},
+    {"objectives", "overlap", "compiling", "outside"},
     {"draws"},
     {
         *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),
         *("schedule", "checkpoint", "threads", "init", "gaussians", "sweeps", "pathfinder", "look"),
+        *("unbounded",),
         *("modes", "symmetry", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),

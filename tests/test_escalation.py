@@ -249,6 +249,15 @@ def test_fewer_draws_of_chains_are_thinned(ended_in_chains):
     assert few.stats["diverging"].shape == (4, 50)
 
 
+def test_few_draws_of_chains_are_judged_by_all_of_them(ended_in_chains):
+    few, all_ = (flowvi.diagnose(ended_in_chains.draw(n)) for n in (50, 4000))
+
+    assert few.verdict == all_.verdict and few.draws == 200
+    (reason,) = few.reasons
+    assert reason.startswith("These are 200 of 4000 draws of Markov chains")
+    assert reason.endswith("fit.draw(1000).")
+
+
 def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):
     ended_in_chains.save(tmp_path)
 

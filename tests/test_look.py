@@ -10,8 +10,10 @@ from torch.distributions import constraints
 
 import flowvi
 from flowvi import init
+from flowvi.gaussians import Gaussian
 from flowvi.look import check_integrable, check_size, fall, look
 from flowvi.target import ModelError
+from flowvi.unbounded import collapse
 
 Y = torch.tensor([1.3, 0.2, 0.9, 1.8, 0.4])
 
@@ -74,6 +76,114 @@ def test_what_has_an_integral_is_not_refused(model):
     target = flowvi.from_pyro(model)
 
     assert "axes in a ratio" in check_integrable(target, start(target))
+
+
+# Densities that have no bound, or rise where they should fall.
+
+
+def constant_data(prior, width=None) -> flowvi.Target:
+    def model(y):
+        mu = flat("mu") if width is None else pyro.sample("mu", dist.Normal(0.0, width))
+        sigma = pyro.sample("sigma", prior)
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(mu, sigma), obs=y)
+
+    return flowvi.from_pyro(model, torch.full((6,), 1.3))
+
+
+def duplicated_rows() -> flowvi.Target:
+    """Two rows, three times each: a line meets them exactly."""
+
+    def model(x, y):
+        a, b = (pyro.sample(name, dist.Normal(0.0, 10.0)) for name in "ab")
+        sigma = pyro.sample("sigma", dist.HalfNormal(5.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(a + b * x, sigma), obs=y)
+
+    x = torch.tensor([0.0, 1.0]).repeat(3)
+    return flowvi.from_pyro(model, x, 1 + 2 * x)
+
+
+def separated() -> flowvi.Target:
+    def model(x, y):
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Bernoulli(logits=flat("a") + flat("b") * x), obs=y)
+
+    x = torch.arange(6.0) - 2.5
+    return flowvi.from_pyro(model, x, (x > 0).to(x))
+
+
+IMPROPER = dist.ImproperUniform(constraints.positive, (), ())
+
+
+@pytest.mark.parametrize(
+    ("prior", "width"),
+    [
+        (dist.HalfNormal(5.0), 10.0),
+        (dist.HalfCauchy(5.0), 10.0),
+        (IMPROPER, None),
+    ],
+)
+def test_constant_data_of_an_unknown_scale_are_named(prior, width):
+    target = constant_data(prior, width)
+
+    with pytest.raises(ModelError, match="no bound as 'sigma' goes to zero") as caught:
+        check_integrable(target, start(target))
+
+    words = str(caught.value)
+    assert "the data of the observed site 'y' are constant (all 6 are 1.3)" in words
+    assert "Use data that vary" in words and "falls" not in words
+
+
+def test_rows_that_a_model_meets_exactly_are_named():
+    target = duplicated_rows()
+
+    with pytest.raises(ModelError, match=r"'sigma' goes to zero, where .* 'y' exactly"):
+        check_integrable(target, start(target))
+
+
+def test_separated_data_are_named():
+    target = separated()
+
+    with pytest.raises(ModelError, match=r"does not fall.*'y' is certain.*separate the data"):
+        check_integrable(target, start(target))
+
+
+def test_a_density_that_rises_is_not_said_to_fall():
+    target = flowvi.from_density(lambda v: 0.001 * v["x"], {"x": flowvi.Site()})
+    far = Gaussian(torch.zeros(1), torch.ones(1, 1), "given")
+
+    with pytest.raises(ModelError, match=r"along 'x' its log density rises by 10 nats over 1e\+04"):
+        check_integrable(target, far)
+
+
+def test_a_scale_that_may_be_small_has_a_bound():
+    """The prior vanishes at zero, or the data are noise of that size."""
+    small = constant_data(dist.LogNormal(0.0, 1.0), 10.0)
+    noise = torch.tensor([1.0, -2.0, 0.5, 1.5]) * 1e-6
+
+    def model(y):
+        sigma = pyro.sample("sigma", dist.HalfNormal(5.0))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(0.0, sigma), obs=y)
+
+    for target in (small, flowvi.from_pyro(model, noise)):
+        assert "axes in a ratio" in check_integrable(target, start(target))
+
+
+def test_a_funnel_has_a_bound_though_its_density_has_none():
+    def model(y):
+        tau = pyro.sample("tau", dist.HalfCauchy(1.0))
+        with pyro.plate("row", len(y)):
+            theta = pyro.sample("theta", dist.Normal(0.0, tau))
+            pyro.sample("y", dist.Normal(theta, 1.0), obs=y)
+
+    target = flowvi.from_pyro(model, 0.1 * Y)
+    # At a scale of e^-12, with the widths that a normal has there.
+    loc = torch.tensor([-12.0, *[0.0] * len(Y)])
+    widths = torch.tensor([1.0, *[math.exp(-12.0)] * len(Y)])
+
+    assert collapse(target, Gaussian(loc, torch.diag(widths), "given")) == ""
 
 
 def test_a_fit_of_an_improper_posterior_stops_at_the_start():

@@ -55,7 +55,30 @@ def closed_form(stretch=1.0, shift=0.0, fits=1000):
 def test_a_right_fit_is_calibrated(calibrated):
     assert min(*calibrated.uniform.values(), calibrated.symmetric) > 0.01
     assert calibrated.plain.shape == (20, 1) and not calibrated.failures
-    assert str(calibrated).startswith("The plain and resampled draws are calibrated")
+
+
+@pytest.mark.parametrize(
+    ("fits", "stretch", "head"),
+    [
+        (
+            4,
+            1.0,
+            "Too few fits to tell: nothing speaks against the plain and resampled draws, by 4",
+        ),
+        (99, 1.0, "Too few fits to tell"),
+        (100, 1.0, "The plain and resampled draws are calibrated, by 100 fits"),
+        (30, 0.2, "Not calibrated, by 30 fits"),
+    ],
+)
+def test_few_fits_are_said_to_tell_nothing_but_faults(fits, stretch, head):
+    ranks, probabilities = closed_form(stretch, fits=fits)
+
+    verdicts = ("trust",) * fits
+    found = calibration.Calibration(("a", "b"), LEVELS, ranks, ranks, probabilities, verdicts)
+
+    assert str(found).startswith(head)
+    assert ("at least 100" in str(found)) is head.startswith("Too few")
+    assert found.enough is (fits >= 100)
 
 
 def test_the_truth_is_where_the_draws_are(calibrated):

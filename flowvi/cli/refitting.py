@@ -96,7 +96,7 @@ Examples:
 
 \b
 Exit codes:
-  0    the ranks of the true values look uniform
+  0    the ranks of the true values look uniform, or are too few to tell (fewer than 100 fits)
   1    the model file failed, or it cannot simulate its data
   2    the command line was wrong
   3    some ranks are not uniform: fits of this model are off
@@ -154,7 +154,8 @@ def sbc_command(
 
     picture = out / "sbc.png"
     results.whole(picture, lambda file: results.save(plot_sbc(found).flat[0].figure, file))
-    answer(as_json, {"picture": picture, "calibration": found}, f"{found}\n\nIn {picture}")
+    record = {"picture": picture, "calibration": found, "enough": found.enough}
+    answer(as_json, record, f"{found}\n\nIn {picture}")
     if max(found.uniform.values()) < LEVEL:
         ctx.exit(DISTRUSTED)
 

@@ -17,7 +17,7 @@ from flowvi.diagnostics.importance import (
     psis,
 )
 from flowvi.diagnostics.mixing import diagnose_chains
-from flowvi.diagnostics.observe import VERDICTS, apart
+from flowvi.diagnostics.observe import VERDICTS, Check, apart
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
 from flowvi.diagnostics.where import Where, where
 
@@ -27,6 +27,7 @@ __all__ = [
     "VERDICTS",
     "Bound",
     "Bounds",
+    "Check",
     "Diagnosis",
     "Distances",
     "Estimate",

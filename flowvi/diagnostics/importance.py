@@ -13,9 +13,11 @@ from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
 from flowvi.arguments import whole
-from flowvi.diagnostics.pareto import psislw, tail_size
+from flowvi.diagnostics.pareto import PRIOR, psislw, tail_size
 
 MIN_DRAWS = 100
+# The limit of k-hat for many draws.
+MOST_KHAT = 0.7
 # Log weights that differ by less are equal: single precision cannot tell them apart.
 ROUNDING = 1e-3
 # Random partitions over which a bound is averaged; more change only the last digit.
@@ -91,7 +93,25 @@ def khat_threshold(draws: int) -> float:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed
         importance sampling", JMLR 25(72), section 3.2.4.
     """
-    return min(1.0 - 1.0 / math.log10(draws), 0.7)
+    return min(1.0 - 1.0 / math.log10(draws), MOST_KHAT)
+
+
+def khat_error(khat: float, draws: int) -> float:
+    r"""Standard error of a k-hat from S draws; infinite where k-hat is.
+
+    .. math:: \frac{1 + k}{\sqrt{M}} \cdot \frac{M}{M + 10}
+
+    for a tail of M draws: that of the maximum likelihood, shrunk as k-hat is by its prior.
+
+    Args:
+        khat: Shape of the tail, from `psis`.
+        draws: Number of draws S.
+
+    References:
+        Smith (1987), "Estimating tails of probability distributions", Annals of Statistics 15(3).
+    """
+    size = tail_size(draws)
+    return (1 + max(khat, -0.5)) * math.sqrt(size) / (size + PRIOR[1])
 
 
 def psis(log_w: np.ndarray) -> Psis:

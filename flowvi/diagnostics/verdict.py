@@ -13,13 +13,14 @@ from flowvi.diagnostics.importance import (
     as_chains,
     elbo,
     gap,
+    khat_error,
     khat_threshold,
     log_evidence,
     psis,
     with_tail,
 )
 from flowvi.diagnostics.moments import Axes, compare
-from flowvi.diagnostics.observe import RESAMPLE, TRUST
+from flowvi.diagnostics.observe import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
 from flowvi.diagnostics.where import where
 
 
@@ -43,6 +44,8 @@ class Diagnosis:
             least bulk or tail ESS, and what rests on weights is NaN.
         divergences: Number of divergent trajectories.
         distances: Energy coefficient of every two restarts, 0 where they agree; empty for one.
+        at_best: The verdict if the errors of these numbers, two standard errors each, speak for
+            the draws: where it is not that of the draws alone, other draws could say otherwise.
     """
 
     verdict: str
@@ -61,6 +64,25 @@ class Diagnosis:
     rhat: float = math.nan
     divergences: int = 0
     distances: tuple[tuple[float, ...], ...] = ()
+    at_best: str = ""
+
+    @property
+    def khat_se(self) -> float:
+        """Standard error of k-hat; NaN without weights, or where k-hat is not finite."""
+        return khat_error(self.khat, self.draws) if math.isfinite(self.khat) else math.nan
+
+    @property
+    def near(self) -> bool:
+        """Whether other draws could well say otherwise.
+
+        That is so where the errors of these numbers would better the verdict, or where it rests
+        on a k-hat less than a standard error below its limit.
+        """
+        flat = self.gap + 2 * self.gap_se <= observe.FLAT_GAP
+        close = self.khat < self.khat_threshold <= self.khat + self.khat_se
+        return self.at_best not in ("", self.verdict) or (
+            self.verdict != DISTRUST and close and not flat
+        )
 
     def __str__(self) -> str:
         rows = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
@@ -86,10 +108,17 @@ class Diagnosis:
         return [evidence, ("ELBO", f"{self.elbo:.3f}", note)]
 
     def _of_weights(self) -> list[tuple[str, str, str]]:
-        good = self.khat < self.khat_threshold
-        weights = "weights can be trusted (below" if good else "heavy-tailed weights (not below"
+        limit = f"{self.khat_threshold:.2f}"
+        if self.khat < self.khat_threshold:
+            note = f"weights can be trusted (below {limit})"
+        elif self.verdict == TRUST and self.gap <= observe.FLAT_GAP:
+            note = f"not below {limit}, of weights that are nearly equal"
+        elif self.verdict != DISTRUST or observe.open_tail(self.khat, self.draws):
+            note = f"+- {self.khat_se:.2f}: not surely below {limit}"
+        else:
+            note = f"heavy-tailed weights (not below {limit})"
         return [
-            ("Pareto k-hat", f"{self.khat:.2f}", f"{weights} {self.khat_threshold:.2f})"),
+            ("Pareto k-hat", f"{self.khat:.2f}", note),
             *self._of_evidence(),
             ("draws", str(self.draws), f"effective {self.ess:.0f}"),
         ]
@@ -102,6 +131,9 @@ def diagnose(
     title: str = "",
     missed: Sequence[str] = (),
     axes: Axes | None = None,
+    check: Check | None = None,
+    doubts: Sequence[str] = (),
+    outside: str = "",
 ) -> Diagnosis:
     """Judge draws by their log weights and by what reweighting does to their moments.
 
@@ -114,6 +146,10 @@ def diagnose(
     agree on the evidence and, for either, on the moments. No draws can show a
     mode that no guide has found.
 
+    Where a fit has been checked by draws of its own, that verdict stands as long as
+    these draws do not speak against it by more than two standard errors beyond a limit;
+    more draws than the check had may also better it.
+
     Args:
         log_weights: (draw) or (chain, draw); chains are independent fits.
         values: Arrays (chain, draw, ...) by name, the latent vector among them.
@@ -121,6 +157,9 @@ def diagnose(
         title: What was fitted, in one line.
         missed: What is known of the posterior that the draws leave out.
         axes: Labels of the elements of the values, for the reasons.
+        check: What the check of the fit found.
+        doubts: What speaks against the plain draws beside the weights, in sentences.
+        outside: Why draws have weight zero, in a sentence.
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
@@ -132,28 +171,36 @@ def diagnose(
     threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
     ess = float(1 / np.sum(weights**2))
 
-    found += [*observe.weights(log_w), *observe.evidences(chains)]
+    found += [*observe.weights(log_w, outside), *observe.evidences(chains)]
     comparison = None
-    if khat < threshold or observe.flat(log_w):
+    if observe.flat(log_w, -2.0) or observe.open_tail(khat, log_w.size):
         if arrays:
             comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays, axes)
             found += [*observe.moments(comparison), *observe.disagreement(comparison)]
         else:
             found += observe.divergence(log_w)
-    found += observe.tail(log_w, khat, threshold, observe.verdict(found))
-    if observe.verdict(found) == RESAMPLE:
-        found += observe.effective(ess, log_w.size, comparison)
-    if khat >= threshold and arrays:
+    found += observe.tail(log_w, khat, threshold, *observe.verdicts(found))
+    poor = observe.verdicts(found)[1] == DISTRUST
+    if RESAMPLE in observe.verdicts(found):
+        found += observe.effective(ess, log_w.size, comparison, observe.verdicts(found)[1])
+    strict, best = observe.verdicts(found)
+    final = observe.decided(strict, best, log_w.size, check)
+    first = observe.undecided(log_w.size, strict, poor, final, check)
+
+    known = [Finding(DISTRUST, sentence) for sentence in missed]
+    known += [Finding(RESAMPLE, sentence) for sentence in doubts]
+    verdict = max(final, observe.verdicts(known)[0], key=VERDICTS.index)
+    if khat >= threshold and arrays and verdict != TRUST:
         place = where(chains, arrays).sentence
-        found += [observe.Finding(TRUST, place)] if place else []
-    if comparison is not None and observe.verdict(found) != TRUST:
+        found += [Finding(TRUST, place)] if place else []
+    if comparison is not None and verdict != TRUST:
         found += heavy(comparison, chains, arrays, axes)
-    found += [observe.Finding(observe.DISTRUST, sentence) for sentence in missed]
-    found += observe.priors(improper)
+    reasons = observe.reasons([*known, *found, *observe.priors(improper)])
+    reasons = (*first, *reasons) if verdict == final else (*reasons, *first)
 
     return Diagnosis(
-        observe.verdict(found),
-        observe.reasons(found),
+        verdict,
+        reasons,
         khat,
         threshold,
         ess,
@@ -162,6 +209,7 @@ def diagnose(
         *gap(log_w),
         *((math.nan, math.nan) if improper else with_tail(log_evidence(log_w), log_w, khat)),
         title=title,
+        at_best=max(best, observe.verdicts(known)[0], key=VERDICTS.index),
     )
 
 

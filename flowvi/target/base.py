@@ -210,6 +210,13 @@ class Target(nn.Module):
         pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
         return rows.assemble(pieces, self.subsampled, self._facts.discrete, z.dim() - 1)
 
+    def violation(self, z: Tensor) -> tuple[str, str]:
+        """The site a parameter of which leaves its constraint at a point (D), and a sentence on it.
+
+        Both are empty where there is none, and for plain densities.
+        """
+        return ("", "") if self._functions.violation is None else self._functions.violation(z)
+
     def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
         """Draw all sites from the prior: name -> (n, *shape).
 

@@ -98,6 +98,8 @@ class Functions:
         rerun: Draws from the model with other arguments.
         met: Pyro's record of each latent site in one run with other arguments.
         discrete: z (D,) -> probabilities of the values of discrete sites that are summed out.
+        violation: z (D,) -> the site, and a sentence, where a parameter of its distribution leaves
+            its constraint.
     """
 
     values: PointFunction
@@ -109,3 +111,4 @@ class Functions:
     rerun: Rerun | None = None
     met: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
     discrete: PointFunction | None = None
+    violation: Callable[[Tensor], tuple[str, str]] | None = None

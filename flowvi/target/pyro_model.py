@@ -22,7 +22,7 @@ from flowvi.target.bijections import bijection_of
 from flowvi.target.capture import Trial, agree, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Simulator
 from flowvi.target.handlers import FromVector, ToVector, observes, store_aside
-from flowvi.target.layout import constant_dims, constants_of, dims_of, layout_of, name_of
+from flowvi.target.layout import constant_dims, constants_of, dims_of, layout_of
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_model import from_local_model
 from flowvi.target.naming import name_of
@@ -31,6 +31,7 @@ from flowvi.target.runner import Runner
 from flowvi.target.simulate import simulator
 from flowvi.target.summation import Summation
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
+from flowvi.target.violations import violation
 
 RUNS = 3
 
@@ -159,6 +160,7 @@ class _Capture:
                 again,
                 self._met,
                 discrete,
+                lambda z: violation(self._trace(self._from_vector(z), trial.inputs)),
             ),
             trial,
             self.parameters,
