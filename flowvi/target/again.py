@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -37,7 +38,7 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]
     def rerun(
         given: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     ) -> tuple[Arrays, Arrays]:
-        new = Runner(runner.model, args, kwargs, runner.parameters)
+        new = replace(runner, args=args, kwargs=kwargs, drawn={}, replaced=())
         with own_randomness(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
             values = _values(given, layout, trace, runner.dtype)

@@ -28,21 +28,28 @@ class Owned(Messenger):
     Args:
         parameters: Where the parameters live.
         rows: Indices for plates that would draw them; others keep what the model gives them.
+        dtype: Precision in which the model sees parameters; their own without.
 
     Attributes:
         drawn: Plates that draw their rows: size and batch size.
         data: Observed site -> its data as they were given, as a tensor.
     """
 
-    def __init__(self, parameters: Parameters, rows: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        rows: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.parameters = parameters
         self.rows = rows or {}
+        self.dtype = dtype
         self.drawn: dict[str, tuple[int, int]] = {}
         self.data: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: Any) -> None:
-        msg["value"] = self.parameters.value(msg)
+        msg["value"] = self.parameters.value(msg, self.dtype)
         msg["done"] = True
 
     def _pyro_sample(self, msg: Any) -> None:

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten_with_path
 
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Unseen, quiet
+from flowvi.target.handlers import Unseen, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
@@ -128,8 +128,8 @@ class Rows:
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
         """One run in which the data are drawn, and all latents that are not given."""
         runner = self.on(data)
-        free = Owned(runner.parameters)(poutine.condition(Unseen()(runner.model), values))
-        with quiet(), whole(self.plate, len(data[0]) if data else 1):
+        free = runner.owned()(poutine.condition(Unseen()(runner.model), values))
+        with quiet(), runner.running(), whole(self.plate, len(data[0]) if data else 1):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -146,8 +146,8 @@ class Rows:
         ) -> Any:
             raise _Reached(size, batch, rows)
 
-        model = Owned(runner.parameters)(runner.model)
-        with quiet(), torch.no_grad(), _holding(self.plate, reached):
+        model = runner.owned()(runner.model)
+        with quiet(), runner.running(), torch.no_grad(), _holding(self.plate, reached):
             try:
                 model(*runner.args, **runner.kwargs)
             except _Reached as found:

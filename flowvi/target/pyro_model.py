@@ -70,9 +70,10 @@ def from_pyro(
     """
     checks.is_model(model, name_of(model))
     with own_randomness(0):
+        runner = Runner(model, args, kwargs)
         if local is not None:
-            return from_local_model(Runner(model, args, kwargs), name_of(model), local)
-        target = _Capture(Runner(model, args, kwargs), name_of(model)).target()
+            return from_local_model(runner.in_precision(runner.dtype), name_of(model), local)
+        target = _Capture(runner.in_precision(torch.float64), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target
 
@@ -92,7 +93,8 @@ def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
         ModelError: As for `from_pyro`, and where the model reads an observed value into Python.
     """
     with own_randomness(0):
-        captured = _Capture(Runner(model, args, kwargs), name_of(model))
+        runner = Runner(model, args, kwargs).in_precision(torch.float64)
+        captured = _Capture(runner, name_of(model))
         if not captured.data:
             raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
         if captured.runner.drawn:

@@ -16,8 +16,9 @@ from flowvi.target import checks, rows
 from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
-from flowvi.target.handlers import Owned, Unseen, quiet
+from flowvi.target.handlers import Unseen, quiet
 from flowvi.target.layout import Layout
+from flowvi.target.precision import Latents
 from flowvi.target.runner import Runner
 from flowvi.target.samplers import RightSamples
 from flowvi.target.tape import LatentValueRead, Unrecordable, record
@@ -123,11 +124,12 @@ class ManyRuns:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = Owned(runner.parameters, batch)(poutine.condition(Unseen()(model), values))
+        free = runner.owned(batch)(poutine.condition(Unseen()(model), values))
         last = checks.LastSite()
         try:
-            with quiet():
-                trace = poutine.trace(last(RightSamples()(free))).get_trace()
+            with quiet(), runner.running():
+                drawn = Latents(runner.precision)(RightSamples()(free))
+                trace = poutine.trace(last(drawn)).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:
             # A hidden Markov model asserts that it was told for how long; what the model itself
