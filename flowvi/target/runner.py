@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -89,9 +89,15 @@ class Runner:
             with quiet():
                 trace.compute_log_prob()
 
-    def running(self) -> AbstractContextManager[None]:
-        """Let what the model makes have its precision."""
-        return precision.default_dtype(self.precision)
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let what the model makes and draws have its precision."""
+        if self.precision is None:
+            yield
+            return
+        # Outside of the trace, which keeps a value as those before it leave it.
+        with precision.default_dtype(self.precision), precision.Latents(self.precision):
+            yield
 
     def owned(self, rows: Mapping[str, Tensor] | None = None) -> Owned:
         """Serves the model's parameters, and rows of plates that draw theirs."""
@@ -109,8 +115,7 @@ class Runner:
     def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior, and the data that it observed, as they were given."""
         owned, last = self.owned(), checks.LastSite()
-        latents = precision.Latents(self.precision)
-        handlers = (last, Prior(self.dtype), latents, RightSamples(), owned, checks.Known())
+        handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known())
         with torch.no_grad(), self.running(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)

@@ -18,7 +18,6 @@ from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
 from flowvi.target.handlers import Unseen, quiet
 from flowvi.target.layout import Layout
-from flowvi.target.precision import Latents
 from flowvi.target.runner import Runner
 from flowvi.target.samplers import RightSamples
 from flowvi.target.tape import LatentValueRead, Unrecordable, record
@@ -128,8 +127,7 @@ class ManyRuns:
         last = checks.LastSite()
         try:
             with quiet(), runner.running():
-                drawn = Latents(runner.precision)(RightSamples()(free))
-                trace = poutine.trace(last(drawn)).get_trace()
+                trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:
             # A hidden Markov model asserts that it was told for how long; what the model itself
