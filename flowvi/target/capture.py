@@ -175,8 +175,7 @@ def _agrees(
     totals = (torch.stack(o).sum(0) for o in list(zip(*expected, strict=True))[2:])
     same = partial(agree, rounded=batched.rounded)
     return all(same(e[:2], row) for e, row in zip(expected, rows, strict=True)) and all(
-        total.isnan().all() or same((total,), (o,))
-        for total, o in zip(totals, others, strict=True)
+        total.isnan().all() or same((total,), (o,)) for total, o in zip(totals, others, strict=True)
     )
 
 

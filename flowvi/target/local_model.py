@@ -42,6 +42,11 @@ def from_local_model(runner: Runner, name: str, plate: str) -> LocalTarget:
     Raises:
         ModelError: There is no such plate, or its rows do not stand for themselves.
     """
+
+    def scored(runner: Runner) -> None:
+        Rows.of(runner, name, plate).scored()
+
+    runner = runner.in_precision(runner.dtype, scored)
     return _LocalCapture(Rows.of(runner, name, plate), name, plate).target()
 
 

@@ -14,9 +14,10 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from flowvi.randomness import own_randomness
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Unseen, quiet
+from flowvi.target.handlers import Unseen, quiet, store_aside
 from flowvi.target.layout import Layout
 from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
@@ -110,6 +111,12 @@ class Rows:
         """One run from the prior on some rows."""
         with whole(self.plate, len(data[0]) if data else 1):
             return self.on(data).prior(validate)
+
+    def scored(self) -> None:
+        """Run the model on a row from its prior and score it."""
+        data = self.arguments.batch([0]).data
+        with own_randomness(0), store_aside(), self.runner.running(), quiet():
+            self.prior(data, validate=False)[0].compute_log_prob()
 
     def trace(
         self,

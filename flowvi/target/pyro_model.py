@@ -72,7 +72,7 @@ def from_pyro(
     with own_randomness(0):
         runner = Runner(model, args, kwargs)
         if local is not None:
-            return from_local_model(runner.in_precision(runner.dtype), name_of(model), local)
+            return from_local_model(runner, name_of(model), local)
         target = _Capture(runner.in_precision(torch.float64), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target

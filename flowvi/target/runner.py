@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyro
@@ -61,33 +62,35 @@ class Runner:
         double = torch.float64 in precision.precisions((self.args, self.kwargs))
         return torch.float64 if double else torch.get_default_dtype()
 
-    def in_precision(self, dtype: torch.dtype) -> Runner:
+    def in_precision(
+        self, dtype: torch.dtype, scored: Callable[[Runner], object] | None = None
+    ) -> Runner:
         """The model in one precision: its arguments are cast, and new tensors have it.
 
         Numbers of Python become numbers of that precision, data and latents too. A model that
         holds tensors of another one, such as a network, may not run that way: it is left as
         it is. Parameters keep the precision that the model makes them in; it sees them cast.
+
+        Args:
+            dtype: The precision.
+            scored: Runs a model and scores it, to see that it runs; on all its arguments without.
         """
-        given = precision.precisions((self.args, self.kwargs))
-        if torch.get_default_dtype() == dtype and given <= {dtype}:
-            return self
+        scored = scored or Runner.scored
         new = replace(self, parameters=Parameters(), precision=dtype)
-        if not precision.runs(new._scored):
+        if not precision.runs(partial(scored, new)):
             return self
-        if made := new.parameters.leaves:
+        if (made := new.parameters.leaves) and torch.get_default_dtype() != dtype:
             own = replace(self, parameters=Parameters())
-            precision.runs(own._scored)
+            precision.runs(partial(scored, own))
             for name, like in own.parameters.leaves.items():
                 if name in made and made[name].dtype != like.dtype:
                     made[name] = nn.Parameter(made[name].detach().to(like.dtype))
         return new
 
-    def _scored(self) -> None:
-        """Run the model from its prior and score it, to see that it runs."""
-        with own_randomness(0), store_aside(), torch.no_grad(), self.running():
-            trace, _ = self.prior(validate=False)
-            with quiet():
-                trace.compute_log_prob()
+    def scored(self) -> None:
+        """Run the model from its prior and score it."""
+        with own_randomness(0), store_aside(), torch.no_grad(), self.running(), quiet():
+            self.prior(validate=False)[0].compute_log_prob()
 
     @contextmanager
     def running(self) -> Iterator[None]:
