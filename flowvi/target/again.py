@@ -41,7 +41,7 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]
         new = replace(runner, args=args, kwargs=kwargs, drawn={}, replaced=())
         with own_randomness(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
-            values = _values(given, layout, trace, runner.dtype)
+            values = _values(given, layout, trace)
             drawn = _drawn(new, trace, values)
         scores: Arrays = {}
         if data:
@@ -54,7 +54,7 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]
 
 
 def _values(
-    given: Mapping[str, np.ndarray], layout: Layout, trace: poutine.Trace, dtype: torch.dtype
+    given: Mapping[str, np.ndarray], layout: Layout, trace: poutine.Trace
 ) -> dict[str, Tensor]:
     """Values of the latents that the model has with its new arguments."""
     found = {}
@@ -72,7 +72,7 @@ def _values(
                 f"{tuple(node['value'].shape)} with these arguments: there are draws of the rows "
                 "that were fitted only. Predict for those rows, or draw new ones within the model."
             )
-        found[name] = torch.as_tensor(given[name]).to(dtype)
+        found[name] = torch.as_tensor(given[name]).to(node["value"])
     return found
 
 

@@ -16,7 +16,7 @@ from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Site
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_density import PlainRows
-from flowvi.target.precision import cast, default_dtype, runs
+from flowvi.target.precision import cast, default_dtype, mixed, runs
 from flowvi.target.program import Density
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
@@ -133,7 +133,13 @@ class _Plain:
             values[name] = transform(u)
             ladj = ladj + transform.log_abs_det_jacobian(u, values[name]).sum()
         with default_dtype(self.precision):
-            log_p = self.log_prob(values, *(cast(t, self.precision) for t in row))
+            try:
+                log_p = self.log_prob(values, *(cast(t, self.precision) for t in row))
+            except RuntimeError as error:
+                words = mixed(error, {f"site '{name}'": v.dtype for name, v in values.items()})
+                if not words:
+                    raise
+                raise ModelError(f"{self.name} fails. {words} {error}") from error
         if not isinstance(log_p, Tensor) or log_p.shape != ():
             came = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
             raise ModelError(

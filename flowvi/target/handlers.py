@@ -109,6 +109,7 @@ class FromVector(Messenger):
         z: The vector, (D,).
         slices: Columns of each site.
         shapes: Unconstrained shape of each site.
+        dtypes: Type of each site's value.
 
     Attributes:
         ladjs: Log Jacobian of each site, by its batch shape.
@@ -116,10 +117,14 @@ class FromVector(Messenger):
     """
 
     def __init__(
-        self, z: Tensor, slices: Mapping[str, slice], shapes: Mapping[str, Sequence[int]]
+        self,
+        z: Tensor,
+        slices: Mapping[str, slice],
+        shapes: Mapping[str, Sequence[int]],
+        dtypes: Mapping[str, torch.dtype],
     ) -> None:
         super().__init__()
-        self.z, self.slices, self.shapes = z, slices, shapes
+        self.z, self.slices, self.shapes, self.dtypes = z, slices, shapes, dtypes
         self.ladj: Tensor = z.new_zeros(())
         self.ladjs: dict[str, Tensor] = {}
 
@@ -128,7 +133,7 @@ class FromVector(Messenger):
         if name not in self.slices:
             return
         transform = bijection_of(msg["fn"])
-        u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
+        u = self.z[self.slices[name]].reshape(tuple(self.shapes[name])).to(self.dtypes[name])
         value = transform(u)
         self.ladjs[name] = transform.log_abs_det_jacobian(u, value)
         self.ladj = self.ladj + self.ladjs[name].sum()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor
@@ -42,6 +43,11 @@ class Layout:
     plates: dict[str, int]
     nesting: int
     enumerated: tuple[str, ...]
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Type of each latent's value, as the model draws it."""
+        return {name: site["value"].dtype for name, site in self.latents.items()}
 
     def improper(self) -> tuple[str, ...]:
         """Latents whose prior has no integral."""

@@ -61,7 +61,7 @@ class FromRows(Messenger):
         u = self.z[:, self.layout.slices[name]].reshape(
             len(self.z), *shape[:axis], *shape[axis + 1 :]
         )
-        u = u.movedim(0, axis)
+        u = u.movedim(0, axis).to(self.layout.dtypes[name])
         value = transform(u)
         ladj = transform.log_abs_det_jacobian(u, value).movedim(axis, 0)
         self.ladj = self.ladj + ladj.reshape(len(self.z), -1).sum(-1)

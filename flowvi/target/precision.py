@@ -72,13 +72,13 @@ def mixed(error: Exception, held: Mapping[str, torch.dtype]) -> str:
         by_dtype.setdefault(dtype, []).append(name)
     if not by_dtype:
         return ""
-    words = "; ".join(
-        f"{spelled(dtype)}: {', '.join(names[:3])}{', ...' if len(names) > 3 else ''}"
+    words = ", ".join(
+        f"{spelled(dtype)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for dtype, names in by_dtype.items()
     )
     return (
-        f"It mixes tensors of several types ({words}). Give data, modules and constants one "
-        "precision: .double() for float64 throughout, .float() for float32."
+        f"It mixes tensors of several types; seen were {words}. Give data, modules and constants "
+        "one precision: .double() for float64 throughout, .float() for float32."
     )
 
 

@@ -213,7 +213,7 @@ class _Capture:
         return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        handler = ToVector(split(flat, self.layout.sites))
+        handler = ToVector(split(flat, self.layout.sites, self.layout.dtypes))
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
 
@@ -234,7 +234,7 @@ class _Capture:
         return trace
 
     def _from_vector(self, z: Tensor) -> FromVector:
-        return FromVector(z, self.layout.slices, self.layout.shapes)
+        return FromVector(z, self.layout.slices, self.layout.shapes, self.layout.dtypes)
 
     # Facts.
 

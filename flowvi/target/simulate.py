@@ -47,7 +47,8 @@ def simulator(
         given: Mapping[str, np.ndarray] | None, n: int, seed: int
     ) -> dict[str, np.ndarray]:
         batches = [batch for _, batch in rows.cover(runner.drawn)]
-        values = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+        types = layout.dtypes
+        values = {k: torch.as_tensor(v).to(types[k]) for k, v in (given or {}).items()}
         out: Values = {}
         with own_randomness(seed), torch.no_grad():
             if given is None:
