@@ -125,7 +125,8 @@ class Fit:
 
     def __str__(self) -> str:
         words = "{name}: {guide} guide, {objective}, {steps} steps, {seconds:.1f} s, {precision}"
-        head = words.format(name=self.target.name, **self.meta)
+        facts = {"precision": spelled(self.target.dtype), **self.meta}
+        head = words.format(name=self.target.name, **facts)
         return "\n".join([head, *(f"  {line}" for line in self.log)])
 
 
