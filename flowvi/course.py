@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 
 from flowvi.adam import Adam
-from flowvi.flat import give, vector_of
+from flowvi.flat import vector_of
 from flowvi.guides import Guide
 from flowvi.records import Record
 from flowvi.schedule import Average, Guard
@@ -29,6 +29,7 @@ class Course:
     Args:
         guide: What is trained.
         trained: Its parameters and the target's own, in one order.
+        give: Gives them the values of a vector.
         optimiser: Of them.
         start: Their values at the beginning, in one vector.
         record: To which the steps are added.
@@ -48,6 +49,7 @@ class Course:
 
     guide: Guide
     trained: Sequence[Tensor]
+    give: Callable[[Tensor], None]
     optimiser: Adam
     start: Tensor
     record: Record
@@ -129,7 +131,7 @@ class Course:
         return vector_of(self.trained)
 
     def _set(self, vector: Tensor) -> None:
-        give(self.trained, vector.to(self.start))
+        self.give(vector.to(self.start))
 
     def _here(self) -> tuple[Tensor, dict[str, Any]]:
         return self.vector(), self.optimiser.state()

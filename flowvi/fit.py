@@ -40,6 +40,7 @@ from flowvi.run import Kept, Run, checked
 from flowvi.shelf import opened, said
 from flowvi.stopping import Clock, interruptible
 from flowvi.target import LocalTarget, Target
+from flowvi.target.precision import spelled
 from flowvi.threads import best_threads
 
 PARTICLES = 64
@@ -124,8 +125,9 @@ class Fit:
         return save_fit(self, folder)
 
     def __str__(self) -> str:
-        words = "{name}: {guide} guide, {objective}, {steps} steps, {seconds:.1f} s"
-        head = words.format(name=self.target.name, **self.meta)
+        words = "{name}: {guide} guide, {objective}, {steps} steps, {seconds:.1f} s, {precision}"
+        facts = {"precision": spelled(self.target.dtype), **self.meta}
+        head = words.format(name=self.target.name, **facts)
         return "\n".join([head, *(f"  {line}" for line in self.log)])
 
 
@@ -416,7 +418,7 @@ def _result(target: Target, runs: list[Run], settings: Settings, kept: list[Kept
         "guide": max(kept, key=lambda k: k.bound).name,
         "specs": [{"name": k.name, "sizes": k.sizes} for k in kept],
         "objective": describe(settings.objective),
-        "precision": str(target.dtype).removeprefix("torch."),
+        "precision": spelled(target.dtype),
         "steps": len(rows),
         "stages": [run.record.stages for run in runs],
         "particles": settings.repeats * particles_of(settings.objective),

@@ -1,11 +1,47 @@
-"""Parameters in one vector."""
+"""Parameters in one vector, and in one precision."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
+
+
+class Finest:
+    """Parameters as an optimiser sees them: all in the finest precision among them.
+
+    A parameter of that precision stands for itself. A coarser one is led by a tensor in the
+    finest, which the optimiser changes, and follows it rounded: small steps add up, and
+    the parameter keeps the precision that its owner gave it.
+
+    Args:
+        parameters: Of any precisions.
+
+    Attributes:
+        tensors: One for each of them, in their order, in one precision.
+    """
+
+    def __init__(self, parameters: Sequence[Tensor]) -> None:
+        finest = reduce(torch.promote_types, {p.dtype for p in parameters}, torch.bfloat16)
+        self.tensors = [p if p.dtype == finest else p.detach().to(finest) for p in parameters]
+        pairs = zip(parameters, self.tensors, strict=True)
+        self._led = [(p, leader) for p, leader in pairs if p is not leader]
+
+    @torch.no_grad()
+    def follow(self) -> None:
+        """Give the coarser parameters the values of what leads them."""
+        if self._led:
+            parameters, leaders = zip(*self._led, strict=True)
+            torch._foreach_copy_(list(parameters), list(leaders))
+
+    def gather(self) -> None:
+        """Move the gradients of coarser parameters to what leads them."""
+        for p, leader in self._led:
+            if p.grad is not None and leader.grad is not None:
+                leader.grad.copy_(p.grad)
+            p.grad = None
 
 
 class Flat:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from flowvi import parallel
 from flowvi.blame import blamed
 from flowvi.compiling import Accelerator, Compile
-from flowvi.flat import Flat
+from flowvi.flat import Finest, Flat
 from flowvi.guides import Guide, LogDensity
 from flowvi.judging import estimate
 from flowvi.memory import ANY
@@ -35,7 +35,8 @@ class Gradients:
         log_density: What the guide is fitted to; a density of another temperature can take the
             target's place.
         fast: The compiled gradient, once there is one.
-        trained: Parameters of the guide and the target's own, in the order of the gradient.
+        trained: Parameters of the guide and the target's own, in the order of the gradient and
+            in the finest precision among them; see `follow`.
         answer: What the callback of this process said to the last step, for the others to hear.
         stopped: Whether that of the first process has said to stop, as the last step told.
     """
@@ -45,7 +46,8 @@ class Gradients:
     ) -> None:
         self.target, self.guide, self.settings = target, guide, settings
         self.log_density: LogDensity = target.log_prob
-        self.trained = _trained(guide, target)
+        self._finest = Finest(_trained(guide, target))
+        self.trained = self._finest.tensors
         self.say = say
         # Every step is taken in it; bounds that are reported are of the guide itself.
         single = guide.in_single()
@@ -58,6 +60,10 @@ class Gradients:
     def _accelerator(self, compile: Compile) -> Accelerator:
         modules = [self._worker, self.target]
         return Accelerator(modules, self.trained, self._bound, self._unit, compile, self.say)
+
+    def follow(self) -> None:
+        """Give parameters of a coarser precision the values of `trained`, which stand for them."""
+        self._finest.follow()
 
     def in_double(self) -> None:
         """Do everything in the precision of the guide from now on."""
@@ -144,7 +150,7 @@ class Gradients:
         """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
         try:
             flat = Flat(self.trained, gradients=False)
-        except ValueError:  # several precisions or devices
+        except ValueError:  # several devices
             yield
             return
         self.fast.whole = flat.vector.detach()

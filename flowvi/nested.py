@@ -24,6 +24,7 @@ from flowvi.objectives import Renyi
 from flowvi.randomness import own_randomness
 from flowvi.schedule import Guard, decayed
 from flowvi.target import Batch, LocalTarget
+from flowvi.target.precision import spelled
 
 BUILD, TRAIN, DRAW = range(3)
 # Numbers of the latents of rows that are held at a time.
@@ -236,6 +237,7 @@ def nested(
         "guide": spec["name"],
         "inner": of_rows["name"],
         "specs": [spec, of_rows],
+        "precision": spelled(target.dtype),
         "particles": particles,
         "outer": outer,
         "batch_size": size,

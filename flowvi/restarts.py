@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -29,6 +28,7 @@ from flowvi.states import fill, tensors_of
 from flowvi.stopping import Clock
 from flowvi.tables import put_up, taken_down
 from flowvi.target import Target
+from flowvi.target.precision import default_dtype
 from flowvi.threads import best_threads
 
 # Settings that the user gave, and that can be sent.
@@ -123,7 +123,7 @@ def told(task: Task) -> dict[str, Any]:
     """Run a restart; what came of it, as arrays, numbers and words."""
     # In another thread of this process, nobody else may draw random numbers meanwhile.
     limit = memory.limited(task.asked["max_memory"])
-    with own_randomness(), _precision(task.dtype), limit:
+    with own_randomness(), default_dtype(task.dtype), limit:
         return _arrays(_told(task, task.make()))
 
 
@@ -185,16 +185,6 @@ def _heard(target: Target, settings: Settings, task: Task, answer: dict[str, Any
         chains=None if found["chains"] is None else put_up(target, found["chains"]),
     )
     return run
-
-
-@contextmanager
-def _precision(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _gaussian(target: Target, state: Mapping[str, Any]) -> Gaussian:

@@ -28,6 +28,7 @@ from flowvi.row_training import Epoch, RowTrainer
 from flowvi.shelf import Shelf, opened
 from flowvi.stopping import Clock
 from flowvi.target import Batch, LocalTarget
+from flowvi.target.precision import spelled
 
 SPLIT, BUILD = 2, 3
 
@@ -103,8 +104,9 @@ class RowFit:
         return save_rows(self, folder)
 
     def __str__(self) -> str:
-        words = "{name}: {guide} guide, {objective}, {epochs} epochs, {seconds:.1f} s"
-        head = words.format(name=self.target.name, **self.meta)
+        words = "{name}: {guide} guide, {objective}, {epochs} epochs, {seconds:.1f} s, {precision}"
+        facts = {"precision": spelled(self.target.dtype), **self.meta}
+        head = words.format(name=self.target.name, **facts)
         return "\n".join([head, *(f"  {line}" for line in self.log)])
 
     def _rows(self, data: Any, rows: Sequence[int] | None) -> Batch:
@@ -181,6 +183,7 @@ def fit_rows(
         "guide": name,
         "specs": [{"name": name, "own": not isinstance(guide, str)}],
         "objective": describe(wanted),
+        "precision": spelled(target.dtype),
         **facts,
         "epochs": len(state.epochs),
         "rows": len(rows),

@@ -18,7 +18,7 @@ from tqdm import tqdm
 from flowvi import parallel
 from flowvi.adam import Adam
 from flowvi.draws import stream
-from flowvi.flat import Flat
+from flowvi.flat import Finest, Flat
 from flowvi.guides import Guide
 from flowvi.minibatch import Minibatch, row_step
 from flowvi.objectives import Renyi, WakeSleep
@@ -109,7 +109,8 @@ class RowTrainer:
         self.guard = Guard()
         self.state = RowState()
         learned = {id(p): p for m in (guide, target) for p in m.parameters() if p.requires_grad}
-        self.flat = Flat(list(learned.values()))
+        self.finest = Finest(list(learned.values()))
+        self.flat = Flat(self.finest.tensors)
         self.optimiser = Adam([self.flat.vector])
         self.save: Callable[[], None] = lambda: None
 
@@ -137,7 +138,7 @@ class RowTrainer:
             except KeyboardInterrupt:
                 state.interrupted = True
         if state.best is not None:
-            self.flat.set(state.best)
+            self._set(state.best)
         self.flat.release()
         return state
 
@@ -158,7 +159,7 @@ class RowTrainer:
 
     def restore(self, saved: Mapping[str, Any]) -> None:
         """Go on from a snapshot."""
-        self.flat.set(saved["vector"])
+        self._set(saved["vector"])
         self.optimiser.restore(saved["adam"])
         buffers = dict(self.guide.named_buffers())
         for name, value in saved["buffers"].items():
@@ -229,6 +230,7 @@ class RowTrainer:
         admitted, _ = self.guard.admits(float(bound), self.flat.gradient)
         if admitted:
             self.optimiser.step(self.flat.gradient, lr)
+            self.finest.follow()
         return float(bound), float(divergence)
 
     def _gradient(self, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
@@ -250,11 +252,17 @@ class RowTrainer:
             # Parts need not be equal: their means over all processes make that of the batch.
             share = len(batch.places) * processes / count
             (-share * found.objective).backward()
+            self.finest.gather()
             bound, divergence = share * found.bound, found.divergence
         if processes > 1:
             bound, averaged, _ = parallel.averaged(bound, self.flat.gradient)
             self.flat.gradient.copy_(averaged)
         return bound, divergence
+
+    def _set(self, vector: Tensor) -> None:
+        """Give all parameters the values of a vector."""
+        self.flat.set(vector)
+        self.finest.follow()
 
     def _judge(self, told: Epoch) -> None:
         state = self.state

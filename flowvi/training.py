@@ -201,10 +201,11 @@ class Trainer:
     def set(self, vector: Tensor) -> None:
         """Give the parameters the values of a vector."""
         give(self.trained, vector)
+        self.gradients.follow()
 
     def _course(self, lr: float) -> Course:
         optimiser = Adam(self.trained)
-        return Course(self.guide, self.trained, optimiser, self.vector(), self.record)
+        return Course(self.guide, self.trained, self.set, optimiser, self.vector(), self.record)
 
     def _train(self, stage: Stage, course: Course) -> None:
         clock = self.settings.clock
@@ -340,6 +341,7 @@ class Trainer:
         admitted, norm = course.guard.admits(value, flat)
         if admitted:
             course.optimiser.step(flat, course.rate, self.gradients.fast.whole)
+            self.gradients.follow()
         draws = stage.repeats * particles_of(self.settings.objective)
         return Row(value, norm, course.rate, not admitted, draws, len(self.record.stages) - 1)
 

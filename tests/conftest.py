@@ -33,6 +33,14 @@ def reproducible_test() -> None:
     reproducible()
 
 
+@pytest.fixture(params=["double", "single"])
+def default(request: pytest.FixtureRequest) -> torch.dtype:
+    """Torch's default precision: that of the other tests, and the one that users have."""
+    dtype = torch.float64 if request.param == "double" else torch.float32
+    torch.set_default_dtype(dtype)
+    return dtype
+
+
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     """Start from one point, and judge and check by few draws: for what does not depend on them."""
     candidates = init.candidates

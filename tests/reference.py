@@ -1,6 +1,7 @@
 """The log density of a model by Pyro itself: trace, `biject_to`, autograd."""
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -14,10 +15,13 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.distributions import biject_to
+from torch.utils._pytree import tree_map
 from zoo import Case
 
 from flowvi.target import Target
 from flowvi.target.bijections import bijection_of
+from flowvi.target.handlers import as_tensor
+from flowvi.target.precision import cast, default_dtype
 
 # For these torch has no bijection; the Jacobian of ours is then taken by autograd.
 OURS = {
@@ -31,6 +35,21 @@ OURS = {
 }
 
 
+def in_double(function: Any) -> Any:
+    """Run a case in double precision, or in the default one if it holds tensors of that."""
+
+    @functools.wraps(function)
+    def call(case: Case, target: Target, z: Tensor, *rest: Any) -> Any:
+        dtype = torch.get_default_dtype() if case.holds else torch.float64
+        args, kwargs = tree_map(lambda a: cast(as_tensor(a), dtype), (case.args, case.kwargs))
+        case = dataclasses.replace(case, args=args, kwargs=kwargs)
+        with default_dtype(dtype):
+            return function(case, target, z.to(dtype), *rest)
+
+    return call
+
+
+@in_double
 def log_joint(
     case: Case, target: Target, z: Tensor, rows: dict[str, Tensor] | None = None
 ) -> Tensor:
@@ -39,28 +58,30 @@ def log_joint(
     if case.enumerated:
         return -_potential(case, target, z)
     handler = _Substitute(target, z, rows or {})
-    trace = poutine.trace(handler(model)).get_trace(*_tensors(case.args), **case.kwargs)
+    trace = poutine.trace(handler(model)).get_trace(*case.args, **case.kwargs)
     return trace.log_prob_sum() + handler.ladj
 
 
+@in_double
 def log_likelihood(case: Case, target: Target, z: Tensor) -> Tensor:
     """What the data add to the log joint at one point, without scales."""
     if case.enumerated:
         prior = dataclasses.replace(case, model=_Unseen()(case.model))
         return log_joint(case, target, z) - log_joint(prior, target, z)
     model = _Substitute(target, z, {})(case.twin or case.model)
-    trace = poutine.trace(model).get_trace(*_tensors(case.args), **case.kwargs)
+    trace = poutine.trace(model).get_trace(*case.args, **case.kwargs)
     trace.compute_log_prob()
     data = [site for name, site in trace.nodes.items() if name in target.observed]
     rows = (scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"]) for site in data)
     return sum((row.sum() for row in rows), z.new_zeros(()))
 
 
+@in_double
 def values_of(case: Case, target: Target, z: Tensor) -> dict[str, Tensor]:
     """Values of all sites at one point."""
     handler = _Substitute(target, z, {})
     model = handler(case.twin or case.model)
-    nodes = poutine.trace(model).get_trace(*_tensors(case.args), **case.kwargs).nodes
+    nodes = poutine.trace(model).get_trace(*case.args, **case.kwargs).nodes
     return {name: site["value"] for name, site in nodes.items() if site["type"] == "sample"}
 
 
@@ -146,7 +167,3 @@ def _potential(case: Case, target: Target, z: Tensor) -> Tensor:
         values[name] = z[target.slices[name]].reshape(shape)
     value: Tensor = potential(values)
     return value
-
-
-def _tensors(args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return tuple(torch.as_tensor(a) if type(a).__module__ == "numpy" else a for a in args)

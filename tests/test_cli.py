@@ -76,7 +76,7 @@ def fit(text: str, *options: object) -> Result:
     return run("fit", "m.py", "--steps", 3, "--out", "out", *options)
 
 
-def test_eight_schools_from_the_command_to_its_files(folder):
+def test_eight_schools_from_the_command_to_its_files(folder, default):
     result = run("fit", SCHOOLS, "--steps", 20, "--draws", 400, "--out", "new/out")
 
     assert result.exit_code in (0, 3)
@@ -91,7 +91,7 @@ def test_eight_schools_from_the_command_to_its_files(folder):
     assert posterior["sample_stats"]["log_weight"].shape == (1, 400)
 
 
-def test_a_fit_can_be_loaded_again(folder):
+def test_a_fit_can_be_loaded_again(folder, default):
     assert fit(NORMAL).exit_code == 0
 
     loaded = flowvi.load("out/fit", load_target(Path("m.py"), None))
@@ -100,7 +100,7 @@ def test_a_fit_can_be_loaded_again(folder):
     np.testing.assert_array_equal(loaded.draw(4000)["mu"], posterior["mu"].values)
 
 
-def test_a_trusted_fit_summarises_its_draws():
+def test_a_trusted_fit_summarises_its_draws(default):
     result = fit(NORMAL)
 
     table = pd.read_csv("out/summary.csv", index_col="name")
@@ -112,7 +112,7 @@ def test_a_trusted_fit_summarises_its_draws():
     assert not Path("out/resampled.nc").exists()
 
 
-def test_resampled_draws_are_written_where_they_are_the_ones_to_trust():
+def test_resampled_draws_are_written_where_they_are_the_ones_to_trust(default):
     result = fit(CORRELATED, "--guide", "meanfield")
 
     table = pd.read_csv("out/summary.csv", index_col="name")
@@ -150,7 +150,7 @@ def test_other_files_in_the_folder_stay():
     assert Path("out/notes.txt").read_text() == "mine"
 
 
-def test_restarts_are_chains():
+def test_restarts_are_chains(default):
     fit(NORMAL, "--restarts", 2, "--draws", 200)
 
     assert az.from_netcdf("out/posterior.nc")["posterior"]["mu"].shape == (2, 200)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
 
 import flowvi
@@ -36,9 +37,10 @@ def model(y):
 """
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    """A model file from `new-model`, as it was written, and a fit of it."""
+@pytest.fixture(scope="module", params=["double", "single"])
+def place(request, reproducible_module, tmp_path_factory):
+    """A model file from `new-model`, as it was written, and a fit of it, under both defaults."""
+    torch.set_default_dtype(torch.float64 if request.param == "double" else torch.float32)
     folder = tmp_path_factory.mktemp("commands")
     assert run("new-model", "wells", "--dir", folder).exit_code == 0
     (folder / "simple.py").write_text(SIMPLE)
@@ -53,6 +55,15 @@ def place(tmp_path_factory):
             options = ["--out", folder / name, "--seed", seed, *FEW]
             assert run("fit", folder / "simple.py", *options).exit_code == 0
     return folder
+
+
+@pytest.fixture(autouse=True)
+def default_of_the_place(request, reproducible_test):
+    """Commands on a fit run under the default that the fit was made under."""
+    if "place" in request.fixturenames:
+        request.getfixturevalue("place")
+        single = request.node.callspec.params["place"] == "single"
+        torch.set_default_dtype(torch.float32 if single else torch.float64)
 
 
 def test_a_new_model_fits_as_it_is(place):

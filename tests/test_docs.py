@@ -53,7 +53,7 @@ def test_a_notebook_is_what_its_script_writes_and_was_run(notebook):
 
 
 @pytest.mark.parametrize("notebook", NOTEBOOKS, ids=lambda path: path.stem)
-def test_the_code_of_a_notebook_runs(notebook, monkeypatch):
+def test_the_code_of_a_notebook_runs(notebook, default, monkeypatch):
     def short(target, guide="auto", **settings):
         return fit(target, "fullrank", steps=1, **settings)
 

@@ -115,7 +115,7 @@ def test_precision_is_the_data_s(name, arguments):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_short_fit_has_a_finite_bound(name, arguments, brief):
+def test_a_short_fit_has_a_finite_bound(name, arguments, brief, default):
     target = flowvi.from_pyro(load(name).model, *arguments(name))
 
     # A full-rank start of a thousand dimensions takes a while.
@@ -123,6 +123,7 @@ def test_a_short_fit_has_a_finite_bound(name, arguments, brief):
     fit = flowvi.fit(target, guide, steps=5, particles=16, progress=False)
 
     assert np.isfinite(fit.history["bound"][-1])
+    assert fit.meta["precision"] == "float64"
 
 
 @pytest.mark.parametrize("posterior", sorted(POSTERIORS))

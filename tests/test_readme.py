@@ -5,7 +5,6 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from flowvi.cli import main
@@ -20,11 +19,10 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 
 @pytest.fixture
 def few_steps(monkeypatch, brief) -> None:
-    """Fits that do not say how long they are to be take few steps, in the user's precision."""
+    """Fits that do not say how long they are to be take few steps."""
     monkeypatch.setattr(sys.modules["flowvi.run"], "STEADY_STEPS", 30)
     monkeypatch.setattr(sys.modules["flowvi.run"], "MOST_STAGES", 1)
     monkeypatch.setattr(sys.modules["flowvi.escalation"], "ATTEMPTS", ())
-    torch.set_default_dtype(torch.float32)
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +37,7 @@ def results(tmp_path_factory) -> Path:
 
 
 @pytest.mark.parametrize("page", [name for name, p in PAGES.items() if FENCE.search(p.read_text())])
-def test_the_examples_of_a_page_run(page, few_steps, results, monkeypatch):
+def test_the_examples_of_a_page_run(page, default, few_steps, results, monkeypatch):
     monkeypatch.chdir(results)
     monkeypatch.syspath_prepend(ROOT)
     names: dict[str, object] = {"__name__": "example"}

@@ -58,7 +58,7 @@ def test_file_keeps_the_contract(name):
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_short_fit_has_a_finite_bound_and_trains_guide_and_model(name, images):
+def test_a_short_fit_has_a_finite_bound_and_trains_guide_and_model(name, images, default):
     fit = load(name).fit(images, epochs=2, progress=False)
 
     assert np.isfinite(fit.history["bound"]).all()

@@ -238,10 +238,18 @@ def test_something_that_is_no_tensor():
     mentions(refused(model), "'y' observes a str", "as_tensor")
 
 
-def test_data_too_large_for_single_precision():
+def test_data_too_large_for_double_precision():
+    huge = torch.full((3,), 1e200, dtype=torch.float64)
+
+    mentions(refused(normal_rows, huge), "'y'", "-inf", "rescale")
+
+
+def test_data_too_large_for_single_precision_are_not_too_large():
     torch.set_default_dtype(torch.float32)
 
-    mentions(refused(normal_rows, torch.full((3,), 1e20)), "'y'", "-inf", "rescale")
+    target = from_pyro(normal_rows, torch.full((3,), 1e20))
+
+    assert target.log_prob(torch.zeros(1, target.dim, dtype=torch.float64)).isfinite().all()
 
 
 def test_nan_in_a_constant():

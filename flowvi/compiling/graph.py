@@ -83,13 +83,14 @@ class Bound(nn.Module):
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
-def trace(bound: Bound, rows: Sequence[Tensor] = ()) -> Graph:
+def trace(bound: Bound, rows: Sequence[Tensor] = (), dtype: torch.dtype | None = None) -> Graph:
     """Record one evaluation of a bound and its gradient.
 
     Args:
         bound: The bound. Its parameters become the graph's first input, one after the other
             in a vector.
         rows: Rows of subsampled plates as they will come, each (B).
+        dtype: Precision of that vector; the finest among the parameters by default.
 
     Raises:
         NotOneGraph: Something in it depends on the value of a tensor, or changes a buffer.
@@ -111,7 +112,7 @@ def trace(bound: Bound, rows: Sequence[Tensor] = ()) -> Graph:
         ]
         return value.detach(), torch.cat(gradient)
 
-    flat = nn.utils.parameters_to_vector(list(like.values())).detach()
+    flat = nn.utils.parameters_to_vector(list(like.values())).detach().to(dtype)
     state = torch.get_rng_state()
     try:
         module = make_fx(step)(flat, *rows)

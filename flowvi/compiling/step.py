@@ -118,7 +118,7 @@ class Accelerator:
             self._refuse(why)
             return
         try:
-            graph = trace(self.module, rows)
+            graph = trace(self.module, rows, self.trained[0].dtype)
         except NotOneGraph as error:
             self._refuse(str(error))
             return
@@ -159,8 +159,8 @@ class Accelerator:
             (torch.zeros_like(p) if g is None else g).reshape(-1)
             for p, g in zip(self._own, found, strict=True)
         ]
-        # Of parts in two precisions, this is in the finer one.
-        return value.detach(), torch.cat(parts)
+        # Of parts in two precisions, this is in the finer one; all may be coarser than `trained`.
+        return value.detach(), torch.cat(parts).to(self.trained[0].dtype)
 
     @torch.no_grad()
     def _follow(self) -> None:

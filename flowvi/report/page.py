@@ -161,6 +161,7 @@ def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
         "model": "Model",
         "guide": "Guide",
         "objective": "Objective",
+        "precision": "Precision",
         "steps": "Steps",
         "particles": "Draws a step",
         "restarts": "Restarts",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -38,11 +39,11 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]
     def rerun(
         given: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     ) -> tuple[Arrays, Arrays]:
-        new = Runner(runner.model, args, kwargs, runner.parameters)
+        new = replace(runner, args=args, kwargs=kwargs, drawn={}, replaced=())
         with own_randomness(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
             missing = _missing(trace)
-            values = _values(given, layout, trace, missing, runner.dtype)
+            values = _values(given, layout, trace, missing)
             drawn = _drawn(new, trace, values, missing)
         scores: Arrays = {}
         if data:
@@ -67,7 +68,6 @@ def _values(
     layout: Layout,
     trace: poutine.Trace,
     missing: Mapping[str, Missing],
-    dtype: torch.dtype,
 ) -> dict[str, Tensor]:
     """Values of the latents that the model has with its new arguments.
 
@@ -80,7 +80,7 @@ def _values(
         node, part = trace.nodes[name], layout.missing.get(name)
         if part is not None:
             if part.same(missing.get(name)):
-                found[name] = part.fill(torch.as_tensor(given[name]).to(dtype), 1)
+                found[name] = part.fill(torch.as_tensor(given[name]).to(node["value"]), 1)
             continue
         if node["is_observed"]:
             raise ModelError(
@@ -92,7 +92,7 @@ def _values(
                 f"{tuple(node['value'].shape)} with these arguments: there are draws of the rows "
                 "that were fitted only. Predict for those rows, or draw new ones within the model."
             )
-        found[name] = torch.as_tensor(given[name]).to(dtype)
+        found[name] = torch.as_tensor(given[name]).to(node["value"])
     return found
 
 

@@ -35,6 +35,11 @@ class Batched(nn.Module):
             self.__dict__["function"] = point
 
     @property
+    def rounded(self) -> bool:
+        """Whether the function that was recorded is coarser than the graph of it."""
+        return self.graph is not None and bool(getattr(self.graph, "meta", {}).get("rounded"))
+
+    @property
     def point(self) -> PointFunction:
         """The function of one point, recorded or as it was."""
         found: PointFunction = self.graph if self.graph is not None else self.__dict__["function"]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -87,15 +88,25 @@ def capture_values(function: PointFunction, trial: Trial, like: Batched) -> Batc
             found = tree_leaves(batched(points, *inputs))
             rows = zip(*(tree_leaves(function(p, *inputs)) for p in points), strict=True)
         for column, expected in zip(found, rows, strict=True):
-            if not agree((column,), (torch.stack(expected),)):
+            if not agree((column,), (torch.stack(expected),), rounded=batched.rounded):
                 return Batched(function, "loop", points.dtype)
     return batched
 
 
-def agree(a: Sequence[Tensor], b: Sequence[Tensor], strict: bool = False) -> bool:
-    """Whether two rows of tensors are equal up to the rounding of the coarser one."""
+def agree(
+    a: Sequence[Tensor], b: Sequence[Tensor], strict: bool = False, rounded: bool = False
+) -> bool:
+    """Whether two rows of tensors are equal up to the rounding of the coarser one.
+
+    Args:
+        a: One row.
+        b: The other.
+        strict: Whether they come of the same operations.
+        rounded: Whether some of these operations were in single precision.
+    """
     # A model whose data are double and whose latents are not has a double value, but no such slope.
-    double = all(x.dtype == torch.float64 for x in (*a, *b) if x.is_floating_point())
+    double = not rounded
+    double = double and all(x.dtype == torch.float64 for x in (*a, *b) if x.is_floating_point())
     rtol = (1e-12 if strict else 1e-7) if double else 2e-4
     for x, y in zip(a, b, strict=True):
         x, y = x.double(), y.double()
@@ -113,7 +124,8 @@ def _batched(function: PointFunction, trial: Trial, how: str, dtype: torch.dtype
     if how != "tape":
         return Batched(function, how, own)
     with torch.no_grad():
-        graph = record(function, [trial.points[0], *trial.inputs], double=dtype != own)
+        double = dtype == torch.float64
+        graph = record(function, [trial.points[0], *trial.inputs], double=double)
     return Batched(graph, "tape", dtype)
 
 
@@ -161,9 +173,9 @@ def _agrees(
         gradient, *others = _gradients(log_p.sum(), [z, *learned])
     rows = zip(log_p.detach(), gradient, strict=True)
     totals = (torch.stack(o).sum(0) for o in list(zip(*expected, strict=True))[2:])
-    return all(agree(e[:2], row) for e, row in zip(expected, rows, strict=True)) and all(
-        total.isnan().all() or agree((total,), (o,))
-        for total, o in zip(totals, others, strict=True)
+    same = partial(agree, rounded=batched.rounded)
+    return all(same(e[:2], row) for e, row in zip(expected, rows, strict=True)) and all(
+        total.isnan().all() or same((total,), (o,)) for total, o in zip(totals, others, strict=True)
     )
 
 

@@ -33,12 +33,13 @@ SAMPLE_EVERY_SITE = (
 
 
 class LastSite(Messenger):
-    """Keep the last site that was reached, and where the values of all lie."""
+    """Keep the last site that was reached, and where and of what type the values of all are."""
 
     def __init__(self) -> None:
         super().__init__()
         self.name: str | None = None
         self.devices: dict[str, torch.device] = {}
+        self.dtypes: dict[str, torch.dtype] = {}
 
     def _pyro_sample(self, msg: Any) -> None:
         if isinstance(msg["fn"], _Subsample) and msg["fn"].size == 0:
@@ -48,6 +49,7 @@ class LastSite(Messenger):
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["value"], torch.Tensor):
             self.devices[f"site '{msg['name']}'"] = msg["value"].device
+            self.dtypes[f"site '{msg['name']}'"] = msg["value"].dtype
 
     def told(self, error: Exception) -> None:
         """Say in an error's notes how far the model came."""

@@ -16,6 +16,7 @@ from flowvi.target.capture import Trial, capture
 from flowvi.target.facts import Facts, Functions, ModelError, Site
 from flowvi.target.local import LocalTarget
 from flowvi.target.local_density import PlainRows
+from flowvi.target.precision import cast, default_dtype, mixed, runs
 from flowvi.target.program import Density
 from flowvi.target.vectors import TRIES, finite_points, nearby, split
 
@@ -102,8 +103,22 @@ class _Plain:
         self.dim = start
         if not start:
             raise ModelError("The sites have no elements: there is nothing to fit.")
+        self.precision: torch.dtype | None = None
+
+    def in_precision(self, dtype: torch.dtype, *row: Tensor) -> None:
+        """Evaluate in a precision, the default of new tensors too, if the density runs that way.
+
+        One that holds tensors of another precision, such as a network, may not.
+        """
+        self.precision = dtype
+        points = nearby(torch.zeros(self.dim, dtype=dtype))
+        with torch.no_grad():
+            if not any(runs(partial(self.density, z, *row)) for z in points):
+                self.precision = None
 
     def target(self) -> Target:
+        if torch.get_default_dtype() != torch.float64:
+            self.in_precision(torch.float64)
         trial = Trial(self._points())
         batched = capture(self.density, trial, self.name, reads=True)
         facts = Facts(self.name, self.sites, self.slices, dims=self.dims())
@@ -117,7 +132,14 @@ class _Plain:
             u = z[self.slices[name]].reshape(self.shapes[name])
             values[name] = transform(u)
             ladj = ladj + transform.log_abs_det_jacobian(u, values[name]).sum()
-        log_p = self.log_prob(values, *row)
+        with default_dtype(self.precision):
+            try:
+                log_p = self.log_prob(values, *(cast(t, self.precision) for t in row))
+            except RuntimeError as error:
+                words = mixed(error, {f"site '{name}'": v.dtype for name, v in values.items()})
+                if not words:
+                    raise
+                raise ModelError(f"{self.name} fails. {words} {error}") from error
         if not isinstance(log_p, Tensor) or log_p.shape != ():
             came = tuple(log_p.shape) if isinstance(log_p, Tensor) else type(log_p).__name__
             raise ModelError(
@@ -146,7 +168,7 @@ class _Plain:
         }
 
     def _points(self) -> Tensor:
-        like = torch.zeros(self.dim)
+        like = torch.zeros(self.dim, dtype=self.precision)
         points = finite_points(nearby(like), lambda z: bool(self.density(z).isfinite()))
         if points is None:
             raise ModelError(

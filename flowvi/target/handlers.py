@@ -30,21 +30,28 @@ class Owned(Messenger):
     Args:
         parameters: Where the parameters live.
         rows: Indices for plates that would draw them; others keep what the model gives them.
+        dtype: Precision in which the model sees parameters; their own without.
 
     Attributes:
         drawn: Plates that draw their rows: size and batch size.
         data: Observed site -> its data as they were given, as a tensor.
     """
 
-    def __init__(self, parameters: Parameters, rows: Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        parameters: Parameters,
+        rows: Mapping[str, Tensor] | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         super().__init__()
         self.parameters = parameters
         self.rows = rows or {}
+        self.dtype = dtype
         self.drawn: dict[str, tuple[int, int]] = {}
         self.data: dict[str, Tensor] = {}
 
     def _pyro_param(self, msg: Any) -> None:
-        msg["value"] = self.parameters.value(msg)
+        msg["value"] = self.parameters.value(msg, self.dtype)
         msg["done"] = True
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -91,6 +98,7 @@ class FromVector(Messenger):
         slices: Columns of each site.
         shapes: Unconstrained shape of each site.
         missing: Sites of which only some elements are latent.
+        dtypes: Type of each site's value.
 
     Attributes:
         ladjs: Log Jacobian of each site, by its batch shape.
@@ -102,10 +110,11 @@ class FromVector(Messenger):
         z: Tensor,
         slices: Mapping[str, slice],
         shapes: Mapping[str, Sequence[int]],
+        dtypes: Mapping[str, torch.dtype],
         missing: Mapping[str, Missing] | None = None,
     ) -> None:
         super().__init__()
-        self.z, self.slices, self.shapes = z, slices, shapes
+        self.z, self.slices, self.shapes, self.dtypes = z, slices, shapes, dtypes
         self.missing = missing or {}
         self.ladj: Tensor = z.new_zeros(())
         self.ladjs: dict[str, Tensor] = {}
@@ -115,7 +124,7 @@ class FromVector(Messenger):
         if name not in self.slices:
             return
         transform = bijection_of(msg["fn"])
-        u = self.z[self.slices[name]].reshape(tuple(self.shapes[name]))
+        u = self.z[self.slices[name]].reshape(tuple(self.shapes[name])).to(self.dtypes[name])
         part = self.missing.get(name)
         u = part.spread(u) if part else u
         value = transform(u)

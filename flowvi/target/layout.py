@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from pyro import poutine
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Size, Tensor
@@ -53,6 +54,11 @@ class Layout:
     enumerated: tuple[str, ...]
     improper: tuple[str, ...]
     missing: dict[str, Missing]
+
+    @property
+    def dtypes(self) -> dict[str, torch.dtype]:
+        """Type of each latent's value, as the model draws it."""
+        return {name: site["value"].dtype for name, site in self.latents.items()}
 
     def whole(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
         """Values of all elements of the sites, as the model has them, (*lead, *shape) each."""

@@ -13,6 +13,7 @@ from flowvi.target.capture import Trial, capture, capture_values
 from flowvi.target.facts import ModelError, Site
 from flowvi.target.local import LocalFacts, LocalTarget, RowFunctions
 from flowvi.target.local_rows import Arguments, sizes
+from flowvi.target.precision import precisions
 from flowvi.target.vectors import finite_points, nearby
 
 
@@ -24,7 +25,9 @@ class Plain(Protocol):
     log_prob: Any
     sites: dict[str, Site]
     slices: dict[str, slice]
+    precision: torch.dtype | None
 
+    def in_precision(self, dtype: torch.dtype, *row: Tensor) -> None: ...
     def density(self, z: Tensor, *row: Tensor) -> Tensor: ...
     def values(self, z: Tensor) -> dict[str, Tensor]: ...
     def inverse(self, flat: Tensor) -> Tensor: ...
@@ -63,8 +66,12 @@ class PlainRows:
         inputs = [
             [*self.own.values(), *(t[0] for t in self.rows.batch([i]).data)] for i in (0, last)
         ]
+        data = inputs[0][len(self.own) :]
+        if {torch.float64} == precisions(data) - {torch.get_default_dtype()}:
+            plain.in_precision(torch.float64, *data)
+        like = torch.zeros(plain.dim, dtype=plain.precision)
         points = finite_points(
-            nearby(torch.zeros(plain.dim)), lambda z: bool(self._density(z, *inputs[0]).isfinite())
+            nearby(like), lambda z: bool(self._density(z, *inputs[0]).isfinite())
         )
         if points is None:
             raise ModelError(

@@ -49,6 +49,11 @@ def from_local_model(
     Raises:
         ModelError: There is no such plate, or its rows do not stand for themselves.
     """
+
+    def scored(runner: Runner) -> None:
+        Rows.of(runner, name, plate).scored()
+
+    runner = runner.in_precision(runner.dtype, scored)
     rows = Rows.of(runner, name, plate)
     return _LocalCapture(rows, name, plate, functools.partial(again, name)).target()
 
@@ -206,7 +211,7 @@ class _LocalCapture:
         return values, ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        handler = ToVector(split(flat, self.local.sites))
+        handler = ToVector(split(flat, self.local.sites, self.local.dtypes))
         theta, own, data = self._taken(inputs)
         self.rows.trace(_both(handler, self._from_theta(theta)), data, own, self._from())
         return torch.cat([handler.pieces[name] for name in self.local.sites])
@@ -229,7 +234,7 @@ class _LocalCapture:
 
     def _common_inverse(self, flat: Tensor, *own: Tensor) -> Tensor:
         assert self.common is not None
-        handler = ToVector(split(flat, self.common.sites))
+        handler = ToVector(split(flat, self.common.sites, self.common.dtypes))
         z = self._from_z(torch.zeros_like(self._z(self.first)))
         self.rows.trace(_both(handler, z), self.first_row, own, self._from())
         return torch.cat([handler.pieces[name] for name in self.common.sites])
@@ -249,12 +254,12 @@ class _LocalCapture:
         return inputs[:n], own, [t.unsqueeze(0) for t in inputs[n + len(self.own) :]]
 
     def _from_z(self, z: Tensor) -> FromVector:
-        return FromVector(z, self.local.slices, self.local.shapes)
+        return FromVector(z, self.local.slices, self.local.shapes, self.local.dtypes)
 
     def _from_theta(self, theta: Sequence[Tensor]) -> FromVector | None:
         if self.common is None:
             return None
-        return FromVector(theta[0], self.common.slices, self.common.shapes)
+        return FromVector(theta[0], self.common.slices, self.common.shapes, self.common.dtypes)
 
     def _from(self) -> int | None:
         return -1 - self.local.nesting if self.local.enumerated else None

@@ -14,9 +14,10 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
+from flowvi.randomness import own_randomness
 from flowvi.target.bijections import bijection_of
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Given, Owned, Unseen, is_imputed, quiet
+from flowvi.target.handlers import Given, Unseen, is_imputed, quiet, store_aside
 from flowvi.target.layout import Layout
 from flowvi.target.local_rows import Arguments, Call, Place, sizes
 from flowvi.target.runner import Runner
@@ -78,7 +79,7 @@ class FromRows(Messenger):
         u = self.z[:, self.layout.slices[name]].reshape(
             len(self.z), *shape[:axis], *shape[axis + 1 :]
         )
-        u = u.movedim(0, axis)
+        u = u.movedim(0, axis).to(self.layout.dtypes[name])
         value = transform(u)
         ladj = transform.log_abs_det_jacobian(u, value).movedim(axis, 0)
         self.ladj = self.ladj + ladj.reshape(len(self.z), -1).sum(-1)
@@ -130,6 +131,12 @@ class Rows:
         with whole(self.plate, len(data[0]) if data else 1):
             return self.on(data).prior(validate)
 
+    def scored(self) -> None:
+        """Run the model on a row from its prior and score it."""
+        data = self.arguments.batch([0]).data
+        with own_randomness(0), store_aside(), self.runner.running(), quiet():
+            self.prior(data, validate=False)[0].compute_log_prob()
+
     def trace(
         self,
         handler: Callable[[Any], Any],
@@ -148,8 +155,8 @@ class Rows:
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
         """One run in which the data are drawn, and all latents that are not given."""
         runner = self.on(data)
-        free = Owned(runner.parameters)(Given(values)(Unseen()(runner.model)))
-        with quiet(), whole(self.plate, len(data[0]) if data else 1):
+        free = runner.owned()(Given(values)(Unseen()(runner.model)))
+        with quiet(), runner.running(), whole(self.plate, len(data[0]) if data else 1):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -166,8 +173,8 @@ class Rows:
         ) -> Any:
             raise _Reached(size, batch, rows)
 
-        model = Owned(runner.parameters)(runner.model)
-        with quiet(), torch.no_grad(), _holding(self.plate, reached):
+        model = runner.owned()(runner.model)
+        with quiet(), runner.running(), torch.no_grad(), _holding(self.plate, reached):
             try:
                 model(*runner.args, **runner.kwargs)
             except _Reached as found:

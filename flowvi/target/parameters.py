@@ -13,6 +13,7 @@ from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
 from flowvi.target.facts import ModelError
+from flowvi.target.precision import trainable
 
 
 @dataclass
@@ -29,8 +30,16 @@ class Parameters:
     leaves: dict[str, nn.Parameter] = field(default_factory=dict)
     supports: dict[str, Constraint] = field(default_factory=dict)
 
-    def value(self, msg: Any) -> Tensor:
-        """The constrained value that a `pyro.param` statement asks for, created at first sight."""
+    def value(self, msg: Any, dtype: torch.dtype | None = None) -> Tensor:
+        """The constrained value that a `pyro.param` statement asks for, created at first sight.
+
+        Args:
+            msg: The statement.
+            dtype: Precision of the value; that of the parameter without.
+
+        Raises:
+            ModelError: The parameter has no value, or is of a type that is not trained.
+        """
         name = msg["name"]
         init = msg["args"][1] if len(msg["args"]) > 1 else None
         if isinstance(init, nn.Parameter) and not init.requires_grad:
@@ -38,7 +47,8 @@ class Parameters:
         if name not in self.leaves:
             self.leaves[name], self.supports[name] = _created(msg, init)
         leaf = self.leaves[name]
-        constrained: Tensor = transform_to(self.supports[name])(leaf)
+        given = leaf if dtype is None else leaf.to(dtype)
+        constrained: Tensor = transform_to(self.supports[name])(given)
         # Pyro reaches for the leaf through this attribute; on the leaf itself it prevents pickling,
         # so it is set only where Pyro needs it: to take some rows.
         if constrained is not leaf or msg["kwargs"].get("event_dim") is not None:
@@ -51,6 +61,8 @@ def _created(msg: Any, init: Any) -> tuple[nn.Parameter, Constraint]:
     if init is None:
         return _held_by_module(msg, constraint)
     value = init() if callable(init) and not isinstance(init, Tensor) else init
+    if isinstance(value, Tensor):
+        trainable(msg["name"], value)
     if isinstance(value, nn.Parameter) and constraint is constraints.real:
         return value, constraint
     if not isinstance(value, Tensor):
@@ -72,4 +84,5 @@ def _held_by_module(msg: Any, constraint: Constraint) -> tuple[nn.Parameter, Con
                 "parameters of its own and does not read Pyro's parameter store."
             ) from None
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
+    trainable(name, leaf)
     return leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach()), constraint

@@ -73,9 +73,10 @@ def from_pyro(
     """
     checks.is_model(model, name_of(model))
     with own_randomness(0):
+        runner = Runner(model, args, kwargs)
         if local is not None:
-            return from_local_model(Runner(model, args, kwargs), name_of(model), local, _on)
-        target = _Capture(Runner(model, args, kwargs), name_of(model)).target()
+            return from_local_model(runner, name_of(model), local, _on)
+        target = _Capture(runner.in_precision(torch.float64), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target
 
@@ -95,7 +96,8 @@ def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
         ModelError: As for `from_pyro`, and where the model reads an observed value into Python.
     """
     with own_randomness(0):
-        captured = _Capture(Runner(model, args, kwargs), name_of(model))
+        runner = Runner(model, args, kwargs).in_precision(torch.float64)
+        captured = _Capture(runner, name_of(model))
         if not captured.data:
             raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
         if captured.runner.drawn:
@@ -214,7 +216,7 @@ class _Capture:
         return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        values = self.layout.whole(split(flat, self.layout.sites))
+        values = self.layout.whole(split(flat, self.layout.sites, self.layout.dtypes))
         handler = ToVector(values, self.layout.missing)
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
@@ -256,7 +258,8 @@ class _Capture:
         return trace
 
     def _from_vector(self, z: Tensor) -> FromVector:
-        return FromVector(z, self.layout.slices, self.layout.shapes, self.layout.missing)
+        layout = self.layout
+        return FromVector(z, layout.slices, layout.shapes, layout.dtypes, layout.missing)
 
     # Facts.
 

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.target import checks, scores
+from flowvi.randomness import own_randomness
+from flowvi.target import checks, precision, scores
 from flowvi.target.discrete import AtValues, Marked
 from flowvi.target.facts import ModelError
-from flowvi.target.handlers import Owned, Prior, quiet, run
+from flowvi.target.handlers import Owned, Prior, quiet, run, store_aside
 from flowvi.target.naming import signature_of
 from flowvi.target.parameters import Parameters
 from flowvi.target.samplers import RightSamples
@@ -36,6 +39,8 @@ class Runner:
         parameters: Its own parameters.
         drawn: Plates that draw their rows, once the model has run: size and batch size.
         replaced: Observed sites whose values are inputs, behind parameters and rows.
+        precision: In which the model runs, whatever that of its arguments and torch's default
+            are; as they are without. See `in_precision`.
     """
 
     model: Callable[..., Any]
@@ -44,19 +49,66 @@ class Runner:
     parameters: Parameters = field(default_factory=Parameters)
     drawn: dict[str, tuple[int, int]] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    precision: torch.dtype | None = None
     given: tuple[Any, Any] = field(init=False, repr=False)
 
     def __post_init__(self) -> None:
         self.given = self.args, self.kwargs
         # Arrays and columns of numbers become tensors; all else is the model's own business.
-        self.args, self.kwargs = tree_map(as_tensor, (self.args, self.kwargs))
+        given = tree_map(as_tensor, (self.args, self.kwargs))
+        self.args, self.kwargs = tree_map(lambda t: precision.cast(t, self.precision), given)
 
     @property
     def dtype(self) -> torch.dtype:
-        """Precision of the data."""
-        leaves = tree_leaves((self.args, self.kwargs))
-        double = any(isinstance(t, Tensor) and t.dtype == torch.float64 for t in leaves)
+        """Precision of the values that the model works with."""
+        if self.precision is not None:
+            return self.precision
+        double = torch.float64 in precision.precisions((self.args, self.kwargs))
         return torch.float64 if double else torch.get_default_dtype()
+
+    def in_precision(
+        self, dtype: torch.dtype, scored: Callable[[Runner], object] | None = None
+    ) -> Runner:
+        """The model in one precision: its arguments are cast, and new tensors have it.
+
+        Numbers of Python become numbers of that precision, data and latents too. A model that
+        holds tensors of another one, such as a network, may not run that way: it is left as
+        it is. Parameters keep the precision that the model makes them in; it sees them cast.
+
+        Args:
+            dtype: The precision.
+            scored: Runs a model and scores it, to see that it runs; on all its arguments without.
+        """
+        scored = scored or Runner.scored
+        new = replace(self, parameters=Parameters(), precision=dtype)
+        if not precision.runs(partial(scored, new)):
+            return self
+        if (made := new.parameters.leaves) and torch.get_default_dtype() != dtype:
+            own = replace(self, parameters=Parameters())
+            precision.runs(partial(scored, own))
+            for name, like in own.parameters.leaves.items():
+                if name in made and made[name].dtype != like.dtype:
+                    made[name] = nn.Parameter(made[name].detach().to(like.dtype))
+        return new
+
+    def scored(self) -> None:
+        """Run the model from its prior and score it."""
+        with own_randomness(0), store_aside(), torch.no_grad(), self.running(), quiet():
+            self.prior(validate=False)[0].compute_log_prob()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        """Let what the model makes and draws have its precision."""
+        if self.precision is None:
+            yield
+            return
+        # Outside of the trace, which keeps a value as those before it leave it.
+        with precision.default_dtype(self.precision), precision.Latents(self.precision):
+            yield
+
+    def owned(self, rows: Mapping[str, Tensor] | None = None) -> Owned:
+        """Serves the model's parameters, and rows of plates that draw theirs."""
+        return Owned(self.parameters, rows, self.precision)
 
     def arguments(self) -> dict[str, Any]:
         """What the model is called with, by name, defaults included; empty if that is unknown."""
@@ -72,10 +124,9 @@ class Runner:
 
     def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior, and the data that it observed, as they were given."""
-        owned = Owned(self.parameters)
-        last = checks.LastSite()
+        owned, last = self.owned(), checks.LastSite()
         handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known(), Marked())
-        with torch.no_grad(), pyro.validation_enabled(validate):
+        with torch.no_grad(), self.running(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)
             except Exception as error:
@@ -89,7 +140,9 @@ class Runner:
         """Say what the model failed of, if it is to be seen in its arguments."""
         if isinstance(error, ModelError):
             return
-        several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""
+        several = ""
+        if isinstance(error, RuntimeError):
+            several = self._devices(last.devices) or self._precisions(error, last)
         cause = ""
         if isinstance(error, ValueError | IndexError):
             cause = scores.not_finite_in(self.arguments()).strip()
@@ -100,6 +153,19 @@ class Runner:
             first = str(error).partition("\n")[0][:LONGEST]
             words = " ".join(filter(None, (several, cause, odd, first)))
             raise ModelError(f"The model fails. {words}") from error
+
+    def _precisions(self, error: Exception, last: checks.LastSite) -> str:
+        """Which tensors are of which types, in words; empty if the error is of another kind."""
+        held = {
+            f"argument '{name}'": leaf.dtype
+            for name, value in self.arguments().items()
+            for leaf in tree_leaves(value)
+            if isinstance(leaf, Tensor)
+        }
+        held |= {f"parameter '{n}'": p.dtype for n, p in self.parameters.leaves.items()}
+        words = precision.mixed(error, held | last.dtypes)
+        where = f" behind site '{last.name}'" if words and last.name else ""
+        return f"{words} It failed{where}:" if words else ""
 
     def _devices(self, sites: Mapping[str, torch.device]) -> str:
         """Which tensors lie on which devices, in words; empty if all lie on one."""
@@ -135,13 +201,13 @@ class Runner:
         """
         rest = inputs[len(self.parameters.leaves) :]
         rows, data = rest[: len(self.drawn)], rest[len(self.drawn) :]
-        owned = Owned(self.parameters, dict(zip(self.drawn, rows, strict=True)))
+        owned = self.owned(dict(zip(self.drawn, rows, strict=True)))
         model = AtValues(places or {})(Marked()(self.model))
         if data:
             model = poutine.condition(model, dict(zip(self.replaced, data, strict=True)))
         if enumerate_from is not None:
             model = poutine.enum(model, first_available_dim=enumerate_from)
-        with quiet():
+        with quiet(), self.running():
             trace = run(model, self.args, self.kwargs, handler, owned)
             trace.compute_log_prob()
         return trace, owned.data

@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_leaves
 from flowvi.target.checks import scored
 from flowvi.target.facts import ModelError
 from flowvi.target.handlers import innermost, mask_of
+from flowvi.target.precision import mixed
 
 # Their densities leave out what is nan.
 NAN_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
@@ -29,11 +30,21 @@ def score(trace: poutine.Trace) -> None:
     except (ValueError, RuntimeError) as error:
         site = next(site for site in scored(trace) if "log_prob" not in site)
         plates = ", ".join(f"'{f.name}' of {f.size}" for f in site["cond_indep_stack"])
+        if words := _mixed(error, trace, site):
+            raise ModelError(words) from error
         raise ModelError(
             f"Site '{site['name']}' has values of shape {tuple(site['value'].shape)} and a "
             f"distribution of shape {tuple(site['fn'].shape())}"
             f"{f', in plates {plates}' if plates else ''}: {error}"
         ) from error
+
+
+def _mixed(error: Exception, trace: poutine.Trace, site: Mapping[str, Any]) -> str:
+    """What to say where a density fails as types of tensors differ; empty where it is not that."""
+    values = {f"site '{s['name']}'": s["value"] for s in trace.nodes.values() if "fn" in s}
+    held = {name: v.dtype for name, v in values.items() if isinstance(v, Tensor)}
+    words = mixed(error, held)
+    return words and f"Site '{site['name']}' cannot be scored. {words}"
 
 
 def site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:

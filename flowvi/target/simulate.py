@@ -16,7 +16,7 @@ from flowvi.target import checks, rows
 from flowvi.target.batched import quiet_fallback
 from flowvi.target.capture import agree
 from flowvi.target.facts import ModelError, Simulator
-from flowvi.target.handlers import Given, Owned, Unseen, quiet
+from flowvi.target.handlers import Given, Unseen, quiet
 from flowvi.target.layout import Layout
 from flowvi.target.runner import Runner
 from flowvi.target.samplers import RightSamples
@@ -47,7 +47,8 @@ def simulator(
         given: Mapping[str, np.ndarray] | None, n: int, seed: int
     ) -> dict[str, np.ndarray]:
         batches = [batch for _, batch in rows.cover(runner.drawn)]
-        latent = {k: torch.as_tensor(v).to(runner.dtype) for k, v in (given or {}).items()}
+        types = layout.dtypes
+        latent = {k: torch.as_tensor(v).to(types[k]) for k, v in (given or {}).items()}
         values = layout.whole(latent, lead=1)
         out: Values = {}
         with own_randomness(seed), torch.no_grad():
@@ -125,10 +126,10 @@ class ManyRuns:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = Owned(runner.parameters, batch)(Given(values)(Unseen()(model)))
+        free = runner.owned(batch)(Given(values)(Unseen()(model)))
         last = checks.LastSite()
         try:
-            with quiet():
+            with quiet(), runner.running():
                 trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:

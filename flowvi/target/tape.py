@@ -18,7 +18,10 @@ from flowvi.target.lines import in_assertion, user_line
 from flowvi.target.memory import Memory, geometry_of, positions, size_of, storage_key
 from flowvi.target.rules import aten
 
-DOUBLE = {torch.float32: torch.float64, torch.complex64: torch.complex128}
+DOUBLE = {
+    **dict.fromkeys((torch.float32, torch.float16, torch.bfloat16), torch.float64),
+    torch.complex64: torch.complex128,
+}
 
 
 class LatentValueRead(Exception):
@@ -42,8 +45,11 @@ class Tape(Watch):
 
     Args:
         inputs: Tensors whose dependents are recorded.
-        double: Write the graph in double precision although it is recorded in single.
+        double: Write the graph in double precision, whatever it is recorded in.
         chance: Record random numbers, to be drawn at each replay, instead of noting their line.
+
+    Attributes:
+        rounded: Whether a coarser precision was met, which the graph does not have.
     """
 
     def __init__(
@@ -52,6 +58,7 @@ class Tape(Watch):
         super().__init__()
         self.double = double
         self.chance = chance
+        self.rounded = False
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.random: str | None = None
@@ -69,6 +76,7 @@ class Tape(Watch):
         graph = fx.GraphModule(self.root, self.graph)
         # What a model computes from its data is no state of it.
         graph._non_persistent_buffers_set.update(graph._buffers)
+        graph.meta["rounded"] = self.rounded
         return graph
 
     def __torch_dispatch__(
@@ -197,7 +205,9 @@ class Tape(Watch):
         return node
 
     def _dtype(self, dtype: torch.dtype) -> torch.dtype:
-        return DOUBLE.get(dtype, dtype) if self.double else dtype
+        written = DOUBLE.get(dtype, dtype) if self.double else dtype
+        self.rounded |= written != dtype
+        return written
 
     def _constant(self, t: Tensor) -> fx.Node:
         strided = t.layout == torch.strided
@@ -290,7 +300,8 @@ def record(
     Args:
         function: Called with the inputs; returns a tree of tensors.
         inputs: Tensors of any shape.
-        double: Write the graph in double precision although it is recorded in single.
+        double: Write the graph in double precision, whatever it is recorded in; its
+            `meta["rounded"]` says whether the function itself is coarser.
         chance: Record random numbers, to be drawn at each replay.
 
     Raises:

@@ -14,11 +14,14 @@ TRIES = 40
 POINTS = 3
 
 
-def split(flat: Tensor, sites: Mapping[str, Site]) -> dict[str, Tensor]:
-    """Cut the values of all sites in a row, (*), into one of each site's shape."""
+def split(
+    flat: Tensor, sites: Mapping[str, Site], dtypes: Mapping[str, torch.dtype] | None = None
+) -> dict[str, Tensor]:
+    """Cut the values of all sites in a row, (*), into one of each site's shape and type."""
     sizes = [Size(site.shape).numel() for site in sites.values()]
     pieces = zip(sites.items(), flat.split(sizes), strict=True)
-    return {name: piece.reshape(site.shape) for (name, site), piece in pieces}
+    cut = {name: piece.reshape(site.shape) for (name, site), piece in pieces}
+    return cut if dtypes is None else {name: v.to(dtypes[name]) for name, v in cut.items()}
 
 
 def nearby(like: Tensor) -> Iterator[Tensor]:

@@ -6,7 +6,8 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from flowvi.target.checks import innermost, scored
+from flowvi.target.checks import scored
+from flowvi.target.handlers import innermost
 
 
 def violation(trace: poutine.Trace) -> tuple[str, str]:

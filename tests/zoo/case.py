@@ -18,6 +18,8 @@ class Case:
         params: Whether it has parameters of its own.
         rows: Whether each row of the data has a log likelihood of its own.
         twice: Whether its gradient is the slope of its value, and torch can differentiate that.
+        holds: Whether it holds tensors of the default precision, such as the weights of a network,
+            from before it runs; it cannot run in another one then.
         how: The way in which its density is expected to be evaluated.
     """
 
@@ -30,6 +32,7 @@ class Case:
     params: bool = False
     rows: bool = True
     twice: bool = True
+    holds: bool = False
     how: str = "tape"
 
 

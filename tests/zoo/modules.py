@@ -55,7 +55,7 @@ class Mixed(PyroModule):
 
 @MODELS
 def learned_and_random_weights() -> Case:
-    return Case(Mixed(), (torch.randn(4, 3), torch.randn(4)), params=True)
+    return Case(Mixed(), (torch.randn(4, 3), torch.randn(4)), params=True, holds=True)
 
 
 @MODELS
@@ -68,7 +68,8 @@ def registered_module() -> Case:
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("y", dist.Bernoulli(logits=decoder(z)).to_event(1), obs=y)
 
-    return Case(model, ((torch.rand(3, 4) > 0.5).to(torch.get_default_dtype()),), params=True)
+    seen = (torch.rand(3, 4) > 0.5).to(torch.get_default_dtype())
+    return Case(model, (seen,), params=True, holds=True)
 
 
 @MODELS
@@ -96,7 +97,7 @@ def frozen_network() -> Case:
         with pyro.plate("row", len(y)):
             pyro.sample("y", dist.Normal(net(z).squeeze(-1), 1.0), obs=y)
 
-    return Case(model, (torch.randn(3),))
+    return Case(model, (torch.randn(3),), holds=True)
 
 
 @MODELS
@@ -108,7 +109,7 @@ def attention() -> Case:
         seen, _ = net(z[None], z[None], z[None], need_weights=False)
         pyro.sample("y", dist.Normal(seen.sum(), 1.0), obs=y)
 
-    return Case(model, (torch.tensor(0.3),), twice=False)
+    return Case(model, (torch.tensor(0.3),), twice=False, holds=True)
 
 
 @MODELS
@@ -121,7 +122,7 @@ def recurrent_layer() -> Case:
             z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
             pyro.sample("y", dist.Normal(net(z).sum(-1), 1.0), obs=y)
 
-    return Case(model, (torch.randn(4),), params=True)
+    return Case(model, (torch.randn(4),), params=True, holds=True)
 
 
 @MODELS
@@ -132,4 +133,4 @@ def dropout_in_eval_mode() -> Case:
         z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
         pyro.sample("y", dist.Normal(net.requires_grad_(False)(z)[0], 1.0), obs=y)
 
-    return Case(model, (torch.tensor(0.3),))
+    return Case(model, (torch.tensor(0.3),), holds=True)

@@ -190,7 +190,7 @@ def sparse_design() -> Case:
             pyro.sample("y", dist.Normal(torch.sparse.mm(design, b[:, None])[:, 0], 1.0), obs=y)
 
     design = torch.randn(4, 3).relu().to_sparse()
-    return Case(model, (torch.randn(4),))
+    return Case(model, (torch.randn(4),), holds=True)
 
 
 @MODELS
