@@ -6,7 +6,8 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -180,15 +181,30 @@ def read_record(
 
 
 def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
-    """Write the files of a fit, and the manifest that names them."""
-    files = {part: _write(path, part, tensors) for part, tensors in parts.items()}
-    # Written last: until then the folder holds what it held before.
-    write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    """Write the files of a fit, and the manifest that names them.
+
+    Raises:
+        OSError: The disk is full, say; the folder then holds what it held before.
+    """
+    before = {file.name for file in path.iterdir()}
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        for part, tensors in parts.items():
+            files[part] = _write(path, part, tensors)
+        # Written last: until then the folder holds what it held before.
+        write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    except BaseException:
+        _remove(path, {file["name"] for file in files.values()} - before)
+        raise
     kept = {file["name"] for file in files.values()}
-    for file in path.iterdir():
-        if NAME.fullmatch(file.name) and file.name not in kept:
-            file.unlink()
+    _remove(path, {f.name for f in path.iterdir() if NAME.fullmatch(f.name)} - kept)
     return path
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(OSError):
+            (path / name).unlink(missing_ok=True)
 
 
 def _load_rows(

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import secrets
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -10,10 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowvi import netcdf
+from flowvi.files import why
+from flowvi.netcdf import ENGINE
+
 if TYPE_CHECKING:
     import arviz as az
 
-ENGINE = "h5netcdf"  # the one that both versions read
 ZARR = ".zarr"
 # Deflation makes a file smaller by so much at most; groups within groups.
 MOST_PACKED, DEEPEST = 1032, 8
@@ -68,14 +74,29 @@ def xr_index(places: np.ndarray) -> Any:
 
 
 def write_groups(idata: az.InferenceData, path: Path) -> None:
-    """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr."""
-    if path.suffix == ZARR:
-        _zarr()
-        tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
+    """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr.
+
+    It is whole afterwards, or as it was before: a file, or no folder.
+
+    Raises:
+        OSError: The disk is full, or the folder of Zarr is there already.
+    """
+    if path.suffix != ZARR:
+        netcdf.write(idata, path)
+        return
+    _zarr()
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "It is there already", str(path))
+    tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
         # The third format has no settled way to write labels yet.
-        tree.to_zarr(str(path), zarr_format=2)
-    else:
-        idata.to_netcdf(str(path), engine=ENGINE)
+        tree.to_zarr(str(part), zarr_format=2)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, why(error), str(path)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def read_groups(path: Path) -> az.InferenceData:

@@ -66,7 +66,8 @@ def predict_command(
         found = predict(kept, *load_arguments(model, new)[1], seed=seed)
         groups = to_inference_data(kept, log_likelihood=False, predictions=found)
         file = folder / "predictions.nc"
-        results.whole(file, lambda part: write_groups(groups, part))
+        with results.writing(file):
+            write_groups(groups, file)
     shapes = {name: list(value.shape) for name, value in found.values.items()}
     densities = {name: found.log_density(name) for name in found.log_likelihood}
     scores = {k: {"sum": float(v.sum()), "rows": v.size} for k, v in densities.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -80,9 +81,11 @@ def neutra_command(
         fit = loaded(model, folder, data)
         found = neutra(fit, warmup, draws, chains, seed, progress=not quiet)
         diagnosis = diagnose(found)
-        results.whole(folder / "mcmc.nc", lambda file: write_groups(all_groups(found), file))
-    record = {"file": folder / "mcmc.nc", "diagnosis": diagnosis}
-    answer(as_json, record, f"{diagnosis}\n\nIn {folder / 'mcmc.nc'}")
+        groups = all_groups(found)
+        file, failed = results.somewhere(folder / "mcmc.nc", partial(write_groups, groups))
+    answer(as_json, {"file": file, "diagnosis": diagnosis}, f"{diagnosis}\n\nIn {file}")
+    if failed is not None:
+        raise click.ClickException(f"{failed.message} The draws are in {file} instead.")
     if diagnosis.verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
 

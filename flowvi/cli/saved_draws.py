@@ -49,7 +49,8 @@ def resample_command(
         found = read_groups(guide if guide.exists() else folder / "posterior.nc")
         new = resample_groups(found, seed, draws)
         diagnosis = diagnosis_of(found)
-    results.whole(folder / "resampled.nc", lambda file: write_groups(new, file))
+    with results.writing(folder / "resampled.nc"):
+        write_groups(new, folder / "resampled.nc")
     good = diagnosis is not None and (
         diagnosis.khat < diagnosis.khat_threshold and diagnosis.verdict != results.DISTRUST
     )
