@@ -205,6 +205,44 @@ def locked(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
+def owner(folder: Path) -> str:
+    """The process of the run that has locked a folder; empty if none has."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        return os.pread(handle, 1000, 0).decode(errors="replace").strip() or "unknown"
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[bool]:
+    """Keep a folder for one command, without a file in it; whether nobody else keeps it.
+
+    It goes with the process, however that ends. Where the file system cannot do it, all may pass.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            # Some network file systems lock files alone.
+            pass
+        yield True
+    finally:
+        os.close(handle)
+
+
 def sweep(folder: Path) -> None:
     """Remove what crashes left of files that were being written."""
     for file in folder.iterdir():

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import secrets
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
@@ -13,13 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowvi import netcdf
-from flowvi.files import why
-from flowvi.netcdf import ENGINE
-
 if TYPE_CHECKING:
     import arviz as az
 
+ENGINE = "h5netcdf"  # the one that both versions read
 ZARR = ".zarr"
 # Deflation makes a file smaller by so much at most; groups within groups.
 MOST_PACKED, DEEPEST = 1032, 8
@@ -73,41 +67,15 @@ def xr_index(places: np.ndarray) -> Any:
     return xr.DataArray(places, dims="draw")
 
 
-def write_groups(idata: az.InferenceData, path: Path) -> None:
-    """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr.
-
-    It is whole afterwards, or as it was before: a file, or no folder.
-
-    Raises:
-        OSError: The disk is full, or the folder of Zarr is there already.
-    """
-    if path.suffix != ZARR:
-        netcdf.write(idata, path)
-        return
-    _zarr()
-    if path.exists():
-        raise FileExistsError(errno.EEXIST, "It is there already", str(path))
-    tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
-    try:
-        # The third format has no settled way to write labels yet.
-        tree.to_zarr(str(part), zarr_format=2)
-        part.replace(path)
-    except OSError as error:
-        raise OSError(error.errno or errno.EIO, why(error), str(path)) from error
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
-
-
 def read_groups(path: Path) -> az.InferenceData:
-    """Read what `write_groups` wrote.
+    """Read a file or folder that `flowvi.netcdf` wrote.
 
     Raises:
         ValueError: It cannot be read, or points at other files.
     """
     try:
         if path.suffix == ZARR:
-            _zarr()
+            check_zarr()
         else:
             _check_file(path)
         return _read(path)
@@ -181,6 +149,7 @@ def _read(path: Path) -> Any:
         return make_groups({name: node.to_dataset().load() for name, node in tree.children.items()})
 
 
-def _zarr() -> None:
+def check_zarr() -> None:
+    """Say how to install what folders of Zarr need, where it is missing."""
     if find_spec("zarr") is None:
         raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.")

@@ -1,4 +1,4 @@
-"""NetCDF files that are whole or not there, and a full disk that is an error and no crash.
+"""Groups of ArviZ on disk: files whole or not there; a full disk is an error, and no crash.
 
 The HDF5 library ends the process where the disk is full when it closes a file. So the
 file is made in memory, and its bytes are written by `flowvi.files`.
@@ -10,18 +10,46 @@ import errno
 import io
 import os
 import resource
+import secrets
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flowvi import memory
-from flowvi.files import replaced
+from flowvi.files import replaced, why
+from flowvi.groups import ENGINE, ZARR, check_zarr
 
 if TYPE_CHECKING:
     import arviz as az
 
-ENGINE = "h5netcdf"  # the one that both versions of ArviZ read
 # Bytes of a file beside its numbers, at most: names, attributes, and a share for chunks.
 BESIDE, SHARE = 2**20, 1.05
+
+
+def write_groups(idata: az.InferenceData, path: Path) -> None:
+    """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr.
+
+    It is whole afterwards, or as it was before: a file, or no folder.
+
+    Raises:
+        OSError: The disk is full, or the folder of Zarr is there already.
+    """
+    if path.suffix != ZARR:
+        write(idata, path)
+        return
+    check_zarr()
+    if path.exists():
+        raise FileExistsError(errno.EEXIST, "It is there already", str(path))
+    tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
+    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
+    try:
+        # The third format has no settled way to write labels yet.
+        tree.to_zarr(str(part), zarr_format=2)
+        part.replace(path)
+    except OSError as error:
+        raise OSError(error.errno or errno.EIO, why(error), str(path)) from error
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def write(idata: az.InferenceData, path: Path) -> None:

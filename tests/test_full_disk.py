@@ -18,7 +18,8 @@ from click.testing import CliRunner
 import flowvi
 from flowvi import files, memory, netcdf
 from flowvi.cli import main, results
-from flowvi.groups import make_groups, read_groups, write_groups
+from flowvi.groups import make_groups, read_groups
+from flowvi.netcdf import write_groups
 from flowvi.outcomes import Outcome, Store
 
 MODEL = """

@@ -12,7 +12,7 @@ import click
 from flowvi.cli import autoencoder_results as results
 from flowvi.cli.choices import memory_option, objective_call, one_of
 from flowvi.cli.fitting import MAX_SEED
-from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
 from flowvi.cli.results import sum_up
 from flowvi.cli.speech import interruptible, plain_warnings, said_plainly
 from flowvi.fit import fit
@@ -204,6 +204,8 @@ def vae_command(
             checkpoint=folder / CHECKPOINT,
             resume=resume is not None,
         )
+        if fitted.meta["interrupted"]:
+            say_writing("epochs", folder)
         facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
         run = results.Run(images, made.generator, fitted, facts, particles, test_images, seed)
         written, failed = results.report(run, other, folder, quiet)

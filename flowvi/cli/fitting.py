@@ -12,7 +12,7 @@ from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import guide_name, memory_option, objective_call
-from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
     DISTRUSTED,
@@ -177,6 +177,8 @@ def fit_command(
         if parallel.rank():
             return  # the first process writes and speaks
         fitted.meta["command"] = as_typed(ctx)
+        if fitted.meta["interrupted"]:
+            say_writing("steps", folder)
         verdict, written, failed = _report(fitted, draws, seed, folder, quiet, as_json)
     if failed:
         there = (folder / CHECKPOINT).is_dir()

@@ -10,8 +10,8 @@ from flowvi.cli.model_file import check_path, load_arguments
 from flowvi.cli.refitting import DATA, FOLDER, MODEL, SEED, loaded
 from flowvi.cli.speech import DISTRUSTED, interruptible, plain_warnings, said_plainly
 from flowvi.draws import diagnose, resample
-from flowvi.groups import write_groups
 from flowvi.inference_data import to_inference_data
+from flowvi.netcdf import write_groups
 from flowvi.predict import predict
 
 

@@ -16,8 +16,8 @@ from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, resample
 from flowvi.files import CheckpointError, replaced, why
 from flowvi.fit import Fit
-from flowvi.groups import write_groups
 from flowvi.inference_data import all_groups, to_inference_data
+from flowvi.netcdf import write_groups
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -116,13 +116,16 @@ class NotWritten(click.ClickException):
 def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterator[File]:
     """Every file of the results but the report, which is made of the others."""
     yield File(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
-    start = None if fit.start is None else fit.draw_start(STARTED)
+    # Who interrupted the fit is waiting: no data are simulated then, no start is drawn.
+    hurried = bool(fit.meta["interrupted"])
+    start = None if fit.start is None or hurried else fit.draw_start(STARTED)
+    predicted = 0 if hurried else PREDICTED
     what = (
         "draws of NUTS in the guide's space, for ArviZ"
         if draws.weighted is not None
         else "the guide's draws with their log weights, for ArviZ"
     )
-    yield File(DRAWS, what, lambda file: _netcdf(draws, file, start, PREDICTED))
+    yield File(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
     if draws.weighted is not None:
         guides = draws.weighted
         what = "the guide's own draws with their log weights, for the evidence"

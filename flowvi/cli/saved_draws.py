@@ -11,7 +11,8 @@ from flowvi.cli.answers import answer, json_option
 from flowvi.cli.fitting import MAX_SEED
 from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
 from flowvi.compare import compare
-from flowvi.groups import as_written, read_groups, write_groups
+from flowvi.groups import as_written, read_groups
+from flowvi.netcdf import write_groups
 from flowvi.saved import diagnosis_of, resample_groups
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)

@@ -1,0 +1,219 @@
+"""A fit that is asked to stop ends promptly, with the best so far, whatever it is doing."""
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from torch.distributions import Normal
+
+import flowvi
+from flowvi import files, run, training
+from flowvi.cli import main
+from flowvi.compiling.background import Compilation
+from flowvi.stopping import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
+
+JUDGED, CHECKED = 200, 400
+# What has to be known of the best so far: two bounds where a stage was cut off, one of the guide
+# as it began, and what is left out by some modes. A step or a piece of the start ends before.
+MOST = 6 * JUDGED + 8 * CHECKED
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """Ctrl-C interrupts, which it does not in what a shell started in the background."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+class Counted:
+    """A banana of which every draw counts, and which interrupts its fit at some evaluation."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
+        self.calls, self.after, self.at = 0, 0, at
+        self.target = flowvi.from_density(self._log_prob, {"x": flowvi.Site((3,))})
+        # Counts its evaluations, not those that its graph is recorded by.
+        inner = self.target.log_prob
+        monkeypatch.setattr(self.target, "log_prob", lambda z: self._count(z) or inner(z))
+
+    @staticmethod
+    def _log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+        x, y, z = v["x"]
+        side = torch.stack([Normal(c, 0.3).log_prob(z) for c in (-2.0, 2.0)]).logsumexp(0)
+        return Normal(0.0, 1.0).log_prob(x) + Normal(x**2, 0.1).log_prob(y) + side
+
+    def _count(self, z: torch.Tensor) -> None:
+        self.calls += 1
+        self.after += z[..., 0].numel() if self.calls > self.at else 0
+        if self.calls == self.at:
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Short stages, and few draws to judge and check by."""
+    monkeypatch.setattr(run, "CHECK_DRAWS", CHECKED)
+    monkeypatch.setattr(training, "JUDGE_DRAWS", JUDGED)
+    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+    for name in ("STEADY_STEPS", "FEW_STEPS"):
+        monkeypatch.setattr(run, name, 30)
+
+
+@pytest.fixture(scope="module")
+def whole() -> int:
+    """Evaluations of a fit that nobody interrupts."""
+    with pytest.MonkeyPatch.context() as patched:
+        small.__wrapped__(patched)
+        counted = Counted(patched, float("inf"))
+        flowvi.fit(counted.target, progress=False)
+    return counted.calls
+
+
+@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.85, 0.97])
+def test_hardly_anything_is_evaluated_after_an_interrupt(whole, share, small, monkeypatch, capsys):
+    # Before the first few, nothing is known of the density.
+    counted = Counted(monkeypatch, max(20, int(share * whole)))
+
+    fit = flowvi.fit(counted.target, progress=False)
+
+    assert fit.meta["interrupted"]
+    assert counted.after <= MOST
+    assert bool(torch.as_tensor(fit.bounds).isfinite().all())
+    assert capsys.readouterr().err.count(HEARD) == 1
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+# What can be dropped.
+
+
+def test_what_can_be_dropped_ends_at_once(capsys):
+    clock, done = Clock(), []
+    with interruptible(clock):
+        with pytest.raises(Interrupted), droppable():
+            with droppable(False):
+                os.kill(os.getpid(), signal.SIGINT)
+                done.append("to its end")
+            with droppable():
+                done.append("never")
+        with pytest.raises(Interrupted), droppable():
+            done.append("never")
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    assert done == ["to its end"]
+    with droppable():
+        done.append("another fit")
+
+
+def test_an_item_that_is_being_made_is_dropped(capsys):
+    def items() -> Iterator[int]:
+        for i in range(4):
+            if i == 2:
+                os.kill(os.getpid(), signal.SIGINT)
+            yield i
+
+    with interruptible(Clock()):
+        assert list(up_to_now(items())) == [0, 1]
+    assert list(up_to_now(iter([0, 1]))) == [0, 1]
+
+
+def test_nobody_waits_for_the_compiler_after_an_interrupt():
+    made = object.__new__(Compilation)
+    made._work = None
+    made._process = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    asked = iter([False, True])
+
+    assert not made.done(wait=True, over=lambda: next(asked))
+    process = made._process
+    made.stop()
+
+    assert process.poll() is not None
+
+
+# Commands.
+
+MODEL = """
+import pyro
+import pyro.distributions as dist
+import torch
+
+def data():
+    return ()
+
+def model():
+    pyro.sample("m", dist.Normal(torch.tensor(1.0), 2.0))
+"""
+FIT = ["fit", "m.py", "--guide", "meanfield", "--steps", "3", "--quiet"]
+COMMANDS = {
+    "fit": [*FIT, "--out", "out"],
+    "resume": [*FIT, "--resume", "out"],
+    "vae": ["vae", "--out", "out"],
+    "neutra": ["neutra", "m.py", "out"],
+    "sbc": ["sbc", "m.py", "--out", "out"],
+}
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch) -> Path:
+    """A model file, and a folder of results in which a fit has begun."""
+    monkeypatch.chdir(tmp_path)
+    Path("m.py").write_text(MODEL)
+    Path("out/checkpoint").mkdir(parents=True)
+    Path("out/checkpoint/manifest.json").write_text("{}")
+    return tmp_path
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_a_folder_in_which_another_run_is_busy_is_left_alone(folder, name):
+    def refused() -> str:
+        done = CliRunner().invoke(main, COMMANDS[name])
+        assert done.exit_code == 2, done.output
+        assert Path("out/checkpoint/manifest.json").read_text() == "{}"
+        assert "remove" not in done.stderr
+        return " ".join(done.stderr.split())
+
+    with files.locked(folder / "out/checkpoint"):
+        assert f"'out' is in use by another run (process {os.getpid()}" in refused()
+    # While its results are written.
+    with files.kept(folder / "out"):
+        assert "'out' is in use by another run (another command)" in refused()
+
+
+def test_a_folder_is_free_again_after_a_command(folder):
+    for _ in range(2):
+        done = CliRunner().invoke(main, COMMANDS["fit"])
+        assert "has a fit that was cut off" in " ".join(done.stderr.split())
+
+    with files.kept(folder / "out") as free:
+        assert free
+    assert files.owner(folder / "out/checkpoint") == ""
+
+
+def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
+    (folder / "out/checkpoint/manifest.json").unlink()
+    (folder / "out/checkpoint").rmdir()
+    module = sys.modules["flowvi.report"]
+    monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
+    seen = []
+
+    def simulated(*arguments: object) -> None:
+        seen.append("simulated")
+
+    monkeypatch.setattr("flowvi.inference_data._predictive", simulated)
+
+    def pressed(trainer: training.Trainer, row: object, *_: object) -> None:
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr(training.Trainer, "_ask", pressed)
+    done = CliRunner().invoke(main, COMMANDS["fit"])
+
+    assert done.exit_code == 143
+    assert HEARD in done.stderr
+    assert "Writing the results of the steps so far to out" in done.stderr
+    assert Path("out/posterior.nc").exists() and not seen
