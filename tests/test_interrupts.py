@@ -13,15 +13,15 @@ from click.testing import CliRunner
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import files, run, training
+from flowvi import coverage, files, init, run, training
 from flowvi.cli import main
 from flowvi.compiling.background import Compilation
 from flowvi.stopping import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
 
 JUDGED, CHECKED = 200, 400
-# What has to be known of the best so far: two bounds where a stage was cut off, one of the guide
-# as it began, and what is left out by some modes. A step or a piece of the start ends before.
-MOST = 6 * JUDGED + 8 * CHECKED
+# What has to be known of the best so far: a score of each candidate from one start, bounds of the
+# guide as it began and where it was cut off, and whether it leaves out any modes.
+MOST = 10 * init.JUDGE_DRAWS + 6 * JUDGED + 8 * coverage.DRAWS
 
 
 @pytest.fixture(autouse=True)
@@ -37,16 +37,15 @@ class Counted:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, at: float) -> None:
         self.calls, self.after, self.at = 0, 0, at
-        self.target = flowvi.from_density(self._log_prob, {"x": flowvi.Site((3,))})
+        self.target = flowvi.from_density(self._log_prob, {"x": flowvi.Site((2,))})
         # Counts its evaluations, not those that its graph is recorded by.
         inner = self.target.log_prob
         monkeypatch.setattr(self.target, "log_prob", lambda z: self._count(z) or inner(z))
 
     @staticmethod
     def _log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
-        x, y, z = v["x"]
-        side = torch.stack([Normal(c, 0.3).log_prob(z) for c in (-2.0, 2.0)]).logsumexp(0)
-        return Normal(0.0, 1.0).log_prob(x) + Normal(x**2, 0.1).log_prob(y) + side
+        x, y = v["x"]
+        return Normal(0.0, 1.0).log_prob(x) + Normal(x**2, 0.3).log_prob(y)
 
     def _count(self, z: torch.Tensor) -> None:
         self.calls += 1
@@ -65,20 +64,10 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(run, name, 30)
 
 
-@pytest.fixture(scope="module")
-def whole() -> int:
-    """Evaluations of a fit that nobody interrupts."""
-    with pytest.MonkeyPatch.context() as patched:
-        small.__wrapped__(patched)
-        counted = Counted(patched, float("inf"))
-        flowvi.fit(counted.target, progress=False)
-    return counted.calls
-
-
-@pytest.mark.parametrize("share", [0.0, 0.02, 0.1, 0.3, 0.5, 0.7, 0.85, 0.97])
-def test_hardly_anything_is_evaluated_after_an_interrupt(whole, share, small, monkeypatch, capsys):
-    # Before the first few, nothing is known of the density.
-    counted = Counted(monkeypatch, max(20, int(share * whole)))
+# In the search for a start, the trials of step sizes, and a stage.
+@pytest.mark.parametrize("at", [20, 60, 150, 300])
+def test_hardly_anything_is_evaluated_after_an_interrupt(at, small, monkeypatch, capsys):
+    counted = Counted(monkeypatch, at)
 
     fit = flowvi.fit(counted.target, progress=False)
 
@@ -87,6 +76,23 @@ def test_hardly_anything_is_evaluated_after_an_interrupt(whole, share, small, mo
     assert bool(torch.as_tensor(fit.bounds).isfinite().all())
     assert capsys.readouterr().err.count(HEARD) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("phase", ["further_modes", "diagnose", "found_beyond"])
+def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
+    def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+        return Normal(0.0, 1.0).log_prob(v["x"]).sum()
+
+    target, done = flowvi.from_density(log_prob, {"x": flowvi.Site((2,))}), []
+
+    def long(*_: object) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        done.append(phase)
+
+    monkeypatch.setattr(run, phase, long)
+    fit = flowvi.fit(target, progress=False)
+
+    assert fit.meta["interrupted"] and not done
 
 
 # What can be dropped.
