@@ -257,10 +257,15 @@ def sweep(folder: Path) -> None:
 def _opened(file: Path, seal: Seal | None) -> Iterator[BinaryIO]:
     try:
         # A pipe would keep a reader waiting.
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
+        if file.is_symlink():
+            raise CheckpointError(
+                f"{file} is a link, and flowvi reads no file outside of the folder that it was "
+                "given; put the file itself there."
+            ) from None
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     try:
         found = os.fstat(handle)

@@ -443,6 +443,16 @@ def test_help_has_examples(command):
     assert "Examples:\n    flowvi " in result.stdout
 
 
+def test_an_extra_that_is_missing_is_named_without_a_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+
+    done = run("vae", "--out", "out")
+
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: Without a file the images are scikit-learn's digits")
+    assert "pip install flowvi[data]" in done.stderr and done.stderr.count("\n") == 1
+
+
 def test_the_package_runs_as_a_module():
     done = subprocess.run(
         [sys.executable, "-m", "flowvi", "--version"], capture_output=True, text=True, check=True

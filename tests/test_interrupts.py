@@ -153,7 +153,8 @@ def data():
     return ()
 
 def model():
-    pyro.sample("m", dist.Normal(torch.tensor(1.0), 2.0))
+    m = pyro.sample("m", dist.Normal(torch.tensor(1.0), 2.0))
+    pyro.sample("y", dist.Normal(m, 1.0), obs=torch.tensor(0.5))
 """
 FIT = ["fit", "m.py", "--guide", "meanfield", "--steps", "3", "--quiet"]
 COMMANDS = {

@@ -63,7 +63,7 @@ def predict_command(
         table = fit.draw(max(draws, 1000), seed)
         verdict = diagnose(table).verdict
         kept = resample(table, seed, draws) if verdict == results.RESAMPLE else table.thinned(draws)
-        found = predict(kept, *load_arguments(model, new)[1], seed=seed)
+        found = predict(kept, *load_arguments(model, new, "--new")[1], seed=seed)
         groups = to_inference_data(kept, log_likelihood=False, predictions=found)
         file = folder / "predictions.nc"
         with results.writing(file):
@@ -74,5 +74,5 @@ def predict_command(
     record = {"file": file, "verdict": verdict, "shapes": shapes, "log_density": scores}
     answer(as_json, record, f"{found}\n\nIn {file}")
     if verdict == results.DISTRUST:
-        click.echo("The fit is not to be trusted, and so are not its predictions.", err=True)
+        click.echo("The fit is not to be trusted, so its predictions are not either.", err=True)
         ctx.exit(DISTRUSTED)

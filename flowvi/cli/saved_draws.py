@@ -60,7 +60,7 @@ def resample_command(
     record = {"file": folder / "resampled.nc", "draws": size, "diagnosis": diagnosis}
     answer(as_json, record, f"{size} draws in {folder / 'resampled.nc'}{word}")
     if not good:
-        click.echo("The weights cannot be trusted, and so cannot these draws.", err=True)
+        click.echo("The weights cannot be trusted, so these draws cannot be either.", err=True)
         ctx.exit(DISTRUSTED)
 
 
