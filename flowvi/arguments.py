@@ -81,7 +81,7 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
 
 
 def shared_alone(function: str, value: Any) -> None:
-    """Refuse a fit or draws with latents for each row, where only those that all rows share will do.
+    """Refuse fits and draws with latents for each row, where all rows have to share them.
 
     Args:
         function: What was called.

@@ -17,10 +17,10 @@ coords = {{"group": ["a", "b", "c", "d"]}}
 
 
 def data(path: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
-    """The arguments of the model, in double precision: of a table x,y,member, or those below.
+    """The arguments of the model, in double precision: those below, or of a table x,y,member.
 
-    `flowvi fit {name}.py --data FILE` names the table, and `flowvi predict {name}.py DIR --new FILE`
-    one of new rows. What is not known yet, a column y, can be left out there.
+    `flowvi fit {name}.py --data FILE` reads such a table, and `flowvi predict {name}.py DIR
+    --new FILE` one of new rows, in which the column y can be left out if it is not known.
     """
     if path is not None:
         table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))

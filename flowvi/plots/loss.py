@@ -13,6 +13,7 @@ from flowvi.arguments import wanted
 from flowvi.fit import Fit
 from flowvi.nested import NestedFit
 from flowvi.plots.theme import BLUE, GREY, new_axes, style
+from flowvi.row_fit import RowFit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

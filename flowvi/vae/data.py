@@ -107,9 +107,10 @@ def load(
     A file holds ``train_x``, ``val_x`` and ``test_x`` (N, H, W) with grey levels
     0 to 255, or for "grey" values in [0, 1], and may hold ``*_bits``, fixed
     black-and-white versions packed by `numpy.packbits`, and labels ``*_y``; or ``x``
-    (N, H, W) with one or more orders ``perm_*``. The files of the published tables are read as they are: the
-    folder of the three ``binarized_mnist_*.amat``, ``chardata.mat`` (OMNIGLOT), and
-    ``caltech101_silhouettes_28_split1.mat``. Without a file the images are the 1797
+    (N, H, W) with one or more orders ``perm_*``. The files of the published tables are
+    read as they are: the folder of the three ``binarized_mnist_*.amat``,
+    ``chardata.mat`` (OMNIGLOT), and ``caltech101_silhouettes_28_split1.mat``.
+    Without a file the images are the 1797
     digits of scikit-learn.
 
     Args:
