@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from torch.distributions import Normal
 import flowvi
 from flowvi import coverage, files, init, run, training
 from flowvi.cli import main
+from flowvi.cli.fitting import _executor
 from flowvi.compiling.background import Compilation
 from flowvi.stopping import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
 
@@ -142,6 +144,17 @@ def test_nobody_waits_for_the_compiler_after_an_interrupt():
     assert process.poll() is not None
 
 
+def test_nobody_waits_for_workers_after_an_interrupt():
+    with pytest.raises(KeyboardInterrupt), _executor(1) as executor:
+        executor.submit(time.sleep, 600)
+        workers = list(executor._processes.values())
+        raise KeyboardInterrupt
+
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [-signal.SIGTERM]
+
+
 # Commands.
 
 MODEL = """
@@ -223,4 +236,6 @@ def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
     assert done.exit_code == 143
     assert HEARD in done.stderr
     assert "Writing the results of the steps so far to out" in done.stderr
+    assert "flowvi report out writes a report" in done.stderr
     assert Path("out/posterior.nc").exists() and not seen
+    assert not Path("out/report.html").exists()

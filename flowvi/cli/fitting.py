@@ -1,8 +1,9 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -185,15 +186,30 @@ def fit_command(
         raise click.ClickException(results.sum_up(failed, bool(written), folder, there))
     if fitted.meta["interrupted"]:
         say_cut_off("steps", folder)
+        click.echo(f"flowvi report {folder} writes a report on them.", err=True)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
 
 
-def _executor(processes: int | None) -> AbstractContextManager[Executor | None]:
+@contextmanager
+def _executor(processes: int | None) -> Iterator[Executor | None]:
     """New processes: a copy of this one would have its threads' locks, and not the threads."""
-    return ProcessPoolExecutor(processes, get_context("spawn")) if processes else nullcontext()
+    if not processes:
+        yield None
+        return
+    executor = ProcessPoolExecutor(processes, get_context("spawn"))
+    try:
+        yield executor
+    except BaseException:
+        # Nobody waits for what they would still do; what they have done is in the checkpoint.
+        workers = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    executor.shutdown()
 
 
 def _report(

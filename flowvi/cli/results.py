@@ -144,7 +144,7 @@ def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterat
 def write(
     fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame, folder: Path
 ) -> tuple[list[File], list[NotWritten]]:
-    """Write every file of the results that there is room for.
+    """Write every file of the results that there is room for; no report if it was interrupted.
 
     Returns:
         What was written, and what could not be.
@@ -152,11 +152,14 @@ def write(
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
-    for name in (RESAMPLED, GUIDES):
+    for name in (RESAMPLED, GUIDES, REPORT) if fit.meta["interrupted"] else (RESAMPLED, GUIDES):
         # One of an earlier fit would pass for this one's.
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     written, failed = write_files(files(fit, draws, kept, numbers), folder)
+    if fit.meta["interrupted"]:
+        # Half of the time after an interrupt, for what `flowvi report` makes at any time.
+        return written, failed
     lacking = {error.path.name for error in failed} & {DRAWS, GUIDES, RESAMPLED}
     if lacking:
         # The file of an earlier fit may still be there.
