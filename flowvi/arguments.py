@@ -80,6 +80,24 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
         raise TypeError(f"{name} must be {like}; got {article} {came}.")
 
 
+def shared_alone(function: str, value: Any) -> None:
+    """Refuse fits and draws with latents for each row, where all rows have to share them.
+
+    Args:
+        function: What was called.
+        value: What came; classes of that kind say in `FOR_ROWS` what to do instead.
+
+    Raises:
+        TypeError: It is of that kind.
+    """
+    instead = getattr(type(value), "FOR_ROWS", "")
+    if instead:
+        raise TypeError(
+            f"{function} is for latents that all rows share, and got a {type(value).__name__}, "
+            f"with latents for each row (local=): {instead}."
+        )
+
+
 def known(kind: str, name: str, choices: Iterable[str]) -> str:
     """A name that is in a registry.
 

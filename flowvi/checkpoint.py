@@ -6,7 +6,8 @@ import copy
 import hashlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -24,7 +25,7 @@ from flowvi.identity import latents
 from flowvi.nested import Nested, NestedFit, inner_guide
 from flowvi.randomness import own_randomness
 from flowvi.row_fit import RowFit
-from flowvi.states import check_module, packed, read_module, read_tensors, tensors_of
+from flowvi.states import check_finite, check_module, packed, read_module, read_tensors, tensors_of
 from flowvi.tables import put_up, taken_down
 from flowvi.target import LocalTarget, Target
 
@@ -157,8 +158,7 @@ def load(
     chains = manifest.get("chains")
     table = None
     if chains is not None:
-        state = {"arrays": read_tensors(*files.of(CHAINS)), "meta": chains}
-        table = put_up(target, state)
+        table = put_up(target, {"arrays": _chains(target, files), "meta": chains})
     return Fit(target, guides, bounds, history, log, meta, table)
 
 
@@ -180,15 +180,30 @@ def read_record(
 
 
 def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
-    """Write the files of a fit, and the manifest that names them."""
-    files = {part: _write(path, part, tensors) for part, tensors in parts.items()}
-    # Written last: until then the folder holds what it held before.
-    write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    """Write the files of a fit, and the manifest that names them.
+
+    Raises:
+        OSError: The disk is full, say; the folder then holds what it held before.
+    """
+    before = {file.name for file in path.iterdir()}
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        for part, tensors in parts.items():
+            files[part] = _write(path, part, tensors)
+        # Written last: until then the folder holds what it held before.
+        write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    except BaseException:
+        _remove(path, {file["name"] for file in files.values()} - before)
+        raise
     kept = {file["name"] for file in files.values()}
-    for file in path.iterdir():
-        if NAME.fullmatch(file.name) and file.name not in kept:
-            file.unlink()
+    _remove(path, {f.name for f in path.iterdir() if NAME.fullmatch(f.name)} - kept)
     return path
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(OSError):
+            (path / name).unlink(missing_ok=True)
 
 
 def _load_rows(
@@ -246,8 +261,27 @@ def _load_nested(
     return NestedFit(density, theta, particles, _history(files), meta)
 
 
+def _chains(target: Target, files: _Files) -> dict[str, Tensor]:
+    """Draws of Markov chains (C, S, D) and what is known of each, (C, S)."""
+    file, seal = files.of(CHAINS)
+    arrays = read_tensors(file, seal)
+    z = arrays.get("z", torch.empty(0))
+    whole = z.dim() == 3 and z.shape[-1] == target.dim and "log_q" in arrays
+    alike = all(a.shape[:2] == z.shape[:2] for a in arrays.values())
+    if not (whole and alike and z.is_floating_point() and bool(z.isfinite().all())):
+        raise CheckpointError(
+            f"{file} has no finite draws of chains of {target.dim} numbers, and log_q of each."
+        )
+    return arrays
+
+
 def _history(files: _Files) -> dict[str, Any]:
-    return {k: v.numpy() for k, v in read_tensors(*files.of(HISTORY)).items()}
+    file, seal = files.of(HISTORY)
+    found = read_tensors(file, seal)
+    shapes = {tuple(column.shape) for column in found.values()}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise CheckpointError(f"{file} has no number for every step: columns {sorted(shapes)}.")
+    return {name: column.numpy() for name, column in found.items()}
 
 
 def _same_kind(there: bool, here: bool, path: Path) -> None:
@@ -315,6 +349,10 @@ def _manifest(path: Path) -> dict[str, Any]:
         )
     whole = all(isinstance(manifest.get(key), kind) for key, kind in FIELDS.items())
     specs = manifest["meta"].get("specs") if whole else None
+    bounds = manifest.get("bounds", [])
+    if not manifest.get("kind") and whole:
+        number = all(isinstance(b, float | int) for b in bounds)
+        whole = number and len(bounds) == manifest["guides"] > 0
     if not whole or not isinstance(specs, list) or len(specs) != manifest["guides"]:
         raise CheckpointError(f"{file} is not a file that flowvi wrote: parts of it are missing.")
     return dict(manifest)
@@ -358,6 +396,8 @@ def _check_sizes(sizes: Mapping[str, Any], file: Path, seal: Seal | None) -> Non
 
 def _fill_own(target: Target | LocalTarget, file: Path, seal: Seal | None) -> None:
     found, wanted = read_tensors(file, seal), dict(target.named_parameters())
+    own = {name: value for name, value in found.items() if name in wanted}
+    check_finite(file, own, wanted)
     for name, value in found.items():
         if name not in wanted or wanted[name].shape != value.shape:
             raise CheckpointError(f"{file}: parameter '{name}' does not fit {target.name}.")

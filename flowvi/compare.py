@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from flowvi.arguments import spelt, wanted
+from flowvi.arguments import shared_alone, spelt, wanted
 from flowvi.diagnostics import VERDICTS, Estimate
 from flowvi.draws import Draws, diagnose
-from flowvi.evidence import evidence
+from flowvi.evidence import check_shared, evidence
 from flowvi.groups import has_group
 from flowvi.inference_data import to_inference_data
 from flowvi.loo import loo
@@ -105,7 +105,12 @@ def compare(
         raise ValueError(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."
         )
+    for source in models.values():
+        shared_alone("compare", source)
     groups = {name: _groups(source) for name, source in models.items()}
+    for idata in groups.values():
+        if has_group(idata, "sample_stats"):
+            check_shared(idata["sample_stats"])
     _check_data(groups)
     found = {name: _evidence(source) for name, source in models.items()}
     known = {name: e for name, (e, _) in found.items() if not math.isnan(e.value)}

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from torch import Tensor
 
 from flowvi import diagnostics, memory, outside
-from flowvi.arguments import given, unknown, wanted, whole
+from flowvi.arguments import given, shared_alone, unknown, wanted, whole
 from flowvi.columns import Columns
 from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
 from flowvi.guides import Guide
@@ -211,6 +211,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
+    shared_alone("resample", draws)
     wanted("draws", draws, Draws, EXPECTED)
     given(whole, "n", n)
     diagnosis = diagnose(draws)
@@ -243,6 +244,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         draws: Draws of a fit, or log weights as an array, (draw) or (chain,
             draw). For resampled draws, the diagnosis of the original ones.
     """
+    shared_alone("diagnose", draws)
     if not isinstance(draws, Draws):
         return diagnostics.diagnose(_weights(draws))
     if draws.resampled:
@@ -292,6 +294,7 @@ def where(draws: Draws) -> Where:
     Args:
         draws: Draws of a fit, not resampled.
     """
+    shared_alone("where", draws)
     wanted("draws", draws, Draws, EXPECTED)
     return diagnostics.where(draws.log_weights, named_values(draws), axes_of(draws))
 
@@ -320,6 +323,7 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
         particles: Numbers of particles K. Where there are fewer draws than K
             the bound is NaN.
     """
+    shared_alone("bounds", draws)
     if isinstance(draws, Draws):
         check_proper(draws.target.improper)
         draws = draws.weighted or draws

@@ -19,9 +19,9 @@ from flowvi.nuts import Plan, run_chains
 from flowvi.records import ANNEAL, CHAINS, CHECK
 from flowvi.run import CHECK_DRAWS, Kept, Run
 from flowvi.states import fill, tensors_of
+from flowvi.stopping import Interrupted, droppable
 from flowvi.tables import put_up, taken_down
 from flowvi.tempering import MOST_DIM
-from flowvi.training import Interrupted
 
 # A mixture of more flows than this would take too long to train, and one of more normals too.
 MOST_COMPONENTS, MOST_NORMALS = 3, 12
@@ -57,10 +57,11 @@ def escalate(run: Run) -> None:
             return
         name = (attempt.__doc__ or "").split("\n")[0].rstrip(".")
         try:
-            new = attempt(run, run.kept)
-            if new is None:
-                continue
-            run.check(new)
+            with droppable():
+                new = attempt(run, run.kept)
+                if new is None:
+                    continue
+                run.check(new)
         except (Interrupted, KeyboardInterrupt) as interrupt:
             if isinstance(interrupt, KeyboardInterrupt):
                 run.settings.clock.interrupt()

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from flowvi import diagnostics
+from flowvi.arguments import shared_alone
 from flowvi.diagnostics import LADDER, VERDICTS, Evidence
 from flowvi.draws import Draws, check_proper, diagnose
 from flowvi.groups import has_group
@@ -40,6 +41,8 @@ def evidence(
         ValueError: A prior is improper, so that there is no evidence; or the
             draws carry no weights.
     """
+    for given in (draws, mcmc):
+        shared_alone("evidence", given)
     if isinstance(draws, Draws) and draws.weighted is not None and mcmc is None:
         draws, mcmc = draws.weighted, draws
     table = _read(draws)
@@ -100,6 +103,19 @@ def _read(source: Draws | az.InferenceData) -> _Table:
     return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title)
 
 
+def check_shared(stats: Any) -> None:
+    """Refuse statistics of draws with latents for each row, which have weights for each row.
+
+    Raises:
+        ValueError: They are of that kind.
+    """
+    if "log_p" in stats and stats["log_p"].ndim > 2:
+        raise ValueError(
+            "These are draws of latents of rows (local=), which have weights for each row: "
+            "fit.iw_bound() has the evidence of each row, and compares models row by row (.minus)."
+        )
+
+
 def _stats(source: az.InferenceData) -> Any:
     """The group that holds log_p and log_q."""
     if not has_group(source, "sample_stats"):
@@ -107,4 +123,5 @@ def _stats(source: az.InferenceData) -> Any:
     stats = source["sample_stats"]
     if "log_p" not in stats or "log_q" not in stats:
         raise ValueError(MISSING)
+    check_shared(stats)
     return stats

@@ -12,11 +12,12 @@ import json
 import os
 import re
 import secrets
+import shutil
 import socket
 import stat
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -65,32 +66,64 @@ def folder(where: str | os.PathLike[str], what: str) -> Path:
     return path
 
 
-def write_whole(file: Path, content: bytes) -> Seal:
-    """Write all bytes of a file, or leave it as it was, whatever happens meanwhile.
+@contextmanager
+def replaced(file: Path) -> Iterator[Path]:
+    """An empty temporary file, which takes the place of another one when the block ends well.
 
-    They go to a temporary file beside it, which then takes its place and its
-    mode. A link stays one; what it points at is replaced.
+    It lies beside that file, and has its mode. A link stays one; what it points at is
+    replaced. After an error the old file is as it was, and the temporary one is gone.
 
     Raises:
-        OSError: The disk is full, or the file is a device or a folder.
+        OSError: The disk is full, or the file is a device or a folder; the error names the file.
     """
     final = file.resolve()
-    old = final.stat() if final.exists() else None
-    if old is not None and not stat.S_ISREG(old.st_mode):
-        raise OSError(f"{file} is no regular file; nothing was written to it.")
     part = final.with_name(f".{final.name}.{secrets.token_hex(4)}.part")
     try:
-        with os.fdopen(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666), "wb") as out:
-            if old is not None:
-                os.fchmod(out.fileno(), stat.S_IMODE(old.st_mode))
-            out.write(content)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(part, final)
+        old = final.stat() if final.exists() else None
+        if old is not None and not stat.S_ISREG(old.st_mode):
+            raise OSError(f"{file} is no regular file; nothing was written to it.")
+        with _unlinked_after(part):
+            handle = os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o666)
+            try:
+                if old is not None:
+                    os.fchmod(handle, stat.S_IMODE(old.st_mode))
+                yield part
+                # Some file systems find out only now that there is no room.
+                os.fsync(handle)
+            finally:
+                os.close(handle)
+            os.replace(part, final)
+        _sync(final.parent)
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, why(error), str(file)) from error
+
+
+@contextmanager
+def _unlinked_after(part: Path) -> Iterator[None]:
+    """Remove a temporary file if the block fails."""
+    try:
+        yield
     except BaseException:
-        part.unlink(missing_ok=True)
+        with suppress(OSError):
+            part.unlink(missing_ok=True)
         raise
-    _sync(final.parent)
+
+
+def why(error: OSError) -> str:
+    """The reason of an error of the system, without its number and the names of files."""
+    return error.strerror or str(error)
+
+
+def write_whole(file: Path, content: bytes | memoryview) -> Seal:
+    """Write all bytes of a file, or leave it as it was, whatever happens meanwhile.
+
+    Raises:
+        OSError: As for `replaced`.
+    """
+    with replaced(file) as part:
+        part.write_bytes(content)
     return Seal(len(content), hashlib.sha256(content).hexdigest())
 
 
@@ -162,10 +195,50 @@ def locked(folder: Path) -> Iterator[None]:
                 f"{folder} is in use by another run ({owner}); wait for it or name another folder."
             ) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
-        os.ftruncate(handle, 0)
-        os.pwrite(handle, f"process {os.getpid()} on {socket.gethostname()}, {since}".encode(), 0)
+        with suppress(OSError):  # on a full disk; the words are for people
+            os.ftruncate(handle, 0)
+            words = f"process {os.getpid()} on {socket.gethostname()}, {since}"
+            os.pwrite(handle, words.encode(), 0)
         sweep(folder)
         yield
+    finally:
+        os.close(handle)
+
+
+def owner(folder: Path) -> str:
+    """The process of the run that has locked a folder; empty if none has."""
+    try:
+        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+    except OSError:
+        return ""
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        return ""
+    except BlockingIOError:
+        return os.pread(handle, 1000, 0).decode(errors="replace").strip() or "unknown"
+    except OSError:
+        return ""
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def kept(folder: Path) -> Iterator[bool]:
+    """Keep a folder for one command, without a file in it; whether nobody else keeps it.
+
+    It goes with the process, however that ends. Where the file system cannot do it, all may pass.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+            return
+        except OSError:
+            # Some network file systems lock files alone.
+            pass
+        yield True
     finally:
         os.close(handle)
 
@@ -173,18 +246,26 @@ def locked(folder: Path) -> Iterator[None]:
 def sweep(folder: Path) -> None:
     """Remove what crashes left of files that were being written."""
     for file in folder.iterdir():
-        if PART.fullmatch(file.name) and file.is_file() and not file.is_symlink():
-            file.unlink(missing_ok=True)
+        if PART.fullmatch(file.name) and not file.is_symlink():
+            if file.is_dir():
+                shutil.rmtree(file, ignore_errors=True)
+            elif file.is_file():
+                file.unlink(missing_ok=True)
 
 
 @contextmanager
 def _opened(file: Path, seal: Seal | None) -> Iterator[BinaryIO]:
     try:
         # A pipe would keep a reader waiting.
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK)
+        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
+        if file.is_symlink():
+            raise CheckpointError(
+                f"{file} is a link, and flowvi reads no file outside of the folder that it was "
+                "given; put the file itself there."
+            ) from None
         raise CheckpointError(f"{file} cannot be read: {error.strerror}.") from None
     try:
         found = os.fstat(handle)

@@ -6,6 +6,7 @@ import os
 import warnings
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ from flowvi.row_fit import RowFit, fit_rows
 from flowvi.row_training import Epoch
 from flowvi.run import Kept, Run, checked
 from flowvi.shelf import opened, said
-from flowvi.stopping import Clock, interruptible
+from flowvi.stopping import Clock, Interrupted, droppable, interruptible
 from flowvi.target import LocalTarget, Target
 from flowvi.target.precision import spelled
 from flowvi.threads import best_threads
@@ -371,7 +372,10 @@ def fit(
             go(runs[-1])
             if runs[-1].interrupted:
                 break
-        union = joined(runs) if settings.escalate and len(runs) > 1 else None
+        union = None
+        if settings.escalate and len(runs) > 1:
+            with suppress(Interrupted), droppable():
+                union = joined(runs)
         kept = [union] if union else [run.kept for run in runs]
         result = _result(target, runs, settings, kept)
         result.meta["check"] = _check_of(target, kept, settings)

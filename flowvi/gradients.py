@@ -167,7 +167,7 @@ class Gradients:
             torch.arange(batch, device=self.target.device)
             for _, batch in self.target.subsampled.values()
         ]
-        self.fast.consider(seconds, rows)
+        self.fast.consider(seconds, rows, self.settings.clock.asked_alone)
 
     def blamed(self, repeats: int) -> str:
         """What was not finite in the step before, which is evaluated again."""

@@ -67,26 +67,15 @@ def xr_index(places: np.ndarray) -> Any:
     return xr.DataArray(places, dims="draw")
 
 
-def write_groups(idata: az.InferenceData, path: Path) -> None:
-    """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr."""
-    if path.suffix == ZARR:
-        _zarr()
-        tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
-        # The third format has no settled way to write labels yet.
-        tree.to_zarr(str(path), zarr_format=2)
-    else:
-        idata.to_netcdf(str(path), engine=ENGINE)
-
-
 def read_groups(path: Path) -> az.InferenceData:
-    """Read what `write_groups` wrote.
+    """Read a file or folder that `flowvi.netcdf` wrote.
 
     Raises:
         ValueError: It cannot be read, or points at other files.
     """
     try:
         if path.suffix == ZARR:
-            _zarr()
+            check_zarr()
         else:
             _check_file(path)
         return _read(path)
@@ -160,6 +149,7 @@ def _read(path: Path) -> Any:
         return make_groups({name: node.to_dataset().load() for name, node in tree.children.items()})
 
 
-def _zarr() -> None:
+def check_zarr() -> None:
+    """Say how to install what folders of Zarr need, where it is missing."""
     if find_spec("zarr") is None:
         raise ImportError("Zarr folders need zarr: pip install 'flowvi[zarr]'.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -25,6 +26,7 @@ from flowvi.gaussians import (
 )
 from flowvi.guides import FULL_RANK_DIM
 from flowvi.pathfinder import estimates
+from flowvi.stopping import Interrupted, droppable, up_to_now
 from flowvi.sweeps import swept
 from flowvi.target import Target
 
@@ -71,7 +73,7 @@ def best_gaussian(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
     blind, aware = [], []
-    for group in candidates(target, generator, median, diagonal):
+    for group in up_to_now(candidates(target, generator, median, diagonal)):
         scored = [score(target, g, judge) for g in group]
         blind.append(scored[0])
         aware.append(max(scored[1:], key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf))
@@ -135,6 +137,22 @@ def settled(
     diagonal: bool = False,
 ) -> Gaussian:
     """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
+    try:
+        with droppable():
+            return _settled(target, g, generator, judge, over, rounds, diagonal)
+    except Interrupted:
+        return g
+
+
+def _settled(
+    target: Target,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+    rounds: int,
+    diagonal: bool,
+) -> Gaussian:
     dense = not diagonal and g.scale_tril.dim() == 2
     if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
         found = swept(target, g, generator, judge, rounds // 2, over)
@@ -168,12 +186,13 @@ def candidates(
             Gaussian(z, identity, f"standard normal at start {i}"),
             Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
-        group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
-        if dense:
-            few = path[:-1] if target.dim <= 100 else []
-            for k, point in enumerate(_thinned(few, PATH_POINTS)):
-                group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
-            group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
+        with suppress(Interrupted), droppable():
+            group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
+            if dense:
+                few = path[:-1] if target.dim <= 100 else []
+                for k, point in enumerate(_thinned(few, PATH_POINTS)):
+                    group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
+                group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield group
 
 
@@ -203,14 +222,15 @@ def ascend(target: Target, start: Tensor) -> list[Tensor]:
     def keep(x: np.ndarray) -> None:
         path.append(start.new_tensor(x))
 
-    minimize(
-        objective,
-        start.cpu().numpy().astype(np.float64),
-        jac=True,
-        method="L-BFGS-B",
-        callback=keep,
-        options={"maxiter": LBFGS_STEPS, "maxcor": 20},
-    )
+    with suppress(Interrupted), droppable():
+        minimize(
+            objective,
+            start.cpu().numpy().astype(np.float64),
+            jac=True,
+            method="L-BFGS-B",
+            callback=keep,
+            options={"maxiter": LBFGS_STEPS, "maxcor": 20},
+        )
     return path or [start]
 
 

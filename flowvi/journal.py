@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from flowvi import parallel
 from flowvi.randomness import random_state, set_random_state
 from flowvi.shelf import Shelf, said
-from flowvi.stopping import Clock
+from flowvi.stopping import Clock, droppable
 from flowvi.target.program import Density
 
 if TYPE_CHECKING:
@@ -81,9 +81,10 @@ class Journal:
                 "record": record.since(before),
                 **self._here(),
             }
-            self.shelf.put_piece(what, self._place, state)
-            with said(self.shelf.folder):
-                self.kept()
+            with droppable(False):
+                self.shelf.put_piece(what, self._place, state)
+                with said(self.shelf.folder):
+                    self.kept()
         return result
 
     def parameters(self, of: nn.Module, record: Record) -> None:

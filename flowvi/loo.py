@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import logsumexp
 
-from flowvi.arguments import known
+from flowvi.arguments import known, shared_alone
 from flowvi.diagnostics import khat_threshold
 from flowvi.draws import Draws
+from flowvi.evidence import check_shared
 from flowvi.groups import has_group, make_groups, to_dataset
 from flowvi.inference_data import to_inference_data
 from flowvi.statistics import loo_record
@@ -46,7 +47,10 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
         cross-validation for large data", arXiv:1904.10679.
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
+    shared_alone("loo", source)
     idata = to_inference_data(source) if isinstance(source, Draws) else source
+    if has_group(idata, "sample_stats"):
+        check_shared(idata["sample_stats"])
     name = _site(idata, var_name)
     idata = _observed(idata, name)
     scores = idata["log_likelihood"][name]

@@ -101,6 +101,11 @@ class NestedFit:
     history: dict[str, np.ndarray] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
 
+    FOR_ROWS = (
+        "fit.draw(1000) has draws of what the rows share, for diagnose, bounds, evidence, "
+        "resample and where; fit.predictive_bound(data) scores rows"
+    )
+
     def draw(self, n: int = 1000, particles: int | None = None, seed: int = 0) -> Draws:
         """Draw theta, and evaluate the bound of all rows there.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import cast
 
-from flowvi.arguments import spelt, wanted, whole
+from flowvi.arguments import shared_alone, spelt, wanted, whole
 from flowvi.draws import Draws
 from flowvi.fit import Fit
 from flowvi.nuts import Plan, check_map, run_chains
@@ -43,6 +43,7 @@ def neutra(
         Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
         Carlo using neural transport", arXiv:1903.03704.
     """
+    shared_alone("neutra", fit)
     wanted("fit", fit, Fit, "what flowvi.fit returned")
     check_map(fit.guide)
     _check({"warmup": warmup, "draws": draws}, chains, target_accept)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowvi.diagnostics.calibration import Calibration
+from flowvi.files import replaced, why
 
 
 class Outcome(NamedTuple):
@@ -49,10 +50,15 @@ class Store:
             name: np.array([getattr(row, name) for row in rows]) for name in Outcome._fields
         }
         columns["labels"] = np.array(outcome.labels)
-        part = self.file.with_name(f".{os.getpid()}.{self.file.name}")
-        with part.open("wb") as opened:
-            np.savez(opened, key=np.array(self.key), **columns)
-        os.replace(part, self.file)
+        try:
+            with replaced(self.file) as part, part.open("wb") as opened:
+                np.savez(opened, key=np.array(self.key), **columns)
+        except OSError as error:
+            warnings.warn(
+                f"{self.file} could not be written ({why(error)}). The calibration goes on; these "
+                "fits are written with the next one.",
+                stacklevel=3,
+            )
 
     def calibration(self, levels: int) -> Calibration:
         """What all outcomes say together, in the order of their numbers."""

@@ -51,6 +51,8 @@ class RowBounds:
     elbo: np.ndarray = field(repr=False)
     particles: int
 
+    FOR_ROWS = ".mean and .se hold the bound of a row, and .minus(other) compares models row by row"
+
     @property
     def mean(self) -> float:
         """Mean bound of a row."""
@@ -111,6 +113,11 @@ class RowDraws:
     target: LocalTarget
     meta: dict[str, Any] = field(default_factory=dict)
     guide: Guide | None = None
+
+    FOR_ROWS = (
+        "draws.khat says which rows to trust, flowvi.to_inference_data(draws) brings them to "
+        "ArviZ, and fit.iw_bound() has the evidence of each row"
+    )
 
     @property
     def log_weights(self) -> np.ndarray:

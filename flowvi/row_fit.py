@@ -51,6 +51,11 @@ class RowFit:
     log: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
+    FOR_ROWS = (
+        "fit.iw_bound() has the evidence of each row and compares models row by row (.minus), "
+        "fit.draw() has draws with a k-hat for each row"
+    )
+
     def iw_bound(
         self,
         data: Any = None,

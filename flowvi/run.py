@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -35,9 +36,10 @@ from flowvi.records import (
     Trial,
 )
 from flowvi.states import fill, tensors_of
+from flowvi.stopping import Interrupted, droppable
 from flowvi.target import Target
 from flowvi.tempering import MOST_DIM, found_beyond, wide_gaussian
-from flowvi.training import RATES, TRIAL_STEPS, Interrupted, Trainer
+from flowvi.training import RATES, TRIAL_STEPS, Trainer
 
 # Below this KL(q || p) the start needs no flow.
 NOTHING_LEFT = 0.003
@@ -160,10 +162,12 @@ class Run:
             lambda: clock.over(START_SHARE),
             seen.median,
         )
-        say(check_integrable(self.target, best))
         known = [best, *others]
         seed, over = self.seed(MODES), lambda: clock.over(2 * START_SHARE)
-        return known + further_modes(self.target, known, seen.places, seed, say, over)
+        with suppress(Interrupted), droppable():
+            say(check_integrable(self.target, best))
+            return known + further_modes(self.target, known, seen.places, seed, say, over)
+        return known
 
     def _gaussian(self, state: Mapping[str, Any]) -> Gaussian:
         device = self.target.device
@@ -218,7 +222,11 @@ class Run:
         """Judge a guide by fresh draws, and by what the search for a start saw."""
         kept.missed = self._left_out(kept)
         try:
-            kept.diagnosis = self._diagnosed(kept)
+            with droppable():
+                kept.diagnosis = self._diagnosed(kept)
+        except Interrupted:
+            self.record.log.append("check: interrupted")
+            return
         except ValueError as error:
             self.record.log.append(f"check: {error}")
             return
@@ -256,7 +264,10 @@ class Run:
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
-            return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+            with droppable():
+                return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+        except Interrupted:
+            return ""
         except (ValueError, RuntimeError) as error:
             # It only looks for what may be missing.
             self.record.log.append(f"annealing from a wide start failed, {error}")
@@ -326,7 +337,7 @@ class Run:
         gaussian = self._started(Kept(make_guide(name, self.target.dim), name))
         gap = self.trainer(gaussian.guide).judge().gap
         self.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
-        if gap < NOTHING_LEFT:
+        if gap < NOTHING_LEFT or self.settings.clock.interrupted:
             return gaussian
         if self.target.dim > HELD_DIM:
             return self.flow({}, "skewed")

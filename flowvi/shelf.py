@@ -19,7 +19,7 @@ import torch
 
 from flowvi import parallel
 from flowvi._version import __version__
-from flowvi.files import CheckpointError, Seal, locked, read_json, write_json
+from flowvi.files import CheckpointError, Seal, locked, read_json, why, write_json
 from flowvi.files import folder as made
 from flowvi.states import read_state, write_state
 
@@ -222,9 +222,10 @@ def said(folder: Path) -> Iterator[None]:
     """Warn of what cannot be written, such as on a full disk, and go on."""
     try:
         yield
-    except OSError as error:
+    except (OSError, CheckpointError) as error:
+        reason = why(error) if isinstance(error, OSError) else error
         warnings.warn(
-            f"{folder}: the checkpoint could not be written ({error}). The fit goes on, and what "
+            f"{folder}: the checkpoint could not be written ({reason}). The fit goes on, and what "
             "was written before stays.",
             stacklevel=6,
         )

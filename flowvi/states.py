@@ -71,7 +71,26 @@ def read_state(file: Path, seal: Seal | None = None) -> Any:
 def read_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None:
     """Give a module all its parameters and buffers from a file, if they fit it."""
     check_module(file, module, seal)
-    module.load_state_dict(read_tensors(file, seal))
+    tensors = read_tensors(file, seal)
+    check_finite(file, tensors, module.state_dict())
+    module.load_state_dict(tensors)
+
+
+def check_finite(file: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
+    """Refuse numbers that are not finite, where those of a fresh module are.
+
+    Raises:
+        CheckpointError: A tensor has one; the message has its name and place.
+    """
+    for name, value in found.items():
+        bad = (~torch.isfinite(value)).nonzero()
+        if len(bad) and bool(torch.isfinite(own[name]).all()):
+            place = bad[0].tolist()
+            raise CheckpointError(
+                f"{file}: parameter '{name}' is {value[tuple(place)].item()}"
+                f"{f' at {place}' if place else ''}, so there is no fit in it; fit again, or "
+                "take a copy of the file from before it was changed."
+            )
 
 
 def check_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import math
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
 from flowvi import parallel
+
+if TYPE_CHECKING:
+    from flowvi.records import Judged
 
 BLOCK, TRIM = 10, 2
 LEAST = 400
@@ -24,6 +30,23 @@ WINDOW = 0.5
 WORTH = 0.3
 # One-sided bounds of the gain: 99 % that the trace rises no faster.
 ERRORS = 2.33
+
+
+T = TypeVar("T")
+
+HEARD = (
+    "Interrupted: the fit ends with the best so far, and says what it does meanwhile. Interrupt it "
+    "again to stop at once."
+)
+_CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
+
+
+class Interrupted(Exception):
+    """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
+
+    def __init__(self, judged: Judged | None = None) -> None:
+        super().__init__("interrupted")
+        self.judged = judged
 
 
 @dataclass
@@ -37,6 +60,7 @@ class Clock:
     budget: float | None = None
     began: float = field(default_factory=time.perf_counter)
     _asked: bool = False
+    _droppable: bool = False
     _heard: tuple[bool, float] | None = None
 
     @property
@@ -48,11 +72,18 @@ class Clock:
         """Ask the fit to stop after its present step; the second time, it stops at once.
 
         Raises:
+            Interrupted: What is being done is `droppable`.
             KeyboardInterrupt: It was asked before.
         """
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
+        if self._droppable:
+            raise Interrupted
+
+    def asked_alone(self) -> bool:
+        """Whether the fit was asked to stop, without a word to other processes; no, with them."""
+        return self._asked and parallel.size() == 1
 
     def set(self, seconds: float) -> None:
         """Go on from a number of seconds."""
@@ -96,6 +127,43 @@ class Clock:
     def over(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent, or the fit was interrupted."""
         return self.spent(share) or self.interrupted
+
+
+@contextmanager
+def droppable(drop: bool = True) -> Iterator[None]:
+    """Work of which no part is needed: it ends at once where its fit is asked to stop.
+
+    Of several processes none stops alone; there it is done to its end.
+
+    Args:
+        drop: False for a part of it that is done to its end.
+
+    Raises:
+        Interrupted: The fit was asked to stop, before or inside.
+    """
+    clock = _CURRENT.get()
+    if clock is None or parallel.size() > 1:
+        yield
+        return
+    before, clock._droppable = clock._droppable, drop
+    try:
+        if drop and clock.asked_alone():
+            raise Interrupted
+        yield
+    finally:
+        clock._droppable = before
+
+
+def up_to_now(items: Iterator[T]) -> Iterator[T]:
+    """Items until their fit is asked to stop: the first in any case, and no unfinished ones."""
+    yield next(items)
+    while True:
+        try:
+            with droppable():
+                item = next(items)
+        except (Interrupted, StopIteration):
+            return
+        yield item
 
 
 @dataclass
@@ -160,19 +228,33 @@ def interruptible(clock: Clock) -> Iterator[None]:
 
     Another handler than Python's own is left in its place; it may call `clock.interrupt`.
     """
+    token = _CURRENT.set(clock)
     main = threading.current_thread() is threading.main_thread()
-    if not main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield
-        return
+    own = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
     def pressed(number: int, frame: FrameType | None) -> None:
+        if not clock._asked:
+            _say(HEARD)
         clock.interrupt()
 
-    signal.signal(signal.SIGINT, pressed)
+    if own:
+        signal.signal(signal.SIGINT, pressed)
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _CURRENT.reset(token)
+
+
+def _say(words: str) -> None:
+    """Say something in the middle of whatever is done, on a line of its own."""
+    try:
+        sys.stderr.write(f"\n{words}\n")
+        sys.stderr.flush()
+    except (OSError, RuntimeError, ValueError):
+        # The stream is closed, or was being written to.
+        pass
 
 
 def _slope(y: np.ndarray) -> tuple[float, float]:

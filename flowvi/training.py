@@ -36,6 +36,7 @@ from flowvi.records import (
 )
 from flowvi.schedule import Average, Guard, constant, decayed, warmed
 from flowvi.states import fill, tensors_of
+from flowvi.stopping import Interrupted, droppable
 from flowvi.target import Target
 
 # Step sizes to try; the middle one where there is no time for that.
@@ -82,15 +83,19 @@ class Trainer:
         reached is hidden by its noise until it falls.
         """
         start, tried, best = self.vector(), {}, Trial(RATES[-1], -math.inf)
-        place, top = start, self.judge().bound
+        place, top = start, self.judge()
         try:
-            for lr in RATES:
-                self.set(start)
-                tried[lr] = bound = self.briefly(lr, TRIAL_STEPS)
-                if math.isfinite(bound) and bound > best.bound:
-                    best = Trial(lr, bound)
-                if bound > top:
-                    place, top = self.vector(), bound
+            with droppable():
+                for lr in RATES:
+                    self.set(start)
+                    found = self._briefly(lr, TRIAL_STEPS)
+                    tried[lr] = bound = found.bound
+                    if math.isfinite(bound) and bound > best.bound:
+                        best = Trial(lr, bound)
+                    if bound > top.bound:
+                        place, top = self.vector(), found
+        except Interrupted as interrupt:
+            raise Interrupted(top) from interrupt
         finally:
             self.set(place)
         words = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in tried.items())
@@ -101,11 +106,14 @@ class Trainer:
 
     def briefly(self, lr: float, steps: int) -> float:
         """Take steps that are no stage of their own, and return the bound to which they led."""
+        return self._briefly(lr, steps).bound
+
+    def _briefly(self, lr: float, steps: int) -> Judged:
         torch.manual_seed(self.seed(TRIAL))
         stage = Stage("", 0, steps, self.settings.repeats, lr)
         rate = partial(decayed, steps=steps, lr=lr)
         self._go(stage, rate, steps, self._course(lr), quiet=True)
-        return self.judge().bound
+        return self.judge()
 
     def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
         """Train on the target to one power after the other, the last of them below one.
@@ -253,7 +261,8 @@ class Trainer:
         """Take steps until there are enough, or `end` or the callback says so, or they fail."""
         settings, first, began = self.settings, course.step, time.perf_counter()
         together, listening = self.gradients.together(), settings.clock.listening()
-        with self._bar(steps, quiet) as bar, together, listening:
+        # A step is done to its end, and its state kept.
+        with self._bar(steps, quiet) as bar, together, listening, droppable(False):
             while course.step < steps and not (course.ended or self.record.stopped):
                 i = course.step
                 if self.gradients.fast.pending and not quiet and i % POLL == POLL - 1 and i > first:
@@ -370,14 +379,6 @@ class Trainer:
         name = self.record.stages[-1] if self.record.stages else ""
         words = f"{self.target.name} ({name})" if name else self.target.name
         return tqdm(total=steps, desc=words, unit="step", disable=bool(hidden), dynamic_ncols=True)
-
-
-class Interrupted(Exception):
-    """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
-
-    def __init__(self, judged: Judged | None = None) -> None:
-        super().__init__("interrupted")
-        self.judged = judged
 
 
 def _known(judged: Judged) -> str:

@@ -35,7 +35,7 @@ LAYERS = [
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "saved", "loo", "predict"),
+        *("sbc", "row_sbc", "bnn", "saved", "loo", "predict", "netcdf"),
         *("pyro_guide", "row_pyro_guide", "pyro_parts", "pyro_elbo"),
     },
     {"vae", "plots"},

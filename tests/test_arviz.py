@@ -14,8 +14,9 @@ import xarray as xr
 
 import flowvi
 from flowvi.draws import draw, resample
-from flowvi.groups import group_names, has_trees, read_groups, to_dataset, write_groups
+from flowvi.groups import group_names, has_trees, read_groups, to_dataset
 from flowvi.guides import FullRank
+from flowvi.netcdf import write_groups
 from flowvi.saved import draws_of
 
 ROWS = 12

@@ -233,12 +233,10 @@ def test_a_failed_write_keeps_the_old_file(monkeypatch):
     fit(NORMAL)
     before = Path("out/posterior.nc").read_bytes()
 
-    def full(data, name, **options):
-        Path(name).write_bytes(b"half")
-        raise OSError("No space left on device")
+    def full(idata, file):
+        raise OSError(28, "No space left on device")
 
-    kind = type(az.from_netcdf("out/posterior.nc"))
-    monkeypatch.setattr(kind, "to_netcdf", full)
+    monkeypatch.setattr("flowvi.netcdf.write", full)
     result = fit(NORMAL, "--seed", 1)
 
     assert result.exit_code == 1
@@ -443,6 +441,16 @@ def test_help_has_examples(command):
 
     assert result.exit_code == 0
     assert "Examples:\n    flowvi " in result.stdout
+
+
+def test_an_extra_that_is_missing_is_named_without_a_traceback(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn.datasets", None)
+
+    done = run("vae", "--out", "out")
+
+    assert done.exit_code == 1
+    assert done.stderr.startswith("Error: Without a file the images are scikit-learn's digits")
+    assert "pip install flowvi[data]" in done.stderr and done.stderr.count("\n") == 1
 
 
 def test_the_package_runs_as_a_module():

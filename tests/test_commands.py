@@ -199,6 +199,26 @@ def test_predict_runs_the_model_on_new_data(place, tmp_path, monkeypatch):
     assert abs(found.mean() - 0.75) < 5 * (1.25 / 200) ** 0.5
 
 
+def test_predict_runs_a_new_model_on_new_rows(place, tmp_path):
+    file = tmp_path / "new.csv"
+    file.write_text("x,member\n1.0,0\n2.0,3\n9.0,1\n")
+
+    done = run("predict", place / "wells.py", place / "one", "--new", file, "--draws", 200)
+
+    assert done.exit_code in (0, 3), done.output
+    assert read_groups(place / "one/predictions.nc")["predictions"]["y"].shape == (1, 200, 3)
+
+
+def test_predict_names_its_own_option(place, tmp_path):
+    (tmp_path / "new.csv").touch()
+
+    done = run("predict", place / "simple.py", place / "two", "--new", tmp_path / "new.csv")
+
+    words = " ".join(done.stderr.split())
+    assert done.exit_code == 2 and "--data" not in words
+    assert "the file of --new: its data() takes no path. Write data(path=None)" in words
+
+
 def test_sbc_ranks_the_truth(place, tmp_path):
     options = ["--fits", 5, "--draws", 200, "--guide", "fullrank", "--steps", 1, "--quiet"]
 

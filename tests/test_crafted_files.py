@@ -1,12 +1,14 @@
 """Folders of results that others wrote: nothing in them runs, leads elsewhere, or takes memory."""
 
+import hashlib
 import json
+import math
 import os
 import pickle
 import resource
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import h5py
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner, Result
+from safetensors.torch import load_file, save
 
 import flowvi
 from flowvi.cli import main
@@ -252,10 +255,55 @@ def _linked(folder: Path) -> None:
     file.symlink_to("../../../secret")
 
 
+def _moved(folder: Path) -> None:
+    file = next(folder.glob("guide_0-*"))
+    kept = folder.parent / file.name
+    shutil.move(file, kept)
+    file.symlink_to(kept)
+
+
+def _moved_manifest(folder: Path) -> None:
+    shutil.move(folder / "fit.json", folder.parent / "fit.json")
+    (folder / "fit.json").symlink_to(folder.parent / "fit.json")
+
+
+def _rewritten(folder: Path, part: str, change: Callable[[dict[str, torch.Tensor]], None]) -> None:
+    """A file with other numbers, and their size and checksum."""
+    manifest = json.loads((folder / "fit.json").read_text())
+    entry = manifest["files"][part]
+    tensors = load_file(folder / entry["name"])
+    change(tensors)
+    content = save(tensors)
+    (folder / entry["name"]).write_bytes(content)
+    entry |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (folder / "fit.json").write_text(json.dumps(manifest))
+
+
+def _changed(folder: Path, part: str, value: float) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        next(t for t in tensors.values() if t.dim()).view(-1)[0] = value
+
+    _rewritten(folder, part, change)
+
+
+def _cut_history(folder: Path) -> None:
+    def change(tensors: dict[str, torch.Tensor]) -> None:
+        tensors["bound"] = tensors["bound"][:-1].clone()
+
+    _rewritten(folder, "history", change)
+
+
 FITS = {
     "a path": (lambda f: _named(f, "../../../secret"), "'../../../secret' is no name"),
     "an absolute path": (lambda f: _named(f, "/etc/passwd"), "'/etc/passwd' is no name"),
-    "a link": (_linked, "7000 bytes where"),
+    "a link": (_linked, "is a link, and flowvi reads no file outside"),
+    "a link to the very bytes": (_moved, "is a link, and flowvi reads no file outside"),
+    "a manifest elsewhere": (_moved_manifest, r"fit\.json is a link"),
+    "not a number": (lambda f: _changed(f, "guide_0", math.nan), "parameter '.*' is nan at"),
+    "infinity": (lambda f: _changed(f, "guide_0", math.inf), "parameter '.*' is inf at"),
+    "a history of two lengths": (_cut_history, "no number for every step"),
+    "a bound in words": (lambda f: _manifest(f, bounds=["-1"]), "not a file that flowvi wrote"),
+    "two bounds": (lambda f: _manifest(f, bounds=[-1.0, -2.0]), "not a file that flowvi wrote"),
     "a billion guides": (lambda f: _manifest(f, guides=10**9), "not a file that flowvi wrote"),
     "a huge flow": (lambda f: _specified(f, depth=10**9), "too small for a guide of"),
     "a wide flow": (lambda f: _specified(f, hidden=10**9), "too small for a guide of"),

@@ -407,8 +407,14 @@ def test_digits_come_without_a_file():
     ("arrays", "words"),
     [
         ({"train_x": np.zeros((3, 2, 2), np.uint8)}, "no array 'val_x'; it has train_x"),
-        ({"x": np.zeros((30, 2, 2))}, "whole grey levels 0 to 255; got float64"),
-        ({"x": np.zeros((30, 4), np.uint8)}, r"shape \(N, H, W\).*\(24, 4\)"),
+        (
+            {"x": np.zeros((30, 2, 2))},
+            "255 for this likelihood; got float64.*continuous_bernoulli or gaussian",
+        ),
+        ({"x": np.zeros((30, 4), np.uint8)}, r"'x' must have shape \(N, H, W\).*\(30, 4\)"),
+        ({"x": np.full((30, 2, 2), 1.5)}, "whole grey levels 0 to 255, or values in"),
+        ({"x": np.full((30, 2, 2), np.nan)}, "whole grey levels 0 to 255, or values in"),
+        ({"x": np.zeros((0, 2, 2), np.uint8)}, "and numbers; got uint8 of shape"),
     ],
 )
 def test_files_of_another_kind_are_refused(tmp_path, arrays, words):
@@ -416,6 +422,17 @@ def test_files_of_another_kind_are_refused(tmp_path, arrays, words):
 
     with pytest.raises(ValueError, match=words):
         load(tmp_path / "f.npz")
+
+
+def test_values_in_the_unit_interval_are_grey(tmp_path):
+    x = np.random.default_rng(0).random((30, 2, 2)).astype(np.float32)
+    np.savez(tmp_path / "f.npz", x=x)
+
+    images = load(tmp_path / "f.npz", "grey")
+
+    np.testing.assert_array_equal(images.train.numpy(), x[: len(images.train)])
+    with pytest.raises(ValueError, match=r"'x' .*load\(path, 'grey'"):
+        load(tmp_path / "f.npz", "levels")
 
 
 def test_a_file_that_is_missing_or_no_archive_is_named(tmp_path):

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import torch
 
-from flowvi.cli.results import FIT, save, whole
+from flowvi.cli.results import FIT, File, NotWritten, part_by_part, save, write_files
 from flowvi.row_draws import RowBounds
 from flowvi.row_fit import RowFit
 from flowvi.vae import (
@@ -64,29 +64,38 @@ class Run:
     seed: int
 
 
-def report(run: Run, other: RowBounds | None, out: Path, quiet: bool) -> None:
-    """Measure, write and print."""
+def report(
+    run: Run, other: RowBounds | None, out: Path, quiet: bool
+) -> tuple[bool, list[NotWritten]]:
+    """Measure, write and print.
+
+    Returns:
+        Whether any file was written, and those that could not be.
+    """
     found = run.fit.iw_bound(
         run.images.test[: run.tests], run.particles, run.seed, progress=not quiet
     )
     rows = list(_rows(run, found, other))
-    run.fit.save(out / FIT)
-    whole(out / PARTS, lambda file: file.write_text(json.dumps(run.facts, indent=1)))
-    whole(out / BOUNDS, lambda file: _write_bounds(found, file))
-    whole(out / TABLE, lambda file: _write_table(rows, file))
-    written = list(draw_pictures(run, out))
+    written, failed = write_files(_files(run, found, rows), out)
     click.echo(_table(rows))
-    if quiet:
-        return
-    click.echo(f"\nIn {out}:")
-    for name, what in (
-        *written,
-        (TABLE, "the table above"),
-        (BOUNDS, "the bounds of every test image"),
-        (PARTS, "the data and parts, by name"),
-        (f"{FIT}/", "the fit, for flowvi.load"),
+    if not quiet:
+        click.echo(f"\nIn {out}:")
+        for file in written:
+            click.echo(f"  {file.name:<20} {file.what}")
+    return bool(written), failed
+
+
+def _files(run: Run, found: RowBounds, rows: list[tuple[str, float, float]]) -> Iterator[File]:
+    """Every file of the results, the dearest first."""
+    yield File(f"{FIT}/", "the fit, for flowvi.load", run.fit.save)
+    facts = json.dumps(run.facts, indent=1)
+    for name, what, write in (
+        (PARTS, "the data and parts, by name", lambda file: file.write_text(facts)),
+        (BOUNDS, "the bounds of every test image", partial(_write_bounds, found)),
+        (TABLE, "the table above", partial(_write_table, rows)),
     ):
-        click.echo(f"  {name:<20} {what}")
+        yield File(name, what, part_by_part(write))
+    yield from draw_pictures(run)
 
 
 def read(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
@@ -158,8 +167,8 @@ def _write_bounds(found: RowBounds, path: Path) -> None:
         writer.writerows((i, *pair, found.particles) for i, pair in enumerate(pairs))
 
 
-def draw_pictures(run: Run, out: Path) -> Iterator[tuple[str, str]]:
-    """Draw every picture that the run allows; yields each one's name and what it shows."""
+def draw_pictures(run: Run) -> Iterator[File]:
+    """Every picture that the run allows."""
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
@@ -186,8 +195,7 @@ def draw_pictures(run: Run, out: Path) -> Iterator[tuple[str, str]]:
         known = None if labels is None else labels[: len(mean)]
         drawn["map.png"] = lambda: plots.plot_latent_map(mean, known)
     for name, picture in drawn.items():
-        whole(out / name, partial(_draw, picture))
-        yield name, PICTURES[name]
+        yield File(name, PICTURES[name], part_by_part(partial(_draw, picture)))
 
 
 def _traversal(mean: torch.Tensor, model: Generator) -> Any:

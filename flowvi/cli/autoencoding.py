@@ -12,7 +12,8 @@ import click
 from flowvi.cli import autoencoder_results as results
 from flowvi.cli.choices import memory_option, objective_call, one_of
 from flowvi.cli.fitting import MAX_SEED
-from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
+from flowvi.cli.results import sum_up
 from flowvi.cli.speech import interruptible, plain_warnings, said_plainly
 from flowvi.fit import fit
 from flowvi.minibatch import Minibatch
@@ -49,7 +50,8 @@ Examples:
 \b
 Exit codes:
   0    trained and written
-  1    the images cannot be used, or the writing of the results failed
+  1    the images cannot be used; or a file could not be written (a full disk): all
+       others are, and --resume writes the rest
   2    the command line was wrong; nothing was trained
   130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
   143  likewise, by SIGTERM""",
@@ -202,13 +204,18 @@ def vae_command(
             checkpoint=folder / CHECKPOINT,
             resume=resume is not None,
         )
+        if fitted.meta["interrupted"]:
+            say_writing("epochs", folder)
         facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
         run = results.Run(images, made.generator, fitted, facts, particles, test_images, seed)
-        results.report(run, other, folder, quiet)
+        written, failed = results.report(run, other, folder, quiet)
+    if failed:
+        there = (folder / CHECKPOINT).is_dir()
+        raise click.ClickException(sum_up(failed, written, folder, there))
     if fitted.meta["interrupted"]:
         say_cut_off("epochs", folder)
         ctx.exit(stop.code)
-    shutil.rmtree(folder / CHECKPOINT)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
 
 
 def _latent(net: str, images: Images, usual: int) -> int:

@@ -1,8 +1,9 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
 import shutil
+from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -12,7 +13,7 @@ from flowvi import parallel
 from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import guide_name, memory_option, objective_call
-from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off
+from flowvi.cli.going_on import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.speech import (
     DISTRUSTED,
@@ -46,7 +47,8 @@ Examples:
 \b
 Exit codes:
   0    fitted, and the draws or the resampled draws can be trusted
-  1    the model file, its data or the writing of the results failed
+  1    the model file or its data failed; or a file could not be written (a full disk):
+       all others are, and --resume writes the rest
   2    the command line was wrong; nothing was fitted
   3    fitted and written, but the verdict is "do not trust"
   130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
@@ -176,40 +178,70 @@ def fit_command(
         if parallel.rank():
             return  # the first process writes and speaks
         fitted.meta["command"] = as_typed(ctx)
-        fitted.save(folder / results.FIT)
-        verdict = _report(fitted, draws, seed, folder, quiet, as_json)
+        if fitted.meta["interrupted"]:
+            say_writing("steps", folder)
+        verdict, written, failed = _report(fitted, draws, seed, folder, quiet, as_json)
+    if failed:
+        there = (folder / CHECKPOINT).is_dir()
+        raise click.ClickException(results.sum_up(failed, bool(written), folder, there))
     if fitted.meta["interrupted"]:
         say_cut_off("steps", folder)
+        click.echo(f"flowvi report {folder} writes a report on them.", err=True)
         ctx.exit(stop.code)
-    shutil.rmtree(folder / CHECKPOINT)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     if verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
 
 
-def _executor(processes: int | None) -> AbstractContextManager[Executor | None]:
+@contextmanager
+def _executor(processes: int | None) -> Iterator[Executor | None]:
     """New processes: a copy of this one would have its threads' locks, and not the threads."""
-    return ProcessPoolExecutor(processes, get_context("spawn")) if processes else nullcontext()
+    if not processes:
+        yield None
+        return
+    executor = ProcessPoolExecutor(processes, get_context("spawn"))
+    try:
+        yield executor
+    except BaseException:
+        # Nobody waits for what they would still do; what they have done is in the checkpoint.
+        workers = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    executor.shutdown()
 
 
-def _report(fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool) -> str:
-    """Draw, judge, print and write; returns the verdict."""
+def _report(
+    fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
+) -> tuple[str, list[results.File], list[results.NotWritten]]:
+    """Draw, judge, print and write; returns the verdict, and which files are written or not."""
     draws = fitted.draw(n, seed=seed)
-    with said_plainly():
-        diagnosis = diagnose(draws)
+    try:
+        with said_plainly():
+            diagnosis = diagnose(draws)
+    except click.ClickException:
+        with results.writing(out / results.FIT):
+            fitted.save(out / results.FIT)
+        raise
     kept = results.judged(draws, diagnosis, seed)
     numbers = results.summary(kept)
     try:
         # All files before the first word: whoever reads the output may hang up early.
-        written = [*results.write(fitted, draws, kept, numbers, out), results.write_report(out)]
+        written, failed = results.write(fitted, draws, kept, numbers, out)
     finally:
         if not as_json:
             click.echo(str(diagnosis))
-    files = dict(written)
+    names = {file.name: file.what for file in written if file.name != f"{results.FIT}/"}
     if as_json:
-        facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": files}
+        facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
         answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
     elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
-        for name, what in [*written, (f"{results.FIT}/", "the fitted guide, for flowvi.load")]:
-            click.echo(f"  {name:<13} {what}")
-    return diagnosis.verdict
+        # The folder of the fit is the last to be named.
+        for file in sorted(written, key=lambda file: file.name.endswith("/")):
+            click.echo(f"  {file.name:<13} {file.what}")
+    elif failed:
+        # What cannot be read in a file.
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}")
+    return diagnosis.verdict, written, failed

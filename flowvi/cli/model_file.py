@@ -35,14 +35,22 @@ def load_target(path: Path, data: Path | None) -> Target:
         return target.label(coords)
 
 
-def load_arguments(path: Path, data: Path | None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Run a model file, and return its model and what that is called with."""
-    run, arguments, _ = _parts(path, data)
+def load_arguments(
+    path: Path, data: Path | None, option: str = "--data"
+) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+    """Run a model file, and return its model and what that is called with.
+
+    Args:
+        path: The file.
+        data: What its `data` reads, if it reads a file.
+        option: The option that named that.
+    """
+    run, arguments, _ = _parts(path, data, option)
     return run, arguments
 
 
 def _parts(
-    path: Path, data: Path | None
+    path: Path, data: Path | None, option: str = "--data"
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
     """Model, arguments and labels of a model file."""
     module = _run(path)
@@ -57,7 +65,7 @@ def _parts(
             f"{path} has a latent vector for each row of plate '{module.local}', which "
             f"`flowvi fit` does not fit: run it, python {path}, or call its fit()."
         )
-    arguments = _arguments(module, path, data)
+    arguments = _arguments(module, path, data, option)
     _check_call(module, path, arguments)
     return module.model, arguments, getattr(module, "coords", {})
 
@@ -83,13 +91,18 @@ def _run(path: Path) -> ModuleType:
     return module
 
 
-def _arguments(module: ModuleType, path: Path, data: Path | None) -> tuple[Any, ...]:
+def _arguments(module: ModuleType, path: Path, data: Path | None, option: str) -> tuple[Any, ...]:
     """What the model is called with."""
     parameters = inspect.signature(module.data).parameters.values()
     if data is None and any(p.default is p.empty for p in parameters):
         raise click.UsageError(f"{path} reads its data from a file: name it with --data FILE.")
     if data is not None and not parameters:
-        raise click.UsageError(f"{path} brings its own data: leave out --data.")
+        if option == "--data":
+            raise click.UsageError(f"{path} brings its own data: leave out --data.")
+        raise click.UsageError(
+            f"{path} cannot read {data}, the file of {option}: its data() takes no path. Write "
+            "data(path=None), which reads the file where it is given a path."
+        )
     with _blaming(path, f" (reading {data})" if data else ""):
         arguments = module.data(str(data)) if data else module.data()
     if not isinstance(arguments, tuple):

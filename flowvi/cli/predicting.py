@@ -10,8 +10,8 @@ from flowvi.cli.model_file import check_path, load_arguments
 from flowvi.cli.refitting import DATA, FOLDER, MODEL, SEED, loaded
 from flowvi.cli.speech import DISTRUSTED, interruptible, plain_warnings, said_plainly
 from flowvi.draws import diagnose, resample
-from flowvi.groups import write_groups
 from flowvi.inference_data import to_inference_data
+from flowvi.netcdf import write_groups
 from flowvi.predict import predict
 
 
@@ -63,15 +63,16 @@ def predict_command(
         table = fit.draw(max(draws, 1000), seed)
         verdict = diagnose(table).verdict
         kept = resample(table, seed, draws) if verdict == results.RESAMPLE else table.thinned(draws)
-        found = predict(kept, *load_arguments(model, new)[1], seed=seed)
+        found = predict(kept, *load_arguments(model, new, "--new")[1], seed=seed)
         groups = to_inference_data(kept, log_likelihood=False, predictions=found)
         file = folder / "predictions.nc"
-        results.whole(file, lambda part: write_groups(groups, part))
+        with results.writing(file):
+            write_groups(groups, file)
     shapes = {name: list(value.shape) for name, value in found.values.items()}
     densities = {name: found.log_density(name) for name in found.log_likelihood}
     scores = {k: {"sum": float(v.sum()), "rows": v.size} for k, v in densities.items()}
     record = {"file": file, "verdict": verdict, "shapes": shapes, "log_density": scores}
     answer(as_json, record, f"{found}\n\nIn {file}")
     if verdict == results.DISTRUST:
-        click.echo("The fit is not to be trusted, and so are not its predictions.", err=True)
+        click.echo("The fit is not to be trusted, so its predictions are not either.", err=True)
         ctx.exit(DISTRUSTED)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ from flowvi.cli import results
 from flowvi.cli.answers import answer, json_option
 from flowvi.cli.choices import guide_name
 from flowvi.cli.fitting import MAX_SEED
+from flowvi.cli.going_on import keep
 from flowvi.cli.model_file import check_path, load_arguments, load_target
 from flowvi.cli.speech import DISTRUSTED, interruptible, plain_warnings, said_plainly
 from flowvi.diagnostics.calibration import LEVEL
 from flowvi.draws import diagnose
 from flowvi.fit import Fit
-from flowvi.groups import write_groups
 from flowvi.inference_data import all_groups
+from flowvi.netcdf import write_groups
 from flowvi.neutra import neutra
 from flowvi.sbc import sbc
 
@@ -76,13 +78,16 @@ def neutra_command(
 ) -> None:
     """Sample the posterior of MODEL.py by NUTS, with the fit in DIR, into DIR/mcmc.nc."""
     check_path(model)
+    keep(folder, "'DIR'")
     with plain_warnings(), interruptible(), said_plainly():
         fit = loaded(model, folder, data)
         found = neutra(fit, warmup, draws, chains, seed, progress=not quiet)
         diagnosis = diagnose(found)
-        results.whole(folder / "mcmc.nc", lambda file: write_groups(all_groups(found), file))
-    record = {"file": folder / "mcmc.nc", "diagnosis": diagnosis}
-    answer(as_json, record, f"{diagnosis}\n\nIn {folder / 'mcmc.nc'}")
+        groups = all_groups(found)
+        file, failed = results.somewhere(folder / "mcmc.nc", partial(write_groups, groups))
+    answer(as_json, {"file": file, "diagnosis": diagnosis}, f"{diagnosis}\n\nIn {file}")
+    if failed is not None:
+        raise click.ClickException(f"{failed.message} The draws are in {file} instead.")
     if diagnosis.verdict == results.DISTRUST:
         ctx.exit(DISTRUSTED)
 
@@ -132,6 +137,7 @@ def sbc_command(
     """
     check_path(model)
     results.check_folder(out)
+    keep(out, "'--out'")
     settings: dict[str, Any] = (
         {"guide": guide} if steps is None else {"guide": guide, "steps": steps}
     )

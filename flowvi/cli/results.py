@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import tempfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,19 +14,17 @@ import numpy as np
 from flowvi import statistics
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import Draws, resample
+from flowvi.files import CheckpointError, replaced, why
 from flowvi.fit import Fit
-from flowvi.groups import write_groups
 from flowvi.inference_data import all_groups, to_inference_data
+from flowvi.netcdf import write_groups
 
 if TYPE_CHECKING:
     import pandas as pd
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
-REPORT = "report.html"
-FILES = (
-    *("posterior.nc", "resampled.nc", "guide.nc", "summary.csv", "loss.png", "pair.png"),
-    REPORT,
-)
+REPORT, DRAWS, RESAMPLED, GUIDES = "report.html", "posterior.nc", "resampled.nc", "guide.nc"
+FILES = (DRAWS, RESAMPLED, GUIDES, "summary.csv", "loss.png", "pair.png", REPORT)
 FIT = "fit"
 TABLE_ROWS = 20
 # Draws of each chain for which data are simulated, and of the Gaussian start.
@@ -88,56 +86,188 @@ def table(numbers: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
+class File(NamedTuple):
+    """A file of the results.
+
+    Attributes:
+        name: In the folder; a folder's ends in a slash.
+        what: What it holds.
+        write: Writes it to its path, whole or not at all.
+    """
+
+    name: str
+    what: str
+    write: Callable[[Path], object]
+
+
+class NotWritten(click.ClickException):
+    """A file of the results could not be written; the exit code is 1.
+
+    Attributes:
+        path: The file.
+        reason: Why.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        super().__init__(f"Could not write {path}: {reason}.")
+        self.path, self.reason = path, reason
+
+
+def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterator[File]:
+    """Every file of the results but the report, which is made of the others."""
+    yield File(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
+    # Who interrupted the fit is waiting: no data are simulated then, no start is drawn.
+    hurried = bool(fit.meta["interrupted"])
+    start = None if fit.start is None or hurried else fit.draw_start(STARTED)
+    predicted = 0 if hurried else PREDICTED
+    what = (
+        "draws of NUTS in the guide's space, for ArviZ"
+        if draws.weighted is not None
+        else "the guide's draws with their log weights, for ArviZ"
+    )
+    yield File(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
+    if draws.weighted is not None:
+        guides = draws.weighted
+        what = "the guide's own draws with their log weights, for the evidence"
+        yield File(GUIDES, what, lambda file: _netcdf(guides, file))
+    if kept.draws.resampled:
+        what = "the draws to use: resampled by those weights, for ArviZ"
+        yield File(RESAMPLED, what, lambda file: _netcdf(kept.draws, file))
+    what = f"mean, sd and quantiles of the {kept.word} draws"
+    yield File("summary.csv", what, part_by_part(numbers.to_csv))
+    if np.isfinite(fit.history["bound"]).any():
+        yield File("loss.png", "the bound over the steps", part_by_part(lambda f: _loss(fit, f)))
+    what = f"marginals and pairs of the {kept.word} draws"
+    yield File("pair.png", what, part_by_part(lambda f: _pair(kept.draws, f)))
+
+
 def write(
     fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame, folder: Path
-) -> Iterator[tuple[str, str]]:
-    """Write every file of the results but the fit; yields each one's name and what it holds."""
+) -> tuple[list[File], list[NotWritten]]:
+    """Write every file of the results that there is room for; no report if it was interrupted.
+
+    Returns:
+        What was written, and what could not be.
+    """
     import matplotlib as mpl
 
     mpl.use("agg")  # files are drawn, no windows
-    for name in ("resampled.nc", "guide.nc"):
+    for name in (RESAMPLED, GUIDES, REPORT) if fit.meta["interrupted"] else (RESAMPLED, GUIDES):
         # One of an earlier fit would pass for this one's.
-        (folder / name).unlink(missing_ok=True)
-    start = None if fit.start is None else fit.draw_start(STARTED)
-    whole(folder / "posterior.nc", lambda file: _netcdf(draws, file, start, PREDICTED))
-    if draws.weighted is None:
-        yield "posterior.nc", "the guide's draws with their log weights, for ArviZ"
-    else:
-        yield "posterior.nc", "draws of NUTS in the guide's space, for ArviZ"
-        guides = draws.weighted
-        whole(folder / "guide.nc", lambda file: _netcdf(guides, file))
-        yield "guide.nc", "the guide's own draws with their log weights, for the evidence"
-    if kept.draws.resampled:
-        whole(folder / "resampled.nc", lambda file: _netcdf(kept.draws, file))
-        yield "resampled.nc", "the draws to use: resampled by those weights, for ArviZ"
-    whole(folder / "summary.csv", numbers.to_csv)
-    yield "summary.csv", f"mean, sd and quantiles of the {kept.word} draws"
-    if np.isfinite(fit.history["bound"]).any():
-        whole(folder / "loss.png", lambda file: _loss(fit, file))
-        yield "loss.png", "the bound over the steps"
-    whole(folder / "pair.png", lambda file: _pair(kept.draws, file))
-    yield "pair.png", f"marginals and pairs of the {kept.word} draws"
+        with suppress(OSError):
+            (folder / name).unlink(missing_ok=True)
+    written, failed = write_files(files(fit, draws, kept, numbers), folder)
+    if fit.meta["interrupted"]:
+        # Half of the time after an interrupt, for what `flowvi report` makes at any time.
+        return written, failed
+    lacking = {error.path.name for error in failed} & {DRAWS, GUIDES, RESAMPLED}
+    if lacking:
+        # The file of an earlier fit may still be there.
+        failed.append(NotWritten(folder / REPORT, f"it is made of {sorted(lacking)[0]}"))
+        return written, failed
+    more, worse = write_files([_report(folder)], folder)
+    return written + more, failed + worse
 
 
-def write_report(folder: Path) -> tuple[str, str]:
-    """Write the report on a folder whose other files are written; its name and what it holds."""
+def _report(folder: Path) -> File:
     from flowvi.report import report
 
-    whole(folder / REPORT, lambda file: report(folder, file))
-    return REPORT, "all of this on one page, to read and to pass on"
+    what = "all of this on one page, to read and to pass on"
+    return File(REPORT, what, lambda file: report(folder, file))
+
+
+def write_files(files: Iterable[File], folder: Path) -> tuple[list[File], list[NotWritten]]:
+    """Write files to a folder: each that there is room for, whatever became of those before.
+
+    Returns:
+        What was written, and what could not be.
+    """
+    written: list[File] = []
+    failed: list[NotWritten] = []
+    for file in files:
+        try:
+            with writing(folder / file.name):
+                file.write(folder / file.name)
+            written.append(file)
+        except NotWritten as error:
+            failed.append(error)
+    return written, failed
+
+
+def sum_up(failed: Sequence[NotWritten], some: bool, folder: Path, resume: bool) -> str:
+    """What to say of files that could not be written.
+
+    Args:
+        failed: The files.
+        some: Whether others are written.
+        folder: Of the results.
+        resume: Whether what the fit goes on from is still there.
+    """
+    names: dict[str, list[str]] = {}
+    for error in failed:
+        first = error is failed[0]
+        names.setdefault(error.reason, []).append(str(error.path) if first else error.path.name)
+    words = "; ".join(f"{', '.join(files)}: {reason}" for reason, files in names.items())
+    rest = (
+        f"the same command with --resume {folder} in place of --out writes the rest"
+        if resume
+        else "repeat the command"
+    )
+    done = "All else" if some else "Nothing"
+    return f"Could not write {words}. {done} is written: make room, and {rest}."
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say which file an error of the system is of."""
+    try:
+        yield
+    except CheckpointError as error:
+        raise NotWritten(path, str(error).rstrip(".")) from error
+    except OSError as error:
+        raise NotWritten(path, why(error)) from error
+
+
+def somewhere(path: Path, write: Callable[[Path], object]) -> tuple[Path, NotWritten | None]:
+    """Write a file that took long to make; where that fails, to a folder for temporary files.
+
+    Returns:
+        Where it is, and why it is not where it should be.
+
+    Raises:
+        NotWritten: It can be written to neither place.
+    """
+    try:
+        with writing(path):
+            write(path)
+        return path, None
+    except NotWritten as error:
+        try:
+            other = Path(tempfile.mkdtemp(prefix="flowvi-")) / path.name
+            write(other)
+        except OSError:
+            raise error from None
+        return other, error
+
+
+def part_by_part(write: Callable[[Path], object]) -> Callable[[Path], None]:
+    """What writes a file whole or not at all, of what writes it part by part."""
+
+    def whole_file(path: Path) -> None:
+        with replaced(path) as part:
+            write(part)
+
+    return whole_file
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all: under another name in its folder first."""
-    final = path.resolve()
-    part = final.with_name(f".{os.getpid()}.{final.name}")
-    try:
-        write(part)
-        os.replace(part, final)
-    except OSError as error:
-        raise click.ClickException(f"Could not write {path}: {error}.") from None
-    finally:
-        part.unlink(missing_ok=True)
+    """Write a file whole or not at all.
+
+    Raises:
+        NotWritten: The disk is full, say.
+    """
+    with writing(path):
+        part_by_part(write)(path)
 
 
 def _netcdf(draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0) -> None:
@@ -163,5 +293,5 @@ def save(figure: Any, file: Path) -> None:
     """Write a figure and forget it."""
     import matplotlib.pyplot as plt
 
-    figure.savefig(file)
+    figure.savefig(file, format="png")
     plt.close(figure)

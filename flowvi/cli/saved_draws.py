@@ -11,7 +11,8 @@ from flowvi.cli.answers import answer, json_option
 from flowvi.cli.fitting import MAX_SEED
 from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
 from flowvi.compare import compare
-from flowvi.groups import as_written, read_groups, write_groups
+from flowvi.groups import as_written, read_groups
+from flowvi.netcdf import write_groups
 from flowvi.saved import diagnosis_of, resample_groups
 
 FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
@@ -49,7 +50,8 @@ def resample_command(
         found = read_groups(guide if guide.exists() else folder / "posterior.nc")
         new = resample_groups(found, seed, draws)
         diagnosis = diagnosis_of(found)
-    results.whole(folder / "resampled.nc", lambda file: write_groups(new, file))
+    with results.writing(folder / "resampled.nc"):
+        write_groups(new, folder / "resampled.nc")
     good = diagnosis is not None and (
         diagnosis.khat < diagnosis.khat_threshold and diagnosis.verdict != results.DISTRUST
     )
@@ -58,7 +60,7 @@ def resample_command(
     record = {"file": folder / "resampled.nc", "draws": size, "diagnosis": diagnosis}
     answer(as_json, record, f"{size} draws in {folder / 'resampled.nc'}{word}")
     if not good:
-        click.echo("The weights cannot be trusted, and so cannot these draws.", err=True)
+        click.echo("The weights cannot be trusted, so these draws cannot be either.", err=True)
         ctx.exit(DISTRUSTED)
 
 

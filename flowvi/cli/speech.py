@@ -38,6 +38,11 @@ def said_plainly() -> Iterator[None]:
         yield
     except ValueError as error:
         raise click.ClickException(str(error)) from error
+    except ImportError as error:
+        # What a package of flowvi's extras is wanted for, and how to install it.
+        if "pip install" not in str(error):
+            raise
+        raise click.ClickException(str(error)) from error
 
 
 @contextmanager

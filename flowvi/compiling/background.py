@@ -21,6 +21,8 @@ Compiled = Callable[..., tuple[Tensor, Tensor]]
 # Packages beyond so many are deleted, the least recently used first.
 KEPT = 50
 SUFFIX = ".pt2"
+# Seconds between two looks whether to wait no longer.
+PATIENCE = 0.2
 
 
 def folder() -> Path:
@@ -95,12 +97,21 @@ class Compilation:
                 start_new_session=True,  # an interrupt is for the fit, which ends this one
             )
 
-    def done(self, wait: bool = False) -> bool:
-        """Whether there is nothing more to wait for."""
+    def done(self, wait: bool = False, over: Callable[[], bool] = lambda: False) -> bool:
+        """Whether there is nothing more to wait for.
+
+        Args:
+            wait: Whether to wait until then.
+            over: Asked meanwhile whether to wait no longer.
+        """
         if self._process is None:
             return True
-        if wait:
-            self._process.wait()
+        while wait and not over():
+            try:
+                self._process.wait(PATIENCE)
+                break
+            except subprocess.TimeoutExpired:
+                continue
         if self._process.poll() is None:
             return False
         if self._process.returncode and not self.package.exists():

@@ -90,17 +90,23 @@ class Accelerator:
         """Whether it is still to be decided, or waited for."""
         return self.compile is not False and self.compiled is None
 
-    def consider(self, seconds: float, rows: Sequence[Tensor]) -> None:
+    def consider(
+        self,
+        seconds: float,
+        rows: Sequence[Tensor],
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
         """Begin to compile if that is worth it; switch over if the compiled step is there.
 
         Args:
             seconds: Training ahead, at the pace of the eager step.
             rows: Rows of subsampled plates, as an example.
+            over: Asked while it is compiled whether to wait no longer.
         """
         if self.pending and self._compilation is None:
             self._begin(seconds, rows)
         made = self._compilation
-        if made is None or not self.pending or not made.done(wait=self.compile is True):
+        if made is None or not self.pending or not made.done(self.compile is True, over):
             return
         self.compiled = made.load()
         wrong = made.failed or self._check(rows)

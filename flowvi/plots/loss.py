@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flowvi.arguments import wanted
+from flowvi.fit import Fit
+from flowvi.nested import NestedFit
 from flowvi.plots.theme import BLUE, GREY, new_axes, style
+from flowvi.row_fit import RowFit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -17,17 +21,18 @@ if TYPE_CHECKING:
 SHOWN = 400  # points of a smoothed curve
 
 
-def plot_loss(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
+def plot_loss(history: Mapping[str, ArrayLike] | Fit | NestedFit, ax: Axes | None = None) -> Axes:
     """The bound over the steps: its running median, and the band of single steps.
 
     The scale is linear within the noise at the end and logarithmic beyond, so
     that both the first steps and the last digits can be read.
 
     Args:
-        history: ``bound``, one number a step, NaN where a step was skipped;
+        history: A fit; or ``bound``, one number a step, NaN where a step was skipped;
             optionally ``stage``, a name for every step.
         ax: Axes to draw on; a new figure without them.
     """
+    history = _columns(history)
     bound = np.asarray(history["bound"], dtype=np.float64)
     steps = np.flatnonzero(np.isfinite(bound))
     if not len(steps):
@@ -64,6 +69,20 @@ def plot_loss(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axes:
             _mark_stages(ax, np.asarray(history["stage"]).astype(str).tolist())
         ax.legend(loc="lower right")
     return ax
+
+
+def _columns(source: Any) -> Mapping[str, ArrayLike]:
+    """The bound of every step, and its stage where there is one."""
+    if isinstance(source, RowFit):
+        raise TypeError("A fit of rows has a bound for every epoch: plot_epochs(fit.history).")
+    if isinstance(source, Fit):
+        names = stage_names(source.history, source.meta["stages"])
+        return {"bound": source.history["bound"], "stage": names}
+    columns = source.history if isinstance(source, NestedFit) else source
+    wanted("history", columns, Mapping, "a fit, or its history, fit.history")
+    if "bound" not in columns:
+        raise ValueError(f"history has no column 'bound'; it has {', '.join(columns) or 'none'}.")
+    return dict(columns)
 
 
 def stage_names(history: Mapping[str, ArrayLike], stages: Sequence[Sequence[str]]) -> np.ndarray:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowvi.arguments import wanted
 from flowvi.draws import Draws
 from flowvi.plots.pair import MAX_SCALARS, scalars
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
@@ -19,12 +20,12 @@ COLOURS = (GREY, BLUE, ORANGE, "#4d8f5b")
 
 
 def plot_marginals(
-    sets: Mapping[str, Draws], names: Sequence[str] | None = None, columns: int = 3
+    sets: Draws | Mapping[str, Draws], names: Sequence[str] | None = None, columns: int = 3
 ) -> np.ndarray:
     """Outlines of histograms, one panel for each scalar.
 
     Args:
-        sets: Draws by what to call them, such as the Gaussian start, the flow and the
+        sets: Draws; or several by what to call them, such as the Gaussian start, the flow and the
             resampled ones; four at most.
         names: What to show, as in `plot_pair`; three rows of scalars without.
         columns: Panels side by side.
@@ -32,6 +33,9 @@ def plot_marginals(
     Returns:
         Axes, (rows, columns); those of empty panels are switched off.
     """
+    if isinstance(sets, Draws):
+        sets = {"draws": sets}
+    wanted("sets", sets, Mapping, "the draws of a fit, or a dictionary of such draws by name")
     if not 1 <= len(sets) <= len(COLOURS):
         raise ValueError(
             f"plot_marginals shows 1 to {len(COLOURS)} sets of draws; got {len(sets)}."

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from flowvi.diagnostics import Where
 from flowvi.diagnostics.moments import blocks
 from flowvi.draws import Draws, axes_of, named_values, where
 from flowvi.plots.theme import GREY, ORANGE, new_axes, style
@@ -23,6 +24,10 @@ def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
         draws: Draws of a fit, not resampled, with at least two scalars.
         ax: Axes to draw on; a new figure without them.
     """
+    if isinstance(draws, Where):
+        raise TypeError(
+            "plot_where takes the draws themselves: plot_where(draws), not where(draws)."
+        )
     found = where(draws)
     if len(found.labels) < 2:
         raise ValueError("plot_where needs draws of at least two scalars; see where(draws).")

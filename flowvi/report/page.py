@@ -17,6 +17,7 @@ import torch
 
 from flowvi import statistics as stats
 from flowvi._version import __version__
+from flowvi.arguments import shared_alone, wanted
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws import Draws
 from flowvi.files import write_whole
@@ -80,6 +81,8 @@ def report(
     Raises:
         ValueError: The folder holds no results, or a fit was given and no file.
     """
+    shared_alone("report", source)
+    wanted("source", source, (Fit, str, os.PathLike), "a fit, or a folder that flowvi fit wrote")
     if isinstance(source, Fit):
         if out is None:
             raise ValueError('Say where the report goes: report(fit, "report.html").')

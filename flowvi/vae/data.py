@@ -104,12 +104,13 @@ def load(
 ) -> Images:
     """Read a data set of images.
 
-    A file holds ``train_x``, ``val_x`` and ``test_x`` (N, H, W) with grey
-    levels 0 to 255, and may hold ``*_bits``, fixed black-and-white versions packed
-    by `numpy.packbits`, and labels ``*_y``; or ``x`` (N, H, W) with one or more
-    orders ``perm_*``. The files of the published tables are read as they are: the
-    folder of the three ``binarized_mnist_*.amat``, ``chardata.mat`` (OMNIGLOT), and
-    ``caltech101_silhouettes_28_split1.mat``. Without a file the images are the 1797
+    A file holds ``train_x``, ``val_x`` and ``test_x`` (N, H, W) with grey levels
+    0 to 255, or for "grey" values in [0, 1], and may hold ``*_bits``, fixed
+    black-and-white versions packed by `numpy.packbits`, and labels ``*_y``; or ``x``
+    (N, H, W) with one or more orders ``perm_*``. The files of the published tables are
+    read as they are: the folder of the three ``binarized_mnist_*.amat``,
+    ``chardata.mat`` (OMNIGLOT), and ``caltech101_silhouettes_28_split1.mat``.
+    Without a file the images are the 1797
     digits of scikit-learn.
 
     Args:
@@ -130,7 +131,7 @@ def load(
         restricted Boltzmann machine learning": the silhouettes.
     """
     known("binarisation", binarise, WAYS)
-    name, arrays = digits() if path is None else read(Path(path), split)
+    name, arrays = digits() if path is None else read(Path(path), split, binarise == "grey")
     levels = {k: arrays[f"{k}_x"] for k in SPLITS}
     found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}
     visit = None
@@ -153,7 +154,8 @@ def _threshold(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tenso
 
 
 def _grey(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
-    return _levels(levels, bits, place) / 255
+    shares = levels.dtype.kind == "f"
+    return _levels(levels, bits, place) / (1 if shares else 255)
 
 
 def _levels(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:

@@ -33,12 +33,13 @@ def digits() -> tuple[str, Arrays]:
     return "digits", _cut(levels, {"y": found.target[order]})
 
 
-def read(path: Path, split: str | None) -> tuple[str, Arrays]:
+def read(path: Path, split: str | None, shares: bool = False) -> tuple[str, Arrays]:
     """The name of a data set and its arrays ``train_x``, ``val_x``, ``test_x`` and others.
 
     Args:
         path: A file, or the folder of ``.amat`` files.
         split: Which of the orders of an ``.npz`` file to cut.
+        shares: Whether values from 0 to 1 will do, in place of grey levels.
     """
     if path.suffix == ".amat":
         path = path.parent
@@ -53,6 +54,7 @@ def read(path: Path, split: str | None) -> tuple[str, Arrays]:
         had = ", ".join(orders) or "none"
         raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
     if "train_x" not in arrays and "x" in arrays:
+        _check(path, "x", arrays["x"], shares)
         chosen = split or (orders[0] if orders else "")
         order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
         arrays = _cut(arrays["x"][order], {})
@@ -62,7 +64,7 @@ def read(path: Path, split: str | None) -> tuple[str, Arrays]:
                 f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
                 "val_x and test_x of shape (N, H, W) with grey levels 0 to 255, or x."
             )
-        _check(path, key, arrays[key])
+        _check(path, key, arrays[key], shares)
     return name, arrays
 
 
@@ -155,12 +157,27 @@ def _packed(bits: np.ndarray) -> np.ndarray:
     return np.packbits(bits.reshape(len(bits), -1), axis=1)
 
 
-def _check(path: Path, key: str, levels: np.ndarray) -> None:
-    if levels.ndim != 3 or levels.dtype.kind not in "ui" or levels.min() < 0 or levels.max() > 255:
+def _check(path: Path, key: str, x: np.ndarray, shares: bool) -> None:
+    """Refuse what is no array of images, with the way out where values lie in [0, 1]."""
+    named = f"{path}: '{key}' must have shape (N, H, W)"
+    if x.ndim != 3 or not x.size or x.dtype.kind not in "uif":
+        raise ValueError(f"{named} and numbers; got {x.dtype} of shape {x.shape}.")
+    least, most = x.min(), x.max()
+    whole = x.dtype.kind in "ui" and least >= 0 and most <= 255
+    unit = x.dtype.kind == "f" and least >= 0 and most <= 1
+    if whole or (unit and shares):
+        return
+    came = f"got {x.dtype} of shape {x.shape} from {least:g} to {most:g}"
+    if not unit:
         raise ValueError(
-            f"{path}: '{key}' must have shape (N, H, W) and whole grey levels 0 to 255; got "
-            f"{levels.dtype} of shape {levels.shape} from {levels.min():g} to {levels.max():g}."
+            f"{named} and whole grey levels 0 to 255, or values in [0, 1] for the likelihoods "
+            f"continuous_bernoulli and gaussian; {came}."
         )
+    raise ValueError(
+        f"{named} and whole grey levels 0 to 255 for this likelihood; {came}. Values in [0, 1] "
+        "are for --likelihood continuous_bernoulli or gaussian (in Python, load(path, 'grey')); "
+        "for others save np.round(255 * x).astype(np.uint8)."
+    )
 
 
 def _cut(levels: np.ndarray, others: Mapping[str, np.ndarray]) -> Arrays:
