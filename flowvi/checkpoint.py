@@ -49,9 +49,7 @@ def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
     path = made(folder, "a fit")
     parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)}
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
-    own: dict[str, Tensor] = {
-        n: p for n, p in fit.target.named_parameters() if n.startswith("own_")
-    }
+    own: dict[str, Tensor] = {**fit.target.own_parameters()}
     if own:
         parts[OWN] = own
     if fit.chains is not None:
@@ -236,7 +234,8 @@ def _load_nested(
         if inner is not None:
             rows = copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
         elif of_rows.get("name") in guide_names():
-            rows = inner_guide(target, of_rows["name"], sees_theta)
+            mixes = bool(of_rows.get("mixes"))
+            rows = inner_guide(target, of_rows["name"], sees_theta, mixes)
         else:
             raise CheckpointError(
                 f"{files.path} holds a guide of rows of your own making; pass one of the same "

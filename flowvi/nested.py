@@ -15,10 +15,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowvi.amortised import Amortised, amortised
+from flowvi.amortised import Amortised, SharedAmortised, amortised
 from flowvi.arguments import given, known, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.draws import Draws, stream
+from flowvi.flows.nets import Perceptron
 from flowvi.guides import Guide, guide_names, make_guide
 from flowvi.multiplicative import Multiplicative
 from flowvi.nested_start import Start, start
@@ -29,6 +30,8 @@ from flowvi.target import Batch, LocalTarget
 
 BUILD, TRAIN, DRAW, BEGIN = range(4)
 FULL_RANK = 500
+# Hidden units of the network that mixes a row and theta.
+MIXING = 64
 # Of a theta for which no start was looked for, or found.
 START_WIDTH = 0.3
 
@@ -84,6 +87,8 @@ class Nested(nn.Module):
             unit = ((theta - self.origin) / self.widths).to(seen.dtype)
             shared = unit.unsqueeze(1).expand(*context.shape[:-1], -1)
             context = torch.cat([context, shared], -1)
+            if isinstance(self.inner, SharedAmortised):
+                context = context + self.inner.mix(unit.unsqueeze(1), seen)
 
         def log_p(z: Tensor) -> Tensor:
             return self.target.log_prob(z, batch, theta)
@@ -255,7 +260,8 @@ def nested(
         within = Renyi(0.0, particles, "dreg" if outer == 1 else "total")
         over = Renyi(0.0 if outer > 1 else 1.0, outer, "dreg")
         trained = train(NestedTarget(density, within, size), theta, over, steps, draws, lr, seed)
-    of_rows = {"name": inner if isinstance(inner, str) else "own", "sees_theta": sees_theta}
+    named = isinstance(inner, str)
+    of_rows = {"name": inner if named else "own", "sees_theta": sees_theta, "mixes": named}
     meta = {
         "model": target.name,
         "guide": spec["name"],
@@ -291,19 +297,32 @@ def _check(target: LocalTarget, outer: int, batch_size: int | None) -> None:
         )
 
 
-def inner_guide(target: LocalTarget, name: str, sees_theta: bool) -> Amortised:
-    """A fresh guide of a row's latents, by name."""
+def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -> Amortised:
+    """A fresh guide of a row's latents, by name.
+
+    Args:
+        target: The model.
+        name: Row of `GUIDES` or `FLOWS`.
+        sees_theta: Whether it is given theta.
+        mixes: Whether it follows products of the row and theta; earlier versions did not.
+    """
     assert target.shared is not None
     built: Amortised = amortised(target, known("guide", name, sorted(guide_names())))
     if sees_theta:
-        width = built.context(target.batch([0])).shape[-1] + target.shared.dim
-        built = Amortised(built.encoder, make_guide(name, target.dim, width))
+        seen = built.context(target.batch([0])).shape[-1]
+        width = seen + target.shared.dim
+        guide = make_guide(name, target.dim, width)
+        if mixes:
+            mix = Perceptron(target.shared.dim, width, seen, MIXING)
+            built = SharedAmortised(built.encoder, guide, mix)
+        else:
+            built = Amortised(built.encoder, guide)
     return built.to(dtype=target.dtype, device=target.device)
 
 
 def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amortised:
     if isinstance(inner, str):
-        return inner_guide(target, inner, sees_theta)
+        return inner_guide(target, inner, sees_theta, True)
     wanted("inner", inner, Amortised, "the name of a guide, or a flowvi.Amortised")
     if inner.dim != target.dim:
         raise ValueError(
