@@ -390,5 +390,5 @@ def _array(t: Tensor) -> np.ndarray:
 
 
 def _split(places: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(places), size):
-        yield start, places[start : start + size]
+    for first in range(0, len(places), size):
+        yield first, places[first : first + size]

@@ -76,7 +76,9 @@ class SomeRows:
 
     def log_prob(self, z: Tensor) -> Tensor:
         """The log density. (*S, G + B D) -> (*S)."""
-        theta, rows = z.reshape(-1, self.dim).split([self.shared.dim, self.dim - self.shared.dim], -1)
+        theta, rows = z.reshape(-1, self.dim).split(
+            [self.shared.dim, self.dim - self.shared.dim], -1
+        )
         latents = rows.reshape(len(theta), -1, self.target.dim)
         of_rows = self.target.log_prob(latents, self.batch, theta).sum(-1)
         return (self.shared.log_prob(theta) + of_rows).reshape(z.shape[:-1])
