@@ -1,6 +1,7 @@
 """A fit is reproducible, is never worse than its Gaussian start, and keeps what was computed."""
 
 import math
+import re
 from pathlib import Path
 
 import families
@@ -14,7 +15,7 @@ from torch.distributions import MultivariateNormal
 import flowvi
 from flowvi import gaussians, init, run, training
 from flowvi.guides import Guide
-from flowvi.schedule import Average, Guard, Level, decayed
+from flowvi.schedule import Average, Guard, decayed
 
 
 def correlated_normal() -> flowvi.Target:
