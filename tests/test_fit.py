@@ -55,7 +55,7 @@ def test_a_fit_of_a_normal_has_its_evidence(guide):
 
 @pytest.mark.parametrize("name", [*families.GUIDES, *families.FLOWS])
 def test_every_guide_is_at_least_as_good_as_its_gaussian_start(name, brief):
-    """By draws of the trained guide and of the same one as it began; and most have learnt."""
+    """By draws of the trained guide and of the same one as it began; and flows have learnt."""
     target, guide = banana(), families.make_guide(name, 2)
 
     fit = flowvi.fit(target, guide, steps=30, lr=1e-2, progress=False)
@@ -64,12 +64,12 @@ def test_every_guide_is_at_least_as_good_as_its_gaussian_start(name, brief):
     gain = log_weights(target, fit.guide) - log_weights(target, guide)
     mean, error = gain.mean().item(), gain.std().item() / len(gain) ** 0.5
     assert mean > -4.5 * error - 1e-6
-    if name not in NOTHING_TO_LEARN:
+    if name in LEARNERS:
         assert mean > 4.5 * error
 
 
-# Normals that begin where they end, and what cannot bend them.
-NOTHING_TO_LEARN = {"fullrank", "lowrank", "kronecker", "meanfield"}
+# Flows that bend a normal into a banana within thirty steps.
+LEARNERS = {"planar", "realnvp", "realnvp_clamped"}
 
 
 def log_weights(target: flowvi.Target, guide: Guide) -> torch.Tensor:
