@@ -139,7 +139,7 @@ def train(
         before = judged
         judged = trainer.run(Stage(f"stage {i + 1}", 0, length, repeats, rate))
         gained = judged.bound - before.bound
-        if steps is None and i and not _worth(gained, judged):
+        if steps is None and i and _enough(gained, judged):
             break
         rate *= 0.5 ** max(trainer.halvings, int(not gained > 0))
     if not math.isfinite(judged.bound):
@@ -162,7 +162,7 @@ def _lengths(steps: int | None) -> list[int]:
     return [first, steps - first] if first else [steps]
 
 
-def _worth(gained: float, judged: Judged) -> bool:
-    """Whether another stage may gain something."""
+def _enough(gained: float, judged: Judged) -> bool:
+    """Whether no further stage is worth its time; one that gained nothing had too large steps."""
     left = judged.gap if math.isfinite(judged.gap) else math.inf
-    return left > ENOUGH and gained >= WORTH * (left + gained)
+    return left <= ENOUGH or 0 < gained < WORTH * (left + gained)

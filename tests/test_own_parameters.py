@@ -149,5 +149,5 @@ def test_calibration_leaves_them_alone(data):
     with ThreadPoolExecutor(1) as executor:
         two = flowvi.sbc(of_module, data, module, executor=executor, **settings, **few)
 
-    np.testing.assert_array_equal(one.below, two.below)
+    np.testing.assert_array_equal(one.plain, two.plain)
     assert module.c.item() == 0.0
