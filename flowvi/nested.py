@@ -236,7 +236,7 @@ def nested(
         batch_size: Rows of a step; all of them without.
         steps: Number of steps; as many as pay by default.
         draws: Estimates of the bound a step.
-        lr: Largest step size of Adam, for theta in units of its width at the start; 0.01 by
+        lr: Largest step size of Adam, for theta in units of its width at the start; 0.005 by
             default. It is halved where a stage of the training gained nothing.
         seed: Of everything random.
 

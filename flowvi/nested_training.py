@@ -126,10 +126,10 @@ def train(
         over: The bound over theta.
         steps: Number of steps; until a plateau without.
         draws: Draws of theta a step.
-        lr: Largest step size; the largest of those that a fit tries without.
+        lr: Largest step size; the middle one of those that a fit tries without.
         seed: Of everything random.
     """
-    record, rate = Record(), lr or RATES[0]
+    record, rate = Record(), lr or RATES[1]
     repeats = max(1, draws // over.particles)
     settings = Settings(over, steps, lr, repeats, seed, False, None, False, Clock(), compile=False)
     most = max(FEWEST_DRAWS * over.particles, target.draws())
