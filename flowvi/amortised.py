@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from flowvi.flows.nets import Perceptron
 from flowvi.guides import Draw, Guide, Scored, Strata, make_guide
 from flowvi.target import NOWHERE, Batch, LocalTarget
 
@@ -73,6 +74,23 @@ class Amortised(RowGuide):
     def context(self, rows: Any) -> Tensor:
         context: Tensor = self.encoder(*data_of(rows))
         return context
+
+
+class SharedAmortised(Amortised):
+    """A guide of a row given latents that all rows share, q(z_n | x_n, theta).
+
+    Its context is (c_n, theta) plus what a perceptron makes of both, zero at the start: a density
+    that is linear in its context then follows products of the row and theta too.
+
+    Args:
+        encoder: As for `Amortised`, to C numbers.
+        guide: A guide with a context of length C + G.
+        mix: From theta, in the context c_n, to what is added.
+    """
+
+    def __init__(self, encoder: nn.Module, guide: Guide, mix: Perceptron) -> None:
+        super().__init__(encoder, guide)
+        self.mix = mix
 
 
 class PerRow(RowGuide):

@@ -12,7 +12,7 @@ from flowvi.adam import Adam
 from flowvi.flat import vector_of
 from flowvi.guides import Guide
 from flowvi.records import Record
-from flowvi.schedule import Average, Guard
+from flowvi.schedule import Average, Guard, Level
 from flowvi.states import fill, tensors_of
 from flowvi.stopping import Plateau
 
@@ -44,6 +44,7 @@ class Course:
         halvings: How many times the step was halved after it failed.
         plateau: Whether the bound still rises.
         guard: What is known of the gradients.
+        level: Whether the bound has collapsed.
         average: Of the last iterates.
     """
 
@@ -62,6 +63,7 @@ class Course:
     halvings: int = 0
     plateau: Plateau = field(default_factory=Plateau)
     guard: Guard = field(default_factory=Guard)
+    level: Level = field(default_factory=Level)
     average: Average = field(default_factory=Average)
 
     def __post_init__(self) -> None:
@@ -81,7 +83,7 @@ class Course:
 
     def note(self) -> None:
         """Take the present state for a good one now and then, where no step has just failed."""
-        if self.step % GOOD_EVERY == 0 and not self.guard.failing:
+        if self.step % GOOD_EVERY == 0 and not self.guard.failing and not self.level.low:
             self._good = self._here()
 
     def back(self) -> None:
@@ -90,6 +92,7 @@ class Course:
         self._set(vector)
         self.optimiser.restore(optimiser)
         self.guard.forget()
+        self.level.values.clear()
         self.halvings += 1
 
     def state(self) -> dict[str, Any]:
@@ -105,6 +108,7 @@ class Course:
             "plain": {name: getattr(self, name) for name in PLAIN},
             "plateau": [self.plateau.values, self.plateau.in_a_row],
             "guard": [list(self.guard.norms), list(self.guard.failures), self.guard.skipped],
+            "level": self.level.state(),
             "average": [self.average.mean, self.average.count],
         }
 
@@ -123,6 +127,7 @@ class Course:
         norms, failures, self.guard.skipped = state["guard"]
         self.guard.norms.extend(norms)
         self.guard.failures.extend(failures)
+        self.level.restore(state["level"])
         mean, self.average.count = state["average"]
         self.average.mean = None if mean is None else mean.to(self.start)
 

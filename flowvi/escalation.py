@@ -51,11 +51,10 @@ def escalate(run: Run) -> None:
 
     Each is judged by the check on fresh draws, and dropped if it brought nothing.
     """
-    for attempt in ATTEMPTS:
+    for name, attempt in ATTEMPTS:
         hopeless = run.interrupted or run.record.stopped or run.settings.clock.over(0.9)
         if trusted(run.kept) or hopeless:
             return
-        name = (attempt.__doc__ or "").split("\n")[0].rstrip(".")
         try:
             with droppable():
                 new = attempt(run, run.kept)
@@ -263,4 +262,11 @@ def joined(runs: Sequence[Run]) -> Kept | None:
     return new if trusted(new) else None
 
 
-ATTEMPTS: tuple[Attempt, ...] = (components, tempered, richer, annealed, sampled)
+# What is tried, from cheap to dear, each with its name in the log.
+ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
+    ("A mixture with a component for each mode that was left out", components),
+    ("Splines of each coordinate, trained from a flat density to the full one", tempered),
+    ("A deeper flow with heavier tails, trained on with more draws", richer),
+    ("Training on annealed draws, which go where the guide's own do not", annealed),
+    ("NUTS in the space of the flow", sampled),
+)

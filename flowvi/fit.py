@@ -366,7 +366,8 @@ def fit(
         interruptible(clock),
     ):
         target.density.begin()
-        journal.parameters(target, Record())
+        if executor is None:
+            journal.parameters(target, Record())
         for restart in range(len(runs), restarts):
             runs.append(begun(target, settings, restart, guide))
             go(runs[-1])

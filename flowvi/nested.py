@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 import os
+import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,22 +15,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from flowvi.amortised import Amortised, amortised
+from flowvi.amortised import Amortised, SharedAmortised, amortised
 from flowvi.arguments import given, known, positive, spelt, wanted, whole
 from flowvi.blocks import Blocks
 from flowvi.draws import Draws, stream
+from flowvi.flows.nets import Perceptron
 from flowvi.guides import Guide, guide_names, make_guide
 from flowvi.multiplicative import Multiplicative
+from flowvi.nested_start import Start, start
+from flowvi.nested_training import NUMBERS, NestedTarget, train
 from flowvi.objectives import Renyi
 from flowvi.randomness import own_randomness
-from flowvi.schedule import Guard, decayed
 from flowvi.target import Batch, LocalTarget
 from flowvi.target.precision import spelled
 
-BUILD, TRAIN, DRAW = range(3)
-# Numbers of the latents of rows that are held at a time.
-NUMBERS = 2_000_000
+BUILD, TRAIN, DRAW, BEGIN = range(4)
 FULL_RANK = 500
+# Hidden units of the network that mixes a row and theta.
+MIXING = 64
+# Of a theta for which no start was looked for, or found.
 START_WIDTH = 0.3
 
 
@@ -49,11 +53,26 @@ class Nested(nn.Module):
         inner: The guide of a row; its context is that of the row, then theta where
             `sees_theta`.
         sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x).
+        units: Origin and widths in which the inner guide sees theta, (G) each; 0 and 1 without.
     """
 
-    def __init__(self, target: LocalTarget, inner: Amortised, sees_theta: bool) -> None:
+    origin: Tensor
+    widths: Tensor
+
+    def __init__(
+        self,
+        target: LocalTarget,
+        inner: Amortised,
+        sees_theta: bool,
+        units: tuple[Tensor, Tensor] | None = None,
+    ) -> None:
         super().__init__()
+        assert target.shared is not None
         self.target, self.inner, self.sees_theta = target, inner, sees_theta
+        zero = torch.zeros(target.shared.dim, dtype=target.dtype, device=target.device)
+        origin, widths = (zero, zero + 1) if units is None else (u.to(zero) for u in units)
+        self.register_buffer("origin", origin)
+        self.register_buffer("widths", widths)
 
     def rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
         """Bounds on the log likelihood of rows. (T, G) -> (T, B).
@@ -66,8 +85,11 @@ class Nested(nn.Module):
         seen = self.inner.context(batch)
         context = seen.expand(len(theta), *seen.shape)
         if self.sees_theta:
-            shared = theta.to(seen.dtype).unsqueeze(1).expand(*context.shape[:-1], -1)
+            unit = ((theta - self.origin) / self.widths).to(seen.dtype)
+            shared = unit.unsqueeze(1).expand(*context.shape[:-1], -1)
             context = torch.cat([context, shared], -1)
+            if isinstance(self.inner, SharedAmortised):
+                context = context + self.inner.mix(unit.unsqueeze(1), seen)
 
         def log_p(z: Tensor) -> Tensor:
             return self.target.log_prob(z, batch, theta)
@@ -93,6 +115,7 @@ class NestedFit:
         particles: Draws K of each row's latents.
         history: Bound at each step.
         meta: JSON-able facts: model, guide, inner, particles, outer, batch_size, steps, seed ...
+        log: What was decided, and why.
     """
 
     density: Nested
@@ -100,6 +123,7 @@ class NestedFit:
     particles: int
     history: dict[str, np.ndarray] = field(default_factory=dict)
     meta: dict[str, Any] = field(default_factory=dict)
+    log: list[str] = field(default_factory=list)
 
     FOR_ROWS = (
         "fit.draw(1000) has draws of what the rows share, for diagnose, bounds, evidence, "
@@ -126,10 +150,10 @@ class NestedFit:
             log_p = target.shared.log_prob(theta) + self._rows(theta, target.batch(), bound).sum(-1)
             values = target.shared.constrain(theta)
         return Draws(
-            theta.numpy()[None],
-            log_p.double().numpy()[None],
-            log_q.double().numpy()[None],
-            {name: value.numpy()[None] for name, value in values.items()},
+            _array(theta)[None],
+            _array(log_p.double())[None],
+            _array(log_q.double())[None],
+            {name: _array(value)[None] for name, value in values.items()},
             target.shared,
             {**self.meta, "particles": particles or self.particles},
         )
@@ -151,8 +175,7 @@ class NestedFit:
         with torch.no_grad(), own_randomness(stream(seed, DRAW)):
             theta, _ = self.guide.sample((n,))
             rows = self._rows(theta, self.density.target.as_batch(data), bound)
-        found: np.ndarray = (torch.logsumexp(rows.double(), 0) - math.log(n)).numpy()
-        return found
+        return _array(torch.logsumexp(rows.double(), 0) - math.log(n))
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
         """Write both guides and the model's own parameters; `flowvi.load` reads them back."""
@@ -162,7 +185,7 @@ class NestedFit:
 
     def __str__(self) -> str:
         words = "{model}: {guide} guide of theta, {inner} of rows, {steps} steps, K = {particles}"
-        return words.format(**self.meta)
+        return "\n".join([words.format(**self.meta), *(f"  {line}" for line in self.log)])
 
     def _rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
         """Bounds of many rows in pieces that fit memory, (T, B)."""
@@ -184,12 +207,18 @@ def nested(
     sees_theta: bool = True,
     outer: int = 1,
     batch_size: int | None = None,
-    steps: int = 1000,
-    draws: int = 8,
-    lr: float = 2e-2,
+    steps: int | None = None,
+    draws: int = 4,
+    lr: float | None = None,
     seed: int = 0,
 ) -> NestedFit:
     r"""Fit a guide of shared latents theta and one of the latents z of rows, together.
+
+    Fresh guides begin at a normal of theta and the latents of some rows together. Training has
+    the guards of `fit`: steps without a finite gradient are skipped; where the bound collapses,
+    it goes back to the last good state with half the step; and the best of the start, the last
+    iterate and the average of the last ones is kept. What failed is a warning, is in
+    `meta["failures"]`, and makes the verdict of the draws "do not trust".
 
     With `outer` = 1, the ELBO over theta of the importance-weighted bounds of rows: valid
     and unbiased under minibatches. With M = `outer` > 1,
@@ -211,9 +240,10 @@ def nested(
             theta behind what its encoder makes of the row.
         outer: Draws M of theta inside one bound.
         batch_size: Rows of a step; all of them without.
-        steps: Number of steps.
+        steps: Number of steps; as many as pay by default.
         draws: Estimates of the bound a step.
-        lr: Largest step size of Adam.
+        lr: Largest step size of Adam, for theta in units of its width at the start; 0.005 by
+            default. It is halved where a stage of the training gained nothing.
         seed: Of everything random.
 
     Raises:
@@ -222,21 +252,22 @@ def nested(
     """
     wanted("target", target, LocalTarget, "of a model with a local plate: from_pyro(..., local=)")
     outer, particles = whole("outer", outer), whole("particles", particles)
-    steps, draws = whole("steps", steps), whole("draws", draws)
+    steps, draws = given(whole, "steps", steps), whole("draws", draws)
     batch_size, seed = given(whole, "batch_size", batch_size), whole("seed", seed, 0)
-    lr = positive("lr", lr)
+    lr = given(positive, "lr", lr)
     _check(target, outer, batch_size)
     size = min(batch_size or target.rows, target.rows)
     with own_randomness(stream(seed, BUILD)):
-        density = Nested(target, _inner(target, inner, sees_theta), sees_theta)
-        theta, spec = _outer(target, guide)
+        rows, (theta, spec) = _inner(target, inner, sees_theta), _outer(target, guide)
+        density = _begun(target, rows, theta, (guide, inner), sees_theta, stream(seed, BEGIN))
         torch.manual_seed(stream(seed, TRAIN))
         # The score of the inner guide has mean zero where its bound stands alone, and not
         # where the same draws are in a weight of the outer bound.
         within = Renyi(0.0, particles, "dreg" if outer == 1 else "total")
         over = Renyi(0.0 if outer > 1 else 1.0, outer, "dreg")
-        history = _train(density, theta, within, over, size, steps, max(1, draws // outer), lr)
-    of_rows = {"name": inner if isinstance(inner, str) else "own", "sees_theta": sees_theta}
+        trained = train(NestedTarget(density, within, size), theta, over, steps, draws, lr, seed)
+    named = isinstance(inner, str)
+    of_rows = {"name": inner if named else "own", "sees_theta": sees_theta, "mixes": named}
     meta = {
         "model": target.name,
         "guide": spec["name"],
@@ -246,48 +277,17 @@ def nested(
         "particles": particles,
         "outer": outer,
         "batch_size": size,
-        "steps": steps,
+        "steps": len(trained.bounds),
+        "lr": trained.lr,
         "seed": seed,
+        "failures": trained.record.failures,
+        # Of draws of such a fit nothing is known but that they are of a training that failed.
+        "missed": trained.record.failures,
     }
-    return NestedFit(density, theta, particles, {"bound": history}, meta)
-
-
-def _train(
-    density: Nested,
-    guide: Guide,
-    within: Renyi,
-    over: Renyi,
-    size: int,
-    steps: int,
-    repeats: int,
-    lr: float,
-) -> np.ndarray:
-    """Train all that has parameters; returns the bound at each step."""
-    found = {id(p): p for m in (guide, density) for p in m.parameters() if p.requires_grad}
-    learned = list(found.values())
-    optimiser, guard, bounds = torch.optim.Adam(learned, lr=lr), Guard(), []
-    for step in range(steps):
-        batch = density.target.batch(torch.randperm(density.target.rows)[:size])
-
-        def log_p(theta: Tensor, batch: Batch = batch) -> Tensor:
-            flat = theta.reshape(-1, theta.shape[-1])
-            return density.log_prob(flat, batch, within).reshape(theta.shape[:-1])
-
-        bound = over(log_p, guide, repeats=(repeats,)).bound.mean()
-        gradients = torch.autograd.grad(-bound, learned, allow_unused=True)
-        pairs = zip(learned, gradients, strict=True)
-        whole = [torch.zeros_like(p) if g is None else g for p, g in pairs]
-        flat = torch.cat([g.flatten().to(bound.dtype) for g in whole])
-        admitted, _ = guard.admits(bound.item(), flat)
-        if admitted:
-            start = 0
-            for p in learned:
-                p.grad = flat[start : start + p.numel()].view_as(p).to(p.dtype)
-                start += p.numel()
-            optimiser.param_groups[0]["lr"] = decayed(step, steps, lr, False)
-            optimiser.step()
-        bounds.append(bound.item())
-    return np.array(bounds)
+    for failure in trained.record.failures:
+        warnings.warn(failure, stacklevel=3)
+    history = {"bound": trained.bounds}
+    return NestedFit(density, theta, particles, history, meta, trained.record.log)
 
 
 def _check(target: LocalTarget, outer: int, batch_size: int | None) -> None:
@@ -304,19 +304,32 @@ def _check(target: LocalTarget, outer: int, batch_size: int | None) -> None:
         )
 
 
-def inner_guide(target: LocalTarget, name: str, sees_theta: bool) -> Amortised:
-    """A fresh guide of a row's latents, by name."""
+def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -> Amortised:
+    """A fresh guide of a row's latents, by name.
+
+    Args:
+        target: The model.
+        name: Row of `GUIDES` or `FLOWS`.
+        sees_theta: Whether it is given theta.
+        mixes: Whether it follows products of the row and theta; earlier versions did not.
+    """
     assert target.shared is not None
     built: Amortised = amortised(target, known("guide", name, sorted(guide_names())))
     if sees_theta:
-        width = built.context(target.batch([0])).shape[-1] + target.shared.dim
-        built = Amortised(built.encoder, make_guide(name, target.dim, width))
+        seen = built.context(target.batch([0])).shape[-1]
+        width = seen + target.shared.dim
+        guide = make_guide(name, target.dim, width)
+        if mixes:
+            mix = Perceptron(target.shared.dim, width, seen, MIXING)
+            built = SharedAmortised(built.encoder, guide, mix)
+        else:
+            built = Amortised(built.encoder, guide)
     return built.to(dtype=target.dtype, device=target.device)
 
 
 def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amortised:
     if isinstance(inner, str):
-        return inner_guide(target, inner, sees_theta)
+        return inner_guide(target, inner, sees_theta, True)
     wanted("inner", inner, Amortised, "the name of a guide, or a flowvi.Amortised")
     if inner.dim != target.dim:
         raise ValueError(
@@ -354,6 +367,35 @@ def _outer(
     return new, {"name": type(new).__name__, "own": True}
 
 
+def _begun(
+    target: LocalTarget,
+    rows: Amortised,
+    theta: Guide,
+    given: tuple[object, object],
+    sees_theta: bool,
+    seed: int,
+) -> Nested:
+    """The density, with guides that begin at a normal where they do not go on from theirs."""
+    assert target.shared is not None
+    fresh = [not isinstance(g, Guide) for g in given]
+    found: Start | None = None
+    if any(fresh) and target.shared.dim <= FULL_RANK:
+        found = start(target, seed)
+    if found is None:
+        return Nested(target, rows, sees_theta)
+    if fresh[0]:
+        theta.start(found.loc, found.scale_tril)
+    if not fresh[1]:
+        return Nested(target, rows, sees_theta)
+    found.begin(rows, sees_theta)
+    return Nested(target, rows, sees_theta, (found.loc, found.widths))
+
+
+def _array(t: Tensor) -> np.ndarray:
+    found: np.ndarray = t.cpu().numpy()
+    return found
+
+
 def _split(places: Tensor, size: int) -> Iterator[tuple[int, Tensor]]:
-    for start in range(0, len(places), size):
-        yield start, places[start : start + size]
+    for first in range(0, len(places), size):
+        yield first, places[first : first + size]

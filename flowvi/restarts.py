@@ -47,6 +47,7 @@ class Task(NamedTuple):
         about: What the fit is of, for its checkpoint.
         folder: Where the fit keeps what it needs to go on, if it does.
         resume: Whether to go on with what is there.
+        own: The model's own parameters where the fit begins, as arrays by name.
     """
 
     make: Callable[[], Target]
@@ -57,6 +58,7 @@ class Task(NamedTuple):
     about: Mapping[str, Any]
     folder: Path | None
     resume: bool
+    own: Mapping[str, np.ndarray]
 
 
 def go(run: Run) -> None:
@@ -79,7 +81,7 @@ def elsewhere(
     target: Target,
     settings: Settings,
     restarts: int,
-    ask: Callable[[Callable[[], Target], int, Mapping[str, Any], torch.dtype], Task],
+    ask: Callable[..., Task],
     executor: Executor,
 ) -> list[Run]:
     """Run restarts by an executor, each on a target of its own, and take up what came of them.
@@ -88,8 +90,8 @@ def elsewhere(
         target: The log density.
         settings: Of the fit.
         restarts: Number of restarts.
-        ask: Makes a task of what makes the target, the number of the restart, settings, and
-            a precision.
+        ask: Makes a task of what makes the target, the number of the restart, settings, a
+            precision, and own=, the model's own parameters.
         executor: Runs them.
 
     Raises:
@@ -101,7 +103,8 @@ def elsewhere(
         raise ValueError(f"{target.name} cannot be made again elsewhere: leave out the executor.")
     asked = {name: getattr(settings, name) for name in ASKED} | {"budget": settings.clock.budget}
     dtype = torch.get_default_dtype()
-    tasks = [ask(target.made, restart, asked, dtype) for restart in range(restarts)]
+    own = _arrays(own_of(target))
+    tasks = [ask(target.made, restart, asked, dtype, own=own) for restart in range(restarts)]
     futures = [executor.submit(told, task) for task in tasks]
     try:
         answers = [future.result() for future in futures]
@@ -136,11 +139,13 @@ def _told(task: Task, target: Target) -> dict[str, Any]:
         clock=clock,
         journal=Journal(clock, target.density),
     )
+    target.give_own(_tensors(task.own))
     folder = None if task.folder is None else task.folder / f"restart-{task.restart}"
     with (
         best_threads(target, settings.repeats * particles_of(settings.objective)),
         opened(folder, task.about, task.resume) as settings.journal.shelf,
     ):
+        settings.journal.parameters(target, Record())
         run = begun(target, settings, task.restart, task.guide)
         go(run)
     kept = run.kept
@@ -153,6 +158,7 @@ def _told(task: Task, target: Target) -> dict[str, Any]:
             "beyond": kept.beyond,
         },
         "guide": tensors_of(kept.guide),
+        "own": own_of(target),
         "missed": [g.state() for g in kept.missed],
         "chains": None if kept.chains is None else taken_down(kept.chains),
         "best": run.best.state(),
@@ -177,6 +183,8 @@ def _heard(target: Target, settings: Settings, task: Task, answer: dict[str, Any
     guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
     guide = run.placed(guide)
     fill(guide, found["guide"], "The restart")
+    # The guide belongs to the parameters that it was trained with.
+    target.give_own(found["own"])
     run.kept = Kept(
         guide,
         **{**facts, "judged": Judged(*facts["judged"])},
@@ -185,6 +193,11 @@ def _heard(target: Target, settings: Settings, task: Task, answer: dict[str, Any
         chains=None if found["chains"] is None else put_up(target, found["chains"]),
     )
     return run
+
+
+def own_of(target: Target) -> dict[str, Tensor]:
+    """The model's own parameters by name, as copies."""
+    return {name: p.detach().clone() for name, p in target.own_parameters().items()}
 
 
 def _gaussian(target: Target, state: Mapping[str, Any]) -> Gaussian:

@@ -23,6 +23,7 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws import diagnose, resample, stream
 from flowvi.fit import fit
 from flowvi.outcomes import Outcome, Store
+from flowvi.restarts import own_of
 from flowvi.row_fit import RowFit
 from flowvi.row_sbc import sbc_rows
 from flowvi.target import ModelError, Target, from_pyro, replicable
@@ -198,8 +199,13 @@ def _one(task: _Task, shared: Target | None) -> Outcome:
             target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
         # Ranks need independent draws of one guide, whatever they are worth.
         settings = {"escalate": False, "compile": False, **common.settings}
-        fitted = fit(target, seed=seed, progress=False, **settings)
-        drawn = fitted.draw(common.draws, seed=seed)
+        # Fits share the model's own parameters: each begins where the first did.
+        own = own_of(target)
+        try:
+            fitted = fit(target, seed=seed, progress=False, **settings)
+            drawn = fitted.draw(common.draws, seed=seed)
+        finally:
+            target.give_own(own)
         diagnosis = diagnose(drawn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k-hat is in the verdict

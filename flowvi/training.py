@@ -34,7 +34,7 @@ from flowvi.records import (
     Step,
     Trial,
 )
-from flowvi.schedule import Average, Guard, constant, decayed, warmed
+from flowvi.schedule import Average, Guard, Level, constant, decayed, warmed
 from flowvi.states import fill, tensors_of
 from flowvi.stopping import Interrupted, droppable
 from flowvi.target import Target
@@ -62,15 +62,28 @@ class Trainer:
         settings: What the user asked for.
         restart: Number of the restart.
         record: Where steps and decisions are written.
+        judge_draws: Draws by which guides are compared; as many as for any target without.
+
+    Attributes:
+        trained: Parameters of the guide and the target's own.
+        halvings: How many times the step was halved in the last stage, after it failed.
     """
 
     def __init__(
-        self, target: Target, guide: Guide, settings: Settings, restart: int, record: Record
+        self,
+        target: Target,
+        guide: Guide,
+        settings: Settings,
+        restart: int,
+        record: Record,
+        judge_draws: int | None = None,
     ) -> None:
         self.target, self.guide, self.settings = target, guide, settings
         self.restart, self.record = restart, record
         self.gradients = Gradients(target, guide, settings, record.log.append)
         self.trained = self.gradients.trained
+        self.halvings = 0
+        self._draws = JUDGE_DRAWS if judge_draws is None else judge_draws
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
@@ -133,7 +146,8 @@ class Trainer:
             self._go(stage, constant(lr), steps, course)
             if self.record.stopped or course.lost:
                 break
-            course.step, course.ended = 0, False
+            # Each power has a level of its own.
+            course.step, course.ended, course.level = 0, False, Level()
         self.gradients.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Judged:
@@ -170,6 +184,7 @@ class Trainer:
             if isinstance(interrupt, KeyboardInterrupt):
                 self.settings.clock.interrupt()
             interrupted, course.average = True, Average()
+        self.halvings = course.halvings
         steps = len(self.record.rows) - before
         judged = self._choose(stage, steps, course.start, course.average.mean)
         if interrupted:
@@ -195,7 +210,7 @@ class Trainer:
         settings, density = self.settings, self.gradients.in_parts
         # The same noise for all restarts, whose bounds are compared.
         seed = stream(settings.seed, 0, JUDGE)
-        return judge(settings.objective, density, self.guide, seed, JUDGE_DRAWS, self._at_once)
+        return judge(settings.objective, density, self.guide, seed, self._draws, self._at_once)
 
     @cached_property
     def _at_once(self) -> int:
@@ -276,6 +291,7 @@ class Trainer:
                         raise Interrupted
                     continue
                 self.record.rows.append(row)
+                course.level.add(row.bound)
                 bar.update()
                 self._tell(bar, i)
                 course.ended = end(row) or self._failing(stage, course)
@@ -295,9 +311,12 @@ class Trainer:
     def _failing(self, stage: Stage, course: Course) -> bool:
         """Go back where too many steps could not be taken; whether that was tried enough."""
         course.note()
-        if not course.guard.failed:
+        if not (course.guard.failed or course.level.collapsed):
             return False
         words = f"{course.guard.skipped} of {course.step} steps had no finite gradient"
+        if not course.guard.failed:
+            level = course.level
+            words = f"the bound fell from {level.best:.4g} to {level.median:.4g}"
         why = self.gradients.blamed(stage.repeats) if course.halvings == MOST_HALVINGS else ""
         self.gradients.in_double()
         course.back()
@@ -369,7 +388,7 @@ class Trainer:
         draws = stage.repeats * particles_of(self.settings.objective)
         self.record.log.append(
             f"{stage.name}: {steps} steps of {draws} draws at {stage.lr:g} brought {gained:.3g}; "
-            f"kept the {best} iterate, by the bound on {JUDGE_DRAWS} draws ({tried})"
+            f"kept the {best} iterate, by the bound on {self._draws} draws ({tried})"
             + _known(found[best])
         )
         return found[best]

@@ -32,6 +32,7 @@ LAYERS = [
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
         *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
+        *("nested_start", "nested_training"),
     },
     {
         *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),

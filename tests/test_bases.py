@@ -150,6 +150,17 @@ def test_loft_is_the_logarithm_beyond_its_threshold():
     torch.testing.assert_close(ladj, -(beyond + 1).log().sum())
 
 
+def test_loft_s_inverse_has_minus_its_log_determinant():
+    x = torch.tensor([[150.0, -1e3], [20.0, 1e5]])
+
+    y, ladj = flows.Loft()(x)
+    back, inverse = flows.Loft().inverse(y)
+
+    torch.testing.assert_close(back, x)
+    assert (ladj < -3).all()
+    torch.testing.assert_close(inverse, -ladj)
+
+
 def test_loft_comes_back_from_beyond_the_largest_number():
     x, _ = flows.Loft().inverse(torch.tensor([1e4, -1e4]))
 

@@ -120,10 +120,9 @@ def test_nothing_is_tried_without_escalation(short):
 
 def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
     def broken(run: run.Run, kept: Kept) -> Kept:
-        """Something that breaks."""
         raise RuntimeError("no luck")
 
-    monkeypatch.setattr(escalation, "ATTEMPTS", (broken,))
+    monkeypatch.setattr(escalation, "ATTEMPTS", (("Something that breaks", broken),))
 
     fit = flowvi.fit(two_bumps(), progress=False)
 
@@ -133,10 +132,10 @@ def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
 
 def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
     def pressed(run: run.Run, kept: Kept) -> Kept:
-        """Ctrl-C."""
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(escalation, "ATTEMPTS", (pressed, escalation.components))
+    attempts = (("Ctrl-C", pressed), *escalation.ATTEMPTS)
+    monkeypatch.setattr(escalation, "ATTEMPTS", attempts)
 
     fit = flowvi.fit(two_bumps(), progress=False)
 
@@ -147,7 +146,7 @@ def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
     """Two wells on each of four axes: sixteen modes, of which searches see a few."""
     monkeypatch.setattr(run, "MOST_STAGES", 1)
     monkeypatch.setattr(run, "STEADY_STEPS", 300)
-    monkeypatch.setattr(escalation, "ATTEMPTS", (escalation.tempered,))
+    monkeypatch.setattr(escalation, "ATTEMPTS", (("Splines", escalation.tempered),))
     grid = torch.linspace(-4, 4, 8001)
     wells = (-(grid**4) + 6 * grid**2).exp()
     log_z = 4 * torch.trapezoid(wells, grid).log().item()
@@ -217,7 +216,7 @@ def ended_in_chains():
         patch.setattr(run, "STEADY_STEPS", 30)
         patch.setattr(run, "MOST_STAGES", 1)
         patch.setattr(training, "LEAST_DECAY", 60)
-        patch.setattr(escalation, "ATTEMPTS", (escalation.sampled,))
+        patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
         patch.setattr(escalation, "PLANS", (Plan(),))
         return flowvi.fit(heavy(), progress=False)
 
@@ -287,9 +286,22 @@ def test_a_budget_is_a_positive_number(budget):
         flowvi.fit(heavy(), budget=budget)
 
 
-def test_a_budget_is_kept_and_leaves_a_finished_fit():
-    fit = flowvi.fit(two_bumps(), budget=1.0, progress=False)
+@pytest.mark.parametrize("budget", [20.0, 100.0])
+def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
+    """By a clock that goes by evaluations: of a start, of training and of attempts."""
+    target, calls = two_bumps(), []
+    evaluate = target.log_prob
 
-    assert fit.meta["seconds"] < 30
+    def counted(z, batch=None):
+        calls.append(len(z))
+        return evaluate(z, batch)
+
+    monkeypatch.setattr(target, "log_prob", counted)
+    monkeypatch.setattr(Clock, "own_seconds", property(lambda clock: len(calls) / 20))
+
+    fit = flowvi.fit(target, budget=budget, progress=False)
+
+    # The start of one Gaussian, the choice of an iterate and a check are finished.
+    assert budget < fit.meta["seconds"] < budget + 30
     assert math.isfinite(fit.bounds[0])
     assert np.isfinite(fit.draw(100).log_p).all()

@@ -143,6 +143,16 @@ class Target(nn.Module):
             for i, (name, constraint) in enumerate(supports.items())
         }
 
+    def own_parameters(self) -> dict[str, nn.Parameter]:
+        """Parameters of the model itself by the names that files have for them."""
+        return {f"own_{i}": getattr(self, f"own_{i}") for i in range(self._count)}
+
+    @torch.no_grad()
+    def give_own(self, values: Mapping[str, Tensor]) -> None:
+        """Give the model's own parameters values by name, where they are."""
+        for name, p in self.own_parameters().items():
+            p.copy_(values[name])
+
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """Map values of the latent sites to points. Each (*S, *shape) -> (*S, D).
 
