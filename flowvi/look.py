@@ -117,7 +117,11 @@ def check_integrable(target: Target, g: Gaussian) -> str:
         vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
         axes = vectors.mT[:DIRECTIONS]
     # Farther out, rounding of the direction would be taken for a fall.
-    reached = lengths.clamp_max(FARTHEST * float(torch.minimum(lengths[-1], widths.min())))
+    shortest = torch.minimum(lengths[-1], widths.min())
+    if shortest <= torch.finfo(lengths.dtype).eps * lengths[0]:
+        # It is lost in the rounding of the longest.
+        shortest = widths.min()
+    reached = lengths.clamp_max(FARTHEST * float(shortest))
     steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
     if target.improper and target.dim <= CURVED:
         # Those of a guide without correlations are no help: a - b may be free where a is not.
