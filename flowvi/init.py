@@ -109,7 +109,8 @@ def best_gaussian(
     for group in candidates(target, generator, median, diagonal, places):
         first, *rest = group.normals
         blind.append(_narrowed(target, score(target, first, judge), judge))
-        sifted = [score(target, g, judge[:SIFT_DRAWS]) for g in rest]
+        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
+        sifted = [score(target, g, few) for g in rest]
         aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
         ends.append(group.end)
         if over():

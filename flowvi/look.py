@@ -75,7 +75,8 @@ def look(target: Target, seed: int) -> Look:
         values = target.prior(PRIOR_DRAWS, seed)
         points = target.unconstrain({name: values[name] for name in target.sites})
         of_prior = True
-    except (ModelError, ValueError):
+    except (ModelError, ValueError, torch.linalg.LinAlgError):
+        # Improper, or the prior's own draws reach where a matrix has no factor.
         shape = (PRIOR_DRAWS, target.dim)
         points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
         of_prior = False

@@ -18,8 +18,8 @@ from flowvi.peaks import Peak, apart, finished, nearest
 from flowvi.symmetry import images, symmetries
 from flowvi.target import Target
 
-# Starts after the first.
-FEWEST, MOST = 8, 40
+# Further starts: in any case, and where there is more than one mode at least and at most.
+FIRST, FEWEST, MOST = 3, 8, 40
 # Of more modes nothing is made.
 ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
@@ -46,8 +46,8 @@ def further_modes(
     estimated by draws from its normal, with a standard error. Ascents that do
     not converge, as where the density has no bound, count for nothing.
 
-    Nothing more is done where the first ends of ascents and the density's symmetries lead
-    to no other mode. Otherwise ascents go on from draws from the prior, until
+    Nothing more is done where the first ends of ascents, three more and the density's symmetries
+    lead to no other mode. Otherwise ascents go on from draws from the prior, until
 
     .. math:: n_1 / n < 0.05
 
@@ -73,6 +73,10 @@ def further_modes(
     climb = _Climb(target, home)
     for end in ends:
         climb.ended(end)
+    if target.dim <= LARGE:
+        for start in places[:FIRST]:
+            if not over():
+                climb.ended(ascend(target, start)[-1])
     first = climb.count
     if target.dim <= LARGE:
         found = symmetries(target, places)
@@ -81,7 +85,7 @@ def further_modes(
         for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
             climb.ended(image)
         if climb.count > 1:
-            _more(climb, places, over)
+            _more(climb, places[FIRST:], over)
     if climb.count > 1:
         say(
             f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
