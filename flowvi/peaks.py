@@ -116,8 +116,10 @@ def apart(target: Density, a: Tensor, b: Tensor, scale_tril: Tensor) -> bool:
     least = _least(target, path)
     if not _falls(target, path, least):
         return False
+    size = path.new_full((NODES - 1, 1), 0.5)
     for i in range(ROUNDS):
-        path = _evenly(_climbed(target, path, scale_tril), scale_tril)
+        path, size = _climbed(target, path, scale_tril, size)
+        path = _evenly(path, scale_tril)
         if i % 4 == 3 and not _falls(target, path, least):
             return False
     return True
@@ -149,17 +151,22 @@ def _falls(target: Density, path: Tensor, least: float) -> bool:
     return not bool((evaluate(target, points) >= least).all())
 
 
-def _climbed(target: Density, path: Tensor, scale_tril: Tensor) -> Tensor:
-    """A path after a step uphill across itself; its ends stay."""
+def _climbed(
+    target: Density, path: Tensor, scale_tril: Tensor, size: Tensor
+) -> tuple[Tensor, Tensor]:
+    """A path after a step uphill across itself, where that leads higher; and the next sizes."""
     inner = path[1:-1]
-    _, gradient = scores_in_chunks(target, inner)
+    before, gradient = scores_in_chunks(target, inner)
     up = gradient.nan_to_num(0.0, 0.0, 0.0) @ scale_tril
     along = _unit(_white(path[2:] - path[:-2], scale_tril))
-    up = up - (up * along).sum(-1, keepdim=True) * along
+    up = size * (up - (up * along).sum(-1, keepdim=True) * along)
     # Not farther than to the next point.
     longest = _white(path[1:] - path[:-1], scale_tril).norm(dim=-1).mean()
-    up = up * (longest / up.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(0.5)
-    return torch.cat([path[:1], inner + up @ scale_tril.mT, path[-1:]])
+    up = up * (longest / up.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
+    tried = inner + up @ scale_tril.mT
+    higher = (evaluate(target, tried) > before)[:, None]
+    size = torch.where(higher, (1.5 * size).clamp_max(0.5), 0.4 * size)
+    return torch.cat([path[:1], torch.where(higher, tried, inner), path[-1:]]), size
 
 
 def _evenly(path: Tensor, scale_tril: Tensor) -> Tensor:
