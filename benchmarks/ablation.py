@@ -27,7 +27,7 @@ from torch import Tensor
 import flowvi
 from flowvi import run, training
 from flowvi.gaussians import Gaussian
-from flowvi.init import best_gaussian
+from flowvi.init import Found, best_gaussian
 from flowvi.records import Trial
 from flowvi.schedule import Guard, constant
 
@@ -35,15 +35,13 @@ DRAWS = 20_000
 DEFAULT = ("eight_schools", "funnel", "brownian", "ionosphere")
 
 
-def standard(target: flowvi.Target, *rest: Any) -> tuple[Gaussian, list[Gaussian]]:
+def standard(target: flowvi.Target, *rest: Any) -> Found:
     """No start at all: the standard normal."""
     identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
-    return Gaussian(0 * identity[0], identity, "standard normal"), []
+    return Found(Gaussian(0 * identity[0], identity, "standard normal"), [], 0 * identity[:1])
 
 
-def diagonal(
-    target: flowvi.Target, seed: int, _: bool, *rest: Any
-) -> tuple[Gaussian, list[Gaussian]]:
+def diagonal(target: flowvi.Target, seed: int, _: bool, *rest: Any) -> Found:
     """A mean-field start."""
     return best_gaussian(target, seed, True, *rest)
 

@@ -3,83 +3,67 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 
-from flowvi.gaussians import Gaussian, evaluate, near
+from flowvi.gaussians import Gaussian, evaluate
 from flowvi.guides import Guide
-from flowvi.init import settled
 from flowvi.target import Target
 
 DRAWS = 200
 # Mass that matters, relative to what the guide holds.
 SHARE = 0.02
-# As many separate modes, reached blindly from five starts, are a sign of far more.
-MANY = 3
-# Nats a dimension under the guide's bound, below which a place is a trap of the search.
-DEPTH = 1.0
 # A typical log weight that is this far above the guide's own marks a place that it leaves out.
 EXCESS = 3.0
+# Draws there, in units of the mode's widths: a guide without correlations covers the middle alone.
+MIDDLE = 0.5
 
 
 def left_out(
-    target: Target,
-    guide: Guide,
-    bound: float,
-    others: Sequence[Gaussian],
-    seed: int,
-    over: Callable[[], bool] = lambda: False,
+    target: Target, guide: Guide, covered: float, modes: Sequence[Gaussian], seed: int
 ) -> list[Gaussian]:
-    """Find Gaussians of the search that hold mass which the guide does not cover.
+    """Find modes that hold mass which the guide does not cover.
 
-    The ELBO of a Gaussian bounds from below the mass around it. Where that is
-    not small beside the guide's bound, and the weights p / q at the Gaussian's
-    own draws are far above those at the guide's, draws of the guide cannot show
-    what is missing. Several modes that are small each, every one found from
-    another start, are a sign of many that none was started near.
+    Where the mass of a mode is not small beside what the guide covers, and the
+    weights p / q in the middle of the mode are far above those at the guide's own
+    draws, these cannot show what is missing.
 
     Args:
         target: The log density.
         guide: The finished guide.
-        bound: Its bound on the log mass.
-        others: Refined Gaussians from other start points.
+        covered: Log of the mass that it covers.
+        modes: Converged modes with their masses, from `further_modes`.
         seed: Of the draws.
-        over: Asked whether to make do with Gaussians that have not settled.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    noise = torch.randn(
+    noise = MIDDLE * torch.randn(
         DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
 
     def outside(g: Gaussian) -> bool:
         z = g.at(noise)
         with torch.no_grad():
-            excess = evaluate(target, z) - guide.log_prob(z) - bound
+            excess = evaluate(target, z) - guide.log_prob(z) - covered
         return bool(excess.nanmedian() > EXCESS)
 
-    found: list[Gaussian] = []
-    for g in sorted(others, key=lambda g: -g.elbo):
-        heavy = g.elbo > bound + math.log(SHARE)
-        if not heavy and not (g.blind and g.elbo > bound - 10 - DEPTH * target.dim):
-            continue
-        if outside(g) and not heavy:
-            # What has not settled yet may be on its way to where the guide is.
-            g = settled(target, g, generator, noise, over)
-        if outside(g) and not any(near(g, f) for f in found):
-            found.append(g)
-    return found if _share(found, bound) >= SHARE or len(found) >= MANY else []
+    found = [g for g in sorted(modes, key=lambda g: -g.mass) if outside(g)]
+    return found if _share(found, covered)[0] >= SHARE else []
 
 
-def sentence(found: Sequence[Gaussian], bound: float) -> str:
+def sentence(found: Sequence[Gaussian], covered: float) -> str:
     """Say what `left_out` found."""
     modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
+    share, error = _share(found, covered)
     return (
-        f"The search for a start found {modes} that the guide leaves out, with at least "
-        f"{_share(found, bound):.1g} times the mass that it covers; there may be more. Its draws "
-        "cannot show them."
+        f"The search for a start found {modes} that the guide leaves out, with about "
+        f"{share:.2g} times the mass that it covers (standard error {error:.1g}); there may be "
+        "more. Its draws cannot show them."
     )
 
 
-def _share(found: Sequence[Gaussian], bound: float) -> float:
-    return sum(math.exp(min(g.elbo - bound, 50.0)) for g in found)
+def _share(found: Sequence[Gaussian], covered: float) -> tuple[float, float]:
+    """Mass relative to what is covered, with its standard error."""
+    shares = [math.exp(min(g.mass - covered, 50.0)) for g in found]
+    errors = [share * g.mass_se for share, g in zip(shares, found, strict=True)]
+    return sum(shares), math.hypot(*errors)

@@ -48,6 +48,8 @@ class Gaussian:
         elbo: Its evidence lower bound, on draws that judged all candidates alike.
         blind: Whether it began at a start point itself, not on the way to a mode.
         overshot: Whether Newton's steps from it went too far.
+        mass: Log of the mass around it, where it stands for a mode; NaN otherwise.
+        mass_se: Standard error of that.
     """
 
     loc: Tensor
@@ -56,6 +58,8 @@ class Gaussian:
     elbo: float = -math.inf
     blind: bool = False
     overshot: bool = False
+    mass: float = math.nan
+    mass_se: float = math.nan
 
     def state(self) -> dict[str, Any]:
         """All of it, as `write_state` takes it."""
@@ -174,11 +178,15 @@ def _natural_step(
 
 
 def score(target: Density, g: Gaussian, eps: Tensor) -> Gaussian:
-    """The same Gaussian with its ELBO on given noise, (S, D)."""
+    """The same Gaussian with its ELBO on given noise, (S, D).
+
+    It is minus infinity where some draw has no density, or one that is infinite by rounding.
+    """
     log_p = evaluate(target, g.at(eps))
     log_q = -0.5 * (eps.square().sum(-1) + len(g.loc) * math.log(2 * math.pi))
     log_q = log_q - g.log_det
-    return replace(g, elbo=float((log_p - log_q).mean()))
+    elbo = float((log_p - log_q).mean())
+    return replace(g, elbo=elbo if math.isfinite(elbo) else -math.inf)
 
 
 def evaluate(target: Density, z: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from flowvi.gaussians import (
     curvature,
     diagonal_of,
     distinct,
+    evaluate,
     factor_of,
     refine,
     score,
@@ -26,6 +27,7 @@ from flowvi.gaussians import (
 )
 from flowvi.guides import FULL_RANK_DIM
 from flowvi.pathfinder import estimates
+from flowvi.peaks import finished, nearest
 from flowvi.stopping import Interrupted, droppable, up_to_now
 from flowvi.sweeps import swept
 from flowvi.target import Target
@@ -40,6 +42,39 @@ LARGE = 300
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
 JUDGE_DRAWS = 400
+# Of the candidates from one start, the best is chosen by fewer.
+SIFT_DRAWS = 100
+# Candidates that are tried where all starts lead to one mode: one that knows nothing of it, two
+# that do.
+AWARE = 2
+# A normal around a start point of which draws have no density is narrowed by this, so many times.
+NARROWER, TIMES = 0.1, 12
+
+
+class Found(NamedTuple):
+    """What the search for a Gaussian found.
+
+    Attributes:
+        best: The best.
+        others: What became of the other candidates.
+        ends: Where the ascents have ended, (N, D).
+    """
+
+    best: Gaussian
+    others: list[Gaussian]
+    ends: Tensor
+
+
+class Group(NamedTuple):
+    """What there is to try at one start point.
+
+    Attributes:
+        normals: The first of them around the start point itself.
+        end: Where the ascent from there has ended, (D).
+    """
+
+    normals: list[Gaussian]
+    end: Tensor
 
 
 def best_gaussian(
@@ -49,13 +84,15 @@ def best_gaussian(
     say: Say,
     over: Callable[[], bool] = lambda: False,
     median: Tensor | None = None,
-) -> tuple[Gaussian, list[Gaussian]]:
+    places: Tensor | None = None,
+) -> Found:
     """Find a normal density with a high ELBO, without a step size to choose.
 
     Candidates are narrow normals at start points, and Laplace approximations
     along and at the end of L-BFGS paths to a mode: where the density has no
     mode, as in a centred hierarchy, an earlier point of the path wins. The
-    best ELBO on common draws is refined by `refine`.
+    best ELBO on common draws is refined by `refine`. Where all ascents end in
+    one mode, the best normal that knows of it is enough, and the best that does not.
 
     Args:
         target: The log density.
@@ -64,19 +101,20 @@ def best_gaussian(
         say: Takes a sentence about every decision.
         over: Asked now and then whether to make do with what there is.
         median: Of the prior, (D), another point to start from.
-
-    Returns:
-        The best, and what became of the other candidates.
+        places: Points where the density is finite, (N, D), for start points where it is not.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    blind, aware = [], []
-    for group in up_to_now(candidates(target, generator, median, diagonal)):
-        scored = [score(target, g, judge) for g in group]
-        blind.append(scored[0])
-        aware.append(max(scored[1:], key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf))
+    blind, aware, ends = [], [], []
+    for group in up_to_now(candidates(target, generator, median, diagonal, places)):
+        first, *rest = group.normals
+        blind.append(_narrowed(target, score(target, first, judge), judge))
+        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
+        sifted = [score(target, g, few) for g in rest]
+        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
+        ends.append(group.end)
         if over():
             break
     # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
@@ -91,9 +129,11 @@ def best_gaussian(
     if diagonal:
         found = [score(target, diagonal_of(g), judge) for g in found]
     found = sorted(found, key=lambda g: -g.elbo)
+    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
     if over():
-        kinds = ([g for g in found if g.blind == kind] for kind in (True, False))
         found = [kind[0] for kind in kinds if kind]
+    elif target.dim <= LARGE and _one_mode(target, ends):
+        found = [*kinds[0][:1], *kinds[1][:AWARE]]
 
     first = found if target.dim <= LARGE else found[:2]
     if target.dim > LARGE and not diagonal:
@@ -105,7 +145,25 @@ def best_gaussian(
     refined = settled(target, best, generator, judge, over, diagonal=diagonal)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
-    return refined, [g for g in tried if g is not best]
+    return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
+
+
+def _narrowed(target: Target, g: Gaussian, judge: Tensor) -> Gaussian:
+    """A normal around a point of finite density, so narrow that its draws have one too."""
+    if math.isfinite(g.elbo) or not evaluate(target, g.loc[None]).isfinite().all():
+        return g
+    for _ in range(TIMES):
+        g = score(target, replace(g, scale_tril=NARROWER * g.scale_tril), judge)
+        if math.isfinite(g.elbo):
+            break
+    return g
+
+
+def _one_mode(target: Target, ends: list[Tensor]) -> bool:
+    """Whether several ascents have all ended in one mode."""
+    heights = evaluate(target, torch.stack(ends)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    top = finished(target, ends[int(heights.argmax())])
+    return top is not None and all(nearest(target, z, [top.loc]) is not None for z in ends)
 
 
 def _flat_first(
@@ -167,15 +225,13 @@ def candidates(
     generator: torch.Generator,
     median: Tensor | None = None,
     diagonal: bool = False,
-) -> Iterator[list[Gaussian]]:
+    places: Tensor | None = None,
+) -> Iterator[Group]:
     """Normals to start from: for each start point, guesses of several kinds."""
     dense = target.dim <= (LARGE if diagonal else FULL_RANK_DIM)
     identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
     identity = identity.diag() if dense else identity
-    starts = target.starts(generator)
-    if median is not None:
-        # The last of them is random.
-        starts[-1] = median
+    starts = _finite(target, target.starts(generator), median, places)
     if target.dim > LARGE:
         # A Hessian costs 2 D gradients: two starts of different kinds have to do.
         starts = starts[[0, -3]]
@@ -193,7 +249,19 @@ def candidates(
                 for k, point in enumerate(_thinned(few, PATH_POINTS)):
                     group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
-        yield group
+        yield Group(group, path[-1])
+
+
+def _finite(target: Target, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
+    """Start points with the prior's median for the last, and others for those without density."""
+    if median is not None and evaluate(target, median[None]).isfinite().all():
+        # The last of them is random.
+        starts[-1] = median
+    spare = [] if places is None else list(places)
+    for i, value in enumerate(evaluate(target, starts)):
+        if not value.isfinite() and spare:
+            starts[i] = spare.pop(0)
+    return starts
 
 
 def _pathfinder(target: Target, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:

@@ -46,8 +46,10 @@ def judge(
     weights = torch.cat(log_w).cpu().double().numpy()
     known = isinstance(objective, Renyi) and np.isfinite(weights).all()
     values = torch.cat(bounds).double()
+    bound = float(values.mean())
     return Judged(
-        float(values.mean()),
+        # Infinite densities are the rounding of draws far out.
+        bound if math.isfinite(bound) else -math.inf,
         float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
         gap(weights).value if known else math.nan,
         psis(weights).khat if known and len(weights) >= MIN_DRAWS else math.nan,

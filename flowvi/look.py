@@ -82,7 +82,8 @@ def look(target: Target, seed: int) -> Look:
         points = target.unconstrain({name: values[name] for name in target.sites})
         of_prior = True
     except (ModelError, ValueError, RuntimeError):
-        # The data of some prior draws may be such that no distribution can draw them.
+        # Improper; or some prior draws have data that no distribution can draw, or reach where a
+        # matrix has no factor.
         shape = (PRIOR_DRAWS, target.dim)
         points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
         of_prior = False

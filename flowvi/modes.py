@@ -1,40 +1,53 @@
-"""More starts where the first have shown several modes, until hardly any could be new."""
+"""Modes beside the one that a fit starts at: converged ones, each with its mass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from flowvi.coverage import SHARE
-from flowvi.gaussians import Gaussian, distinct, near, refine, score
-from flowvi.init import JUDGE_DRAWS, LARGE, TRY_ROUNDS, ascend, laplace
+from flowvi.diagnostics.importance import psis, smoothed_evidence
+from flowvi.gaussians import Gaussian, evaluate, refine, score
+from flowvi.guides import FULL_RANK_DIM
+from flowvi.init import JUDGE_DRAWS, LARGE, TRY_ROUNDS, ascend
+from flowvi.peaks import Peak, apart, finished, nearest
 from flowvi.symmetry import images, symmetries
 from flowvi.target import Target
 
-# Starts after the first.
-FEWEST, MOST = 8, 40
+# Further starts: in any case, and where there is more than one mode at least and at most.
+FIRST, FEWEST, MOST = 3, 8, 40
 # Of more modes nothing is made.
 ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
 UNSEEN = 0.05
+# Draws behind the mass of a mode.
+MASS_DRAWS = 1000
+# Nats by which Laplace's approximation may be wrong about a mode that counts.
+WRONG = 5.0
 
 
 def further_modes(
     target: Target,
-    known: Sequence[Gaussian],
+    home: Gaussian,
+    ends: Tensor,
     places: Tensor,
     seed: int,
     say: Callable[[str], None],
     over: Callable[[], bool] = lambda: False,
 ) -> list[Gaussian]:
-    r"""Normals at modes that the first starts have not led to.
+    r"""Normals at modes that lie apart from the one where the fit starts.
 
-    Nothing is done where they led to one mode alone. Otherwise ascents go on from
-    other places, draws from the prior where there are any, until
+    A mode is a point where Newton's steps have converged (`flowvi.peaks.finished`), and from
+    which every path found to another falls by a nat (`flowvi.peaks.apart`). Its mass is
+    estimated by draws from its normal, with a standard error. Ascents that do
+    not converge, as where the density has no bound, count for nothing.
+
+    Nothing more is done where the first ends of ascents, three more and the density's symmetries
+    lead to no other mode. Otherwise ascents go on from draws from the prior, until
 
     .. math:: n_1 / n < 0.05
 
@@ -43,7 +56,8 @@ def further_modes(
 
     Args:
         target: The log density.
-        known: The best Gaussian and what became of other starts.
+        home: The Gaussian that the fit starts with.
+        ends: Where ascents from the first start points have ended, (N, D).
         places: Points to start from, (N, D).
         seed: Of the draws.
         say: Takes a sentence about what was found.
@@ -53,43 +67,119 @@ def further_modes(
         Good (1953), "The population frequencies of species and the estimation of
         population parameters", Biometrika 40.
     """
-    best = max(g.elbo for g in known)
-    # Small ones may be many: what counts together counts.
-    modes = [g for g in distinct(known, len(known)) if g.elbo > best + math.log(SHARE)]
-    if target.dim > LARGE:
+    if target.dim > FULL_RANK_DIM:
+        # There is no room for curvatures.
         return []
-    found = symmetries(target, places)
-    for symmetry in found:
-        say(f"the density stays the same: {symmetry.words}")
-    mirrored = [z for g in modes for z in images(target, found, g.loc)][:MOST]
-    if len(modes) < 2 and not mirrored:
-        return []
+    climb = _Climb(target, home)
+    for end in ends:
+        climb.ended(end)
+    if target.dim <= LARGE:
+        for start in places[:FIRST]:
+            if not over():
+                climb.ended(ascend(target, start)[-1])
+    first = climb.count
+    if target.dim <= LARGE:
+        found = symmetries(target, places)
+        for symmetry in found:
+            say(f"the density stays the same: {symmetry.words}")
+        for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
+            climb.ended(image)
+        if climb.count > 1:
+            _more(climb, places[FIRST:], over)
+    if climb.count > 1:
+        say(
+            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
+            "of other ascents are none"
+        )
+    return _weighed(target, home, climb.peaks, seed, over)
+
+
+class _Climb:
+    """Where ascents end: in which mode, in a new one, or in none.
+
+    Args:
+        target: The log density.
+        home: The Gaussian that the fit starts with.
+    """
+
+    def __init__(self, target: Target, home: Gaussian) -> None:
+        self.target = target
+        top = finished(target, ascend(target, home.loc)[-1])
+        # Where there is no mode, as in a centred hierarchy, the place itself.
+        self.places: list[Tensor] = [home.loc if top is None else top.loc]
+        self.peaks: list[Peak] = []
+        self.hits = [0]
+        self.unfinished = 0
+
+    @property
+    def count(self) -> int:
+        """Modes so far, that of the start among them."""
+        return len(self.places)
+
+    def ended(self, end: Tensor) -> None:
+        """Count the end of an ascent."""
+        where = self._where(end)
+        if where is None:
+            self.unfinished += 1
+        else:
+            self.hits[where] += 1
+
+    def _where(self, end: Tensor) -> int | None:
+        seen = nearest(self.target, end, self.places)
+        if seen is not None:
+            return seen
+        peak = finished(self.target, end)
+        if peak is None:
+            return None
+        for i, place in enumerate(self.places):
+            if not apart(self.target, place, peak.loc, peak.scale_tril):
+                return i
+        self.places.append(peak.loc)
+        self.peaks.append(peak)
+        self.hits.append(0)
+        return len(self.places) - 1
+
+
+def _more(climb: _Climb, places: Tensor, over: Callable[[], bool]) -> None:
+    """Ascents from other places, until hardly any could lead to a mode not seen yet."""
+    before = sum(climb.hits)
+    for i, start in enumerate(places[:MOST]):
+        rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
+        if over() or climb.count > ENOUGH or (i >= FEWEST and rare):
+            return
+        climb.ended(ascend(climb.target, start)[-1])
+
+
+def _weighed(
+    target: Target, home: Gaussian, peaks: list[Peak], seed: int, over: Callable[[], bool]
+) -> list[Gaussian]:
+    """Normals at peaks, those that could matter, with the mass around each."""
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    shape = (JUDGE_DRAWS, target.dim)
-    judge = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
-    first, hits = len(modes), [0] * len(modes)
-    for i, start in enumerate([*mirrored, *places[:MOST]]):
-        others = max(i - len(mirrored), 0)
-        if i >= len(mirrored) and len(modes) < 2:
-            break
-        if over() or len(modes) >= ENOUGH or (others >= FEWEST and hits.count(1) < UNSEEN * others):
-            break
-        end = ascend(target, start)[-1]
-        where = _first(near(replace(g, loc=end), g) for g in modes)
-        if where is None:
-            new = score(target, laplace(target, end, f"Laplace at further mode {i}"), judge)
-            new = refine(target, new, generator, judge, False, TRY_ROUNDS)
-            where = _first(near(new, g) for g in modes)
-        if where is None:
-            where = len(modes)
-            modes.append(new)
-            hits.append(0)
-        hits[where] += 1
-    ascents = sum(hits)
-    others = len(modes) - first
-    say(f"{first} candidates for modes at first; {ascents} more starts led to {others} others")
-    return modes[first:]
+
+    def noise(n: int) -> Tensor:
+        shape = (n, target.dim)
+        return torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
+
+    judge, found = noise(JUDGE_DRAWS), []
+    for i, peak in enumerate(peaks):
+        laplace = peak.laplace(f"mode {i + 1}")
+        volume = laplace.log_det + target.dim / 2 * math.log(2 * math.pi)
+        if peak.height + float(volume) < home.elbo + math.log(SHARE) - WRONG:
+            continue
+        g = score(target, laplace, judge)
+        better = refine(target, g, generator, judge, False, TRY_ROUNDS, over)
+        # A low peak on the slope of a larger mass may be left for that.
+        g = better if nearest(target, better.loc, [peak.loc]) is not None else g
+        found.append(_with_mass(target, g, noise(MASS_DRAWS)))
+    return [g for g in found if math.isfinite(g.mass)]
 
 
-def _first(found: Iterable[bool]) -> int | None:
-    return next((i for i, yes in enumerate(found) if yes), None)
+def _with_mass(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
+    """The same Gaussian with the mass around it, by weighted draws."""
+    log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - g.log_det
+    log_w = (evaluate(target, g.at(eps)) - log_q).cpu().double()
+    log_w = log_w.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    if not log_w.isfinite().any():
+        return g
+    mass = smoothed_evidence(log_w.numpy(), psis(log_w.numpy()))
+    return replace(g, mass=mass.value, mass_se=mass.se)

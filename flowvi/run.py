@@ -114,9 +114,15 @@ class Kept:
         return self.judged.bound
 
     @property
+    def covered(self) -> float:
+        """Log of the mass that it covers: its bound and what that is below, if it is known."""
+        gap = self.judged.gap
+        return self.bound + gap if math.isfinite(gap) else self.bound
+
+    @property
     def words(self) -> list[str]:
         """What is missed, for the reasons of the verdict."""
-        seen = [sentence(self.missed, self.bound)] if self.missed else []
+        seen = [sentence(self.missed, self.covered)] if self.missed else []
         return [*seen, self.beyond] if self.beyond else seen
 
 
@@ -154,20 +160,21 @@ class Run:
         say, clock = self.record.log.append, self.settings.clock
         seen = look(self.target, self.seed(LOOK))
         say(str(seen))
-        best, others = best_gaussian(
+        best, others, ends = best_gaussian(
             self.target,
             self.seed(BUILD),
             starts_flat(self.name) if self.given is None else self.given.flat,
             say,
             lambda: clock.over(START_SHARE),
             seen.median,
+            seen.places,
         )
-        known = [best, *others]
         seed, over = self.seed(MODES), lambda: clock.over(2 * START_SHARE)
+        modes: list[Gaussian] = []
         with suppress(Interrupted), droppable():
             say(check_integrable(self.target, best))
-            return known + further_modes(self.target, known, seen.places, seed, say, over)
-        return known
+            modes = further_modes(self.target, best, ends, seen.places, seed, say, over)
+        return [best, *modes, *others]
 
     def _gaussian(self, state: Mapping[str, Any]) -> Gaussian:
         device = self.target.device
@@ -247,8 +254,8 @@ class Run:
         )
 
     def _left_out(self, kept: Kept) -> list[Gaussian]:
-        seed, over = self.seed(COVER), lambda: self.settings.clock.over(0.9)
-        return left_out(self.target, kept.guide, kept.bound, self.others, seed, over)
+        modes = [g for g in self.others if math.isfinite(g.mass)]
+        return left_out(self.target, kept.guide, kept.covered, modes, self.seed(COVER))
 
     def wide(self) -> Gaussian:
         """A normal for the target at a high temperature."""

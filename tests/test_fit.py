@@ -37,7 +37,7 @@ def banana() -> flowvi.Target:
 def test_the_gaussian_start_is_exact_for_a_normal_on_six_decades():
     target = correlated_normal()
 
-    found, _ = init.best_gaussian(target, 0, False, lambda line: None)
+    found = init.best_gaussian(target, 0, False, lambda line: None).best
 
     assert found.elbo == pytest.approx(0.7, abs=1e-6)
     assert found.loc[2].item() == pytest.approx(-2e3, abs=1.0)

@@ -78,5 +78,5 @@ def test_pathfinder_competes_among_the_candidates(precision):
 
     group = next(iter(init.candidates(target, generator)))
 
-    found = [init.score(target, g, judge) for g in group if g.name.startswith("Pathfinder")]
+    found = [init.score(target, g, judge) for g in group.normals if g.name.startswith("Pathfinder")]
     assert max(g.elbo for g in found) > -0.3

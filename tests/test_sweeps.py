@@ -74,7 +74,7 @@ def test_where_newton_goes_too_far_small_steps_follow(monkeypatch):
     found = {}
     for large in (300, 10):
         monkeypatch.setattr(init, "LARGE", large)
-        found[large], _ = init.best_gaussian(target, 1, False, lambda words: None)
+        found[large] = init.best_gaussian(target, 1, False, lambda words: None).best
 
     assert found[10].overshot and not found[300].overshot
     assert found[10].elbo > found[300].elbo - 0.5
