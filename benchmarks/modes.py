@@ -30,8 +30,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
 from random_models import random_model
 from zoo import ZOO
@@ -46,6 +45,7 @@ from flowvi.look import look
 from flowvi.modes import further_modes
 from flowvi.target import Target
 
+ROOT = Path(__file__).resolve().parents[1]
 Made = Callable[[], Target]
 
 # Among the models of the sets with one mode, those that have more, and how many.

@@ -233,9 +233,7 @@ def candidates(
         yield Group(group, path[-1])
 
 
-def _finite(
-    target: Target, starts: Tensor, median: Tensor | None, places: Tensor | None
-) -> Tensor:
+def _finite(target: Target, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
     """Start points with the prior's median for the last, and others for those without density."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
         # The last of them is random.
