@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -14,6 +14,7 @@ from scipy.optimize import minimize
 from torch import Tensor
 
 from flowvi.gaussians import (
+    Density,
     Gaussian,
     curvature,
     diagonal_of,
@@ -30,7 +31,6 @@ from flowvi.pathfinder import estimates
 from flowvi.peaks import finished, nearest
 from flowvi.stopping import Interrupted, droppable, up_to_now
 from flowvi.sweeps import swept
-from flowvi.target import Target
 
 Say = Callable[[str], None]
 
@@ -49,6 +49,23 @@ SIFT_DRAWS = 100
 AWARE = 2
 # A normal around a start point of which draws have no density is narrowed by this, so many times.
 NARROWER, TIMES = 0.1, 12
+
+
+class Space(Density, Protocol):
+    """A density with points to start from: a target, or one of theta and some rows."""
+
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the density is evaluated."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the density is evaluated."""
+
+    def starts(self, generator: torch.Generator) -> Tensor:
+        """Points to start from, (P, D)."""
 
 
 class Found(NamedTuple):
@@ -78,7 +95,7 @@ class Group(NamedTuple):
 
 
 def best_gaussian(
-    target: Target,
+    target: Space,
     seed: int,
     diagonal: bool,
     say: Say,
@@ -148,7 +165,7 @@ def best_gaussian(
     return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
 
 
-def _narrowed(target: Target, g: Gaussian, judge: Tensor) -> Gaussian:
+def _narrowed(target: Space, g: Gaussian, judge: Tensor) -> Gaussian:
     """A normal around a point of finite density, so narrow that its draws have one too."""
     if math.isfinite(g.elbo) or not evaluate(target, g.loc[None]).isfinite().all():
         return g
@@ -159,7 +176,7 @@ def _narrowed(target: Target, g: Gaussian, judge: Tensor) -> Gaussian:
     return g
 
 
-def _one_mode(target: Target, ends: list[Tensor]) -> bool:
+def _one_mode(target: Space, ends: list[Tensor]) -> bool:
     """Whether several ascents have all ended in one mode."""
     heights = evaluate(target, torch.stack(ends)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
     top = finished(target, ends[int(heights.argmax())])
@@ -167,7 +184,7 @@ def _one_mode(target: Target, ends: list[Tensor]) -> bool:
 
 
 def _flat_first(
-    target: Target,
+    target: Space,
     g: Gaussian,
     generator: torch.Generator,
     judge: Tensor,
@@ -185,7 +202,7 @@ def _flat_first(
 
 
 def settled(
-    target: Target,
+    target: Space,
     g: Gaussian,
     generator: torch.Generator,
     judge: Tensor,
@@ -203,7 +220,7 @@ def settled(
 
 
 def _settled(
-    target: Target,
+    target: Space,
     g: Gaussian,
     generator: torch.Generator,
     judge: Tensor,
@@ -221,7 +238,7 @@ def _settled(
 
 
 def candidates(
-    target: Target,
+    target: Space,
     generator: torch.Generator,
     median: Tensor | None = None,
     diagonal: bool = False,
@@ -252,7 +269,7 @@ def candidates(
         yield Group(group, path[-1])
 
 
-def _finite(target: Target, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
+def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
     """Start points with the prior's median for the last, and others for those without density."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
         # The last of them is random.
@@ -264,7 +281,7 @@ def _finite(target: Target, starts: Tensor, median: Tensor | None, places: Tenso
     return starts
 
 
-def _pathfinder(target: Target, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:
+def _pathfinder(target: Space, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:
     """Normals from the curvature along the path itself, at some of its points."""
     points = torch.stack(path)
     _, gradients = scores_in_chunks(target, points)
@@ -277,7 +294,7 @@ def _pathfinder(target: Target, path: list[Tensor], where: str, dense: bool) -> 
     return found
 
 
-def ascend(target: Target, start: Tensor) -> list[Tensor]:
+def ascend(target: Space, start: Tensor) -> list[Tensor]:
     """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
     path: list[Tensor] = []
 
@@ -302,7 +319,7 @@ def ascend(target: Target, start: Tensor) -> list[Tensor]:
     return path or [start]
 
 
-def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
+def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
     r"""The normal with precision :math:`|-\nabla^2 \log p(z)|` and its Newton step's mean.
 
     Absolute eigenvalues make it a density where the log density is not concave.
@@ -318,7 +335,7 @@ def laplace(target: Target, z: Tensor, name: str) -> Gaussian:
     return Gaussian(z + step, factor_of(covariance), name)
 
 
-def _newton(target: Target, z: Tensor, name: str) -> Gaussian:
+def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
     """Laplace's approximation after the Newton steps that L-BFGS left undone."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)

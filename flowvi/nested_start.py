@@ -110,10 +110,10 @@ def start(target: LocalTarget, seed: int) -> Start | None:
     places = torch.randperm(target.rows, generator=generator)[:many].sort().values
     density = SomeRows(target, places)
     try:
-        found, _ = best_gaussian(density, seed, density.dim > MOST_DENSE, lambda line: None)
+        found = best_gaussian(density, seed, density.dim > MOST_DENSE, lambda line: None)
     except (ValueError, torch.linalg.LinAlgError):
         return None
-    return _parted(found, target.shared.dim, target.dim)
+    return _parted(found.best, target.shared.dim, target.dim)
 
 
 def _parted(g: Gaussian, shared: int, dim: int) -> Start:
