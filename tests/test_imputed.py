@@ -72,6 +72,7 @@ def test_density_is_that_of_the_missing_elements(case):
     assert target.dim == rest + size
     z = torch.randn(3, target.dim, generator=torch.Generator().manual_seed(0)).to(target.dtype)
     values = target.constrain(z)
+    torch.testing.assert_close(target.unconstrain(values), z, rtol=1e-4, atol=1e-4)
     ladj = sum(v.reshape(3, -1).sum(-1) for v in target.latents(z)[1].values())
     for i in range(3):
         full = torch.where(seen.reshape(*seen.shape, *(1,) * (y.dim() - seen.dim())), y, 0.0)
