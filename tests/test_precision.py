@@ -185,15 +185,16 @@ def test_what_a_model_holds_in_single_is_rounded_once():
 def through(net):
     def model(x, y):
         w = pyro.sample("w", dist.Normal(torch.zeros(1), 1.0).to_event(1))
+        s = pyro.sample("s", dist.HalfNormal(torch.ones((), dtype=torch.float64)))
         with pyro.plate("row", len(y)):
-            pyro.sample("y", dist.Normal(net(w) + x, SCALE), obs=y)
+            pyro.sample("y", dist.Normal(net(w) + x, s), obs=y)
 
     return model
 
 
 @pytest.mark.parametrize("kind", ["float32", "float64"])
 def test_a_network_in_single_keeps_its_latents_in_single(kind):
-    """Beside data in double too; evaluated as a graph in double, and simulated as the model is."""
+    """Beside data and latents in double too; evaluated in double, and simulated as it is."""
     torch.set_default_dtype(torch.float32)
     net = nn.Linear(1, 1).requires_grad_(False)
     x, y = given(kind)
@@ -201,10 +202,13 @@ def test_a_network_in_single_keeps_its_latents_in_single(kind):
     draws = fit.draw(20)
 
     again = flowvi.predict(draws, x, y)
+    data = fit.target.predictive({name: draws[name][0] for name in ("w", "s")}, 0)
 
+    assert np.isfinite(data["y"]).all() and data["y"].shape == (20, 4)
     slope, shift = net.weight.double(), net.bias.double()
     mean = torch.as_tensor(draws["w"][0]) @ slope.T + shift + torch.as_tensor(x).double()
-    exact = dist.Normal(mean, SCALE).log_prob(torch.as_tensor(y).double())
+    width = torch.as_tensor(draws["s"][0]).unsqueeze(-1)
+    exact = dist.Normal(mean, width).log_prob(torch.as_tensor(y).double())
     torch.testing.assert_close(
         torch.as_tensor(again.log_likelihood["y"][0]).double(), exact, rtol=1e-6, atol=1e-6
     )

@@ -123,6 +123,21 @@ def test_they_are_trained_as_those_in_double(make, brief):
     np.testing.assert_allclose(fit.draw(50).log_p[0], again, rtol=1e-12)
 
 
+def test_a_callback_sees_them_as_they_are_after_its_step(brief):
+    seen = {torch.float32: [], torch.float64: []}
+    for dtype, values in seen.items():
+        torch.set_default_dtype(dtype)
+        target = from_pyro(tensor(), torch.tensor(Y))
+
+        def note(step, target=target, values=values):
+            values.append(value_of(target))
+
+        flowvi.fit(target, "fullrank", steps=5, lr=0.1, callback=note, progress=False)
+
+    assert abs(seen[torch.float32][0] - 0.5) > 0.01
+    np.testing.assert_allclose(*seen.values(), rtol=ROUNDING)
+
+
 def test_they_reach_the_maximum_of_the_evidence(brief):
     """Of y ~ N(loc, 2) with equal correlations, loc is the mean of the data."""
     target, fit = trained(tensor, torch.float32, steps=300)
