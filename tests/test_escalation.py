@@ -249,11 +249,11 @@ def test_fewer_draws_of_chains_are_thinned(ended_in_chains):
 
 
 def test_few_draws_of_chains_are_judged_by_all_of_them(ended_in_chains):
-    few, all_ = (flowvi.diagnose(ended_in_chains.draw(n)) for n in (50, 4000))
+    few, all_ = (flowvi.diagnose(ended_in_chains.draw(n)) for n in (100, 4000))
 
-    assert few.verdict == all_.verdict and few.draws == 200
+    assert few.verdict == all_.verdict and few.draws == 400
     (reason,) = few.reasons
-    assert reason.startswith("These are 200 of 4000 draws of Markov chains")
+    assert reason.startswith("These are 400 of 4000 draws of Markov chains")
     assert reason.endswith("fit.draw(1000).")
 
 
