@@ -11,12 +11,11 @@ the 20 verdicts differ from it, and the range of k-hat over the seeds.
 from __future__ import annotations
 
 import argparse
-import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
+import corpus
 import pyro
 import pyro.distributions as dist
 import torch
@@ -26,8 +25,9 @@ from torch.distributions import Gamma, constraints
 import flowvi
 from flowvi.diagnostics import VERDICTS
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
-from models import eight_schools, eight_schools_centered, funnel
+SCHOOLS, CENTRED, FUNNEL = map(
+    corpus.load_model, ("eight_schools", "eight_schools_centered", "funnel")
+)
 
 Y = torch.tensor([1.2, 0.4, 2.9, 1.7, 0.8])
 X = torch.arange(8.0) / 4
@@ -64,12 +64,12 @@ def rain() -> flowvi.Target:
 
 def schools() -> flowvi.Target:
     """Eight schools, non-centred."""
-    return flowvi.from_pyro(eight_schools.model, *eight_schools.data())
+    return flowvi.from_pyro(SCHOOLS.model, *SCHOOLS.data())
 
 
 def centred() -> flowvi.Target:
     """Eight schools, centred."""
-    return flowvi.from_pyro(eight_schools_centered.model, *eight_schools_centered.data())
+    return flowvi.from_pyro(CENTRED.model, *CENTRED.data())
 
 
 FITS: dict[str, tuple[Callable[[], flowvi.Target], str, int]] = {
@@ -78,7 +78,7 @@ FITS: dict[str, tuple[Callable[[], flowvi.Target], str, int]] = {
     "schools, mean field": (schools, "meanfield", 100),
     "centred, realnvp": (centred, "realnvp", 200),
     "centred, planar": (centred, "planar", 200),
-    "funnel, realnvp": (lambda: flowvi.from_pyro(funnel.model), "realnvp", 200),
+    "funnel, realnvp": (lambda: flowvi.from_pyro(FUNNEL.model), "realnvp", 200),
     "normal, realnvp": (lambda: flowvi.from_pyro(normal, Y), "realnvp", 100),
     "normal, full rank": (lambda: flowvi.from_pyro(normal, Y), "fullrank", 100),
     "line, realnvp": (lambda: flowvi.from_pyro(line, X, LINE), "realnvp", 200),
