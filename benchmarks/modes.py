@@ -21,6 +21,7 @@ import sys
 import time
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -81,7 +82,7 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
         spent += z.numel() // z.shape[-1]
         return log_prob(self, z, *rest)
 
-    Target.log_prob = counting  # type: ignore[method-assign]
+    Target.log_prob = counting  # type: ignore[method-assign, assignment]
     try:
         seen, flat = look(target, seed), guide_name == "meanfield"
         best, _, ends = best_gaussian(
@@ -102,7 +103,7 @@ def made_at_random(count: int) -> Iterator[tuple[str, Made]]:
     """Generalized linear and hierarchical models."""
     for seed in range(count):
         words, model, args = random_model(seed)
-        yield f"{seed}: {words}", lambda model=model, args=args: flowvi.from_pyro(model, *args)
+        yield f"{seed}: {words}", partial(flowvi.from_pyro, model, *args)
 
 
 def of_the_tests() -> Iterator[tuple[str, Made]]:
@@ -210,7 +211,7 @@ def with_several() -> Iterator[tuple[str, Made, int]]:
     yield "labels of three components", lambda: flowvi.from_pyro(labels, y), 6
     x = torch.randn(12, 1, generator=generator) * torch.tensor([1.0, -0.8, 0.6])
     y = x + 0.5 * torch.randn(12, 3, generator=generator)
-    yield "signs of a factor", lambda y=y: flowvi.from_pyro(factors, y), 2
+    yield "signs of a factor", partial(flowvi.from_pyro, factors, y), 2
 
 
 def rows(given: argparse.Namespace) -> Iterator[tuple[str, str, Made, int]]:
