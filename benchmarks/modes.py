@@ -20,7 +20,8 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -76,10 +77,10 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
     """The start, the search for modes and the check of a Gaussian without training."""
     spent, log_prob, began = 0, Target.log_prob, time.perf_counter()
 
-    def counting(self: Target, z: Tensor, *rest: Any) -> Tensor:
+    def counting(self: Target, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         nonlocal spent
         spent += z.numel() // z.shape[-1]
-        return log_prob(self, z, *rest)
+        return log_prob(self, z, batch)
 
     Target.log_prob = counting  # type: ignore[method-assign]
     try:
@@ -102,7 +103,7 @@ def made_at_random(count: int) -> Iterator[tuple[str, Made]]:
     """Generalized linear and hierarchical models."""
     for seed in range(count):
         words, model, args = random_model(seed)
-        yield f"{seed}: {words}", lambda model=model, args=args: flowvi.from_pyro(model, *args)
+        yield f"{seed}: {words}", partial(flowvi.from_pyro, model, *args)
 
 
 def of_the_tests() -> Iterator[tuple[str, Made]]:
@@ -207,10 +208,10 @@ def with_several() -> Iterator[tuple[str, Made, int]]:
     yield "wells", _plain(wells, 3), 8
     generator = torch.Generator().manual_seed(0)
     y = torch.cat([m + 0.3 * torch.randn(15, generator=generator) for m in (-4.0, 0.0, 5.0)])
-    yield "labels of three components", lambda: flowvi.from_pyro(labels, y), 6
+    yield "labels of three components", partial(flowvi.from_pyro, labels, y), 6
     x = torch.randn(12, 1, generator=generator) * torch.tensor([1.0, -0.8, 0.6])
     y = x + 0.5 * torch.randn(12, 3, generator=generator)
-    yield "signs of a factor", lambda y=y: flowvi.from_pyro(factors, y), 2
+    yield "signs of a factor", partial(flowvi.from_pyro, factors, y), 2
 
 
 def rows(given: argparse.Namespace) -> Iterator[tuple[str, str, Made, int]]:

@@ -107,8 +107,8 @@ def best_gaussian(
     )
     blind, aware, ends = [], [], []
     for group in candidates(target, generator, median, diagonal, places):
-        first, *rest = group.normals
-        blind.append(_narrowed(target, score(target, first, judge), judge))
+        plain, *rest = group.normals
+        blind.append(_narrowed(target, score(target, plain, judge), judge))
         few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
         sifted = [score(target, g, few) for g in rest]
         aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
