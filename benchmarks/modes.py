@@ -20,7 +20,7 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -77,12 +77,12 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
     """The start, the search for modes and the check of a Gaussian without training."""
     spent, log_prob, began = 0, Target.log_prob, time.perf_counter()
 
-    def counting(self: Target, z: Tensor, *rest: Any) -> Tensor:
+    def counting(self: Target, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         nonlocal spent
         spent += z.numel() // z.shape[-1]
-        return log_prob(self, z, *rest)
+        return log_prob(self, z, batch)
 
-    Target.log_prob = counting  # type: ignore[method-assign, assignment]
+    Target.log_prob = counting  # type: ignore[method-assign]
     try:
         seen, flat = look(target, seed), guide_name == "meanfield"
         best, _, ends = best_gaussian(
@@ -208,7 +208,7 @@ def with_several() -> Iterator[tuple[str, Made, int]]:
     yield "wells", _plain(wells, 3), 8
     generator = torch.Generator().manual_seed(0)
     y = torch.cat([m + 0.3 * torch.randn(15, generator=generator) for m in (-4.0, 0.0, 5.0)])
-    yield "labels of three components", lambda: flowvi.from_pyro(labels, y), 6
+    yield "labels of three components", partial(flowvi.from_pyro, labels, y), 6
     x = torch.randn(12, 1, generator=generator) * torch.tensor([1.0, -0.8, 0.6])
     y = x + 0.5 * torch.randn(12, 3, generator=generator)
     yield "signs of a factor", partial(flowvi.from_pyro, factors, y), 2

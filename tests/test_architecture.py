@@ -27,7 +27,7 @@ LAYERS = [
     {
         *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),
         *("schedule", "checkpoint", "threads", "init", "gaussians", "sweeps", "pathfinder", "look"),
-        *("unbounded",),
+        *("unbounded", "peaks"),
         *("modes", "symmetry", "coverage"),
         *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
         *("tempering", "anneal", "bootstrap", "chains", "nuts"),
