@@ -292,7 +292,7 @@ def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
 
     fit = flowvi.fit(target, budget=budget, progress=False)
 
-    # The start of one Gaussian, the choice of an iterate and a check are finished.
-    assert budget < fit.meta["seconds"] < budget + 30
+    # The start at one point, the choice of an iterate and a check are finished: 1200 calls.
+    assert budget < fit.meta["seconds"] < budget + 60
     assert math.isfinite(fit.bounds[0])
     assert np.isfinite(fit.draw(100).log_p).all()
