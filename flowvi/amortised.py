@@ -86,11 +86,26 @@ class SharedAmortised(Amortised):
         encoder: As for `Amortised`, to C numbers.
         guide: A guide with a context of length C + G.
         mix: From theta, in the context c_n, to what is added.
+
+    Attributes:
+        origin, widths: Units in which it sees theta, (G) each; 0 and 1 at first.
     """
+
+    origin: Tensor
+    widths: Tensor
 
     def __init__(self, encoder: nn.Module, guide: Guide, mix: Perceptron) -> None:
         super().__init__(encoder, guide)
         self.mix = mix
+        self.register_buffer("origin", torch.zeros(mix.first.in_features))
+        self.register_buffer("widths", torch.ones(mix.first.in_features))
+
+    def given(self, seen: Tensor, theta: Tensor) -> Tensor:
+        """The context of rows and values of theta. (B, C), (T, G) -> (T, B, C + G)."""
+        unit = ((theta - self.origin) / self.widths).to(seen.dtype).unsqueeze(1)
+        lead = (len(theta), len(seen))
+        both = torch.cat([seen.expand(*lead, -1), unit.expand(*lead, -1)], -1)
+        return both + self.mix(unit, seen)
 
 
 class PerRow(RowGuide):

@@ -35,7 +35,7 @@ READABLE = (1, 2)
 MANIFEST = "fit.json"
 # The kinds of a fit that has latents for each row, alone or beside those that all rows share.
 ROWS, NESTED = "rows", "nested"
-HISTORY, OWN, CHAINS, UNITS = "history", "target", "chains", "units"
+HISTORY, OWN, CHAINS = "history", "target", "chains"
 FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
 NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
 
@@ -76,9 +76,7 @@ def save_nested(fit: NestedFit, folder: str | os.PathLike[str]) -> Path:
     """Write a fit of latents of rows and of those that they share to a folder."""
     target = fit.density.target
     manifest = {"kind": NESTED, "latents": _all_latents(target), "log": fit.log, "meta": fit.meta}
-    units = {"origin": fit.density.origin, "widths": fit.density.widths}
-    guides = [fit.guide, fit.density.inner]
-    return _save_rows(folder, guides, fit.history, target, manifest, {UNITS: units})
+    return _save_rows(folder, [fit.guide, fit.density.inner], fit.history, target, manifest)
 
 
 def _save_rows(
@@ -87,10 +85,9 @@ def _save_rows(
     history: Mapping[str, Any],
     target: LocalTarget,
     manifest: dict[str, Any],
-    more: Mapping[str, dict[str, Tensor]] | None = None,
 ) -> Path:
     path = made(folder, "a fit")
-    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(guides)} | dict(more or {})
+    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(guides)}
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in history.items()}
     own: dict[str, Tensor] = dict(target.named_parameters())
     if own:
@@ -259,20 +256,8 @@ def _load_nested(
     read_module(file[0], rows, file[1])
     if files.has(OWN):
         _fill_own(target, *files.of(OWN))
-    density = Nested(target, rows, sees_theta, _units(files, target.shared.dim))
+    density = Nested(target, rows, sees_theta)
     return NestedFit(density, theta, particles, _history(files), meta, list(manifest["log"]))
-
-
-def _units(files: _Files, dim: int) -> tuple[Tensor, Tensor] | None:
-    """Origin and widths in which the guide of rows sees theta; files of before have none."""
-    if not files.has(UNITS):
-        return None
-    file, seal = files.of(UNITS)
-    found = read_tensors(file, seal)
-    shapes = {name: tuple(value.shape) for name, value in found.items()}
-    if shapes != {"origin": (dim,), "widths": (dim,)}:
-        raise CheckpointError(f"{file} holds no origin and widths of {dim} numbers.")
-    return found["origin"], found["widths"]
 
 
 def _chains(target: Target, files: _Files) -> dict[str, Tensor]:

@@ -53,26 +53,11 @@ class Nested(nn.Module):
         inner: The guide of a row; its context is that of the row, then theta where
             `sees_theta`.
         sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x).
-        units: Origin and widths in which the inner guide sees theta, (G) each; 0 and 1 without.
     """
 
-    origin: Tensor
-    widths: Tensor
-
-    def __init__(
-        self,
-        target: LocalTarget,
-        inner: Amortised,
-        sees_theta: bool,
-        units: tuple[Tensor, Tensor] | None = None,
-    ) -> None:
+    def __init__(self, target: LocalTarget, inner: Amortised, sees_theta: bool) -> None:
         super().__init__()
-        assert target.shared is not None
         self.target, self.inner, self.sees_theta = target, inner, sees_theta
-        zero = torch.zeros(target.shared.dim, dtype=target.dtype, device=target.device)
-        origin, widths = (zero, zero + 1) if units is None else (u.to(zero) for u in units)
-        self.register_buffer("origin", origin)
-        self.register_buffer("widths", widths)
 
     def rows(self, theta: Tensor, batch: Batch, bound: Renyi) -> Tensor:
         """Bounds on the log likelihood of rows. (T, G) -> (T, B).
@@ -84,12 +69,11 @@ class Nested(nn.Module):
         """
         seen = self.inner.context(batch)
         context = seen.expand(len(theta), *seen.shape)
-        if self.sees_theta:
-            unit = ((theta - self.origin) / self.widths).to(seen.dtype)
-            shared = unit.unsqueeze(1).expand(*context.shape[:-1], -1)
+        if self.sees_theta and isinstance(self.inner, SharedAmortised):
+            context = self.inner.given(seen, theta)
+        elif self.sees_theta:
+            shared = theta.to(seen.dtype).unsqueeze(1).expand(*context.shape[:-1], -1)
             context = torch.cat([context, shared], -1)
-            if isinstance(self.inner, SharedAmortised):
-                context = context + self.inner.mix(unit.unsqueeze(1), seen)
 
         def log_p(z: Tensor) -> Tensor:
             return self.target.log_prob(z, batch, theta)
@@ -388,7 +372,7 @@ def _begun(
     if not fresh[1]:
         return Nested(target, rows, sees_theta)
     found.begin(rows, sees_theta)
-    return Nested(target, rows, sees_theta, (found.loc, found.widths))
+    return Nested(target, rows, sees_theta)
 
 
 def _array(t: Tensor) -> np.ndarray:

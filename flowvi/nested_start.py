@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowvi.amortised import Amortised
+from flowvi.amortised import Amortised, SharedAmortised
 from flowvi.flows import Diagonal, Triangular
 from flowvi.gaussians import Gaussian
 from flowvi.guides import Pushforward
@@ -50,6 +50,9 @@ class Start(NamedTuple):
             sees_theta: Whether it does.
         """
         inner.start(self.centre, self.spread)
+        if isinstance(inner, SharedAmortised):
+            inner.origin.copy_(self.loc)
+            inner.widths.copy_(self.widths)
         affine = inner.guide.affine if isinstance(inner.guide, Pushforward) else None
         if sees_theta and isinstance(affine, Diagonal | Triangular):
             slope = self.slope * self.widths

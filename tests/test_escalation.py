@@ -286,7 +286,11 @@ def test_a_budget_is_a_positive_number(budget):
         flowvi.fit(heavy(), budget=budget)
 
 
-@pytest.mark.parametrize("budget", [20.0, 100.0])
+# What the same fit takes without a budget, by the clock of this test.
+UNLIMITED = 93
+
+
+@pytest.mark.parametrize("budget", [5.0, 20.0])
 def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
     """By a clock that goes by evaluations: of a start, of training and of attempts."""
     target, calls = two_bumps(), []
@@ -301,7 +305,7 @@ def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
 
     fit = flowvi.fit(target, budget=budget, progress=False)
 
-    # The start of one Gaussian, the choice of an iterate and a check are finished.
-    assert budget < fit.meta["seconds"] < budget + 30
+    # The start at one point, the choice of an iterate and a check are finished: 1200 calls.
+    assert budget < fit.meta["seconds"] < budget + 60 < UNLIMITED
     assert math.isfinite(fit.bounds[0])
     assert np.isfinite(fit.draw(100).log_p).all()
