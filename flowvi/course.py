@@ -127,7 +127,8 @@ class Course:
         norms, failures, self.guard.skipped = state["guard"]
         self.guard.norms.extend(norms)
         self.guard.failures.extend(failures)
-        self.level.restore(state["level"])
+        if "level" in state:  # states of earlier versions have none
+            self.level.restore(state["level"])
         mean, self.average.count = state["average"]
         self.average.mean = None if mean is None else mean.to(self.start)
 

@@ -104,12 +104,14 @@ def run_chains(
         "divergences": int(stats["diverging"].sum()),
     }
     seconds = time.perf_counter() - began
+    # A check of the guide's own draws says nothing of chains.
+    kept = {name: fact for name, fact in meta.items() if name != "check"}
     with torch.no_grad():
         done = tabulate(
             target,
             len(runs[0].u),
             [_pieces(potential, run.u) for run in runs],
-            {**meta, "mcmc": facts, "seed": seed, "seconds": seconds},
+            {**kept, "mcmc": facts, "seed": seed, "seconds": seconds},
             stats,
         )
     diagnosis = diagnose(done)

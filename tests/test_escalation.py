@@ -287,7 +287,7 @@ def test_a_budget_is_a_positive_number(budget):
 
 
 # What the same fit takes without a budget, by the clock of this test.
-UNLIMITED = 93
+UNLIMITED = 116
 
 
 @pytest.mark.parametrize("budget", [5.0, 20.0])
@@ -305,7 +305,8 @@ def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
 
     fit = flowvi.fit(target, budget=budget, progress=False)
 
-    # The start at one point, the choice of an iterate and a check are finished: 1200 calls.
-    assert budget < fit.meta["seconds"] < budget + 60 < UNLIMITED
+    # The start at one point, the choice of an iterate and a check are finished: 1200 calls. What
+    # would not be is not begun.
+    assert 0.8 * budget < fit.meta["seconds"] < budget + 60 < UNLIMITED
     assert math.isfinite(fit.bounds[0])
     assert np.isfinite(fit.draw(100).log_p).all()

@@ -114,7 +114,14 @@ def test_precision_is_the_data_s(name, arguments):
     torch.testing.assert_close(target.log_prob(z), double, rtol=1e-12, atol=0.0)
 
 
-@pytest.mark.parametrize("name", MODELS)
+# These take up to a minute each, and run under the precision that users have alone.
+LONG = {"lotka_volterra", "last_layer_digits", "bnn_moons", "bnn_regression", "irt_2pl"}
+BOTH = [
+    (name, d) for name in MODELS for d in ("single", "double") if d == "single" or name not in LONG
+]
+
+
+@pytest.mark.parametrize(("name", "default"), BOTH, indirect=["default"])
 def test_a_short_fit_has_a_finite_bound(name, arguments, brief, default):
     target = flowvi.from_pyro(load(name).model, *arguments(name))
 

@@ -1,6 +1,7 @@
 """The examples of the README and the documentation run, and their links lead somewhere."""
 
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -25,8 +26,8 @@ def few_steps(monkeypatch, brief) -> None:
     monkeypatch.setattr(sys.modules["flowvi.escalation"], "ATTEMPTS", ())
 
 
-@pytest.fixture(scope="module")
-def results(tmp_path_factory) -> Path:
+@pytest.fixture(scope="session")
+def fitted(tmp_path_factory) -> Path:
     """A folder in which `flowvi fit` has left the results of eight schools."""
     folder = tmp_path_factory.mktemp("docs")
     model, out = ROOT / "models/eight_schools.py", folder / "results/eight_schools"
@@ -34,6 +35,12 @@ def results(tmp_path_factory) -> Path:
     done = CliRunner().invoke(main, ["fit", str(model), "--out", str(out), *options])
     assert done.exit_code in (0, 3), done.output
     return folder
+
+
+@pytest.fixture
+def results(fitted, tmp_path) -> Path:
+    """A copy of that folder, where no other page has written."""
+    return Path(shutil.copytree(fitted, tmp_path / "docs"))
 
 
 @pytest.mark.parametrize("page", [name for name, p in PAGES.items() if FENCE.search(p.read_text())])

@@ -158,7 +158,7 @@ class _Capture:
                 likelihood,
                 simulate,
                 self._latents,
-                self.layout.latents,
+                self._as_given(),
                 again,
                 self._met,
                 discrete,
@@ -169,9 +169,21 @@ class _Capture:
             data,
         )
 
+    def _as_given(self) -> Mapping[str, Any]:
+        """Pyro's record of the latent sites in one run in the precision of the data as given."""
+        if self.runner.precision is None:
+            return self.layout.latents
+        args, kwargs = self.runner.given
+        try:
+            found = self._met(args, kwargs)
+        except Exception:  # only in one precision do they go together
+            return self.layout.latents
+        return {name: found.get(name, site) for name, site in self.layout.latents.items()}
+
     def _met(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """Pyro's record of the latent sites in one run with other arguments."""
-        runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
+        # As Pyro runs it, in the precision of these arguments.
+        runner = replace(self.runner, args=args, kwargs=kwargs, drawn={}, precision=None)
         with own_randomness(0):
             nodes = runner.prior(validate=False)[0].nodes
         return {name: nodes[name] for name in self.layout.latents if name in nodes}

@@ -140,15 +140,15 @@ class Runner:
         """Say what the model failed of, if it is to be seen in its arguments."""
         if isinstance(error, ModelError):
             return
-        several = ""
-        if isinstance(error, RuntimeError):
-            several = self._devices(last.devices) or self._precisions(error, last)
+        several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""
         cause = ""
         if isinstance(error, ValueError | IndexError):
             cause = scores.not_finite_in(self.arguments()).strip()
         args, kwargs = self.given
         named = self._named(args, kwargs) or {"args": args, **kwargs}
         odd = "" if several or cause else not_numbers(named, error)
+        if isinstance(error, RuntimeError) and not (several or odd):
+            several = self._precisions(error, last)
         if several or cause or odd:
             first = str(error).partition("\n")[0][:LONGEST]
             words = " ".join(filter(None, (several, cause, odd, first)))
