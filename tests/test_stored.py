@@ -21,7 +21,7 @@ from flowvi import checkpoint, journal, shelf
 
 STORED = Path(__file__).parent / "stored"
 STEPS, CUT = 12, 8
-# Bounds of the whole fit, by the version that wrote the checkpoint. A later one may start elsewhere.
+# Bounds of the whole fit by the version that wrote the checkpoint; later ones may start elsewhere.
 BOUNDS = {
     "checkpoint-1": [
         *(-0.707555237971, -0.721938792644, -0.67689704426, -0.744523531434),
