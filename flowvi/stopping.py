@@ -12,14 +12,11 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import FrameType
-from typing import TYPE_CHECKING, TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
 from flowvi import parallel
-
-if TYPE_CHECKING:
-    from flowvi.records import Judged
 
 BLOCK, TRIM = 10, 2
 LEAST = 400
@@ -44,7 +41,7 @@ _CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
 class Interrupted(Exception):
     """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
 
-    def __init__(self, judged: Judged | None = None) -> None:
+    def __init__(self, judged: Any = None) -> None:
         super().__init__("interrupted")
         self.judged = judged
 

@@ -184,7 +184,7 @@ class _Capture:
         """Pyro's record of the latent sites in one run with other arguments."""
         # As Pyro runs it, in the precision of these arguments.
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={}, precision=None)
-        with own_randomness(0):
+        with own_randomness(0), store_aside():
             nodes = runner.prior(validate=False)[0].nodes
         return {name: nodes[name] for name in self.layout.latents if name in nodes}
 
