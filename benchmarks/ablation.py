@@ -25,11 +25,13 @@ from evidence import ROOT, TARGETS
 from torch import Tensor
 
 import flowvi
-from flowvi import run, training
-from flowvi.gaussians import Gaussian
-from flowvi.init import Found, best_gaussian
-from flowvi.records import Trial
-from flowvi.schedule import Guard, constant
+from flowvi.fitting import restart
+from flowvi.initialization.candidates import Found, best_gaussian
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.training import trainer
+from flowvi.training.guard import Guard
+from flowvi.training.learning_rate import constant
+from flowvi.training.records import Trial
 
 DRAWS = 20_000
 DEFAULT = ("eight_schools", "funnel", "brownian", "ionosphere")
@@ -68,16 +70,19 @@ def steady(step: int, steps: int, lr: float, warm: bool = True) -> float:
 # What is put in place of what.
 LEFT_OUT: dict[str, list[tuple[Any, str, Any]]] = {
     "nothing": [],
-    "the start": [(run, "best_gaussian", standard), (run, "check_integrable", lambda *a: "")],
-    "full rank in the start": [(run, "best_gaussian", diagonal)],
+    "the start": [
+        (restart, "best_gaussian", standard),
+        (restart, "check_integrable", lambda *a: ""),
+    ],
+    "full rank in the start": [(restart, "best_gaussian", diagonal)],
     "path gradients": [],
-    "the decay of the step": [(training, "decayed", steady)],
-    "averaging": [(training, "LAST_RATE", 0.0)],
+    "the decay of the step": [(trainer, "decayed", steady)],
+    "averaging": [(trainer, "LAST_RATE", 0.0)],
     "clipping (skips instead)": [(Guard, "admits", skipping)],
-    "later stages": [(run, "MOST_STAGES", 1)],
-    "depth (4 couplings)": [(run, "_depth", lambda gap: 4)],
+    "later stages": [(restart, "MOST_STAGES", 1)],
+    "depth (4 couplings)": [(restart, "_depth", lambda gap: 4)],
     "the search for a step size": [
-        (training.Trainer, "search", lambda self: Trial(training.RATES[1], -math.inf))
+        (trainer.Trainer, "search", lambda self: Trial(trainer.RATES[1], -math.inf))
     ],
     "the flow": [],
 }

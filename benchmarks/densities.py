@@ -15,9 +15,11 @@ from torch.distributions import constraints
 import flowvi
 from flowvi import Site, Target
 from flowvi.flows import FLOWS, Triangular
-from flowvi.guides import FlowGuide, Guide, LogDensity, mixture
+from flowvi.guides import FlowGuide, Guide, LogDensity
+from flowvi.guides.registry import mixture
 from flowvi.objectives import elbo
-from flowvi.schedule import Guard, decayed
+from flowvi.training.guard import Guard
+from flowvi.training.learning_rate import decayed
 
 PARTICLES = 256
 LEARNING_RATE = 5e-3

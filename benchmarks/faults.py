@@ -26,8 +26,11 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import init, journal, run, training
-from flowvi.files import CheckpointError
+from flowvi.fitting import restart
+from flowvi.initialization import candidates
+from flowvi.runtime.files import CheckpointError
+from flowvi.training import resume as journal
+from flowvi.training import trainer
 
 STEPS = 40
 Fault = Callable[[Path, np.random.Generator], bool]
@@ -188,8 +191,10 @@ def main() -> None:
     torch.set_num_threads(1)
     journal.EVERY = journal.SPARED = 0.0
     # A short search for a start and few draws to judge by: what is hurt are the files.
-    init.TRY_ROUNDS = init.REFINE_ROUNDS = init.NEWTON_STEPS = init.PATH_POINTS = 1
-    run.CHECK_DRAWS = training.JUDGE_DRAWS = 400
+    candidates.TRY_ROUNDS = candidates.REFINE_ROUNDS = candidates.NEWTON_STEPS = (
+        candidates.PATH_POINTS
+    ) = 1
+    restart.CHECK_DRAWS = trainer.JUDGE_DRAWS = 400
     faults, rng = Faults(), np.random.default_rng(given.seed)
     rows: list[tuple[str, str, int, Fault]] = [
         ("`kill -9`", "at a random moment", given.kills, faults.killed(signal.SIGKILL)),

@@ -3,11 +3,11 @@
     python benchmarks/growth.py [--figure docs/images/growth.png]
 
 A step is the ELBO of K draws with its STL gradient, by autograd, on one thread. Seconds are of
-the processor, medians; bytes are the most that tensors hold at the same time (`flowvi.memory.peak`)
-beside the parameters. Slopes are of a line through the logarithms at sizes within a factor of 100
-of the largest. D: a normal density, K = 16. K: the same with D = 10. N: logistic regression on ten
-covariates, all rows in each step, K = 16. The last two rows of the table are `draw` with a limit of
-64 MB: K draws scored by 1,000 rows, and 100 draws by N.
+the processor, medians; bytes are the most that tensors hold at the same time
+(`flowvi.runtime.memory.peak`) beside the parameters. Slopes are of a line through the logarithms at
+sizes within a factor of 100 of the largest. D: a normal density, K = 16. K: the same with D = 10.
+N: logistic regression on ten covariates, all rows in each step, K = 16. The last two rows of the
+table are `draw` with a limit of 64 MB: K draws scored by 1,000 rows, and 100 draws by N.
 """
 
 from __future__ import annotations
@@ -25,10 +25,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 import flowvi
-from flowvi import memory
-from flowvi.draws import draw
-from flowvi.guides import FULL_RANK_DIM, Guide, make_guide
+from flowvi.draws.sampling import draw
+from flowvi.guides import Guide, make_guide
+from flowvi.guides.guide import FULL_RANK_DIM
 from flowvi.objectives import elbo
+from flowvi.runtime import memory
 
 GUIDES = ("meanfield", "lowrank", "fullrank", "realnvp", "iaf")
 # What the guide's formula says of large D, for one draw.

@@ -38,13 +38,13 @@ from zoo import ZOO
 from zoo.exact import EXACT
 
 import flowvi
-from flowvi.coverage import left_out
 from flowvi.guides import make_guide
-from flowvi.init import best_gaussian
-from flowvi.judging import judge
-from flowvi.look import look
-from flowvi.modes import further_modes
-from flowvi.target import Target
+from flowvi.initialization.candidates import best_gaussian
+from flowvi.initialization.missed_modes import left_out
+from flowvi.initialization.modes import further_modes
+from flowvi.initialization.preflight import look
+from flowvi.targets import Target
+from flowvi.training.evaluation import judge
 
 ROOT = Path(__file__).resolve().parents[1]
 Made = Callable[[], Target]

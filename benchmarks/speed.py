@@ -38,7 +38,7 @@ from step_rivals import RIVALS
 
 import flowvi
 from flowvi.guides import make_guide
-from flowvi.records import Step
+from flowvi.training.records import Step
 
 STEPS = 50
 # flowvi's first steps, in which it compiles.

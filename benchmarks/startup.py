@@ -72,19 +72,19 @@ def run(model: Path, out: Path) -> dict[str, float]:
 
     lap("Pyro")
     torch.set_num_threads(1)
-    from flowvi import restarts
-    from flowvi.cli import fitting, main, results
-    from flowvi.run import Run
+    from flowvi.cli import fit, main, results
+    from flowvi.fitting import executors
+    from flowvi.fitting.restart import Run
 
     lap("the rest of flowvi and its commands")
-    timed(spent, "model file and capture", fitting, "load_target")
-    timed(spent, "fit", fitting, "fit")
+    timed(spent, "model file and capture", fit, "load_target")
+    timed(spent, "fit", fit, "fit")
     timed(spent, "look and start", Run, "_start")
     timed(spent, "training", Run, "improve")
     timed(spent, "checks", Run, "check")
-    timed(spent, "escalation beside these", restarts, "escalate")
+    timed(spent, "escalation beside these", executors, "escalate")
     for name in ("diagnose", "_report"):
-        timed(spent, "draws, verdict and resampling", fitting, name)
+        timed(spent, "draws, verdict and resampling", fit, name)
     for name in ("summary", "_netcdf"):
         timed(spent, "ArviZ, summary, posterior.nc", results, name)
     for name in ("_loss", "_pair", "write_report"):

@@ -24,10 +24,10 @@ import torch
 from torch import Tensor, nn
 
 import flowvi
-from flowvi.compiling import Bound, Compilation, trace
 from flowvi.guides import make_guide
 from flowvi.objectives import elbo
-from flowvi.target.program import PATIENCE
+from flowvi.targets.recording.program import PATIENCE
+from flowvi.training.compiling import Bound, Compilation, trace
 
 REPEATS = 100
 

@@ -25,8 +25,9 @@ from torch import Tensor, nn
 
 import flowvi
 from flowvi.bnn import Bayesian
-from flowvi.draws import Draws, tabulate
-from flowvi.init import ascend, laplace
+from flowvi.draws.draws import Draws
+from flowvi.draws.sampling import tabulate
+from flowvi.initialization.candidates import ascend, laplace
 
 DRAWS = 500
 ENSEMBLE = 5

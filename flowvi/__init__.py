@@ -1,35 +1,38 @@
 """flowvi: normalizing-flow guides for arbitrary Bayesian models."""
 
+import sys
+
 from flowvi._version import __version__
-from flowvi.amortised import Amortised, PerRow
-from flowvi.blocks import BlockGuide, Blocks
+from flowvi.analysis.compare import compare
+from flowvi.analysis.evidence import evidence
+from flowvi.analysis.loo import loo
+from flowvi.analysis.neutra import neutra
+from flowvi.analysis.sbc import sbc
 from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
-from flowvi.checkpoint import load
-from flowvi.compare import compare
-from flowvi.draws import Draws, bounds, diagnose, resample, where
-from flowvi.evidence import evidence
-from flowvi.fit import Fit, fit
+from flowvi.compat import arviz_groups as groups
+from flowvi.draws.diagnose import bounds, diagnose, where
+from flowvi.draws.draws import Draws, RowDraws
+from flowvi.draws.prediction import Prediction, predict
+from flowvi.draws.resampling import resample
+from flowvi.draws.row_bounds import RowBounds
+from flowvi.fitting.fit import fit
+from flowvi.fitting.fit_nested import nested
+from flowvi.fitting.load import load
+from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES, FlowGuide, FullRank, MeanField
-from flowvi.inference_data import to_inference_data
-from flowvi.loo import loo
-from flowvi.minibatch import Minibatch
-from flowvi.multiplicative import Multiplicative
-from flowvi.nested import NestedFit, nested
-from flowvi.neutra import neutra
+from flowvi.guides import GUIDES, BlockGuide, Blocks, FlowGuide, FullRank, MeanField, Multiplicative
+from flowvi.guides.amortized import Amortised, PerRow
+from flowvi.interop.inference_data import to_inference_data
+from flowvi.interop.pyro_distribution import GuideDistribution
+from flowvi.interop.pyro_elbo import IWELBO
+from flowvi.interop.pyro_guide import PyroGuide, pyro_guide
+from flowvi.interop.pyro_row_guide import RowPyroGuide
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
-from flowvi.predict import Prediction, predict
-from flowvi.pyro_elbo import IWELBO
-from flowvi.pyro_guide import PyroGuide, pyro_guide
-from flowvi.pyro_parts import GuideDistribution
-from flowvi.records import Step
-from flowvi.report import report
-from flowvi.row_draws import RowBounds, RowDraws
-from flowvi.row_fit import RowFit
-from flowvi.row_pyro_guide import RowPyroGuide
-from flowvi.row_training import Epoch
-from flowvi.sbc import sbc
-from flowvi.target import LocalTarget, ModelError, Site, Target, from_density, from_pyro
+from flowvi.reporting import report
+from flowvi.targets import LocalTarget, ModelError, Site, Target, from_density, from_pyro
+from flowvi.training.epochs import Epoch
+from flowvi.training.minibatch import Minibatch
+from flowvi.training.records import Step
 
 __all__ = [
     "FLOWS",
@@ -88,3 +91,11 @@ __all__ = [
     "wake_sleep",
     "where",
 ]
+
+
+# Where `groups` was when pages first named it.
+sys.modules[f"{__name__}.groups"] = groups
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

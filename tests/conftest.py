@@ -6,7 +6,9 @@ import pyro
 import pytest
 import torch
 
-from flowvi import init, run, training
+from flowvi.fitting import restart
+from flowvi.initialization import candidates as init
+from flowvi.training import trainer
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")
@@ -48,8 +50,8 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "TRY_ROUNDS", 2)
     monkeypatch.setattr(init, "REFINE_ROUNDS", 5)
     monkeypatch.setattr(init, "LBFGS_STEPS", 50)
-    monkeypatch.setattr(training, "JUDGE_DRAWS", 500)
-    monkeypatch.setattr(run, "CHECK_DRAWS", 500)
+    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
+    monkeypatch.setattr(restart, "CHECK_DRAWS", 500)
 
 
 @pytest.fixture(name="brief")

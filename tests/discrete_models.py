@@ -14,7 +14,7 @@ from pyro.poutine.messenger import Messenger
 from reference import _Substitute
 from torch import Tensor
 
-from flowvi.target import Target
+from flowvi.targets import Target
 
 PARALLEL = {"enumerate": "parallel"}
 

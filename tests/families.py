@@ -7,7 +7,7 @@ import torch
 from torch.distributions import MultivariateNormal
 
 from flowvi import flows, guides
-from flowvi.flows.elementwise import tanh_clamp
+from flowvi.flows.clamps import tanh_clamp
 
 ALPHAS = [1.0, 0.5, 0.0]
 FIXED = ["loft", "permutation"]  # Without parameters.

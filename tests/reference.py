@@ -18,10 +18,10 @@ from torch.distributions import biject_to
 from torch.utils._pytree import tree_map
 from zoo import Case
 
-from flowvi.target import Target
-from flowvi.target.bijections import bijection_of
-from flowvi.target.handlers import as_tensor
-from flowvi.target.precision import cast, default_dtype
+from flowvi.targets import Target
+from flowvi.targets.precision import cast, default_dtype
+from flowvi.targets.pyro.bijections import bijection_of
+from flowvi.targets.tabular import as_tensor
 
 # For these torch has no bijection; the Jacobian of ours is then taken by autograd.
 OURS = {

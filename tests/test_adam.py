@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from flowvi.adam import Adam
-from flowvi.flat import Flat
+from flowvi.training.adam import Adam
+from flowvi.training.flat import Flat
 
 
 def gradients():

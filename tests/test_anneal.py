@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import flowvi
-from flowvi.anneal import anneal
 from flowvi.flows import realnvp
 from flowvi.guides import FlowGuide, FullRank, MixtureGuide
-from flowvi.target import Target
+from flowvi.samplers.ais import anneal
+from flowvi.targets import Target
 
 LOC = [1.0, -0.5, 0.3]
 LOG_Z = 3.0

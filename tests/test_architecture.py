@@ -6,45 +6,33 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 
 import flowvi
+from flowvi.compat.arviz_groups import read_groups
 
 PACKAGE = Path(flowvi.__file__).parent
 FILES = {str(path.relative_to(PACKAGE)): path for path in sorted(PACKAGE.rglob("*.py"))}
-# Modules and packages from the bottom up; the parts of the first two layers stand alone.
+# Packages from the bottom up. A package imports those of the rows above its own; packages of
+# one row do not know each other, and the modules of one package do not import in a circle.
 LAYERS = [
-    {"_version", "arguments", "parallel", "groups", "randomness", "files", "dispatch", "flat"},
-    {"states", "memory", "adam", "statistics"},
-    {"columns"},
-    {"flows", "target", "diagnostics"},
-    {"guides"},
-    {"amortised", "blocks", "multiplicative"},
-    {"objectives", "overlap", "compiling", "outside"},
-    {"draws"},
-    {
-        *("fit", "run", "records", "training", "gradients", "judging", "escalation", "stopping"),
-        *("schedule", "checkpoint", "threads", "init", "gaussians", "sweeps", "pathfinder", "look"),
-        *("unbounded", "peaks"),
-        *("modes", "symmetry", "coverage"),
-        *("course", "journal", "shelf", "tables", "identity", "blame", "restarts"),
-        *("tempering", "anneal", "bootstrap", "chains", "nuts"),
-        *("minibatch", "row_training", "row_draws", "row_fit", "nested"),
-        *("nested_start", "nested_training"),
-    },
-    {
-        *("inference_data", "row_inference_data", "evidence", "compare", "neutra", "outcomes"),
-        *("sbc", "row_sbc", "bnn", "saved", "loo", "predict", "netcdf"),
-        *("pyro_guide", "row_pyro_guide", "pyro_parts", "pyro_elbo"),
-    },
-    {"vae", "plots"},
-    {"report"},
+    {"flows", "runtime"},
+    {"compat"},
+    {"targets", "diagnostics"},
+    {"guides", "bnn"},
+    {"objectives", "draws", "initialization", "vae"},
+    {"samplers"},
+    {"training"},
+    {"fitting"},
+    {"interop", "plots"},
+    {"analysis"},
+    {"reporting"},
     {"cli"},
 ]
-ALONE = 4
-FACES = {"__init__", "__main__"}
+FACES = {"__init__", "__main__", "_version"}
 # Names that other people's programs rely on.
 PUBLIC = {
     *("from_pyro", "from_density", "Site", "Target", "ModelError", "fit", "load", "Fit"),
@@ -95,45 +83,159 @@ print(json.dumps([before, state(), sorted(sys.modules)]))
 
 
 def unit(path: Path) -> str:
-    """The module or package of the table of layers to which a file belongs."""
+    """The package to which a file belongs, or its own name at the root."""
     return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
 
 
-def imported(path: Path) -> Iterator[str]:
-    """Modules and packages of flowvi that a file imports, in functions too."""
-    for node in ast.walk(ast.parse(path.read_text())):
+def dotted(name: str) -> str:
+    """The module of a file, without `flowvi.`."""
+    return name.removesuffix(".py").removesuffix("__init__").strip("/").replace("/", ".")
+
+
+def imported(tree: ast.AST, modules: set[str], types: bool = False) -> Iterator[str]:
+    """Modules of flowvi that a file imports, in functions too; for types alone, if asked."""
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:
+            continue
+        names = []
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}:{node.lineno} is a relative import"
+            assert node.level == 0, f"line {node.lineno} is a relative import"
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-        else:
-            continue
-        yield from (name.split(".")[1] for name in names if name.startswith("flowvi."))
+        for name in names:
+            if name.split(".")[0] == "flowvi":
+                inner = name.removeprefix("flowvi").lstrip(".")
+                yield inner if inner in modules else inner.rpartition(".")[0]
+        yield from imported(node, modules, types)
 
 
-def test_the_design_has_every_module_of_the_layers():
+def upwards(sources: dict[str, str]) -> set[tuple[str, str]]:
+    """(file, module that it imports) for imports of what is not below."""
+    modules = {dotted(name) for name in FILES}
+    height = {package: i for i, layer in enumerate(LAYERS) for package in layer}
+    height["_version"] = -1
+    return {
+        (name, module)
+        for name, text in sources.items()
+        if (own := dotted(name).split(".")[0]) in height
+        for module in imported(ast.parse(text), modules, types=True)
+        if (other := module.split(".")[0]) != own and height.get(other, len(LAYERS)) >= height[own]
+    }
+
+
+def circle(sources: dict[str, str]) -> list[str]:
+    """Modules that import each other in a circle; empty if there are none."""
+    modules = {dotted(name) for name in sources}
+    left = {dotted(n): {*imported(ast.parse(text), modules)} for n, text in sources.items()}
+    left = {m: needs - {m} for m, needs in left.items()}
+    count = len(left) + 1
+    while len(left) < count:  # what imports nothing that is left, or is not imported, is in none
+        count = len(left)
+        needed = set().union(*left.values())
+        left = {m: needs & left.keys() for m, needs in left.items() if m in needed}
+        left = {m: needs for m, needs in left.items() if needs}
+    return sorted(left)
+
+
+SOURCES = {name: path.read_text() for name, path in FILES.items()}
+
+
+def test_the_design_has_the_packages_in_their_order():
     design = (Path(__file__).parents[1] / "docs" / "design.md").read_text()
     table = design.split("## Layers")[1].split("\n## ")[0]
 
-    named = {name.rstrip("/") for name in re.findall(r"`([a-z_]+/?)`", table)}
+    rows = [line.split("|")[1:3] for line in table.splitlines() if re.match(r"\| \d", line)]
+    named: dict[int, set[str]] = {}
+    for number, packages in rows:
+        named.setdefault(int(number), set()).update(re.findall(r"`([a-z_]+)/`", packages))
 
-    assert named == set().union(*LAYERS) - {"_version"}
+    assert [named[number] for number in sorted(named)] == LAYERS
+    assert [int(number) for number, _ in rows] == sorted(int(number) for number, _ in rows)
 
 
-def test_every_module_has_a_layer():
+def test_every_package_has_a_layer():
     assert {unit(path) for path in FILES.values()} - FACES == set().union(*LAYERS)
 
 
-@pytest.mark.parametrize("name", [name for name, path in FILES.items() if unit(path) not in FACES])
-def test_imports_point_downwards(name):
-    own = unit(FILES[name])
-    height = next(i for i, layer in enumerate(LAYERS) if own in layer)
-    below = set().union(*LAYERS[:height], {own} if height < ALONE else LAYERS[height])
+def test_no_module_lies_at_the_root():
+    assert {name.removesuffix(".py") for name in FILES if "/" not in name} == FACES
 
-    extra = set(imported(FILES[name])) - below
 
-    assert not extra, f"{name} imports {extra}, which is not below it"
+def test_imports_point_downwards():
+    assert not upwards(SOURCES)
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    assert not circle({name: text for name, text in SOURCES.items() if name != "__init__.py"})
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "from flowvi.cli import output",
+        "import flowvi.cli.output",
+        "from flowvi import guides",
+        "from flowvi.fitting.fit import fit",
+        "from flowvi.diagnostics import psis",  # in the same row
+        "from flowvi import fit",
+        "def f():\n    from flowvi.training import trainer",
+        "if TYPE_CHECKING:\n    from flowvi.guides.guide import Guide",
+        "from flowvi.nowhere import anything",
+    ],
+)
+def test_an_import_upwards_would_be_found(text):
+    assert upwards({"targets/pyro/new.py": text})
+
+
+def test_an_import_downwards_is_none_upwards():
+    below = (
+        "from flowvi._version import __version__\nfrom flowvi.runtime import memory\nimport torch"
+    )
+
+    assert not upwards({"targets/pyro/new.py": below})
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "found"),
+    [
+        ("import torch", "from flowvi.flows.one import x", []),
+        ("from flowvi.flows.two import x", "from flowvi.flows.one import y", ["one", "two"]),
+        ("from flowvi.flows import two", "def f():\n    import flowvi.flows.one", ["one", "two"]),
+        (
+            "from flowvi.flows.two import x",
+            "if TYPE_CHECKING:\n    from flowvi.flows.one import y",
+            [],
+        ),
+    ],
+)
+def test_a_circle_would_be_found(first, second, found):
+    sources = {"flows/__init__.py": "", "flows/one.py": first, "flows/two.py": second}
+
+    assert circle(sources) == [f"flows.{name}" for name in found]
+
+
+def test_the_pages_name_files_that_exist():
+    root = PACKAGE.parent
+    pages = [*root.glob("*.md"), *(root / "docs").rglob("*.md"), root / "models" / "README.md"]
+    named = {
+        (page.name, path)
+        for page in pages
+        if page.name != "CHANGELOG.md"
+        for path in re.findall(r"`(flowvi/[\w/]*(?:\.py|/))`", page.read_text())
+    }
+
+    assert named
+    assert not {(page, path) for page, path in named if not (root / path).exists()}
+
+
+def test_the_names_of_the_package_are_the_public_ones():
+    assert set(dir(flowvi)) == set(flowvi.__all__)
+    assert not {unit(path) for path in FILES.values()} & set(flowvi.__all__)
+
+
+def test_what_reads_and_writes_arviz_groups_is_where_the_pages_named_it_first():
+    assert import_module("flowvi.groups").read_groups is read_groups
 
 
 @pytest.fixture(scope="module")
@@ -186,7 +288,11 @@ def dangers(tree: ast.AST) -> Iterator[str]:
 def test_no_text_is_run_as_code(name):
     found = set(dangers(ast.parse(FILES[name].read_text())))
     # What is to be compiled goes to the worker through a folder that only its owner can enter.
-    allowed = {"pickle"} if name in {"compiling/background.py", "compiling/worker.py"} else set()
+    allowed = (
+        {"pickle"}
+        if name in {"training/compiling/background.py", "training/compiling/worker.py"}
+        else set()
+    )
 
     assert not found - allowed
 

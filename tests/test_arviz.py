@@ -13,11 +13,12 @@ import torch
 import xarray as xr
 
 import flowvi
-from flowvi.draws import draw, resample
-from flowvi.groups import group_names, has_trees, read_groups, to_dataset
+from flowvi.compat.arviz_groups import group_names, has_trees, read_groups, to_dataset
+from flowvi.compat.netcdf import write_groups
+from flowvi.draws.resampling import resample
+from flowvi.draws.sampling import draw
 from flowvi.guides import FullRank
-from flowvi.netcdf import write_groups
-from flowvi.saved import draws_of
+from flowvi.interop.read_draws import draws_of
 
 ROWS = 12
 FORMATS = ["nc", "zarr"] if importlib.util.find_spec("zarr") else ["nc"]

@@ -7,7 +7,8 @@ from families import perturbed, same_map, shift_and_log_scale
 from torch.autograd.functional import jacobian
 
 from flowvi.flows import FLOWS, Autoregressive, Inverse
-from flowvi.flows.elementwise import Affine, asymmetric_clamp, tanh_clamp
+from flowvi.flows.clamps import asymmetric_clamp, tanh_clamp
+from flowvi.flows.elementwise import Affine
 from flowvi.flows.masked import MaskedPerceptron
 
 CONTEXT = 3

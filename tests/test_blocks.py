@@ -11,9 +11,10 @@ from torch.distributions import MultivariateNormal, kl_divergence
 from torch.testing import assert_close
 
 import flowvi
-from flowvi.blocks import BlockGuide, Blocks, Part, block_guide
 from flowvi.flows import Kronecker
-from flowvi.guides import FullRank, MeanField, mixture
+from flowvi.guides import BlockGuide, Blocks, FullRank, MeanField
+from flowvi.guides.blocks import Part
+from flowvi.guides.registry import block_guide, mixture
 
 CHAIN = [
     {"columns": [[1, 3]], "guide": "realnvp", "sizes": {"depth": 2}},

@@ -7,11 +7,12 @@ import pytest
 import torch
 from test_anneal import LOC, gaussian, started, two_modes
 
-from flowvi.anneal import Annealed, anneal
-from flowvi.bootstrap import Buffer, refine_bootstrap
-from flowvi.draws import diagnose, draw
+from flowvi.draws.diagnose import diagnose
+from flowvi.draws.sampling import draw
 from flowvi.flows import Chain, realnvp
 from flowvi.guides import FlowGuide, FullRank, Guide, MixtureGuide
+from flowvi.samplers.ais import Annealed, anneal
+from flowvi.training.fab import Buffer, refine_bootstrap
 
 PLACES = [-2.0, -2.0]
 

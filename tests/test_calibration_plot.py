@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
+from flowvi.draws.prediction import Prediction
 from flowvi.plots import plot_calibration
 from flowvi.plots.calibration import LEVELS, coverage
-from flowvi.predict import Prediction
 
 ROWS = 400
 

@@ -15,9 +15,9 @@ from click.testing import CliRunner, Result
 
 import flowvi
 from flowvi.cli import main
-from flowvi.cli.choices import objective
 from flowvi.cli.model_file import load_target
-from flowvi.schedule import Guard
+from flowvi.cli.options import objective
+from flowvi.training.guard import Guard
 
 SCHOOLS = Path(__file__).parents[1] / "models" / "eight_schools.py"
 FILES = {"posterior.nc", "summary.csv", "loss.png", "pair.png", "report.html", "fit"}
@@ -62,7 +62,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def short_report(monkeypatch) -> None:
     """A report takes seconds; what is in it is the business of test_report."""
-    module = sys.modules["flowvi.report"]
+    module = sys.modules["flowvi.reporting"]
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
 
 
@@ -236,7 +236,7 @@ def test_a_failed_write_keeps_the_old_file(monkeypatch):
     def full(idata, file):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("flowvi.netcdf.write", full)
+    monkeypatch.setattr("flowvi.compat.netcdf.write", full)
     result = fit(NORMAL, "--seed", 1)
 
     assert result.exit_code == 1
@@ -250,7 +250,7 @@ def test_draws_that_cannot_be_judged_leave_the_fit(monkeypatch):
     def refuse(draws):
         raise ValueError("Every log weight is -inf.")
 
-    monkeypatch.setattr("flowvi.cli.fitting.diagnose", refuse)
+    monkeypatch.setattr("flowvi.cli.fit.diagnose", refuse)
 
     result = fit(NORMAL)
 
@@ -291,7 +291,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options, message", OPTIONS.values(), ids=OPTIONS)
 def test_a_bad_option_is_refused_before_the_fit(options, message, monkeypatch):
-    monkeypatch.setattr("flowvi.cli.fitting.fit", None)
+    monkeypatch.setattr("flowvi.cli.fit.fit", None)
     Path("blocked/posterior.nc").mkdir(parents=True)
     Path("blocked2").mkdir()
     Path("blocked2/fit").touch()

@@ -10,7 +10,7 @@ import torch
 from torch.distributions import constraints
 
 import flowvi
-from flowvi.draws import draw
+from flowvi.draws.sampling import draw
 from flowvi.guides import FullRank
 
 Y = torch.tensor([1.2, 0.4, 2.9, 1.7, 0.8], dtype=torch.float64)

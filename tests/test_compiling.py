@@ -13,13 +13,14 @@ from torch import nn
 from zoo import ZOO
 
 import flowvi
-from flowvi.compiling import Accelerator, Bound, NotOneGraph, background, step, trace
 from flowvi.flows import FLOWS
-from flowvi.guides import GUIDES, Guide, make_guide, mixture
-from flowvi.judging import estimate
+from flowvi.guides import GUIDES, Guide, make_guide
+from flowvi.guides.registry import mixture
 from flowvi.objectives import elbo, iwelbo
-from flowvi.target import Target
-from flowvi.target.program import PATIENCE
+from flowvi.targets import Target
+from flowvi.targets.recording.program import PATIENCE
+from flowvi.training.compiling import Accelerator, Bound, NotOneGraph, background, step, trace
+from flowvi.training.evaluation import estimate
 
 REPEATS = 8
 # A mixture of full size, and an image flow, are covered by their parts.

@@ -9,6 +9,7 @@ import pytest
 from normal_weights import gaussian
 from scipy.special import logsumexp
 
+from flowvi.compat.arviz_groups import has_trees
 from flowvi.diagnostics import (
     elbo,
     gap,
@@ -18,7 +19,6 @@ from flowvi.diagnostics import (
     psis,
 )
 from flowvi.diagnostics.moments import compare
-from flowvi.groups import has_trees
 
 
 @pytest.fixture

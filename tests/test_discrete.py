@@ -13,8 +13,8 @@ from pyro import poutine
 from reference import with_gradient
 from torch import Tensor
 
-from flowvi.target import ModelError, from_pyro
-from flowvi.target.pyro_model import replicable
+from flowvi.targets import ModelError, from_pyro
+from flowvi.targets.pyro.from_pyro import replicable
 
 EACH = 21
 MODELS = [(kind, seed) for kind in KINDS for seed in range(EACH)]

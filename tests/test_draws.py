@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch.distributions import constraints
 
-from flowvi.draws import bounds, diagnose, draw, resample, where
+from flowvi.draws.diagnose import bounds, diagnose, where
+from flowvi.draws.resampling import resample
+from flowvi.draws.sampling import draw
 from flowvi.guides import Draw, MeanField
-from flowvi.target import Site, from_density
+from flowvi.targets import Site, from_density
 
 LOG_EVIDENCE = 0.7
 

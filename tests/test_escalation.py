@@ -12,17 +12,20 @@ import torch
 from click.testing import CliRunner
 
 import flowvi
-from flowvi import escalation, run, training
-from flowvi.cli import fitting, main
+from flowvi.cli import fit as fitting
+from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
-from flowvi.draws import draw
-from flowvi.escalation import better, extend
-from flowvi.gaussians import Gaussian
+from flowvi.draws.sampling import draw
+from flowvi.fitting import escalation, restart
+from flowvi.fitting.candidate import Kept
+from flowvi.fitting.escalation import better, extend
 from flowvi.guides import make_guide
-from flowvi.nuts import Plan
-from flowvi.records import Judged, Settings
-from flowvi.run import Kept
-from flowvi.stopping import Clock
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.runtime.clock import Clock
+from flowvi.samplers.nuts import Plan
+from flowvi.training import trainer
+from flowvi.training.records import Judged
+from flowvi.training.settings import Settings
 
 TRUST, _, DISTRUST = VERDICTS
 
@@ -60,9 +63,9 @@ def heavy() -> flowvi.Target:
 @pytest.fixture
 def short(monkeypatch):
     """Stages and chains as short as they can be."""
-    monkeypatch.setattr(run, "STEADY_STEPS", 60)
-    monkeypatch.setattr(run, "MOST_STAGES", 1)
-    monkeypatch.setattr(training, "LEAST_DECAY", 60)
+    monkeypatch.setattr(restart, "STEADY_STEPS", 60)
+    monkeypatch.setattr(restart, "MOST_STAGES", 1)
+    monkeypatch.setattr(trainer, "LEAST_DECAY", 60)
     monkeypatch.setattr(escalation, "PLANS", (Plan(200, 400, 2),))
 
 
@@ -119,7 +122,7 @@ def test_nothing_is_tried_without_escalation(short):
 
 
 def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
-    def broken(run: run.Run, kept: Kept) -> Kept:
+    def broken(run: restart.Run, kept: Kept) -> Kept:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(escalation, "ATTEMPTS", (("Something that breaks", broken),))
@@ -131,7 +134,7 @@ def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
 
 
 def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
-    def pressed(run: run.Run, kept: Kept) -> Kept:
+    def pressed(run: restart.Run, kept: Kept) -> Kept:
         raise KeyboardInterrupt
 
     attempts = (("Ctrl-C", pressed), *escalation.ATTEMPTS)
@@ -144,8 +147,8 @@ def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
 
 def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
     """Two wells on each of four axes: sixteen modes, of which searches see a few."""
-    monkeypatch.setattr(run, "MOST_STAGES", 1)
-    monkeypatch.setattr(run, "STEADY_STEPS", 300)
+    monkeypatch.setattr(restart, "MOST_STAGES", 1)
+    monkeypatch.setattr(restart, "STEADY_STEPS", 300)
     monkeypatch.setattr(escalation, "ATTEMPTS", (("Splines", escalation.tempered),))
     grid = torch.linspace(-4, 4, 8001)
     wells = (-(grid**4) + 6 * grid**2).exp()
@@ -166,7 +169,7 @@ def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
 def test_restarts_in_different_modes_are_joined(short):
     target = two_bumps(10.0)
     settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, True, Clock())
-    runs = [run.Run(target, settings, i, "auto", None) for i in range(2)]
+    runs = [restart.Run(target, settings, i, "auto", None) for i in range(2)]
     for one, side in zip(runs, (-5.0, 5.0), strict=True):
         guide = one.placed(make_guide("fullrank", 2))
         guide.start(torch.full((2,), side), torch.eye(2))
@@ -186,7 +189,7 @@ def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
     dim = 85
     normal = flowvi.from_density(lambda v: -v["x"].square().sum() / 2, {"x": flowvi.Site((dim,))})
     settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, False, Clock())
-    one = run.Run(normal, settings, 0, "auto", None)
+    one = restart.Run(normal, settings, 0, "auto", None)
     guide = one.placed(make_guide("meanfield", dim))
     guide.start(torch.zeros(dim), 1.15 * torch.eye(dim))
     few = flowvi.diagnose(draw(normal, [guide], 4000))
@@ -200,7 +203,7 @@ def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
 
 
 def test_restarts_that_agree_are_left_alone(short, monkeypatch):
-    monkeypatch.setattr(run, "NOTHING_LEFT", math.inf)
+    monkeypatch.setattr(restart, "NOTHING_LEFT", math.inf)
     normal = flowvi.from_density(lambda v: -v["x"].square().sum(), {"x": flowvi.Site((2,))})
 
     fit = flowvi.fit(normal, restarts=2, progress=False)
@@ -212,10 +215,10 @@ def test_restarts_that_agree_are_left_alone(short, monkeypatch):
 def ended_in_chains():
     """A Gaussian fit of heavy tails whose last resort were chains."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "NOTHING_LEFT", math.inf)
-        patch.setattr(run, "STEADY_STEPS", 30)
-        patch.setattr(run, "MOST_STAGES", 1)
-        patch.setattr(training, "LEAST_DECAY", 60)
+        patch.setattr(restart, "NOTHING_LEFT", math.inf)
+        patch.setattr(restart, "STEADY_STEPS", 30)
+        patch.setattr(restart, "MOST_STAGES", 1)
+        patch.setattr(trainer, "LEAST_DECAY", 60)
         patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
         patch.setattr(escalation, "PLANS", (Plan(),))
         return flowvi.fit(heavy(), progress=False)

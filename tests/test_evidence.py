@@ -16,9 +16,9 @@ from torch.distributions import constraints
 
 import flowvi
 from flowvi.cli import main
+from flowvi.compat.arviz_groups import make_groups
 from flowvi.diagnostics import evidence
-from flowvi.draws import draw
-from flowvi.groups import make_groups
+from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
 from flowvi.plots import plot_evidence
 

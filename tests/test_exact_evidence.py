@@ -8,7 +8,7 @@ import torch
 from zoo.exact import EXACT
 
 import flowvi
-from flowvi import draws as table
+from flowvi.draws import sampling
 from flowvi.flows import Chain, StudentT, Triangular
 
 DRAWS = 20_000
@@ -34,7 +34,7 @@ def test_bounds_and_moments_of_what_is_known(name, brief):
     target = flowvi.from_pyro(case.model, *case.args)
 
     fit = flowvi.fit(target, "fullrank", steps=5, progress=False)
-    relied = table.draw(target, [wide(fit)], DRAWS, seed=2)
+    relied = sampling.draw(target, [wide(fit)], DRAWS, seed=2)
 
     for draws in (fit.draw(DRAWS, seed=1), relied):
         ladder = flowvi.bounds(draws, LADDER)

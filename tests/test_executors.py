@@ -102,7 +102,7 @@ def test_what_must_stay_here_is_refused(processes):
     with pytest.raises(ValueError, match="callback is called in this process"):
         flowvi.fit(target, executor=processes, callback=print)
 
-    replaced = flowvi.target.replicable(eight_schools.model, *eight_schools.data())
+    replaced = flowvi.targets.replicable(eight_schools.model, *eight_schools.data())
     with pytest.raises(ValueError, match="cannot be made again elsewhere"):
         flowvi.fit(replaced.observing(replaced.observed), executor=processes)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import flowvi
-from flowvi.schedule import Guard
+from flowvi.training.guard import Guard
 
 
 def walled(at: float) -> flowvi.Target:

@@ -13,8 +13,8 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
+from flowvi.fitting.restart import CHECK_DRAWS, checked
 from flowvi.guides import FullRank
-from flowvi.run import CHECK_DRAWS, checked
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
 SEEDS = range(20)
@@ -199,7 +199,7 @@ def test_a_parameter_that_leaves_its_constraint_is_named(model, data, parameter,
     eye = torch.eye(target.dim, dtype=target.dtype)
     guide.start(torch.full((target.dim,), 0.9, dtype=target.dtype), 0.6 * eye)
 
-    d = flowvi.diagnose(flowvi.draws.draw(target, [guide], 500))
+    d = flowvi.diagnose(flowvi.draws.sampling.draw(target, [guide], 500))
 
     (reason,) = (r for r in d.reasons if "weight zero" in r)
     assert d.elbo == -math.inf and d.verdict != TRUST
@@ -214,7 +214,7 @@ def test_a_wall_of_a_plain_density_is_named_by_the_latent_behind_it():
     target = flowvi.from_density(walled, {"a": flowvi.Site(), "b": flowvi.Site()})
     guide = FullRank(2).to(target.dtype)
 
-    d = flowvi.diagnose(flowvi.draws.draw(target, [guide], 500))
+    d = flowvi.diagnose(flowvi.draws.sampling.draw(target, [guide], 500))
 
     assert any("moving 'b' alone makes it positive" in reason for reason in d.reasons)
 

@@ -15,8 +15,9 @@ import torch
 from safetensors.torch import save
 from torch import nn
 
-from flowvi import files, states
-from flowvi.files import CheckpointError, Seal
+from flowvi.runtime import files
+from flowvi.runtime import tensors as states
+from flowvi.runtime.files import CheckpointError, Seal
 
 
 def test_what_was_written_is_read(tmp_path):
@@ -251,7 +252,7 @@ def test_a_file_with_a_hole_of_a_terabyte_is_not_read(tmp_path):
 
 HOLD = """
 import pathlib, sys
-from flowvi.files import locked
+from flowvi.runtime.files import locked
 with locked(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()

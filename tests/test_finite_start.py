@@ -9,9 +9,11 @@ import pytest
 import torch
 
 import flowvi
-from flowvi import init, run, training
-from flowvi.gaussians import Gaussian, score
-from flowvi.look import look
+from flowvi.fitting import restart
+from flowvi.initialization import candidates
+from flowvi.initialization.gaussian import Gaussian, score
+from flowvi.initialization.preflight import look
+from flowvi.training import trainer
 
 
 def tables():
@@ -53,9 +55,9 @@ def correlations():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", [tables, corner, rates, correlations])
 def test_one_finite_point_is_enough_for_a_result(monkeypatch, dtype, model):
-    monkeypatch.setattr(run, "CHECK_DRAWS", 500)
-    monkeypatch.setattr(training, "JUDGE_DRAWS", 500)
-    monkeypatch.setattr(init, "REFINE_ROUNDS", 5)
+    monkeypatch.setattr(restart, "CHECK_DRAWS", 500)
+    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
+    monkeypatch.setattr(candidates, "REFINE_ROUNDS", 5)
     torch.set_default_dtype(dtype)
     target = flowvi.from_pyro(model)
 
@@ -76,7 +78,7 @@ def comb(v):
 def test_a_normal_is_narrowed_until_its_draws_have_a_density():
     target = flowvi.from_density(comb, {"x": flowvi.Site()})
 
-    found = init.best_gaussian(target, 0, False, lambda words: None)
+    found = candidates.best_gaussian(target, 0, False, lambda words: None)
 
     assert math.isfinite(found.best.elbo) and found.best.widths.max() < math.pi / 60
 
@@ -92,7 +94,7 @@ def test_a_start_without_density_is_replaced_by_a_place_with_one():
     seen = look(target, 1)
     generator = torch.Generator().manual_seed(0)
 
-    starts = init._finite(target, target.starts(generator), seen.median, seen.places)
+    starts = candidates._finite(target, target.starts(generator), seen.median, seen.places)
 
     assert target.log_prob(seen.median[None]).isinf().all()
     assert target.log_prob(starts).isfinite().all()

@@ -13,9 +13,14 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import gaussians, init, run, training
+from flowvi.fitting import restart
 from flowvi.guides import Guide
-from flowvi.schedule import Average, Guard, decayed
+from flowvi.initialization import candidates
+from flowvi.initialization import gaussian as gaussians
+from flowvi.training import trainer
+from flowvi.training.averaging import Average
+from flowvi.training.guard import Guard
+from flowvi.training.learning_rate import decayed
 
 
 def correlated_normal() -> flowvi.Target:
@@ -37,7 +42,7 @@ def banana() -> flowvi.Target:
 def test_the_gaussian_start_is_exact_for_a_normal_on_six_decades():
     target = correlated_normal()
 
-    found = init.best_gaussian(target, 0, False, lambda line: None).best
+    found = candidates.best_gaussian(target, 0, False, lambda line: None).best
 
     assert found.elbo == pytest.approx(0.7, abs=1e-6)
     assert found.loc[2].item() == pytest.approx(-2e3, abs=1.0)
@@ -108,10 +113,10 @@ def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
 @pytest.mark.parametrize("further, expected", [(0.2, "skewed"), (1e3, "realnvp")])
 def test_skews_are_added_to_couplings_where_they_get_further(further, expected, brief, monkeypatch):
     """Student's t in every coordinate; and the same where the couplings are to be far behind."""
-    monkeypatch.setattr(run, "STEADY_STEPS", 20)
-    monkeypatch.setattr(run, "MOST_STAGES", 1)
-    monkeypatch.setattr(run, "FURTHER", further)
-    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+    monkeypatch.setattr(restart, "STEADY_STEPS", 20)
+    monkeypatch.setattr(restart, "MOST_STAGES", 1)
+    monkeypatch.setattr(restart, "FURTHER", further)
+    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
 
     def density(v):
         return -1.5 * (1 + v["x"].square() / 2).log().sum()
@@ -127,15 +132,15 @@ def test_skews_are_added_to_couplings_where_they_get_further(further, expected, 
 
 def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypatch):
     for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
-        monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(training, "LEAST_DECAY", 20)
+        monkeypatch.setattr(restart, name, value)
+    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
 
     fit = flowvi.fit(banana(), "realnvp", progress=False)
 
     (trials,) = (line for line in fit.log if line.startswith("step size"))
     (stage,) = (line for line in fit.log if line.startswith("stage 1"))
     tried = {float(lr): float(bound) for lr, bound in re.findall(r"([\d.]+): (-?[\d.]+)", trials)}
-    assert set(tried) == set(training.RATES)
+    assert set(tried) == set(trainer.RATES)
     assert float(re.search(r"start (-?[\d.]+)", stage)[1]) == max(tried.values())
     assert fit.meta["lr"] == [max(tried, key=lambda lr: tried[lr])]
 
@@ -143,17 +148,17 @@ def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypa
 def test_trials_of_step_sizes_keep_to_their_share_of_the_budget(brief, monkeypatch):
     """Of none at all, each ends after its first step."""
     for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
-        monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(training, "LEAST_DECAY", 20)
-    monkeypatch.setattr(training, "TRIAL_SHARE", 0.0)
-    taken, step = [], training.Trainer._step
+        monkeypatch.setattr(restart, name, value)
+    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
+    monkeypatch.setattr(trainer, "TRIAL_SHARE", 0.0)
+    taken, step = [], trainer.Trainer._step
     monkeypatch.setattr(
-        training.Trainer, "_step", lambda self, *args: taken.append(1) or step(self, *args)
+        trainer.Trainer, "_step", lambda self, *args: taken.append(1) or step(self, *args)
     )
 
     fit = flowvi.fit(banana(), "realnvp", progress=False, budget=1000)
 
-    assert len(taken) - fit.meta["steps"] == len(training.RATES)
+    assert len(taken) - fit.meta["steps"] == len(trainer.RATES)
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])
@@ -352,7 +357,7 @@ def test_a_wall_of_infinite_density_is_skipped_and_counted():
 def test_laplace_at_the_mode_of_a_normal_is_the_normal():
     target = correlated_normal()
 
-    found = init.laplace(target, torch.tensor([5.0, 0.1, -1990.0]), "test")
+    found = candidates.laplace(target, torch.tensor([5.0, 0.1, -1990.0]), "test")
 
     expected = torch.tensor([1e-3, 1.0, 1e3])
     torch.testing.assert_close(found.scale_tril.norm(dim=1), expected, rtol=1e-3, atol=0.0)
@@ -373,7 +378,7 @@ def test_laplace_is_a_normal_where_differences_are_beyond_all_measure(monkeypatc
         precision[1, 1] = 1.0
         monkeypatch.setattr(gaussians, "hessian", lambda target, z, found=-precision: found)
 
-        laplace = init.laplace(target, torch.ones(10), "test")
+        laplace = candidates.laplace(target, torch.ones(10), "test")
 
         assert laplace.loc.isfinite().all()
         assert laplace.scale_tril.isfinite().all()

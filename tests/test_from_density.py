@@ -11,8 +11,8 @@ from reference import with_gradient
 from scipy.special import gammaln
 from torch import Tensor
 
-from flowvi.target import ModelError, Site, from_density, from_pyro
-from flowvi.target.bijections import bijection
+from flowvi.targets import ModelError, Site, from_density, from_pyro
+from flowvi.targets.pyro.bijections import bijection
 
 SITES = {
     "mu": Site(),

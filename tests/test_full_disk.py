@@ -16,11 +16,12 @@ import xarray as xr
 from click.testing import CliRunner
 
 import flowvi
-from flowvi import files, memory, netcdf
+from flowvi.analysis.sbc_store import Outcome, Store
 from flowvi.cli import main, results
-from flowvi.groups import make_groups, read_groups
-from flowvi.netcdf import write_groups
-from flowvi.outcomes import Outcome, Store
+from flowvi.compat import netcdf
+from flowvi.compat.arviz_groups import make_groups, read_groups
+from flowvi.compat.netcdf import write_groups
+from flowvi.runtime import files, memory
 
 MODEL = """
 import pyro
@@ -51,7 +52,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def short_report(monkeypatch) -> None:
     """A report takes seconds; what is in it is the business of test_report."""
-    module = sys.modules["flowvi.report"]
+    module = sys.modules["flowvi.reporting"]
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
 
 
@@ -147,7 +148,7 @@ def test_a_fit_that_cannot_be_saved_leaves_the_one_before(folder, monkeypatch):
     names = sorted(os.listdir(folder / "fit"))
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowvi.checkpoint.write_json", full)
+        patched.setattr("flowvi.fitting.fit_folder.write_json", full)
         with pytest.raises(OSError, match="No space"):
             fitted(seed=2).save(folder / "fit")
 
@@ -167,7 +168,9 @@ def test_what_a_crash_left_is_swept(folder):
 # Fits.
 
 
-@pytest.mark.parametrize("where", ["flowvi.files.os.fsync", "flowvi.files.os.pwrite"])
+@pytest.mark.parametrize(
+    "where", ["flowvi.runtime.files.os.fsync", "flowvi.runtime.files.os.pwrite"]
+)
 def test_a_full_disk_costs_the_state_and_not_the_fit(folder, monkeypatch, where):
     expected = fitted()
 
@@ -263,7 +266,7 @@ def test_draws_that_took_long_go_where_there_is_room(folder, monkeypatch):
             full()
         real(idata, path)
 
-    monkeypatch.setattr("flowvi.cli.refitting.write_groups", once)
+    monkeypatch.setattr("flowvi.cli.neutra_sbc.write_groups", once)
     done = run("neutra", "m.py", "out", "--draws", "100", "--warmup", "100", "--quiet")
 
     assert done.exit_code == 1 and "Could not write out/mcmc.nc: No space" in done.stderr

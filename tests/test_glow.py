@@ -10,10 +10,10 @@ from torch.autograd.functional import jacobian
 from torch.func import functional_call, vmap
 from torch.nn.functional import conv2d, pixel_unshuffle
 
-from flowvi.flows import ActNorm, InvertibleLinear, glow, image_glow
+from flowvi.flows import ActNorm, Diagonal, InvertibleLinear, glow, image_glow
 from flowvi.flows.image import ConvolutionalCoupling, Pixelwise
 from flowvi.flows.permute import random_order
-from flowvi.guides import Diagonal, FlowGuide
+from flowvi.guides import FlowGuide
 from flowvi.objectives import Renyi
 
 CONTEXT = 3

@@ -12,11 +12,13 @@ import pyro.distributions as dist
 import pytest
 import torch
 
-from flowvi.draws import Draws, draw, resample
-from flowvi.groups import group_names, has_trees, read_groups
+from flowvi.compat.arviz_groups import group_names, has_trees, read_groups
+from flowvi.draws.draws import Draws
+from flowvi.draws.resampling import resample
+from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
-from flowvi.inference_data import to_inference_data
-from flowvi.target import from_pyro
+from flowvi.interop.inference_data import to_inference_data
+from flowvi.targets import from_pyro
 
 ROWS = 6
 

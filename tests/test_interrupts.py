@@ -14,16 +14,19 @@ from click.testing import CliRunner
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import coverage, files, init, run, training
 from flowvi.cli import main
-from flowvi.cli.fitting import _executor
-from flowvi.compiling.background import Compilation
-from flowvi.stopping import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
+from flowvi.cli.fit import _executor
+from flowvi.fitting import restart
+from flowvi.initialization import candidates, missed_modes
+from flowvi.runtime import files
+from flowvi.runtime.clock import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
+from flowvi.training import trainer as training
+from flowvi.training.compiling.background import Compilation
 
 JUDGED, CHECKED = 200, 400
 # What has to be known of the best so far: a score of each candidate from one start, bounds of the
 # guide as it began and where it was cut off, and whether it leaves out any modes.
-MOST = 10 * init.JUDGE_DRAWS + 6 * JUDGED + 8 * coverage.DRAWS
+MOST = 10 * candidates.JUDGE_DRAWS + 6 * JUDGED + 8 * missed_modes.DRAWS
 
 
 @pytest.fixture(autouse=True)
@@ -59,11 +62,11 @@ class Counted:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short stages, and few draws to judge and check by."""
-    monkeypatch.setattr(run, "CHECK_DRAWS", CHECKED)
+    monkeypatch.setattr(restart, "CHECK_DRAWS", CHECKED)
     monkeypatch.setattr(training, "JUDGE_DRAWS", JUDGED)
     monkeypatch.setattr(training, "LEAST_DECAY", 20)
     for name in ("STEADY_STEPS", "FEW_STEPS"):
-        monkeypatch.setattr(run, name, 30)
+        monkeypatch.setattr(restart, name, 30)
 
 
 # In the search for a start, the trials of step sizes, and a stage.
@@ -91,7 +94,7 @@ def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         done.append(phase)
 
-    monkeypatch.setattr(run, phase, long)
+    monkeypatch.setattr(restart, phase, long)
     fit = flowvi.fit(target, progress=False)
 
     assert fit.meta["interrupted"] and not done
@@ -218,14 +221,14 @@ def test_a_folder_is_free_again_after_a_command(folder):
 def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
     (folder / "out/checkpoint/manifest.json").unlink()
     (folder / "out/checkpoint").rmdir()
-    module = sys.modules["flowvi.report"]
+    module = sys.modules["flowvi.reporting"]
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
     seen = []
 
     def simulated(*arguments: object) -> None:
         seen.append("simulated")
 
-    monkeypatch.setattr("flowvi.inference_data._predictive", simulated)
+    monkeypatch.setattr("flowvi.interop.inference_data._predictive", simulated)
 
     def pressed(trainer: training.Trainer, row: object, *_: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)

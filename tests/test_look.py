@@ -9,11 +9,11 @@ import torch
 from torch.distributions import constraints
 
 import flowvi
-from flowvi import init
-from flowvi.gaussians import Gaussian
-from flowvi.look import check_integrable, check_size, fall, look
-from flowvi.target import ModelError
-from flowvi.unbounded import collapse
+from flowvi.initialization import candidates
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.preflight import check_integrable, check_size, fall, look
+from flowvi.initialization.unbounded import collapse
+from flowvi.targets import ModelError
 
 Y = torch.tensor([1.3, 0.2, 0.9, 1.8, 0.4])
 
@@ -57,8 +57,8 @@ def long_axes() -> None:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
 
 
-def start(target: flowvi.Target) -> init.Gaussian:
-    return init.best_gaussian(target, 0, False, lambda line: None)[0]
+def start(target: flowvi.Target) -> candidates.Gaussian:
+    return candidates.best_gaussian(target, 0, False, lambda line: None)[0]
 
 
 @pytest.mark.parametrize(

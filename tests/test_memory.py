@@ -10,21 +10,21 @@ from click.testing import CliRunner
 from torch.distributions import constraints
 
 import flowvi
-from flowvi import memory
 from flowvi.cli import main
-from flowvi.columns import Columns
-from flowvi.draws import draw
-from flowvi.gradients import Gradients
+from flowvi.draws.sampling import draw
 from flowvi.guides import FullRank, MeanField, make_guide
-from flowvi.records import Settings
-from flowvi.stopping import Clock
+from flowvi.runtime import memory
+from flowvi.runtime.clock import Clock
+from flowvi.runtime.columns import Columns
+from flowvi.training.gradients import Gradients
+from flowvi.training.settings import Settings
 
 # A process that may allocate so much more, and no byte beyond, while it draws 10,000 times
 # 100 numbers: the table has 16 MB, and a draw takes 4,000 rows to be scored.
 SCRIPT = """
 import resource, sys
 import torch, flowvi
-from flowvi.draws import draw
+from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
 
 x = torch.randn(4000, 100, generator=torch.Generator().manual_seed(0))
@@ -37,7 +37,7 @@ draw(target, [guide], 100)
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if "VmData" in line)
 most = 1024 * held + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-with flowvi.memory.limited(sys.argv[1]):
+with flowvi.runtime.memory.limited(sys.argv[1]):
     print(draw(target, [guide], 10_000).z.shape)
 """
 

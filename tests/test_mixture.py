@@ -9,9 +9,10 @@ from families import ALPHAS, gradients, perturbed
 from torch.distributions import Categorical, MixtureSameFamily, MultivariateNormal
 
 from flowvi.flows import planar
-from flowvi.guides import FlowGuide, FullRank, MeanField, MixtureGuide, mixture
+from flowvi.guides import FlowGuide, FullRank, MeanField, MixtureGuide
+from flowvi.guides.mixture_overlap import overlap
+from flowvi.guides.registry import mixture
 from flowvi.objectives import Renyi, elbo, iwelbo
-from flowvi.overlap import overlap
 
 CONTEXT = 2
 

@@ -10,14 +10,15 @@ import torch
 from random_models import random_model
 
 import flowvi
-from flowvi import run, training
-from flowvi.coverage import left_out, sentence
-from flowvi.gaussians import Gaussian
+from flowvi.fitting import restart
 from flowvi.guides import make_guide
-from flowvi.init import ascend
-from flowvi.modes import further_modes
-from flowvi.peaks import apart, finished, nearest
-from flowvi.symmetry import images, symmetries
+from flowvi.initialization.candidates import ascend
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.missed_modes import left_out, sentence
+from flowvi.initialization.modes import further_modes
+from flowvi.initialization.peaks import apart, finished, nearest
+from flowvi.initialization.symmetry import images, symmetries
+from flowvi.training import trainer
 
 Y = torch.tensor([-4.1, -3.7, -4.4, 0.1, 0.3, -0.2, 5.2, 4.9, 4.8])
 
@@ -131,9 +132,9 @@ def test_one_mode_takes_no_further_starts():
 
 
 def test_hills_that_a_sign_leads_to_are_all_covered(monkeypatch):
-    monkeypatch.setattr(run, "FEW_STEPS", 60)
-    monkeypatch.setattr(run, "STEADY_STEPS", 60)
-    monkeypatch.setattr(training, "JUDGE_DRAWS", 500)
+    monkeypatch.setattr(restart, "FEW_STEPS", 60)
+    monkeypatch.setattr(restart, "STEADY_STEPS", 60)
+    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
     target = flowvi.from_density(hills, {"a": flowvi.Site(), "b": flowvi.Site()})
 
     fit = flowvi.fit(target, seed=3, progress=False)

@@ -14,10 +14,9 @@ from torch.autograd.functional import jacobian
 from torch.testing import assert_close
 
 import flowvi
-from flowvi import multiplicative
-from flowvi.blocks import BlockGuide, Part
-from flowvi.guides import MixtureGuide, make_guide
-from flowvi.multiplicative import Multiplicative, multiplicative_guide
+from flowvi.guides import BlockGuide, MixtureGuide, Multiplicative, make_guide, multiplicative
+from flowvi.guides.blocks import Part
+from flowvi.guides.registry import multiplicative_guide
 from flowvi.objectives import Renyi, elbo
 
 # Two matrices of (3, 2) and (2, 2), an input and an output the unit, and one number beside them.
@@ -264,7 +263,7 @@ def test_the_name_alone_builds_it_and_minibatches_train(brief):
 
 def test_a_compiled_step_would_be_the_same():
     """The step is one graph of plain operations, with the noise of the eager one."""
-    from flowvi.compiling.graph import Bound, trace
+    from flowvi.training.compiling.graph import Bound, trace
 
     guide = built()
     bound = Bound([guide], lambda: elbo()(lambda z: -z.square().sum(-1), guide).bound)

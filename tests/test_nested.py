@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import flowvi
-from flowvi.draws import Draws
+from flowvi.draws.draws import Draws
+from flowvi.fitting.fit_nested import nested
 from flowvi.guides import MeanField
-from flowvi.nested import Nested, nested
 from flowvi.objectives import Renyi
+from flowvi.objectives.nested import Nested
 
 ROWS, NOISE = 30, 0.5
 
@@ -245,9 +246,11 @@ def test_guides_of_ones_own_go_on_and_are_asked_for(fitted, target, tmp_path):
 
     assert all(torch.equal(a, b) for a, b in zip(before, fitted.guide.parameters(), strict=True))
     np.testing.assert_allclose(going.draw(5).log_p, fitted.draw(5).log_p, rtol=1e-5)
-    with pytest.raises(flowvi.files.CheckpointError, match=r"of your own making .FullRank.; pass"):
+    with pytest.raises(
+        flowvi.runtime.files.CheckpointError, match=r"of your own making .FullRank.; pass"
+    ):
         flowvi.load(tmp_path, target)
-    with pytest.raises(flowvi.files.CheckpointError, match=r"load\(folder, target, inner="):
+    with pytest.raises(flowvi.runtime.files.CheckpointError, match=r"load\(folder, target, inner="):
         flowvi.load(tmp_path, target, guide=fitted.guide)
     loaded = flowvi.load(tmp_path, target, guide=fitted.guide, inner=inner)
     np.testing.assert_array_equal(loaded.draw(5).log_p, going.draw(5).log_p)
@@ -257,13 +260,17 @@ def test_files_of_another_kind_or_model_are_refused(fitted, target, data, tmp_pa
     fitted.save(tmp_path)
     manifest = json.loads((tmp_path / "fit.json").read_text())
 
-    with pytest.raises(flowvi.files.CheckpointError, match="was fitted to a model with latents"):
+    with pytest.raises(
+        flowvi.runtime.files.CheckpointError, match="was fitted to a model with latents"
+    ):
         flowvi.load(tmp_path, flowvi.from_pyro(model, data))
-    with pytest.raises(flowvi.files.CheckpointError, match="fitted to another model: site 'theta'"):
+    with pytest.raises(
+        flowvi.runtime.files.CheckpointError, match="fitted to another model: site 'theta'"
+    ):
         flowvi.load(tmp_path, flowvi.from_pyro(wide, data, local="data"))
     manifest["meta"]["specs"] = [manifest["meta"]["specs"][0]] * 3
     (tmp_path / "fit.json").write_text(json.dumps({**manifest, "guides": 3}))
-    with pytest.raises(flowvi.files.CheckpointError, match="holds no nested fit of model"):
+    with pytest.raises(flowvi.runtime.files.CheckpointError, match="holds no nested fit of model"):
         flowvi.load(tmp_path, target)
 
 

@@ -10,8 +10,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi.nested_start import start
-from flowvi.schedule import Level
+from flowvi.initialization.nested import start
+from flowvi.training.learning_rate import Level
 from models import linear_gaussian_joint
 
 NOISE = 0.5

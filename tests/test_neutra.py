@@ -13,7 +13,7 @@ import flowvi
 from flowvi.cli import main
 from flowvi.cli.model_file import load_target
 from flowvi.diagnostics import diagnose_chains
-from flowvi.fit import Fit
+from flowvi.fitting.result import Fit
 from flowvi.guides import make_guide
 
 MODELS = Path(__file__).parents[1] / "models"

@@ -11,8 +11,8 @@ import torch
 from test_compiling import schools
 
 import flowvi
-from flowvi import parallel
 from flowvi.guides import GUIDES, make_guide
+from flowvi.runtime import distributed
 
 REPOSITORY = Path(__file__).parents[1]
 SCRIPT = """
@@ -20,7 +20,7 @@ import json, sys, torch
 sys.path.insert(0, {tests!r})
 torch.set_default_dtype(torch.float64)
 from test_parallel import fitted, somewhere
-from flowvi import parallel
+from flowvi.runtime import distributed as parallel
 with parallel.launched():
     facts = {{}}
     for name in {names!r}:
@@ -37,7 +37,7 @@ import json, sys, time, torch
 sys.path.insert(0, {tests!r})
 from test_compiling import schools
 import flowvi
-from flowvi import parallel
+from flowvi.runtime import distributed as parallel
 with parallel.launched():
     rank, facts = parallel.rank(), []
     for call in (
@@ -54,7 +54,7 @@ with parallel.launched():
 
 
 def fitted(name: str, particles: int) -> flowvi.Fit:
-    torch.manual_seed(parallel.rank())  # what a process did before must not matter
+    torch.manual_seed(distributed.rank())  # what a process did before must not matter
     target = schools()
     return flowvi.fit(
         target, name, steps=30, lr=0.01, particles=particles, escalate=False, progress=False
@@ -130,10 +130,10 @@ def test_the_first_process_writes_and_speaks(tmp_path):
 def test_outside_a_group_nothing_is_shared():
     bound, gradient = torch.tensor(1.0), torch.arange(3.0)
 
-    assert (parallel.size(), parallel.rank()) == (1, 0)
-    assert parallel.averaged(bound, gradient, [1.0, 0.5]) == (bound, gradient, [1.0, 0.5])
-    assert parallel.agreed(2.5) == 2.5
-    assert parallel.shared(gradient) is gradient
+    assert (distributed.size(), distributed.rank()) == (1, 0)
+    assert distributed.averaged(bound, gradient, [1.0, 0.5]) == (bound, gradient, [1.0, 0.5])
+    assert distributed.agreed(2.5) == 2.5
+    assert distributed.shared(gradient) is gradient
 
 
 @pytest.mark.parametrize("name", ["realnvp", "nsf_coupling", *sorted(GUIDES)])

@@ -5,8 +5,8 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import init
-from flowvi.pathfinder import estimates, inverse_hessian, updated
+from flowvi.initialization import candidates
+from flowvi.initialization.pathfinder import estimates, inverse_hessian, updated
 
 DIM = 5
 
@@ -76,7 +76,9 @@ def test_pathfinder_competes_among_the_candidates(precision):
     generator = torch.Generator().manual_seed(0)
     judge = torch.randn(400, DIM)
 
-    group = next(iter(init.candidates(target, generator)))
+    group = next(iter(candidates.candidates(target, generator)))
 
-    found = [init.score(target, g, judge) for g in group.normals if g.name.startswith("Pathfinder")]
+    found = [
+        candidates.score(target, g, judge) for g in group.normals if g.name.startswith("Pathfinder")
+    ]
     assert max(g.elbo for g in found) > -0.3

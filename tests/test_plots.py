@@ -6,10 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from flowvi.draws import Draws, draw, resample
+from flowvi.draws.draws import Draws
+from flowvi.draws.resampling import resample
+from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
 from flowvi.plots import plot_khat, plot_loss, plot_marginals, plot_pair, plot_predictive
-from flowvi.target import Site, from_density
+from flowvi.targets import Site, from_density
 
 mpl.use("Agg")
 

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import flowvi
-from flowvi.target import ModelError, from_pyro
+from flowvi.targets import ModelError, from_pyro
 
 # The numbers of a prior, and what a float32 tensor makes of them.
 LOC, SCALE = 0.3, 0.7

@@ -10,7 +10,7 @@ from scipy.stats import norm
 from torch import nn
 
 import flowvi
-from flowvi.draws import draw
+from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
 
 NOISE = 0.5
@@ -91,7 +91,7 @@ def test_networks_predict_in_chunks(batch, monkeypatch):
     model = flowvi.bayesian(net, likelihood=lambda f: dist.Normal(f, NOISE), batch=batch)
     draws = some(model, torch.randn(6, 2), torch.randn(6), n=9)
     x, y = torch.randn(5, 2), torch.randn(5)
-    monkeypatch.setattr("flowvi.target.again.NUMBERS", 100)
+    monkeypatch.setattr("flowvi.targets.pyro.rerun.NUMBERS", 100)
 
     output = flowvi.predict(draws, x)["output"]
     scored = flowvi.predict(draws, x, y)

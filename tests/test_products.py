@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import flowvi
-from flowvi.target.program import PATIENCE
+from flowvi.targets.recording.program import PATIENCE
 
 X = torch.randn(30, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 A = torch.randn(5, 30, generator=torch.Generator().manual_seed(1), dtype=torch.float64)

@@ -17,7 +17,8 @@ from torch import nn
 from torch.distributions import constraints
 
 import flowvi
-from flowvi.guides import make_guide, mixture
+from flowvi.guides import make_guide
+from flowvi.guides.registry import mixture
 
 ROWS = 5
 

@@ -21,9 +21,9 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 @pytest.fixture
 def few_steps(monkeypatch, brief) -> None:
     """Fits that do not say how long they are to be take few steps."""
-    monkeypatch.setattr(sys.modules["flowvi.run"], "STEADY_STEPS", 30)
-    monkeypatch.setattr(sys.modules["flowvi.run"], "MOST_STAGES", 1)
-    monkeypatch.setattr(sys.modules["flowvi.escalation"], "ATTEMPTS", ())
+    monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "STEADY_STEPS", 30)
+    monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "MOST_STAGES", 1)
+    monkeypatch.setattr(sys.modules["flowvi.fitting.escalation"], "ATTEMPTS", ())
 
 
 @pytest.fixture(scope="session")

@@ -8,7 +8,8 @@ from test_target import captured
 from zoo import ZOO
 
 import flowvi
-from flowvi.target import ModelError, program, replicable
+from flowvi.targets import ModelError, replicable
+from flowvi.targets.recording import program
 
 SIMULATED = [name for name, build in ZOO.items() if build().simulates]
 # Data that are read into Python, or have other names or shapes where they are simulated.

@@ -13,8 +13,8 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi.cli import main
-from flowvi.groups import read_groups
-from flowvi.saved import diagnosis_of, draws_of
+from flowvi.compat.arviz_groups import read_groups
+from flowvi.interop.read_draws import diagnosis_of, draws_of
 
 CHROMIUM = shutil.which("chromium")
 BROWSER = [

@@ -18,8 +18,11 @@ import torch
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import init, journal, run, shelf, training
-from flowvi.files import CheckpointError
+from flowvi.fitting import restart
+from flowvi.initialization import candidates
+from flowvi.runtime import checkpoint_folder
+from flowvi.runtime.files import CheckpointError
+from flowvi.training import resume, trainer
 
 
 class CutOff(Exception):
@@ -92,28 +95,28 @@ def quick() -> Iterator[None]:
     """A short search for a start, few draws to judge by, and no waiting for the disk."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda handle: None)
-        patched.setattr(init, "TRY_ROUNDS", 1)
-        patched.setattr(init, "REFINE_ROUNDS", 1)
-        patched.setattr(init, "NEWTON_STEPS", 1)
-        patched.setattr(init, "PATH_POINTS", 1)
-        patched.setattr(run, "CHECK_DRAWS", 400)
-        patched.setattr(training, "JUDGE_DRAWS", 400)
+        patched.setattr(candidates, "TRY_ROUNDS", 1)
+        patched.setattr(candidates, "REFINE_ROUNDS", 1)
+        patched.setattr(candidates, "NEWTON_STEPS", 1)
+        patched.setattr(candidates, "PATH_POINTS", 1)
+        patched.setattr(restart, "CHECK_DRAWS", 400)
+        patched.setattr(trainer, "JUDGE_DRAWS", 400)
         yield
 
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are kept after every step."""
-    monkeypatch.setattr(journal, "EVERY", 0.0)
-    monkeypatch.setattr(journal, "SPARED", 0.0)
+    monkeypatch.setattr(resume, "EVERY", 0.0)
+    monkeypatch.setattr(resume, "SPARED", 0.0)
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small stages."""
     for name, value in (("STEADY_STEPS", 30), ("FEW_STEPS", 30), ("MOST_STAGES", 2)):
-        monkeypatch.setattr(run, name, value)
-    monkeypatch.setattr(training, "LEAST_DECAY", 30)
+        monkeypatch.setattr(restart, name, value)
+    monkeypatch.setattr(trainer, "LEAST_DECAY", 30)
 
 
 def own_guide() -> flowvi.FlowGuide:
@@ -156,7 +159,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(tmp_path, every_step, name):
 
 def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
     """A training begins where the trials of its step size and guide have led."""
-    monkeypatch.setattr(run, "RACE_STEPS", 10)
+    monkeypatch.setattr(restart, "RACE_STEPS", 10)
 
     def heavy() -> flowvi.Target:
         def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -179,7 +182,7 @@ def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
 def test_stages_and_attempts_go_on_too(tmp_path, every_step, short, monkeypatch, cut):
     """Of two bumps: a Gaussian, then a mixture of two flows."""
     options = {"seed": 1, "progress": False, "lr": 1e-2}
-    monkeypatch.setattr(run, "NOTHING_LEFT", 10.0)
+    monkeypatch.setattr(restart, "NOTHING_LEFT", 10.0)
     whole = flowvi.fit(bumps(), **options)
     assert whole.meta["guide"] == "mixture"
     steps = len(whole.history["bound"])
@@ -199,8 +202,8 @@ def cut_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, flowvi.Fit
     """A folder of a fit that was cut off, and what it would have come to."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(journal, "EVERY", 0.0)
-        patched.setattr(journal, "SPARED", 0.0)
+        patched.setattr(resume, "EVERY", 0.0)
+        patched.setattr(resume, "SPARED", 0.0)
         whole = flowvi.fit(banana(), "fullrank", progress=False, **COUNTED)
         with pytest.raises(CutOff):
             _fit(folder, callback=cut_at(12))
@@ -299,7 +302,7 @@ def test_names_in_a_manifest_never_become_paths(cut):
     folder, _ = cut
     for name in ("manifest.json", "manifest.previous.json"):
         text = (folder / name).read_text().replace("piece-0001.safetensors", "../piece-0001")
-        (folder / name).write_text(json.dumps(shelf.sealed(json.loads(text))))
+        (folder / name).write_text(json.dumps(checkpoint_folder.sealed(json.loads(text))))
 
     with pytest.raises(CheckpointError, match=r"'\.\./piece-0001' is no name"):
         _fit(folder, resume=True)
@@ -312,7 +315,7 @@ def test_a_full_disk_leaves_what_was_written(cut, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowvi.states.write_whole", full)
+        patched.setattr("flowvi.runtime.tensors.write_whole", full)
         with pytest.warns(UserWarning, match="could not be written .*No space"):
             found = _fit(folder, resume=True)
     again = _fit(folder, resume=True)
@@ -367,7 +370,7 @@ _log_prob.__name__ = "log_prob"
 
 def test_other_software_is_said(cut, monkeypatch):
     folder, whole = cut
-    monkeypatch.setattr("flowvi.shelf.__version__", "99.0")
+    monkeypatch.setattr("flowvi.runtime.checkpoint_folder.__version__", "99.0")
 
     with pytest.warns(UserWarning, match=r"flowvi 0\.1\.0 is now 99\.0.*not the same to the bit"):
         found = _fit(folder, resume=True)
@@ -384,7 +387,7 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_default_dtype(torch.float64)
 sys.path.insert(0, {tests!r})
 import test_resume
-from flowvi import journal
+from flowvi.training import resume as journal
 journal.EVERY = journal.SPARED = 0.0
 
 def callback(step):

@@ -13,7 +13,7 @@ from pyro.infer import Trace_ELBO, TraceEnum_ELBO
 
 import flowvi
 from flowvi.cli import main
-from flowvi.vae.data import SPLITS
+from flowvi.vae.image_files import SPLITS
 
 FOLDER = Path(__file__).parents[1] / "models"
 # With latents that all rows share beside those of rows.

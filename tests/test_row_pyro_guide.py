@@ -13,8 +13,9 @@ from torch.distributions import constraints
 from torch.utils.data import DataLoader, TensorDataset
 
 import flowvi
-from flowvi.amortised import amortised
-from flowvi.guides import MeanField, make_guide, mixture
+from flowvi.guides import MeanField, make_guide
+from flowvi.guides.recipes import amortised
+from flowvi.guides.registry import mixture
 
 N, B, P = 12, 4, 3
 

@@ -12,13 +12,14 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import parallel
-from flowvi.amortised import Encoder, amortised
 from flowvi.guides import FullRank, MeanField, make_guide
-from flowvi.minibatch import row_step
+from flowvi.guides.amortized import Encoder
+from flowvi.guides.recipes import amortised
 from flowvi.objectives import Renyi, WakeSleep
-from flowvi.row_training import RowTrainer
-from flowvi.stopping import Clock
+from flowvi.objectives.rows import row_step
+from flowvi.runtime import distributed
+from flowvi.runtime.clock import Clock
+from flowvi.training.epochs import RowTrainer
 
 N, D, P = 40, 2, 3
 
@@ -278,7 +279,7 @@ def test_bounds_do_not_depend_on_the_pieces(normal, monkeypatch):
     fit = flowvi.fit(target, exact_guide(), epochs=1, lr=1e-9)
 
     whole = fit.iw_bound(particles=7)
-    monkeypatch.setattr(flowvi.memory, "PIECE", 60)
+    monkeypatch.setattr(flowvi.runtime.memory, "PIECE", 60)
     small = fit.iw_bound(particles=7)
 
     np.testing.assert_allclose(small.values, evidence, atol=1e-5)
@@ -291,7 +292,7 @@ def test_bounds_and_draws_do_not_depend_on_the_limit(normal, monkeypatch):
     fit = flowvi.fit(target, "meanfield", epochs=1)
 
     bound, draws = fit.iw_bound(particles=50), fit.draw(30)
-    monkeypatch.setattr(flowvi.memory, "EVALUATED", 1e-5)
+    monkeypatch.setattr(flowvi.runtime.memory, "EVALUATED", 1e-5)
     same, again = (
         fit.iw_bound(particles=50, max_memory="32MB"),
         fit.draw(30, max_memory="32MB"),
@@ -429,11 +430,11 @@ def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
         return torch.stack(found)
 
     whole = gradient()
-    monkeypatch.setattr(parallel, "size", lambda: 2)
-    monkeypatch.setattr(parallel, "averaged", lambda bound, gradient: (bound, gradient, []))
+    monkeypatch.setattr(distributed, "size", lambda: 2)
+    monkeypatch.setattr(distributed, "averaged", lambda bound, gradient: (bound, gradient, []))
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(parallel, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)
         parts.append(gradient())
     both = (parts[0] + parts[1]) / 2
 

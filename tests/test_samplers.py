@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from flowvi.target import from_pyro
+from flowvi.targets import from_pyro
 
 DRAWS = 4000
 

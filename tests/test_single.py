@@ -10,11 +10,11 @@ from torch import nn
 import flowvi
 from flowvi import Site
 from flowvi.flows import Chain, Layer
-from flowvi.gradients import Gradients
 from flowvi.guides import FlowGuide
-from flowvi.records import Settings
-from flowvi.stopping import Clock
-from flowvi.target import Target
+from flowvi.runtime.clock import Clock
+from flowvi.targets import Target
+from flowvi.training.gradients import Gradients
+from flowvi.training.settings import Settings
 
 # Far from zero, of very different widths, and correlated: what single precision could not hold.
 LOC = torch.tensor([1e6, -3.0, 1e-4], dtype=torch.float64)

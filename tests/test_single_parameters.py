@@ -13,13 +13,13 @@ from torch import nn
 from torch.distributions import constraints
 
 import flowvi
-from flowvi.compiling.graph import trace
-from flowvi.flat import Finest
-from flowvi.gradients import Gradients
 from flowvi.guides import Draw, Guide, make_guide
-from flowvi.records import Settings
-from flowvi.stopping import Clock
-from flowvi.target import from_pyro
+from flowvi.runtime.clock import Clock
+from flowvi.targets import from_pyro
+from flowvi.training.compiling.graph import trace
+from flowvi.training.flat import Finest
+from flowvi.training.gradients import Gradients
+from flowvi.training.settings import Settings
 
 Y = [1.2, 0.4, 2.9, 1.7, 0.8]
 # Of a trained number: it is rounded once, and steps follow the rounded one.

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from flowvi.stopping import EVERY, Clock, Plateau
+from flowvi.runtime.clock import Clock
+from flowvi.training.plateau import EVERY, Plateau
 
 TRACES = 100
 SIGMA = 0.05

@@ -17,7 +17,9 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import flowvi
-from flowvi import checkpoint, journal, shelf
+from flowvi.fitting import fit_folder
+from flowvi.runtime import checkpoint_folder
+from flowvi.training import resume
 
 STORED = Path(__file__).parent / "stored"
 STEPS, CUT = 12, 8
@@ -67,8 +69,8 @@ def fit(
 
 def test_the_present_formats_are_stored():
     """A new format needs a folder of its own beside those of the earlier ones."""
-    assert (STORED / f"fit-{checkpoint.FORMAT}").is_dir()
-    assert (STORED / f"checkpoint-{shelf.FORMAT}").is_dir()
+    assert (STORED / f"fit-{fit_folder.FORMAT}").is_dir()
+    assert (STORED / f"checkpoint-{checkpoint_folder.FORMAT}").is_dir()
 
 
 @pytest.mark.parametrize("folder", sorted(STORED.glob("fit-*")), ids=lambda f: f.name)
@@ -105,10 +107,12 @@ def write(folder: Path) -> None:
         fit(folder, stop)
     except CutOff:
         (folder / "lock").unlink()
-    (folder / shelf.PREVIOUS).unlink()
-    manifest = json.loads((folder / shelf.MANIFEST).read_text())
+    (folder / checkpoint_folder.PREVIOUS).unlink()
+    manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
     manifest["software"]["machine"] = "another one"
-    (folder / shelf.MANIFEST).write_text(json.dumps(shelf.sealed(manifest), indent=1))
+    (folder / checkpoint_folder.MANIFEST).write_text(
+        json.dumps(checkpoint_folder.sealed(manifest), indent=1)
+    )
     named = {entry["name"] for entry in [*manifest["pieces"], *manifest["states"]]}
     for file in folder.glob("*.safetensors"):
         if file.name not in named:
@@ -117,8 +121,8 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
-    journal.EVERY = journal.SPARED = 0.0
-    for name in (f"fit-{checkpoint.FORMAT}", f"checkpoint-{shelf.FORMAT}"):
+    resume.EVERY = resume.SPARED = 0.0
+    for name in (f"fit-{fit_folder.FORMAT}", f"checkpoint-{checkpoint_folder.FORMAT}"):
         shutil.rmtree(STORED / name, ignore_errors=True)
-    fit().save(STORED / f"fit-{checkpoint.FORMAT}")
-    write(STORED / f"checkpoint-{shelf.FORMAT}")
+    fit().save(STORED / f"fit-{fit_folder.FORMAT}")
+    write(STORED / f"checkpoint-{checkpoint_folder.FORMAT}")

@@ -7,9 +7,9 @@ import torch
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import init
-from flowvi.gaussians import Gaussian, score
-from flowvi.sweeps import averaged, sweep, swept
+from flowvi.initialization import candidates
+from flowvi.initialization.gaussian import Gaussian, score
+from flowvi.initialization.newton import averaged, sweep, swept
 from models import irt_2pl
 
 DIM = 12
@@ -73,8 +73,8 @@ def test_where_newton_goes_too_far_small_steps_follow(monkeypatch):
     target = flowvi.from_pyro(irt_2pl.model, right.double())
     found = {}
     for large in (300, 10):
-        monkeypatch.setattr(init, "LARGE", large)
-        found[large] = init.best_gaussian(target, 1, False, lambda words: None).best
+        monkeypatch.setattr(candidates, "LARGE", large)
+        found[large] = candidates.best_gaussian(target, 1, False, lambda words: None).best
 
     assert found[10].overshot and not found[300].overshot
     assert found[10].elbo > found[300].elbo - 0.5
@@ -91,7 +91,9 @@ def test_a_start_of_many_dimensions_begins_without_correlations_where_these_are_
     judge = torch.randn(400, dim, generator=torch.Generator().manual_seed(0))
     narrow = score(target, Gaussian(torch.ones(dim), 0.1 * torch.eye(dim), "narrow"), judge)
 
-    found = init._flat_first(target, narrow, torch.Generator().manual_seed(0), judge, lambda: False)
+    found = candidates._flat_first(
+        target, narrow, torch.Generator().manual_seed(0), judge, lambda: False
+    )
 
     assert found.elbo > narrow.elbo + 100
     assert found.scale_tril.shape == (dim, dim)
@@ -108,7 +110,7 @@ def test_a_gaussian_without_a_matrix_settles_as_one(generator):
     judge = torch.randn(400, dim, generator=generator)
     start = score(target, Gaussian(torch.zeros(dim), 1.5 * scales, "flat"), judge)
 
-    found = init.settled(target, start, generator, judge, lambda: False)
+    found = candidates.settled(target, start, generator, judge, lambda: False)
 
     assert found.scale_tril.shape == (dim,)
     exact = 0.5 * dim * math.log(2 * math.pi) + float(scales.log().sum())

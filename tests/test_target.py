@@ -9,8 +9,8 @@ from reference import log_joint, log_likelihood, values_of, with_gradient
 from torch import Tensor
 from zoo import ZOO, Case
 
-from flowvi.target import Target, from_pyro
-from flowvi.target.capture import agree
+from flowvi.targets import Target, from_pyro
+from flowvi.targets.recording.capture import agree
 
 POINTS = 3
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 from zoo import ZOO
 
-from flowvi.target import from_pyro
+from flowvi.targets import from_pyro
 
 WITH_PARAMETERS = [name for name, build in ZOO.items() if build().params]
 

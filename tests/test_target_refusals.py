@@ -11,8 +11,8 @@ from pyro import poutine
 from pyro.distributions import constraints
 from torch import Tensor, nn
 
-import flowvi.target as target_module
-from flowvi.target import ModelError, from_pyro
+import flowvi.targets as target_module
+from flowvi.targets import ModelError, from_pyro
 
 Y = torch.tensor([1.0, 2.0, 3.0])
 

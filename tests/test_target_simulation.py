@@ -9,7 +9,7 @@ from pyro.infer import Predictive
 from torch import Tensor
 from zoo import ZOO, Case
 
-from flowvi.target import ModelError, Target, from_pyro
+from flowvi.targets import ModelError, Target, from_pyro
 
 # These reject proposals until they accept, which no graph can record.
 LOOPS = ("von_mises",)

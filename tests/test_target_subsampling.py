@@ -9,8 +9,8 @@ from reference import log_joint, with_gradient
 from torch import Tensor
 from zoo import Case
 
-from flowvi.target import ModelError, Target, from_pyro
-from flowvi.target.rows import cover
+from flowvi.targets import ModelError, Target, from_pyro
+from flowvi.targets.subsampling import cover
 
 N = 10
 

@@ -7,10 +7,10 @@ import torch
 from pyro import distributions as dist
 
 import flowvi
-from flowvi.draws import draw
-from flowvi.gaussians import Gaussian
+from flowvi.draws.sampling import draw
 from flowvi.guides import FullRank
-from flowvi.tempering import Tempered, found_beyond, wide_gaussian
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.samplers.tempering import Tempered, found_beyond, wide_gaussian
 
 
 def bumps(*places: float) -> flowvi.Target:

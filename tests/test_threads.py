@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import flowvi
-from flowvi import threads
-from flowvi.threads import best_threads
+from flowvi.training import threads
+from flowvi.training.threads import best_threads
 
 
 @pytest.fixture

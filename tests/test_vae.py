@@ -15,12 +15,12 @@ from torch.distributions import MultivariateNormal
 
 import flowvi
 from flowvi import vae
-from flowvi.amortised import Amortised
 from flowvi.cli import main
 from flowvi.flows import FLOWS, Chain, Diagonal, Inverse
 from flowvi.guides import FlowGuide
-from flowvi.row_training import RowTrainer
-from flowvi.vae.data import SPLITS
+from flowvi.guides.amortized import Amortised
+from flowvi.training.epochs import RowTrainer
+from flowvi.vae.image_files import SPLITS
 from flowvi.vae.likelihoods import Gaussian
 from flowvi.vae.measures import great_circle
 from flowvi.vae.nets import Decoder, Encoder

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from flowvi.arguments import known, spelt, wanted, whole
 from flowvi.bnn.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.bnn.priors import PRIORS, Prior, weight_of
-from flowvi.target import ModelError
+from flowvi.runtime.arguments import known, spelt, wanted, whole
+from flowvi.targets import ModelError
 
 Inputs = Tensor | tuple[Tensor, ...]
 

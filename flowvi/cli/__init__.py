@@ -5,15 +5,15 @@ import warnings
 import click
 
 from flowvi._version import __version__
-from flowvi.cli.autoencoding import vae_command
 from flowvi.cli.evidence import evidence_command
-from flowvi.cli.fitting import fit_command
-from flowvi.cli.listing import list_command
+from flowvi.cli.fit import fit_command
+from flowvi.cli.list import list_command
+from flowvi.cli.neutra_sbc import neutra_command, sbc_command
 from flowvi.cli.new_model import new_model_command
-from flowvi.cli.predicting import predict_command
-from flowvi.cli.refitting import neutra_command, sbc_command
-from flowvi.cli.reporting import report_command
-from flowvi.cli.saved_draws import compare_command, resample_command
+from flowvi.cli.predict import predict_command
+from flowvi.cli.report import report_command
+from flowvi.cli.resample_compare import compare_command, resample_command
+from flowvi.cli.vae import vae_command
 
 __all__ = ["main"]
 

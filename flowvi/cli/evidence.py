@@ -7,11 +7,11 @@ from typing import TYPE_CHECKING
 
 import click
 
+from flowvi.analysis.evidence import evidence
 from flowvi.cli import results
-from flowvi.cli.answers import answer, json_option
-from flowvi.cli.speech import DISTRUSTED, plain_warnings, said_plainly
-from flowvi.evidence import evidence
-from flowvi.groups import as_written, read_groups
+from flowvi.cli.errors import DISTRUSTED, plain_warnings, said_plainly
+from flowvi.cli.output import answer, json_option
+from flowvi.compat.arviz_groups import as_written, read_groups
 
 if TYPE_CHECKING:
     import arviz as az

@@ -13,7 +13,7 @@ from typing import Any
 
 import click
 
-from flowvi.target import ModelError, Target, from_pyro
+from flowvi.targets import ModelError, Target, from_pyro
 
 
 class ModelFileError(click.ClickException):

@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import numpy as np
 
-from flowvi import statistics
+from flowvi.compat import arviz_stats
+from flowvi.compat.netcdf import write_groups
 from flowvi.diagnostics import VERDICTS, Diagnosis
-from flowvi.draws import Draws, resample
-from flowvi.files import CheckpointError, replaced, why
-from flowvi.fit import Fit
-from flowvi.inference_data import all_groups, to_inference_data
-from flowvi.netcdf import write_groups
+from flowvi.draws.draws import Draws
+from flowvi.draws.resampling import resample
+from flowvi.fitting.result import Fit
+from flowvi.interop.inference_data import all_groups, to_inference_data
+from flowvi.runtime.files import CheckpointError, replaced, why
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -68,7 +69,7 @@ def judged(draws: Draws, diagnosis: Diagnosis, seed: int) -> Judged:
 def summary(kept: Judged) -> pd.DataFrame:
     """Mean, sd and quantiles of every scalar, and which draws they are of."""
     posterior = to_inference_data(kept.draws, log_likelihood=False)
-    numbers = statistics.summary(posterior)
+    numbers = arviz_stats.summary(posterior)
     return numbers.assign(draws=kept.word).rename_axis("name")
 
 
@@ -170,7 +171,7 @@ def write(
 
 
 def _report(folder: Path) -> File:
-    from flowvi.report import report
+    from flowvi.reporting import report
 
     what = "all of this on one page, to read and to pass on"
     return File(REPORT, what, lambda file: report(folder, file))

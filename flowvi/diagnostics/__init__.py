@@ -1,7 +1,8 @@
 """What log weights and draws say about a fit: plain arrays in, frozen records out."""
 
-from flowvi.diagnostics.distance import Distances, distances
+from flowvi.diagnostics.energy_distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
+from flowvi.diagnostics.findings import VERDICTS, Check, apart
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
     Bound,
@@ -16,10 +17,9 @@ from flowvi.diagnostics.importance import (
     log_evidence,
     psis,
 )
-from flowvi.diagnostics.mixing import diagnose_chains
-from flowvi.diagnostics.observe import VERDICTS, Check, apart
+from flowvi.diagnostics.mcmc import diagnose_chains
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
-from flowvi.diagnostics.where import Where, where
+from flowvi.diagnostics.weight_regions import Where, where
 
 __all__ = [
     "LADDER",

@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import observe
-from flowvi.diagnostics.bridge import bridge_evidence, eubo
+from flowvi.diagnostics import findings
+from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo
+from flowvi.diagnostics.findings import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.importance import (
     Bounds,
     Estimate,
@@ -23,7 +24,6 @@ from flowvi.diagnostics.importance import (
     smoothed_evidence,
     with_tail,
 )
-from flowvi.diagnostics.observe import DISTRUST, TRUST, Finding
 
 LADDER = (1, 10, 100, 1000)
 # Chance that a certain bound is wrong.
@@ -124,12 +124,12 @@ def evidence(
         of evidence using the Markov inequality", UAI: both certain bounds.
     """
     chains = as_chains(log_weights)
-    kept, found = observe.restarts(chains)
+    kept, found = findings.restarts(chains)
     log_w = chains[kept].ravel()
     smooth, threshold = psis(log_w), khat_threshold(log_w.size)
     best = middle = with_tail(log_evidence(log_w), log_w, smooth.khat)
     above = bridge = Estimate(math.nan, math.nan)
-    judged = [*observe.evidences(chains[kept]), observe.believable(log_w, smooth.khat, threshold)]
+    judged = [*findings.evidences(chains[kept]), findings.believable(log_w, smooth.khat, threshold)]
     if posterior_log_weights is not None:
         posterior = as_chains(posterior_log_weights)
         above, bridge = eubo(posterior), bridge_evidence(log_w, posterior)
@@ -141,7 +141,7 @@ def evidence(
     found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
     blocks = [k for k in particles if len(log_w) >= BLOCKS * k]
     return Evidence(
-        observe.verdict(found) != DISTRUST,
+        findings.verdict(found) != DISTRUST,
         *best,
         *middle,
         *smoothed_evidence(log_w, smooth),
@@ -153,7 +153,7 @@ def evidence(
         smooth.khat,
         threshold,
         log_w.size,
-        observe.reasons(found),
+        findings.reasons(found),
         title,
     )
 

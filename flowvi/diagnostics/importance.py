@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 from scipy.special import logsumexp
 
-from flowvi.arguments import whole
 from flowvi.diagnostics.pareto import PRIOR, psislw, tail_size
+from flowvi.runtime.arguments import whole
 
 MIN_DRAWS = 100
 # The limit of k-hat for many draws.

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import observe
-from flowvi.diagnostics.heavy import heavy
+from flowvi.diagnostics import findings
+from flowvi.diagnostics.findings import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
 from flowvi.diagnostics.importance import (
     as_chains,
     elbo,
@@ -20,8 +20,8 @@ from flowvi.diagnostics.importance import (
     with_tail,
 )
 from flowvi.diagnostics.moments import Axes, compare
-from flowvi.diagnostics.observe import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
-from flowvi.diagnostics.where import where
+from flowvi.diagnostics.undefined_moments import heavy
+from flowvi.diagnostics.weight_regions import where
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,7 @@ class Diagnosis:
         That is so where the errors of these numbers would better the verdict, or where it rests
         on a k-hat less than a standard error below its limit.
         """
-        flat = self.gap + 2 * self.gap_se <= observe.FLAT_GAP
+        flat = self.gap + 2 * self.gap_se <= findings.FLAT_GAP
         close = self.khat < self.khat_threshold <= self.khat + self.khat_se
         return self.at_best not in ("", self.verdict) or (
             self.verdict != DISTRUST and close and not flat
@@ -111,9 +111,9 @@ class Diagnosis:
         limit = f"{self.khat_threshold:.2f}"
         if self.khat < self.khat_threshold:
             note = f"weights can be trusted (below {limit})"
-        elif self.verdict == TRUST and self.gap <= observe.FLAT_GAP:
+        elif self.verdict == TRUST and self.gap <= findings.FLAT_GAP:
             note = f"not below {limit}, of weights that are nearly equal"
-        elif self.verdict != DISTRUST or observe.open_tail(self.khat, self.draws):
+        elif self.verdict != DISTRUST or findings.open_tail(self.khat, self.draws):
             note = f"+- {self.khat_se:.2f}: not surely below {limit}"
         else:
             note = f"heavy-tailed weights (not below {limit})"
@@ -163,7 +163,7 @@ def diagnose(
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
-    kept, found = observe.restarts(chains)
+    kept, found = findings.restarts(chains)
     chains = chains[kept]
     arrays = {name: array[kept] for name, array in arrays.items()}
     log_w = chains.ravel()
@@ -171,31 +171,31 @@ def diagnose(
     threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
     ess = float(1 / np.sum(weights**2))
 
-    found += [*observe.weights(log_w, outside), *observe.evidences(chains)]
+    found += [*findings.weights(log_w, outside), *findings.evidences(chains)]
     comparison = None
-    if observe.flat(log_w, -2.0) or observe.open_tail(khat, log_w.size):
+    if findings.flat(log_w, -2.0) or findings.open_tail(khat, log_w.size):
         if arrays:
             comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays, axes)
-            found += [*observe.moments(comparison), *observe.disagreement(comparison)]
+            found += [*findings.moments(comparison), *findings.disagreement(comparison)]
         else:
-            found += observe.divergence(log_w)
-    found += observe.tail(log_w, khat, threshold, *observe.verdicts(found))
-    poor = observe.verdicts(found)[1] == DISTRUST
-    if RESAMPLE in observe.verdicts(found):
-        found += observe.effective(ess, log_w.size, comparison, observe.verdicts(found)[1])
-    strict, best = observe.verdicts(found)
-    final = observe.decided(strict, best, log_w.size, check)
-    first = observe.undecided(log_w.size, strict, poor, final, check)
+            found += findings.divergence(log_w)
+    found += findings.tail(log_w, khat, threshold, *findings.verdicts(found))
+    poor = findings.verdicts(found)[1] == DISTRUST
+    if RESAMPLE in findings.verdicts(found):
+        found += findings.effective(ess, log_w.size, comparison, findings.verdicts(found)[1])
+    strict, best = findings.verdicts(found)
+    final = findings.decided(strict, best, log_w.size, check)
+    first = findings.undecided(log_w.size, strict, poor, final, check)
 
     known = [Finding(DISTRUST, sentence) for sentence in missed]
     known += [Finding(RESAMPLE, sentence) for sentence in doubts]
-    verdict = max(final, observe.verdicts(known)[0], key=VERDICTS.index)
+    verdict = max(final, findings.verdicts(known)[0], key=VERDICTS.index)
     if khat >= threshold and arrays and verdict != TRUST:
         place = where(chains, arrays).sentence
         found += [Finding(TRUST, place)] if place else []
     if comparison is not None and verdict != TRUST:
         found += heavy(comparison, chains, arrays, axes)
-    reasons = observe.reasons([*known, *found, *observe.priors(improper)])
+    reasons = findings.reasons([*known, *found, *findings.priors(improper)])
     reasons = (*first, *reasons) if verdict == final else (*reasons, *first)
 
     return Diagnosis(
@@ -209,7 +209,7 @@ def diagnose(
         *gap(log_w),
         *((math.nan, math.nan) if improper else with_tail(log_evidence(log_w), log_w, khat)),
         title=title,
-        at_best=max(best, observe.verdicts(known)[0], key=VERDICTS.index),
+        at_best=max(best, findings.verdicts(known)[0], key=VERDICTS.index),
     )
 
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from flowvi.flows.adapter import FromTransform
 from flowvi.flows.affine import Diagonal, Triangular
 from flowvi.flows.autoregressive import Autoregressive, iaf, maf, nsf_autoregressive
-from flowvi.flows.base import Base, GaussianMixture, Normal, StudentT
+from flowvi.flows.bases import Base, GaussianMixture, Normal, StudentT
 from flowvi.flows.continuous import Continuous
 from flowvi.flows.coupling import (
     AffineCoupling,

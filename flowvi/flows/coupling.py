@@ -3,8 +3,9 @@
 from torch import Tensor
 
 from flowvi.flows.affine import Diagonal
-from flowvi.flows.elementwise import Affine, Elementwise, Shift, asymmetric_clamp
-from flowvi.flows.fused import Halves, Move, Plan
+from flowvi.flows.clamps import asymmetric_clamp
+from flowvi.flows.coupling_kernel import Halves, Move, Plan
+from flowvi.flows.elementwise import Affine, Elementwise, Shift
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Perceptron
 from flowvi.flows.permute import mixed

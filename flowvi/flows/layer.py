@@ -7,7 +7,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flowvi.flows import fused
+from flowvi.flows import coupling_kernel
 from flowvi.flows.score import through_inverse, through_jacobian
 
 
@@ -59,7 +59,7 @@ class Layer(nn.Module):
         except NotImplementedError:
             return y, ladj, through_jacobian(self, x, score, context)
 
-    def plan(self) -> fused.Plan | None:
+    def plan(self) -> coupling_kernel.Plan | None:
         """The layer as affine couplings and orders, if it is nothing else."""
         return None
 
@@ -69,7 +69,7 @@ class Layer(nn.Module):
         """What `push` returns, by one operation that is written out, if there is one."""
         # It is in one precision.
         plan = None if torch.is_autocast_enabled(x.device.type) else self.plan()
-        return None if plan is None else fused.push(plan, x, score, context)
+        return None if plan is None else coupling_kernel.push(plan, x, score, context)
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """Take data to the base, setting on the way what starts from data. (..., D) -> (..., D).
@@ -116,10 +116,10 @@ class Chain(Layer):
             ladjs.append(ladj)
         return x, _sum(ladjs, x), score
 
-    def plan(self) -> fused.Plan | None:
+    def plan(self) -> coupling_kernel.Plan | None:
         plans = tuple(cast(Layer, layer).plan() for layer in self.layers)
         known = tuple(plan for plan in plans if plan is not None)
-        return fused.Series(known) if plans and len(known) == len(plans) else None
+        return coupling_kernel.Series(known) if plans and len(known) == len(plans) else None
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         for layer in reversed(self.layers):

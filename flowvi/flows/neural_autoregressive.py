@@ -8,7 +8,8 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from flowvi.flows.autoregressive import Autoregressive
-from flowvi.flows.elementwise import Elementwise, tanh_clamp
+from flowvi.flows.clamps import tanh_clamp
+from flowvi.flows.elementwise import Elementwise
 from flowvi.flows.layer import Chain
 
 # Least slope at a bend, in units of the slope far out: it keeps the inverse well conditioned.

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from flowvi.flows.fused import Order, Plan
+from flowvi.flows.coupling_kernel import Order, Plan
 from flowvi.flows.layer import Chain, Layer
 
 

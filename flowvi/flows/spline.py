@@ -9,11 +9,12 @@ from torch import Tensor
 from torch.nn.functional import pad, softmax, softplus
 
 from flowvi.flows.affine import Triangular
+from flowvi.flows.autograd import in_graph
 from flowvi.flows.elementwise import Elementwise
 from flowvi.flows.layer import Chain, Layer
 from flowvi.flows.nets import Amortised
 from flowvi.flows.permute import Flip
-from flowvi.flows.score import in_graph, through_elementwise
+from flowvi.flows.score import through_elementwise
 
 # Floors for bin widths, bin heights (in units of the whole range) and slopes keep the map solvable.
 FLOOR = 1e-3

@@ -5,9 +5,10 @@ import math
 import torch
 from torch import Tensor
 
+from flowvi.flows.autograd import in_graph
 from flowvi.flows.layer import Layer
 from flowvi.flows.nets import Amortised
-from flowvi.flows.score import in_graph, through_elementwise
+from flowvi.flows.score import through_elementwise
 
 # Tail weights between 1/4.5 and 4.5: |x|^4.5 and its square do not overflow single precision.
 BOUND = 1.5

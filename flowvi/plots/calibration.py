@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import ArrayLike
 
+from flowvi.draws.prediction import Prediction
 from flowvi.plots.theme import BLUE, GREY, style
-from flowvi.predict import Prediction
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

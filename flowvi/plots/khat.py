@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import as_chains, khat_threshold, log_evidence, psis
-from flowvi.draws import Draws
+from flowvi.draws.draws import Draws
 from flowvi.plots.theme import BLUE, GREY, ORANGE, new_axes, style
 
 if TYPE_CHECKING:

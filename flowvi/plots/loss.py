@@ -9,11 +9,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.arguments import wanted
-from flowvi.fit import Fit
-from flowvi.nested import NestedFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.plots.theme import BLUE, GREY, new_axes, style
-from flowvi.row_fit import RowFit
+from flowvi.runtime.arguments import wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowvi.arguments import wanted
-from flowvi.draws import Draws
+from flowvi.draws.draws import Draws
 from flowvi.plots.pair import MAX_SCALARS, scalars
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
+from flowvi.runtime.arguments import wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

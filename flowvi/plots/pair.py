@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowvi.draws import Draws
+from flowvi.draws.draws import Draws
 from flowvi.plots.theme import BLUE, style
 
 if TYPE_CHECKING:

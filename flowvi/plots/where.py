@@ -8,7 +8,8 @@ import numpy as np
 
 from flowvi.diagnostics import Where
 from flowvi.diagnostics.moments import blocks
-from flowvi.draws import Draws, axes_of, named_values, where
+from flowvi.draws.diagnose import axes_of, named_values, where
+from flowvi.draws.draws import Draws
 from flowvi.plots.theme import GREY, ORANGE, new_axes, style
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowvi.arguments import known
+from flowvi.runtime.arguments import known
 from flowvi.vae.image_files import SEED, SPLITS, digits, read
 
 

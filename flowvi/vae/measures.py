@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.guides import Guide
+from flowvi.guides.guide import Guide
 from flowvi.vae.model import Generator
 
 # A unit whose posterior mean varies less than this from image to image says nothing of them.

@@ -11,8 +11,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from flowvi.amortised import Amortised
-from flowvi.arguments import known
+from flowvi.guides.amortized import Amortised
+from flowvi.runtime.arguments import known
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.nets import NETS, Decoder, Encoder, pixel_means
 from flowvi.vae.posteriors import posterior

@@ -6,10 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowvi.arguments import known
 from flowvi.flows import FLOWS, Chain, Diagonal, Layer, Triangular
 from flowvi.flows.nets import required
-from flowvi.guides import FlowGuide, Guide
+from flowvi.guides.guide import Guide
+from flowvi.guides.pushforward import FlowGuide
+from flowvi.runtime.arguments import known
 
 # Log scale of a fresh guide.
 START = -1.0

@@ -10,8 +10,9 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor, nn
 
 from flowvi.flows import FLOWS, Diagonal, Normal
-from flowvi.flows.base import LOG_2PI
-from flowvi.guides import FlowGuide, Guide
+from flowvi.flows.bases import LOG_2PI
+from flowvi.guides.guide import Guide
+from flowvi.guides.pushforward import FlowGuide
 from flowvi.vae.maps import code_shape
 
 # Pseudo-inputs are kept this far from the ends of the range of a pixel.

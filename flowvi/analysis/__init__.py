@@ -1,0 +1,1 @@
+"""Numbers from draws: evidence, LOO, comparison, NUTS, calibration."""

@@ -1,0 +1,211 @@
+"""Models against each other: by their evidence, and by leave-one-out prediction."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowvi.analysis.evidence import check_shared, evidence
+from flowvi.analysis.loo import loo
+from flowvi.compat.arviz_groups import has_group
+from flowvi.diagnostics import VERDICTS, Estimate
+from flowvi.draws.diagnose import diagnose
+from flowvi.draws.draws import Draws
+from flowvi.interop.inference_data import to_inference_data
+from flowvi.runtime.arguments import shared_alone, spelt, wanted
+
+if TYPE_CHECKING:
+    import arviz as az
+    import pandas as pd
+
+TRUST, _, DISTRUST = VERDICTS
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model in a comparison.
+
+    Attributes:
+        name: What the caller calls it.
+        log_evidence, log_evidence_se: NaN where there is none.
+        difference, difference_se: To the largest log evidence; the models' errors are
+            independent, so their squares add.
+        probability: Of this model among all that have an evidence, if each was as
+            probable as the others before the data.
+        note: Why there is no evidence, or why not to rely on it.
+    """
+
+    name: str
+    log_evidence: float
+    log_evidence_se: float
+    difference: float
+    difference_se: float
+    probability: float
+    note: str = ""
+
+
+@dataclass(frozen=True)
+class ModelComparison:
+    """Models by log evidence, the largest first, and by leave-one-out prediction.
+
+    Attributes:
+        models: One row for each model; those without an evidence at the end.
+        loo: What `az.compare` makes of the pointwise log likelihoods; None
+            without at least two models that have them.
+        notes: What is to be said of the draws behind `loo`.
+    """
+
+    models: tuple[Model, ...]
+    loo: pd.DataFrame | None
+    notes: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        width = max(len(m.name) for m in self.models)
+        lines = [
+            self._best(),
+            f"  {'':<{width}} {'log evidence':>20} {'difference':>18} {'prob.':>7}",
+        ]
+        lines += [f"  {m.name:<{width}} {_cells(m)}".rstrip() for m in self.models]
+        lines += [f"  - {m.name}: {m.note}" for m in self.models if m.note]
+        if self.loo is not None:
+            lines += ["By leave-one-out prediction:", self.loo.to_string()]
+        return "\n".join([*lines, *(f"  - {note}" for note in self.notes)])
+
+    def _best(self) -> str:
+        first = self.models[0]
+        if math.isnan(first.log_evidence):
+            return "No model has an evidence."
+        judged = "" if not any(m.note for m in self.models) else "; read the notes"
+        return f"Largest evidence: {first.name}, probability {first.probability:.3g}{judged}"
+
+
+@spelt
+def compare(
+    models: Mapping[str, Draws | az.InferenceData], *, var_name: str | None = None
+) -> ModelComparison:
+    """Compare models of the same data.
+
+    By evidence: from the weights of each fit's draws, all models equally
+    probable beforehand. By leave-one-out prediction, corrected for the
+    approximation (`flowvi.loo`), where the log likelihood of every observation is there.
+
+    Args:
+        models: Name -> draws of a fit, or what `to_inference_data` made of them.
+        var_name: The observed site to predict, where models have several.
+
+    Raises:
+        ValueError: Fewer than two models, or models of different data.
+    """
+    wanted("models", models, Mapping, "a dictionary of draws by name")
+    if len(models) < 2:
+        raise ValueError(
+            f"A comparison needs at least two models; got {', '.join(models) or 'none'}."
+        )
+    for source in models.values():
+        shared_alone("compare", source)
+    groups = {name: _groups(source) for name, source in models.items()}
+    for idata in groups.values():
+        if has_group(idata, "sample_stats"):
+            check_shared(idata["sample_stats"])
+    _check_data(groups)
+    found = {name: _evidence(source) for name, source in models.items()}
+    known = {name: e for name, (e, _) in found.items() if not math.isnan(e.value)}
+    rows = [_row(name, *found[name], known) for name in found]
+    rows.sort(key=lambda m: (math.isnan(m.log_evidence), -m.log_evidence))
+    able = {name: idata for name, idata in groups.items() if has_group(idata, "log_likelihood")}
+    notes = [note for name, source in models.items() if (note := _untrusted(name, source))]
+    return ModelComparison(tuple(rows), _loo(able, var_name), tuple(notes))
+
+
+def _evidence(source: Draws | az.InferenceData) -> tuple[Estimate, str]:
+    """The log evidence, and what speaks against it."""
+    try:
+        found = evidence(source, particles=(1,))
+    except ValueError as error:
+        return Estimate(math.nan, math.nan), str(error)
+    note = "" if found.reliable else found.reasons[0]
+    return Estimate(found.log_evidence, found.log_evidence_se), note
+
+
+def _row(name: str, own: Estimate, note: str, known: Mapping[str, Estimate]) -> Model:
+    if math.isnan(own.value):
+        return Model(name, *own, math.nan, math.nan, math.nan, note)
+    best = max(known, key=lambda other: known[other].value)
+    values = np.array([e.value for e in known.values()])
+    share = float(np.exp(own.value - np.logaddexp.reduce(values)))
+    error = 0.0 if name == best else math.hypot(own.se, known[best].se)
+    return Model(name, *own, own.value - known[best].value, error, share, note)
+
+
+def _groups(source: Draws | az.InferenceData) -> az.InferenceData:
+    return to_inference_data(source) if isinstance(source, Draws) else source
+
+
+def _untrusted(name: str, source: Draws | az.InferenceData) -> str:
+    if isinstance(source, Draws):
+        verdict = diagnose(source).verdict
+    else:
+        verdict = source["posterior"].attrs.get("verdict", TRUST)
+    return f"{name}: the draws behind LOO are not trusted." if verdict == DISTRUST else ""
+
+
+def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
+    """Refuse models whose observed values are not the same numbers."""
+    seen: dict[str, np.ndarray] = {}
+    for name, idata in groups.items():
+        if has_group(idata, "observed_data"):
+            arrays = [np.ravel(v.values) for v in idata["observed_data"].data_vars.values()]
+            seen[name] = np.sort(np.concatenate(arrays).astype(np.float64))
+    first = next(iter(seen), "")
+    for name, values in seen.items():
+        same = values.shape == seen[first].shape and np.allclose(
+            values, seen[first], rtol=1e-5, equal_nan=True
+        )
+        if not same:
+            raise ValueError(
+                f"'{first}' and '{name}' were fitted to different data: evidences and predictions "
+                "can be compared for the same observed values only, in the same units."
+            )
+
+
+def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataFrame | None:
+    import arviz as az
+
+    if len(able) < 2:
+        return None
+    for name, idata in able.items():
+        sites = [str(site) for site in idata["log_likelihood"].data_vars]
+        if var_name is None and len(sites) > 1:
+            raise ValueError(
+                f"'{name}' has several observed sites, {', '.join(sites)}: name the one to predict "
+                "by var_name."
+            )
+    with warnings.catch_warnings(record=True) as said:
+        # How ArviZ calls pandas is not the caller's affair.
+        warnings.simplefilter("always")
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        found: dict[str, Any] = {}
+        about: dict[str, type[Warning]] = {}
+        for name, idata in able.items():
+            found[name] = loo(idata, var_name)
+            about |= {f"{name}: {one.message}": one.category for one in said}
+            said.clear()
+        table: pd.DataFrame = az.compare(found)
+        about |= {str(one.message): one.category for one in said}
+    for words, category in about.items():
+        warnings.warn(words, category, stacklevel=3)
+    return table
+
+
+def _cells(m: Model) -> str:
+    if math.isnan(m.log_evidence):
+        return f"{'none':>20}"
+    value = f"{m.log_evidence:.3f} +- {m.log_evidence_se:.2g}"
+    difference = f"{m.difference:.3f} +- {m.difference_se:.2g}" if m.difference else "0"
+    return f"{value:>20} {difference:>18} {m.probability:7.3g}"

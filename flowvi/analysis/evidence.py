@@ -1,0 +1,128 @@
+"""The evidence of a model, from draws or from a saved table of them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from flowvi import diagnostics
+from flowvi.compat.arviz_groups import has_group
+from flowvi.diagnostics import LADDER, VERDICTS, Evidence
+from flowvi.draws.diagnose import check_proper, diagnose
+from flowvi.draws.draws import Draws
+from flowvi.runtime.arguments import shared_alone
+
+if TYPE_CHECKING:
+    import arviz as az
+
+TRUST = VERDICTS[0]
+MISSING = (
+    "There is no log_p and log_q in sample_stats: flowvi.to_inference_data writes them. Other "
+    "libraries' draws have no weights, hence no evidence."
+)
+
+
+def evidence(
+    draws: Draws | az.InferenceData,
+    mcmc: Draws | az.InferenceData | None = None,
+    particles: Sequence[int] = LADDER,
+) -> Evidence:
+    """Estimate the log evidence, bound it, and say whether to believe the estimate.
+
+    Args:
+        draws: Draws of a fit, or what `to_inference_data` made of them. Where a fit ended in
+            Markov chains, those of its guide and of the chains are both used.
+        mcmc: Draws of the posterior from `neutra`, for an upper bound.
+        particles: Numbers of particles K of the lower bounds.
+
+    Raises:
+        ValueError: A prior is improper, so that there is no evidence; or the
+            draws carry no weights.
+    """
+    for given in (draws, mcmc):
+        shared_alone("evidence", given)
+    if isinstance(draws, Draws) and draws.weighted is not None and mcmc is None:
+        draws, mcmc = draws.weighted, draws
+    table = _read(draws)
+    check_proper(table.improper)
+    if table.kind != "guide":
+        raise ValueError(
+            f"These are {table.kind} draws, which have no weights, and the evidence comes from "
+            "weights. Pass the draws of the fit: fit.draw(4000), or posterior.nc."
+        )
+    above: np.ndarray | None = None
+    trusted = True
+    if mcmc is not None:
+        posterior = _read(mcmc)
+        if posterior.kind != "MCMC":
+            raise ValueError(
+                "mcmc must be draws of the posterior, from neutra(fit); these are "
+                f"{posterior.kind} draws."
+            )
+        above, trusted = posterior.log_weights, posterior.verdict == TRUST
+    return diagnostics.evidence(
+        table.log_weights,
+        above,
+        trusted=trusted,
+        particles=particles,
+        doubts=table.missed,
+        title=table.title,
+    )
+
+
+class _Table(NamedTuple):
+    """What the evidence needs of draws: log p - log q at each, and where they come from."""
+
+    kind: str
+    log_weights: np.ndarray
+    improper: Sequence[str]
+    missed: Sequence[str]
+    verdict: str
+    title: str
+
+
+def _read(source: Draws | az.InferenceData) -> _Table:
+    if isinstance(source, Draws):
+        meta = source.meta
+        kind = "MCMC" if source.mcmc else "resampled" if source.resampled else "guide"
+        weights, title = source.log_p - source.log_q, source.title
+        verdict = diagnose(source).verdict if source.mcmc else ""
+        return _Table(kind, weights, source.target.improper, meta.get("missed", ()), verdict, title)
+    stats = _stats(source)
+    facts: Mapping[str, Any] = stats.attrs
+    kind = "MCMC" if "mcmc" in facts else "resampled" if "log_weight" not in stats else "guide"
+    weights = stats["log_p"].values - stats["log_q"].values
+    missed: list[str] = json.loads(facts.get("missed", "[]"))
+    improper: list[str] = json.loads(facts.get("improper", "[]"))
+    # Files of the first versions name no improper sites, but have no evidence either.
+    if not improper and kind == "guide" and np.isnan(facts.get("log_evidence", 0.0)):
+        improper = ["a latent site"]
+    title = facts.get("title", "") or facts.get("model", "")
+    return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title)
+
+
+def check_shared(stats: Any) -> None:
+    """Refuse statistics of draws with latents for each row, which have weights for each row.
+
+    Raises:
+        ValueError: They are of that kind.
+    """
+    if "log_p" in stats and stats["log_p"].ndim > 2:
+        raise ValueError(
+            "These are draws of latents of rows (local=), which have weights for each row: "
+            "fit.iw_bound() has the evidence of each row, and compares models row by row (.minus)."
+        )
+
+
+def _stats(source: az.InferenceData) -> Any:
+    """The group that holds log_p and log_q."""
+    if not has_group(source, "sample_stats"):
+        raise ValueError(MISSING)
+    stats = source["sample_stats"]
+    if "log_p" not in stats or "log_q" not in stats:
+        raise ValueError(MISSING)
+    check_shared(stats)
+    return stats

@@ -1,0 +1,130 @@
+"""Leave-one-out prediction from draws of an approximation."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from scipy.special import logsumexp
+
+from flowvi.analysis.evidence import check_shared
+from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset
+from flowvi.compat.arviz_stats import loo_record
+from flowvi.diagnostics import khat_threshold
+from flowvi.draws.draws import Draws
+from flowvi.interop.inference_data import to_inference_data
+from flowvi.runtime.arguments import known, shared_alone
+
+if TYPE_CHECKING:
+    import arviz as az
+
+
+def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
+    r"""Expected log predictive density of left-out observations, corrected for the guide.
+
+    Draws of q stand in for those of the posterior without :math:`y_n` with weights
+
+    .. math:: r_{ns} = \frac{1}{p(y_n \mid \theta_s)} \cdot \frac{p(\theta_s, y)}{q(\theta_s)},
+              \qquad \widehat{elpd}_n = \log \sum_s \tilde r_{ns} \, p(y_n \mid \theta_s),
+
+    Pareto-smoothed and normalised to :math:`\tilde r`. `az.loo` takes the second factor for a
+    constant, which it is for resampled draws and those of Markov chains alone; for these the
+    result is that of `az.loo`. Rows behind a mask are not observed and are left out.
+
+    Args:
+        source: Draws of a fit, or what `to_inference_data` made of them.
+        var_name: The observed site to predict, where the model has several.
+
+    Returns:
+        ArviZ's record of LOO, pointwise, for `az.compare` and `az.plot_khat`.
+
+    Raises:
+        ValueError: There is no pointwise log likelihood, or no one site was named.
+
+    References:
+        Magnusson, Andersen, Jonasson and Vehtari (2019), "Bayesian leave-one-out
+        cross-validation for large data", arXiv:1904.10679.
+        Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
+    """
+    shared_alone("loo", source)
+    idata = to_inference_data(source) if isinstance(source, Draws) else source
+    if has_group(idata, "sample_stats"):
+        check_shared(idata["sample_stats"])
+    name = _site(idata, var_name)
+    idata = _observed(idata, name)
+    scores = idata["log_likelihood"][name]
+    stats = idata["sample_stats"]
+    if "log_weight" not in stats:
+        return loo_record(idata, name)
+    log_w = (stats["log_p"].values - stats["log_q"].values).ravel()
+    score = scores.values.reshape(log_w.size, -1).T
+    smooth, khat = _psis(log_w - score)
+    limit = khat_threshold(log_w.size)
+    if (khat > limit).any():
+        warnings.warn(
+            f"Pareto k-hat is above {limit:.2f} for {(khat > limit).sum()} of {len(khat)} "
+            "observations: what is said of them rests on few draws. They are influential, or "
+            "the guide is poor there; fit.draw with more draws, or flowvi.neutra, helps.",
+            stacklevel=2,
+        )
+    pointwise = logsumexp(smooth + score, axis=1)
+    weight, _ = _psis(log_w[None])
+    density = logsumexp(weight + score, axis=1)
+    shape = scores.shape[2:]
+    like = scores.isel(chain=0, draw=0, drop=True)
+    return loo_record(
+        idata,
+        name,
+        {
+            "elpd_loo": pointwise.sum(),
+            "se": float(np.sqrt(pointwise.size * pointwise.var())),
+            "p_loo": density.sum() - pointwise.sum(),
+            "warning": bool((khat > limit).any()),
+            "loo_i": like.copy(data=pointwise.reshape(shape)).rename("loo_i"),
+            "pareto_k": like.copy(data=khat.reshape(shape)).rename("pareto_shape"),
+            "good_k": limit,
+        },
+    )
+
+
+def _psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Smoothed, normalised log weights (N, S) and the tail's shape (N)."""
+    from flowvi.diagnostics import psis
+
+    found = [psis(row) for row in log_ratios]
+    return np.stack([f.log_weights for f in found]), np.array([f.khat for f in found])
+
+
+def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:
+    """Groups without the rows of a site that are masked: their density is one in every draw."""
+    scores = idata["log_likelihood"][name]
+    rows = scores.values.reshape(scores.shape[0] * scores.shape[1], -1)
+    kept = (rows != 0).any(0)
+    if kept.all():
+        return idata
+    if not kept.any():
+        raise ValueError(f"All rows of '{name}' are masked: there is nothing to predict.")
+    dims = scores.dims[2:]
+    # Labels of the rows would be an index of tuples, which no file holds.
+    flat = scores.drop_vars(list(scores.coords)).stack({f"{name}_row": dims}, create_index=False)
+    groups = {
+        group: to_dataset(idata[group])
+        for group in ("posterior", "sample_stats")
+        if has_group(idata, group)
+    }
+    seen = flat.isel({f"{name}_row": kept}).assign_coords({f"{name}_row": kept.nonzero()[0]})
+    return make_groups({**groups, "log_likelihood": seen.to_dataset(name=name)})
+
+
+def _site(idata: az.InferenceData, var_name: str | None) -> str:
+    if not has_group(idata, "log_likelihood"):
+        raise ValueError(
+            "There is no pointwise log likelihood: use to_inference_data(draws), and a model with "
+            "observed sites whose rows have densities of their own (rows that share a discrete "
+            "latent have none)."
+        )
+    names = [str(name) for name in idata["log_likelihood"].data_vars]
+    if var_name is None and len(names) > 1:
+        raise ValueError(f"There are several observed sites, {', '.join(names)}: name one.")
+    return names[0] if var_name is None else known("observed site", var_name, names)

@@ -1,0 +1,61 @@
+"""Markov chains in the space of a fitted guide, where the posterior is nearly its base density."""
+
+from __future__ import annotations
+
+from typing import cast
+
+from flowvi.draws.draws import Draws
+from flowvi.fitting.result import Fit
+from flowvi.runtime.arguments import shared_alone, spelt, wanted, whole
+from flowvi.samplers.nuts import Plan, check_map, run_chains
+
+
+@spelt
+def neutra(
+    fit: Fit,
+    warmup: int = 300,
+    draws: int = 1000,
+    chains: int = 4,
+    seed: int = 0,
+    *,
+    target_accept: float = 0.8,
+    progress: bool = True,
+) -> Draws:
+    """Sample the posterior by NUTS, in the base space of the best guide.
+
+    The result does not depend on the guide's quality, only the time does:
+    `diagnose` judges it by R-hat, effective draws and divergences. See
+    `flowvi.samplers.nuts.run_chains` for the density that is sampled.
+
+    Args:
+        fit: A fit whose best guide pushes noise through a map: a flow, full rank, mean field.
+        warmup: Steps that adapt step size and scales, and are dropped.
+        draws: Draws kept from each chain.
+        chains: Number of chains, at least 2.
+        seed: Of all chains; the caller's generators are left alone.
+        target_accept: Acceptance probability aimed at; a larger one takes smaller steps.
+        progress: Show a bar, if the error stream is a terminal.
+
+    Returns:
+        Draws of the posterior, with log q of the guide at each of them.
+
+    References:
+        Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
+        Carlo using neural transport", arXiv:1903.03704.
+    """
+    shared_alone("neutra", fit)
+    wanted("fit", fit, Fit, "what flowvi.fit returned")
+    check_map(fit.guide)
+    _check({"warmup": warmup, "draws": draws}, chains, target_accept)
+    plan = Plan(warmup, draws, chains, target_accept)
+    found = run_chains(fit.target, fit.guide, plan, seed, fit.meta, progress=progress)
+    return cast(Draws, found)
+
+
+def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
+    for name, count in counts.items():
+        whole(name, count, 100)
+    # R-hat compares chains.
+    whole("chains", chains, 2)
+    if not 0 < target_accept < 1:
+        raise ValueError(f"target_accept must lie between 0 and 1; got {target_accept}.")

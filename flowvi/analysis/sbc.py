@@ -1,0 +1,236 @@
+"""Simulation-based calibration: fits to data whose true parameters are known."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, as_completed
+from inspect import signature
+from pathlib import Path
+from sys import stderr
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from pyro import poutine
+from tqdm import tqdm
+
+from flowvi.analysis.row_sbc import sbc_rows
+from flowvi.analysis.sbc_store import Outcome, Store
+from flowvi.diagnostics import MIN_DRAWS
+from flowvi.diagnostics.calibration import Calibration, rank
+from flowvi.diagnostics.moments import blocks
+from flowvi.draws.diagnose import diagnose
+from flowvi.draws.resampling import resample
+from flowvi.fitting.executors import own_of
+from flowvi.fitting.fit import fit
+from flowvi.fitting.result import RowFit
+from flowvi.runtime.arguments import check_names, whole
+from flowvi.runtime.rng import stream
+from flowvi.targets import ModelError, Target, from_pyro, replicable
+
+Truth = Mapping[str, np.ndarray]
+Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
+# Fits that a process of an executor makes with one capture of the model.
+TOGETHER = 5
+# The names that a fit's settings can have.
+SETTINGS = [*signature(fit).parameters]
+
+
+def sbc(
+    model: Callable[..., Any] | RowFit,
+    *args: Any,
+    simulate: Simulate | None = None,
+    fits: int = 100,
+    draws: int = 1000,
+    levels: int = 127,
+    seed: int = 0,
+    file: str | os.PathLike[str] | None = None,
+    executor: Executor | None = None,
+    progress: bool = True,
+    **settings: Any,
+) -> Calibration:
+    """Fit a model to many data sets that it simulated, and rank the truth among the draws.
+
+    Parameters come from the prior and data from the model given them. If a
+    fit is right, the true value is one more draw of the posterior, and its rank
+    uniform; resampled draws are ranked as well. P_q(theta < truth) is
+    symmetric about 1/2 if the guide's centre is right (VSBC).
+
+    For an amortised guide one fit serves all: `sbc(row_fit, fits=1000)` simulates rows
+    and asks its guide for each.
+
+    Args:
+        model: A Pyro model; or a `RowFit`, whose guide is judged.
+        *args: Its arguments. Observed values in them are replaced by simulated ones.
+        simulate: Seed -> (arguments of the model, true values by name), where the
+            model cannot simulate its own data, or the design is to vary.
+        fits: Number M of simulated data sets.
+        draws: Draws of each guide, behind its weights and the probabilities.
+        levels: Number L of draws behind a rank, from 0 to L.
+        seed: Of everything random.
+        file: Where finished fits are kept (NumPy's .npz); a later call goes on from there.
+        executor: Runs the fits, such as a `ProcessPoolExecutor`; one after the other without.
+        progress: Show a bar, if the error stream is a terminal.
+        **settings: Of `flowvi.fit`, such as guide and steps.
+
+    References:
+        Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788: SBC.
+        Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538: VSBC.
+    """
+    if isinstance(model, RowFit):
+        return sbc_rows(model, fits=fits, draws=draws, levels=levels, seed=seed)
+    if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
+        raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
+    check_names("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
+    common = _Common(model, draws, levels, seed, settings)
+    tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
+    key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
+    store = Store(Path(file) if file is not None else None, key)
+    left = [task for task in tasks if task.number not in store.done]
+    shown = progress and stderr.isatty()
+    with tqdm(total=fits, initial=fits - len(left), disable=not shown, unit="fit") as bar:
+        for outcome in _run(left, executor):
+            store.add(outcome)
+            bar.update()
+    return store.calibration(levels)
+
+
+class _Common(NamedTuple):
+    """What all fits share."""
+
+    model: Callable[..., Any]
+    draws: int
+    levels: int
+    seed: int
+    settings: Mapping[str, Any]
+
+
+class _Task(NamedTuple):
+    """One fit: arguments and observed values of the model, and the truth behind them."""
+
+    common: _Common
+    number: int
+    args: Sequence[Any]
+    observed: dict[str, torch.Tensor]
+    truth: Truth
+
+
+def _given(simulate: Simulate, common: _Common, fits: int) -> list[_Task]:
+    made = (simulate(common.seed + i) for i in range(fits))
+    return [_Task(common, i, args, {}, truth) for i, (args, truth) in enumerate(made)]
+
+
+def _own(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]:
+    """Data that the model itself simulates."""
+    target = from_pyro(common.model, *args)
+    _check(target)
+    values = target.prior(fits, stream(common.seed, 0))
+    truth = {name: v for name, v in values.items() if name not in target.observed}
+    data = {
+        name: torch.as_tensor(values[name], dtype=like.dtype)
+        for name, like in target.observed.items()
+    }
+    return [
+        _Task(
+            common,
+            i,
+            args,
+            {name: v[i] for name, v in data.items()},
+            {name: v[i] for name, v in truth.items()},
+        )
+        for i in range(fits)
+    ]
+
+
+def _check(target: Target) -> None:
+    if not target.observed:
+        raise ModelError(f"{target.name} observes nothing: there are no data to simulate.")
+    if target.subsampled:
+        plate = next(iter(target.subsampled))
+        raise ModelError(
+            f"Plate '{plate}' is subsampled: give sbc the model without a subsample size, or "
+            "your own simulate(seed)."
+        )
+
+
+def _run(tasks: Sequence[_Task], executor: Executor | None) -> Iterator[Outcome]:
+    if executor is None:
+        yield from _several(tasks)
+        return
+    futures = [
+        executor.submit(_listed, tasks[i : i + TOGETHER]) for i in range(0, len(tasks), TOGETHER)
+    ]
+    try:
+        for future in as_completed(futures):
+            yield from future.result()
+    finally:
+        for future in futures:
+            future.cancel()
+
+
+def _listed(tasks: Sequence[_Task]) -> list[Outcome]:
+    return list(_several(tasks))
+
+
+def _several(tasks: Sequence[_Task]) -> Iterator[Outcome]:
+    """Fit one simulated data set after the other, with one capture of the model for all."""
+    shared = _shared(tasks[0]) if len(tasks) > 1 and tasks[0].observed else None
+    for task in tasks:
+        yield _one(task, shared)
+
+
+def _shared(task: _Task) -> Target | None:
+    """The model with replaceable data, if it allows that."""
+    try:
+        target = replicable(task.common.model, *task.args)
+    except ModelError:
+        return None
+    return target if target.density.batched.how == "tape" else None
+
+
+def _one(task: _Task, shared: Target | None) -> Outcome:
+    """Fit one simulated data set, and rank its truth."""
+    common, seed = task.common, stream(task.common.seed, 1, task.number) % 2**32
+    names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
+    try:
+        if shared is not None:
+            target = shared.observing(task.observed)
+        else:
+            target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
+        # Ranks need independent draws of one guide, whatever they are worth.
+        settings = {"escalate": False, "compile": False, **common.settings}
+        # Fits share the model's own parameters: each begins where the first did.
+        own = own_of(target)
+        try:
+            fitted = fit(target, seed=seed, progress=False, **settings)
+            drawn = fitted.draw(common.draws, seed=seed)
+        finally:
+            target.give_own(own)
+        diagnosis = diagnose(drawn)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k-hat is in the verdict
+            weighed = resample(drawn, seed=seed, n=common.levels)
+    except (ValueError, torch.linalg.LinAlgError) as error:
+        none = np.full(len(names), -1)
+        return Outcome(task.number, names, none, none, none.astype(float), "", str(error) or "?")
+    rng = np.random.default_rng(seed)
+    _, plain = _flat({name: drawn[name] for name in task.truth})
+    _, better = _flat({name: weighed[name] for name in task.truth})
+    below = rank(plain, truth[0], rng)
+    return Outcome(
+        task.number,
+        names,
+        rank(plain[: common.levels], truth[0], rng),
+        rank(better, truth[0], rng),
+        (below + 0.5) / (len(plain) + 1),
+        diagnosis.verdict,
+        "",
+    )
+
+
+def _flat(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
+    """Labels of all scalars, and their draws of the first chain, (draw, P)."""
+    parts = [(name + i, x[0, :, k]) for name, s, x in blocks(values) for k, i in enumerate(s)]
+    return tuple(label for label, _ in parts), np.stack([x for _, x in parts], axis=-1)

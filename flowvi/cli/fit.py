@@ -1,0 +1,242 @@
+"""`flowvi fit`: from a model file to a folder of results."""
+
+import shutil
+from collections.abc import Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import click
+
+from flowvi.cli import results
+from flowvi.cli.errors import DISTRUSTED, as_typed, interruptible, plain_warnings, said_plainly
+from flowvi.cli.model_file import check_path, load_target
+from flowvi.cli.options import guide_name, memory_option, objective_call
+from flowvi.cli.output import answer, json_option
+from flowvi.cli.resume import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
+from flowvi.diagnostics import MIN_DRAWS
+from flowvi.draws.diagnose import diagnose
+from flowvi.fitting.fit import fit
+from flowvi.fitting.result import Fit
+from flowvi.objectives.renyi_bound import Renyi
+from flowvi.runtime import distributed
+from flowvi.training.compiling import Compile
+
+MAX_SEED = 2**32 - 1
+COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
+
+
+@click.command(
+    "fit",
+    short_help="Fit a model file; write a judged posterior.",
+    epilog="""\b
+Examples:
+  flowvi fit models/eight_schools.py --out results/eight_schools
+  flowvi fit models/garch11.py --data garch.json --out results/garch
+  flowvi fit models/funnel.py --guide realnvp --objective "iwelbo(16)" \\
+      --steps 5000 --restarts 4 --seed 1 --out results/funnel
+  flowvi fit models/garch11.py --data garch.json --resume results/garch
+  torchrun --nproc-per-node 4 -m flowvi fit models/garch11.py --out results/garch
+
+\b
+Exit codes:
+  0    fitted, and the draws or the resampled draws can be trusted
+  1    the model file or its data failed; or a file could not be written (a full disk):
+       all others are, and --resume writes the rest
+  2    the command line was wrong; nothing was fitted
+  3    fitted and written, but the verdict is "do not trust"
+  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
+  143  likewise, by SIGTERM""",
+)
+@click.argument("model", type=Path, metavar="MODEL.py")
+@click.option(
+    "--data",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    help="The file that the model's data() reads.",
+)
+@click.option(
+    "--guide",
+    callback=guide_name,
+    default="auto",
+    show_default=True,
+    help="A name from `flowvi list guides` or `flowvi list flows`.",
+)
+@click.option(
+    "--objective",
+    callback=objective_call,
+    metavar="OBJECTIVE",
+    help='elbo (the default), "iwelbo(16)", "renyi(0.5, 16)": see `flowvi list objectives`.',
+)
+@click.option("--steps", type=click.IntRange(min=1), help="Number of steps.  [default: chosen]")
+@click.option(
+    "--draws",
+    type=click.IntRange(min=MIN_DRAWS),
+    default=4000,
+    show_default=True,
+    help="Draws from each restart's guide.",
+)
+@click.option(
+    "--restarts",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Independent fits, each a chain of the results.",
+)
+@click.option(
+    "--processes",
+    type=click.IntRange(min=1),
+    help="Processes in which restarts run.  [default: one after the other in this one]",
+)
+@click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Of everything random.",
+)
+@click.option(
+    "--budget",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Time that the fit may take.  [default: as much as it needs]",
+)
+@click.option(
+    "--no-escalate",
+    is_flag=True,
+    help="Do not go on with other guides and NUTS where the result is not to be trusted.",
+)
+@click.option(
+    "--compile",
+    type=click.Choice(["auto", "on", "off"]),
+    default="auto",
+    show_default=True,
+    help="Compile the step; auto: beside a long fit, which goes on meanwhile.",
+)
+@click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
+@click.option(
+    "--out",
+    type=Path,
+    metavar="DIR",
+    help="Folder of the results; made if needed.",
+)
+@memory_option
+@resume_option
+@json_option
+@click.pass_context
+def fit_command(
+    ctx: click.Context,
+    model: Path,
+    data: Path | None,
+    guide: str,
+    objective: Renyi | None,
+    steps: int | None,
+    draws: int,
+    restarts: int,
+    processes: int | None,
+    seed: int,
+    budget: float | None,
+    no_escalate: bool,
+    compile: str,
+    quiet: bool,
+    out: Path | None,
+    resume: Path | None,
+    as_json: bool,
+) -> None:
+    """Fit a guide to the model in MODEL.py and write draws, summary and pictures to a folder.
+
+    MODEL.py is run: it defines `model`, a Pyro model, and `data()` or
+    `data(path)`, which returns the tuple of its arguments. The verdict on the
+    result is printed first.
+    """
+    check_path(model)
+    folder = folder_of(out, resume)
+    with distributed.launched(), plain_warnings(), interruptible() as stop:
+        target = load_target(model, data)
+        with said_plainly(), _executor(processes) as executor:
+            fitted = fit(
+                target,
+                guide,
+                objective,
+                steps=steps,
+                restarts=restarts,
+                seed=seed,
+                budget=budget,
+                escalate=not no_escalate,
+                compile=COMPILE[compile],
+                progress=not quiet,
+                checkpoint=folder / CHECKPOINT,
+                resume=resume is not None,
+                executor=executor,
+            )
+        if distributed.rank():
+            return  # the first process writes and speaks
+        fitted.meta["command"] = as_typed(ctx)
+        if fitted.meta["interrupted"]:
+            say_writing("steps", folder)
+        verdict, written, failed = _report(fitted, draws, seed, folder, quiet, as_json)
+    if failed:
+        there = (folder / CHECKPOINT).is_dir()
+        raise click.ClickException(results.sum_up(failed, bool(written), folder, there))
+    if fitted.meta["interrupted"]:
+        say_cut_off("steps", folder)
+        click.echo(f"flowvi report {folder} writes a report on them.", err=True)
+        ctx.exit(stop.code)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    if verdict == results.DISTRUST:
+        ctx.exit(DISTRUSTED)
+
+
+@contextmanager
+def _executor(processes: int | None) -> Iterator[Executor | None]:
+    """New processes: a copy of this one would have its threads' locks, and not the threads."""
+    if not processes:
+        yield None
+        return
+    executor = ProcessPoolExecutor(processes, get_context("spawn"))
+    try:
+        yield executor
+    except BaseException:
+        # Nobody waits for what they would still do; what they have done is in the checkpoint.
+        workers = list((executor._processes or {}).values())
+        executor.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
+            worker.terminate()
+        raise
+    executor.shutdown()
+
+
+def _report(
+    fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
+) -> tuple[str, list[results.File], list[results.NotWritten]]:
+    """Draw, judge, print and write; returns the verdict, and which files are written or not."""
+    draws = fitted.draw(n, seed=seed)
+    try:
+        with said_plainly():
+            diagnosis = diagnose(draws)
+    except click.ClickException:
+        with results.writing(out / results.FIT):
+            fitted.save(out / results.FIT)
+        raise
+    kept = results.judged(draws, diagnosis, seed)
+    numbers = results.summary(kept)
+    try:
+        # All files before the first word: whoever reads the output may hang up early.
+        written, failed = results.write(fitted, draws, kept, numbers, out)
+    finally:
+        if not as_json:
+            click.echo(str(diagnosis))
+    names = {file.name: file.what for file in written if file.name != f"{results.FIT}/"}
+    if as_json:
+        facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
+        answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
+    elif not quiet:
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
+        # The folder of the fit is the last to be named.
+        for file in sorted(written, key=lambda file: file.name.endswith("/")):
+            click.echo(f"  {file.name:<13} {file.what}")
+    elif failed:
+        # What cannot be read in a file.
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}")
+    return diagnosis.verdict, written, failed

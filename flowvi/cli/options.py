@@ -1,0 +1,98 @@
+"""Options whose values are names of registries: checked when read, with a word on misspellings."""
+
+import re
+from collections.abc import Callable, Collection
+
+import click
+
+from flowvi.guides.registry import guide_names
+from flowvi.objectives.forward_kl import ForwardKL
+from flowvi.objectives.registry import OBJECTIVES
+from flowvi.objectives.renyi_bound import Renyi
+from flowvi.runtime import memory
+from flowvi.runtime.arguments import known, unknown
+
+AUTO = "auto"
+# The forward KL needs draws of the posterior, which the command line does not have.
+BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
+CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
+WHOLE = re.compile(r"[+-]?\d+")
+
+
+def limit_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
+    """Keep evaluations of the whole command within a limit."""
+    try:
+        ctx.with_resource(memory.limited(value))
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+memory_option = click.option(
+    "--max-memory",
+    callback=limit_memory,
+    expose_value=False,
+    metavar="SIZE",
+    help="What evaluating draws may take, as in 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
+)
+
+
+def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
+    """Checks that a value is one of these names."""
+
+    def checked(ctx: click.Context, param: click.Parameter, value: str) -> str:
+        if value not in choices:
+            raise click.BadParameter(unknown(kind, value, sorted(choices)))
+        return value
+
+    return checked
+
+
+def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
+    """A guide, a flow, or "auto"."""
+    choices = [AUTO, *sorted(guide_names())]
+    if value not in choices:
+        raise click.BadParameter(unknown("guide", value, choices))
+    return value
+
+
+def objective_call(ctx: click.Context, param: click.Parameter, value: str | None) -> Renyi | None:
+    """An objective, written as a name or as a call with plain arguments: "iwelbo(16)"."""
+    try:
+        return None if value is None else objective(value)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from None
+
+
+def objective(text: str) -> Renyi:
+    """Read an objective such as "elbo", "iwelbo(16)" or "renyi(0.5, 16)"; nothing is evaluated.
+
+    Raises:
+        ValueError: The text names no bound, or its arguments do not suit it.
+    """
+    call = CALL.fullmatch(text.strip())
+    if call is None:
+        raise ValueError(
+            f"'{text}' is no objective; write a name such as elbo, or a call such as iwelbo(16)."
+        )
+    name = call["name"]
+    known("objective", name, BOUNDS)
+    given = (call["arguments"] or "").strip()
+    arguments = [_plain(word.strip()) for word in given.split(",")] if given else []
+    try:
+        made = BOUNDS[name](*arguments)
+    except TypeError:
+        raise ValueError(
+            f"'{text}': {name} takes other arguments; see `flowvi list objectives`."
+        ) from None
+    if not isinstance(made, Renyi):
+        raise ValueError(f"'{text}' is for latents of rows (local=), which a model file has not.")
+    return made
+
+
+def _plain(word: str) -> int | float | str:
+    if WHOLE.fullmatch(word):
+        return int(word)
+    try:
+        return float(word)
+    except ValueError:
+        return word

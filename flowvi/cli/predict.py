@@ -1,0 +1,79 @@
+"""`flowvi predict`: new data from a fitted model."""
+
+from pathlib import Path
+
+import click
+
+from flowvi.cli import results
+from flowvi.cli.errors import DISTRUSTED, interruptible, plain_warnings, said_plainly
+from flowvi.cli.model_file import check_path, load_arguments
+from flowvi.cli.neutra_sbc import DATA, FOLDER, MODEL, SEED, loaded
+from flowvi.cli.output import answer, json_option
+from flowvi.compat.netcdf import write_groups
+from flowvi.draws.diagnose import diagnose
+from flowvi.draws.prediction import predict
+from flowvi.draws.resampling import resample
+from flowvi.interop.inference_data import to_inference_data
+
+
+@click.command(
+    "predict",
+    short_help="Predict new data by a fitted model.",
+    epilog="""\b
+Examples:
+  flowvi predict models/garch11.py results/garch --data garch.json --new tomorrow.json
+
+\b
+Exit codes:
+  0    predicted
+  1    the model file, the fit, the new data or the writing failed
+  2    the command line was wrong
+  3    predicted and written, but the draws behind it are not to be trusted""",
+)
+@MODEL
+@FOLDER
+@DATA
+@click.option(
+    "--new",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    metavar="FILE",
+    required=True,
+    help="New data, which the model's data() reads.",
+)
+@click.option("--draws", type=click.IntRange(min=1), default=1000, show_default=True)
+@SEED
+@json_option
+@click.pass_context
+def predict_command(
+    ctx: click.Context,
+    model: Path,
+    folder: Path,
+    data: Path | None,
+    new: Path,
+    draws: int,
+    seed: int,
+    as_json: bool,
+) -> None:
+    """Run MODEL.py on new data with draws of the fit in DIR; the result goes to predictions.nc.
+
+    What the new data bring at observed sites is scored, not copied: new values are drawn there.
+    """
+    check_path(model)
+    with plain_warnings(), interruptible(), said_plainly():
+        fit = loaded(model, folder, data)
+        table = fit.draw(max(draws, 1000), seed)
+        verdict = diagnose(table).verdict
+        kept = resample(table, seed, draws) if verdict == results.RESAMPLE else table.thinned(draws)
+        found = predict(kept, *load_arguments(model, new, "--new")[1], seed=seed)
+        groups = to_inference_data(kept, log_likelihood=False, predictions=found)
+        file = folder / "predictions.nc"
+        with results.writing(file):
+            write_groups(groups, file)
+    shapes = {name: list(value.shape) for name, value in found.values.items()}
+    densities = {name: found.log_density(name) for name in found.log_likelihood}
+    scores = {k: {"sum": float(v.sum()), "rows": v.size} for k, v in densities.items()}
+    record = {"file": file, "verdict": verdict, "shapes": shapes, "log_density": scores}
+    answer(as_json, record, f"{found}\n\nIn {file}")
+    if verdict == results.DISTRUST:
+        click.echo("The fit is not to be trusted, so its predictions are not either.", err=True)
+        ctx.exit(DISTRUSTED)

@@ -1,0 +1,90 @@
+"""Folders of results in which a fit was cut off, and going on with it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+import click
+
+from flowvi.cli.results import FILES, check_folder
+from flowvi.runtime import files
+
+# Folder of what a fit goes on from, in that of the results, until these are written.
+CHECKPOINT = "checkpoint"
+
+resume_option = click.option(
+    "--resume",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="In place of --out, with the other options as before: go on where that fit was cut off.",
+)
+
+
+def folder_of(out: Path | None, resume: Path | None, names: Iterable[str] = FILES) -> Path:
+    """Where the results go, and what the fit goes on from is.
+
+    Args:
+        out: Folder of new results.
+        resume: Folder of a fit that was cut off, in its place.
+        names: Files that will be written.
+    """
+    if (out is None) == (resume is None):
+        raise click.UsageError("Name the folder of the results: --out DIR, or --resume DIR.")
+    folder = out or resume
+    assert folder is not None
+    check_folder(folder, names)
+    keep(folder, "'--out'" if resume is None else "'--resume'")
+    there = (folder / CHECKPOINT).exists()
+    if out is not None and there:
+        raise click.BadParameter(
+            f"'{folder}' has a fit that was cut off: go on with --resume {folder}, or remove "
+            f"{folder / CHECKPOINT}.",
+            param_hint="'--out'",
+        )
+    if resume is not None and not there:
+        raise click.BadParameter(
+            f"'{folder}' has no fit that was cut off.", param_hint="'--resume'"
+        )
+    return folder
+
+
+def keep(folder: Path, hint: str) -> None:
+    """Keep a folder of results until the command ends, and remove what crashes left there.
+
+    Args:
+        folder: The folder.
+        hint: The option or argument that named it.
+
+    Raises:
+        click.BadParameter: Another run is busy in it; nothing of that is touched.
+    """
+    if int(os.environ.get("RANK", "0")):
+        return  # of several processes the first one keeps it
+    free = click.get_current_context().with_resource(files.kept(folder))
+    busy = files.owner(folder / CHECKPOINT) or ("" if free else "another command")
+    if busy:
+        raise click.BadParameter(
+            f"'{folder}' is in use by another run ({busy}); wait for it, or name another folder.",
+            param_hint=hint,
+        )
+    files.sweep(folder)
+
+
+def say_writing(what: str, folder: Path) -> None:
+    """Say that the results of an interrupted fit are being written, which may take a while."""
+    click.echo(
+        f"Writing the results of the {what} so far to {folder}; interrupted again, it stops at "
+        f"once, and --resume {folder} goes on all the same.",
+        err=True,
+    )
+
+
+def say_cut_off(what: str, folder: Path) -> None:
+    """Say that results are of an interrupted fit, and how to go on."""
+    click.echo(
+        f"Interrupted: these are the results of the {what} until then. The same command with "
+        f"--resume {folder} in place of --out goes on.",
+        err=True,
+    )

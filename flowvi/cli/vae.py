@@ -1,0 +1,223 @@
+"""`flowvi vae`: from images to a trained variational autoencoder, its bounds and its pictures."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from flowvi.cli import vae_results as results
+from flowvi.cli.errors import interruptible, plain_warnings, said_plainly
+from flowvi.cli.fit import MAX_SEED
+from flowvi.cli.options import memory_option, objective_call, one_of
+from flowvi.cli.results import sum_up
+from flowvi.cli.resume import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
+from flowvi.fitting.fit import fit
+from flowvi.objectives.renyi_bound import Renyi, elbo
+from flowvi.targets import from_pyro
+from flowvi.training.minibatch import Minibatch
+from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, code_shape, load
+from flowvi.vae.model import PLATE
+
+# How pixels are read for a likelihood, unless they are to be black and white.
+READ = {
+    "bernoulli": "static",
+    "categorical": "levels",
+    "continuous_bernoulli": "grey",
+    "discretised_logistic": "levels",
+    "gaussian": "grey",
+    "gaussian_fixed": "grey",
+}
+# For the digits, which are few and small, and for files.
+SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
+LARGE = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
+
+
+@click.command(
+    "vae",
+    short_help="Train a variational autoencoder on images.",
+    epilog="""\b
+Examples:
+  flowvi vae --out results/digits
+  flowvi vae --data mnist.npz --guide iaf --epochs 40 --out results/iaf
+  flowvi vae --data mnist.npz --prior maf --against results/iaf --out results/maf
+  flowvi vae --data mnist.npz --guide iaf --epochs 40 --resume results/iaf
+  flowvi vae --data faces.npz --likelihood discretised_logistic --net conv --out results/faces
+
+\b
+Exit codes:
+  0    trained and written
+  1    the images cannot be used; or a file could not be written (a full disk): all
+       others are, and --resume writes the rest
+  2    the command line was wrong; nothing was trained
+  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
+  143  likewise, by SIGTERM""",
+)
+@click.option(
+    "--data",
+    type=click.Path(exists=True, path_type=Path),
+    metavar="PATH",
+    help="An .npz file with train_x, val_x and test_x, or x; chardata.mat, the silhouettes' .mat, "
+    "or the folder of .amat files.  [default: scikit-learn's digits]",
+)
+@click.option(
+    "--binarise",
+    type=click.Choice(["static", "dynamic", "threshold"]),
+    default="static",
+    show_default=True,
+    help="How pixels become 0 or 1, for --likelihood bernoulli.",
+)
+@click.option(
+    "--likelihood",
+    callback=one_of("likelihood", LIKELIHOODS),
+    default="bernoulli",
+    show_default=True,
+    help="bernoulli, continuous_bernoulli, categorical, discretised_logistic, gaussian, ...",
+)
+@click.option(
+    "--prior",
+    callback=one_of("prior", PRIORS),
+    default="normal",
+    show_default=True,
+    help="normal, mixture, vamp, or a flow: coupling, maf, glow.",
+)
+@click.option(
+    "--guide",
+    callback=one_of("guide of a VAE", POSTERIORS),
+    default="gaussian",
+    show_default=True,
+    help="gaussian, iaf, planar, radial, sylvester, coupling, spline, fvae, ...",
+)
+@click.option(
+    "--net",
+    callback=one_of("net", NETS),
+    default="mlp",
+    show_default=True,
+    help="mlp: two hidden layers; conv: gated convolutions; maps: those, with an image as code.",
+)
+@click.option("--latent", type=click.IntRange(min=1), help="Latent dimensions.  [default: 64]")
+@click.option(
+    "--objective",
+    callback=objective_call,
+    metavar="OBJECTIVE",
+    help='elbo (the default), "iwelbo(50)": see `flowvi list objectives`.',
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Visits of every image.  [default: 40]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images a step.  [default: 100]")
+@click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
+@click.option(
+    "--warmup",
+    type=click.IntRange(min=0),
+    help="Epochs over which the weight of the prior rises to 1.  [default: 5]",
+)
+@click.option(
+    "--particles",
+    type=click.IntRange(min=1),
+    default=500,
+    show_default=True,
+    help="Draws K of the test bound of an image.",
+)
+@click.option(
+    "--test-images",
+    type=click.IntRange(min=2),
+    default=1000,
+    show_default=True,
+    help="How many of the test images it is for, at most.",
+)
+@click.option(
+    "--against",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    metavar="DIR",
+    help="Results of another run, to compare with image by image.",
+)
+@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@click.option("--quiet", is_flag=True, help="No progress bar; print the bounds only.")
+@click.option(
+    "--out",
+    type=Path,
+    metavar="DIR",
+    help="Folder of the results; made if needed.",
+)
+@memory_option
+@resume_option
+@click.pass_context
+def vae_command(
+    ctx: click.Context,
+    data: Path | None,
+    binarise: str,
+    likelihood: str,
+    prior: str,
+    guide: str,
+    net: str,
+    latent: int | None,
+    objective: Renyi | None,
+    epochs: int | None,
+    batch_size: int | None,
+    lr: float,
+    warmup: int | None,
+    particles: int,
+    test_images: int,
+    against: Path | None,
+    seed: int,
+    quiet: bool,
+    out: Path | None,
+    resume: Path | None,
+) -> None:
+    """Train a variational autoencoder on images; write bounds, draws and pictures to a folder.
+
+    The bounds are those of test images: the ELBO, and the importance-weighted
+    bound of K draws, with standard errors over images.
+    """
+    folder = folder_of(out, resume, results.FILES)
+    usual = SMALL if data is None else LARGE
+    with plain_warnings(), interruptible() as stop, said_plainly():
+        images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
+        other = None if against is None else results.read(against, images, particles, test_images)
+        made = build(
+            images.example,
+            latent or _latent(net, images, usual["latent"]),
+            guide,
+            likelihood,
+            prior,
+            net,
+            net_sizes={"hidden": [usual["hidden"]] * 2} if net == "mlp" else None,
+            seed=seed,
+        )
+        target = from_pyro(made.model, images.rows, local=PLATE)
+        target.name = images.name
+        fitted = fit(
+            target,
+            made.guide,
+            objective or elbo(1, "total"),
+            validation=images.val,
+            seed=seed,
+            progress=not quiet,
+            minibatch=Minibatch(
+                batch_size=batch_size or usual["batch_size"],
+                epochs=epochs or usual["epochs"],
+                lr=lr,
+                warmup_epochs=usual["warmup"] if warmup is None else warmup,
+            ),
+            checkpoint=folder / CHECKPOINT,
+            resume=resume is not None,
+        )
+        if fitted.meta["interrupted"]:
+            say_writing("epochs", folder)
+        facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
+        run = results.Run(images, made.generator, fitted, facts, particles, test_images, seed)
+        written, failed = results.report(run, other, folder, quiet)
+    if failed:
+        there = (folder / CHECKPOINT).is_dir()
+        raise click.ClickException(sum_up(failed, written, folder, there))
+    if fitted.meta["interrupted"]:
+        say_cut_off("epochs", folder)
+        ctx.exit(stop.code)
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+
+
+def _latent(net: str, images: Images, usual: int) -> int:
+    """The usual length of z, or that of a code of one channel where it is an image."""
+    return math.prod(code_shape(images.size)) if net == "maps" else usual

@@ -1,0 +1,79 @@
+"""ArviZ's statistics in its versions, whose names and arguments differ from 0.23 to 1.0."""
+
+from __future__ import annotations
+
+import warnings
+from functools import partial
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowvi.compat.arviz_groups import has_trees
+
+if TYPE_CHECKING:
+    import arviz as az
+    import pandas as pd
+
+TAILS = (0.05, 0.95)
+# Probability of the highest-density interval of a summary.
+DENSEST = 0.94
+
+
+def rhat(chains: np.ndarray) -> float:
+    """Rank-normalised split R-hat of one number, (chain, draw)."""
+    return float(_arviz().rhat(chains))
+
+
+def ess(chains: np.ndarray, method: str) -> float:
+    """Effective number of draws of one number, (chain, draw); the method is ArviZ's."""
+    # ArviZ 1 has no default for the tails of an array.
+    tails = {"prob": TAILS} if method == "tail" else {}
+    return float(_arviz().ess(chains, method=method, **tails))
+
+
+def summary(idata: az.InferenceData) -> pd.DataFrame:
+    """Mean, sd, highest-density interval and quantiles of every scalar, under ArviZ's labels."""
+    exact: dict[str, Any] = {"round_to": "none"}
+    arviz = _arviz()
+    if not has_trees():
+        quantiles = {f"{q:.0%}": partial(np.quantile, q=q) for q in (TAILS[0], 0.5, TAILS[1])}
+        return arviz.summary(idata, kind="stats", hdi_prob=DENSEST, stat_funcs=quantiles, **exact)
+    densest = arviz.summary(idata, kind="stats", ci_kind="hdi", ci_prob=DENSEST, **exact)
+    width = TAILS[1] - TAILS[0]
+    middle = arviz.summary(idata, kind="stats_median", ci_kind="eti", ci_prob=width, **exact)
+    low, high = (name for name in middle if name.startswith("eti"))
+    columns = {"5%": middle[low], "50%": middle["median"], "95%": middle[high]}
+    return densest.set_axis(["mean", "sd", "hdi_3%", "hdi_97%"], axis=1).assign(**columns)
+
+
+def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:
+    """ArviZ's record of LOO, pointwise; with fields of one's own in place of its own.
+
+    Args:
+        idata: Groups with the log likelihood.
+        name: The observed site.
+        fields: By the names of ArviZ 0.23.
+    """
+    arviz = _arviz()
+    if fields is None:
+        return arviz.loo(idata, var_name=name, pointwise=True)
+    with warnings.catch_warnings():
+        # About draws that are not corrected yet, or what was said already.
+        warnings.simplefilter("ignore")
+        if has_trees():
+            # ArviZ 1 makes the same correction itself, but to the number of parameters.
+            stats = idata["sample_stats"]
+            given = {"log_p": stats["log_p"], "log_q": stats["log_q"], "var_name": name}
+            record = arviz.loo_approximate_posterior(idata, pointwise=True, **given)
+            record.p = fields["p_loo"]
+            return record
+        record = arviz.loo(idata, var_name=name, pointwise=True, reff=1.0, scale="log")
+    for key, value in fields.items():
+        record[key] = value
+    return record
+
+
+def _arviz() -> Any:
+    """ArviZ with whatever names its version has; it takes seconds to import."""
+    return import_module("arviz")

@@ -1,0 +1,65 @@
+"""The evidence from draws of the guide and of the posterior together."""
+
+import math
+
+import numpy as np
+
+from flowvi.compat.arviz_stats import ess
+from flowvi.diagnostics.importance import Estimate, log_evidence
+
+
+def eubo(chains: np.ndarray) -> Estimate:
+    """Mean log weight of posterior draws, whose error allows for their autocorrelation.
+
+    An upper bound on the log evidence: it exceeds it by KL(p || q).
+
+    Args:
+        chains: Log weights of posterior draws, (chain, draw).
+    """
+    error = chains.std(ddof=1) / math.sqrt(_effective(chains))
+    return Estimate(float(chains.mean()), float(error))
+
+
+def _effective(chains: np.ndarray) -> float:
+    """Effective number of draws for the mean of a chain's log weights."""
+    return ess(chains, "mean")
+
+
+def bridge_evidence(log_w: np.ndarray, chains: np.ndarray) -> Estimate:
+    r"""Bridge sampling between the guide's draws and the posterior's.
+
+    With shares s of the draws, the fixed point of
+
+    .. math:: Z = \frac{E_q[w / (s_p w + s_q Z)]}{E_p[1 / (s_p w + s_q Z)]}
+
+    Every term is bounded, so the error is finite whatever the tails of the weights.
+
+    Args:
+        log_w: Log weights of independent draws of the guide, (S).
+        chains: Log weights of posterior draws, (chain, draw).
+
+    References:
+        Meng and Wong (1996), "Simulating ratios of normalizing constants via a
+        simple identity", Statistica Sinica 6.
+        Fruehwirth-Schnatter (2004), "Estimating marginal likelihoods",
+        Econometrics Journal 7: the standard error.
+    """
+    effective = _effective(chains)
+    share = effective / (effective + len(log_w))
+    at_q, at_p = log_w, chains.ravel()
+    value = log_evidence(log_w).value
+    for _ in range(1000):
+        f_q, f_p = _terms(at_q - value, share), _terms(at_p - value, share)
+        step = math.log(f_q[0].mean()) - math.log(f_p[1].mean())
+        value += step
+        if abs(step) < 1e-10:
+            break
+    square = (f_q[0].std() / f_q[0].mean()) ** 2 / len(log_w)
+    square += (f_p[1].std() / f_p[1].mean()) ** 2 / effective
+    return Estimate(value, math.sqrt(square))
+
+
+def _terms(log_ratio: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:
+    """The ratios p / (s_p p + s_q q) and q / (s_p p + s_q q), from log p / q."""
+    below = np.logaddexp(math.log(share) + log_ratio, math.log1p(-share))
+    return np.exp(log_ratio - below), np.exp(-below)

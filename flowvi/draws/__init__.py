@@ -1,0 +1,1 @@
+"""The table of draws: sampling, resampling, the verdict, predictions."""

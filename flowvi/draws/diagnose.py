@@ -1,0 +1,177 @@
+"""The verdict on a table of draws, and bounds of the evidence."""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import ArrayLike
+
+from flowvi import diagnostics
+from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
+from flowvi.draws.draws import EXPECTED, Draws, checked
+from flowvi.runtime.arguments import shared_alone, wanted
+from flowvi.targets import Target, outside
+
+
+def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
+    """Say whether draws can be trusted.
+
+    Args:
+        draws: Draws of a fit, or log weights as an array, (draw) or (chain,
+            draw). For resampled draws, the diagnosis of the original ones.
+    """
+    shared_alone("diagnose", draws)
+    if not isinstance(draws, Draws):
+        return diagnostics.diagnose(_weights(draws))
+    if draws.resampled:
+        facts = draws.meta["diagnosis"]
+        pairs = tuple(tuple(row) for row in facts.get("distances", ()))
+        return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"]), "distances": pairs})
+    if draws.mcmc:
+        return _of_chains(draws)
+    diagnosis = diagnostics.diagnose(
+        draws.log_weights,
+        named_values(draws),
+        draws.target.improper,
+        draws.title,
+        draws.meta.get("missed", ()),
+        axes_of(draws),
+        checked(draws.meta),
+        draws.meta.get("failures", ()),
+        _outside(draws),
+    )
+    diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    if len(draws.z) == 1:
+        return diagnosis
+    found = diagnostics.distances(draws.z)
+    apart = tuple(finding.reason for finding in diagnostics.apart(found))
+    matrix = tuple(tuple(row) for row in found.matrix.round(6).tolist())
+    return replace(diagnosis, reasons=(*diagnosis.reasons, *apart), distances=matrix)
+
+
+def _outside(draws: Draws) -> str:
+    """Why draws have no positive density; empty where all have, or their model is gone."""
+    inside = np.isfinite(draws.log_p)
+    if inside.all() or not inside.any() or not isinstance(draws.target, Target):
+        return ""
+    pieces = (draws.z[~inside][: outside.TRIED], draws.z[inside][:1])
+    z, good = (torch.as_tensor(x, device=draws.target.device) for x in pieces)
+    return outside.explained(draws.target, z, good)
+
+
+def where(draws: Draws) -> Where:
+    """Say where in the space of parameters the heaviest weights are.
+
+    Args:
+        draws: Draws of a fit, not resampled.
+    """
+    shared_alone("where", draws)
+    wanted("draws", draws, Draws, EXPECTED)
+    return diagnostics.where(draws.log_weights, named_values(draws), axes_of(draws))
+
+
+def named_values(draws: Draws) -> dict[str, np.ndarray]:
+    """All values and, beside them, the unconstrained coordinates of each site."""
+    return {**draws.values, **_coordinates(draws)}
+
+
+def axes_of(draws: Draws) -> dict[str, list[Sequence[Any] | None]]:
+    """The labels of every axis of these, as the user gave them; None without."""
+    dims, coords = draws.target.dims, draws.target.coords
+    axes: dict[str, list[Sequence[Any] | None]] = {
+        name: [coords.get(dim) for dim in own] for name, own in dims.items()
+    }
+    # Of a vector in R^n, coordinates are elements.
+    flat = {f"unconstrained {name}": labels for name, labels in axes.items() if len(labels) == 1}
+    return axes | flat
+
+
+def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 1000)) -> Bounds:
+    """Importance-weighted bounds on the log evidence, with standard errors.
+
+    Args:
+        draws: Draws of a fit, or log weights as an array.
+        particles: Numbers of particles K. Where there are fewer draws than K
+            the bound is NaN.
+    """
+    shared_alone("bounds", draws)
+    if isinstance(draws, Draws):
+        check_proper(draws.target.improper)
+        draws = draws.weighted or draws
+    particles = particles if isinstance(particles, Iterable) else [particles]
+    log_weights = draws.log_weights if isinstance(draws, Draws) else _weights(draws)
+    return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
+
+
+def _weights(given: ArrayLike) -> np.ndarray:
+    """Log weights, as an array."""
+    try:
+        return np.asarray(given, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise TypeError(
+            f"draws must be {EXPECTED}, or an array of log weights; got a {type(given).__name__}."
+        ) from None
+
+
+def check_proper(improper: Sequence[str]) -> None:
+    """Refuse to speak of the evidence where a prior is improper."""
+    if improper:
+        names = ", ".join(f"'{name}'" for name in improper)
+        raise ValueError(
+            f"The prior of {names} is improper, so there is no evidence to bound. Compare guides "
+            "by diagnose(draws).elbo, or give a proper prior."
+        )
+
+
+def _of_chains(draws: Draws) -> Diagnosis:
+    """The verdict on MCMC draws, by every coordinate, the log density and all deterministics."""
+    named = {name: draws[name] for name in draws.target.deterministics}
+    diagnosis = diagnostics.diagnose_chains(
+        {**_coordinates(draws), "log p": draws.log_p, **named},
+        draws.stats["diverging"],
+        draws.title,
+        draws.meta.get("missed", ()),
+        axes_of(draws),
+    )
+    check = checked(draws.meta)
+    if check is not None and len(draws) < check.draws:
+        diagnosis = _of_all(diagnosis, check, len(draws.z), draws.meta.get("missed", ()))
+    if draws.weighted is None:
+        return diagnosis
+    trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
+    weights = draws.weighted.log_weights
+    found = diagnostics.evidence(weights, draws.log_p - draws.log_q, trusted=trusted)
+    proper = not draws.target.improper
+    return replace(
+        diagnosis,
+        khat=found.khat,
+        khat_threshold=found.khat_threshold,
+        elbo=found.bounds[0].bound,
+        elbo_se=found.bounds[0].se,
+        gap=found.log_evidence - found.bounds[0].bound,
+        gap_se=found.log_evidence_se,
+        log_evidence=found.log_evidence if proper else math.nan,
+        log_evidence_se=found.log_evidence_se if proper else math.nan,
+    )
+
+
+def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]) -> Diagnosis:
+    """The verdict on some draws of chains that have been judged as a whole."""
+    reason = (
+        f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "
+        f"as a whole: {check.verdict}. Draw more for all of them: "
+        f"fit.draw({check.draws // chains})."
+    )
+    verdict = diagnostics.VERDICTS[-1] if missed else check.verdict
+    return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
+
+
+def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
+    """The unconstrained coordinates of each site; those of heavy-tailed values have moments."""
+    columns = {name: draws.z[..., part] for name, part in draws.target.slices.items()}
+    return {
+        f"unconstrained {name}": z[..., 0] if z.shape[-1] == 1 else z for name, z in columns.items()
+    }

@@ -1,0 +1,108 @@
+"""Predictions: a model on new arguments, given draws of its posterior."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from scipy.special import logsumexp
+
+from flowvi.draws.draws import EXPECTED, Draws
+from flowvi.runtime.arguments import unknown, wanted
+
+Arrays = Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True, eq=False)
+class Prediction:
+    """What a model says about new arguments, one value for each draw of its posterior.
+
+    Attributes:
+        values: Deterministic values, and draws of sites that were observed in the fit or have
+            no data now, each (chain, draw, *shape).
+        log_likelihood: Of the data that the new arguments bring, each (chain, draw, *rows).
+    """
+
+    values: Arrays
+    log_likelihood: Arrays
+
+    def __getitem__(self, name: str) -> np.ndarray:
+        return self._named(self.values, name)
+
+    def mean(self, name: str) -> np.ndarray:
+        """Mean over all draws, (*shape)."""
+        found: np.ndarray = self[name].mean(axis=(0, 1))
+        return found
+
+    def quantiles(
+        self, name: str, probabilities: Sequence[float] = (0.05, 0.5, 0.95)
+    ) -> np.ndarray:
+        """Quantiles over all draws, (probability, *shape)."""
+        return np.quantile(self[name], probabilities, axis=(0, 1))
+
+    def log_density(self, name: str) -> np.ndarray:
+        r"""Log predictive density of each row of new data, (*rows).
+
+        .. math:: \log \tfrac{1}{S} \sum_s p(y_n \mid \theta_s)
+        """
+        if not self.log_likelihood:
+            raise ValueError(
+                "The new arguments brought no data to score: pass them to predict, as in the fit."
+            )
+        scores = self._named(self.log_likelihood, name)
+        chains, draws = scores.shape[:2]
+        found: np.ndarray = logsumexp(scores, axis=(0, 1)) - np.log(chains * draws)
+        return found
+
+    def __str__(self) -> str:
+        chains, draws = next(iter(self.values.values())).shape[:2]
+        lines = [f"{chains} x {draws} predictions"]
+        lines += [f"  {name:<16} {value.shape[2:]}" for name, value in self.values.items()]
+        for name in self.log_likelihood:
+            found = self.log_density(name)
+            # Rows behind a mask have a density of one whatever is drawn.
+            found = found[(self.log_likelihood[name] != 0).any(axis=(0, 1))]
+            if not found.size:
+                continue
+            lines.append(
+                f"  {name}: log predictive density {found.sum():.2f} of {found.size} rows, "
+                f"{found.mean():.3f} a row"
+            )
+        return "\n".join(lines)
+
+    def _named(self, arrays: Arrays, name: str) -> np.ndarray:
+        if name not in arrays:
+            raise KeyError(unknown("prediction", name, arrays))
+        return arrays[name]
+
+
+def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Prediction:
+    """Run the model on new arguments, given draws of its posterior.
+
+    Sites that these arguments bring no data for are drawn given the latents,
+    and so are observed ones: what is predicted are new data, not those passed.
+    Data among the arguments are scored, given these draws. Of a nested fit, the latents of rows
+    are among what is drawn. Draws are taken as they are, with equal weights: see
+    `resample` for those of a guide that is not quite right.
+
+    Args:
+        draws: Draws of a fit to a target from `from_pyro`.
+        *args: New arguments of the model, in place of those that it was captured with.
+        seed: Of the data that are drawn.
+        **kwargs: New keyword arguments of the model.
+
+    Raises:
+        ModelError: A latent has another shape with these arguments, as those of a plate of
+            other rows have; or the target is a plain density.
+    """
+    wanted("draws", draws, Draws, EXPECTED)
+    target, shape = draws.target, draws.log_p.shape
+    flat = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in target.sites}
+    found = target.rerun(flat, args, kwargs, seed)
+    values, scores = (
+        {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
+        for arrays in found
+    )
+    return Prediction(values, scores)

@@ -1,0 +1,124 @@
+"""What is read off a guide for local latents: bounds of rows, and draws for them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.draws.draws import RowDraws
+from flowvi.draws.sampling import LOG_P, LOG_Q, POINT
+from flowvi.guides.guide import Guide
+from flowvi.runtime import memory
+from flowvi.runtime.arguments import whole
+from flowvi.runtime.columns import Columns
+from flowvi.runtime.rng import own_randomness
+from flowvi.targets import Batch, LocalTarget
+from flowvi.targets.local.rows import pieces
+
+# Most pairs of a draw and a row at a time.
+MOST = 100_000
+BOUNDS, DRAWING = 1, 0
+
+
+def row_draws(
+    target: LocalTarget,
+    guide: Guide,
+    batch: Batch,
+    n: int,
+    seed: int,
+    meta: dict[str, Any] | None = None,
+) -> RowDraws:
+    """Draw the latents of rows and evaluate the target there.
+
+    Args:
+        target: The log densities.
+        guide: A density for every row.
+        batch: The rows.
+        n: Draws for each.
+        seed: Seed of the draws.
+        meta: JSON-able facts about the fit, kept with the draws.
+    """
+    n = whole("n", n)
+
+    def drawn(k: int, part: Batch) -> dict[int | str, Tensor]:
+        z, log_q = sample_rows(guide, k, part)
+        found: dict[int | str, Tensor] = {POINT: z, LOG_Q: log_q}
+        found.update(target.constrain(z, part))
+        return found
+
+    with torch.no_grad(), own_randomness():
+        size, count = Pairs.measured(drawn, batch).fit(memory.PIECE, len(batch.places), n)
+    scoring = pairs_of(target, batch)
+    columns: Columns[int | str] = Columns(len(batch.places))
+    with torch.no_grad(), own_randomness(seed):
+        for part in pieces(batch, size):
+            made = []
+            for start in range(0, n, count):
+                some = drawn(min(count, n - start), part)
+                made.append({**some, LOG_P: scoring.each(target.log_prob, some[POINT], part)})
+            every = {name: torch.cat([m[name] for m in made]) for name in made[0]}
+            columns.add({name: t.transpose(0, 1) for name, t in every.items()})
+    table = {name: t.swapaxes(0, 1)[None] for name, t in columns.arrays.items()}
+    z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    named = {str(name): array for name, array in table.items()}
+    # A draw that cannot be scored has weight zero.
+    log_p = np.where(np.isfinite(log_p), log_p, -np.inf)
+    return RowDraws(z, log_p, log_q, named, batch, target, dict(meta or {}), guide)
+
+
+class Pairs(NamedTuple):
+    """Bytes that an evaluation for draws of rows takes: always, a row, and a draw of a row."""
+
+    fixed: float
+    row: float
+    draw: float
+
+    @classmethod
+    def measured(cls, function: Callable[[int, Batch], object], batch: Batch) -> Pairs:
+        """What a function of a number of draws and some rows takes."""
+
+        def rows(n: int) -> Batch:
+            some = torch.arange(n, device=batch.places.device) % len(batch.places)
+            return Batch(batch.places[some], tuple(t[some] for t in batch.data))
+
+        by_draw = memory.cost(lambda k: function(k, rows(1)))
+        by_row = memory.cost(lambda n: function(1, rows(n)))
+        return cls(by_row.fixed, max(by_row.each - by_draw.each, 0.0), by_draw.each)
+
+    def fit(self, size: int, rows: int, draws: int) -> tuple[int, int]:
+        """How many rows at a time, and how many draws of each, fit into a number of bytes."""
+        draws = memory.Cost(self.fixed + self.row, self.draw).fits(size, min(draws, MOST))
+        each = memory.Cost(self.fixed, self.row + draws * self.draw)
+        return each.fits(size, max(1, min(rows, MOST // draws))), draws
+
+    def each(self, function: Callable[[Tensor, Batch], Tensor], z: Tensor, part: Batch) -> Tensor:
+        """A function of draws and rows, in parts that fit memory. (K, B, D) -> (K, B)."""
+        size, count = self.fit(memory.evaluated(), len(part.places), len(z))
+        columns = [
+            torch.cat([function(some, rows) for some in own.split(count)])
+            for own, rows in zip(z.split(size, 1), pieces(part, size), strict=True)
+        ]
+        return torch.cat(columns, 1)
+
+
+def pairs_of(target: LocalTarget, batch: Batch) -> Pairs:
+    """How many pairs of a draw and a row are scored at once."""
+
+    def scores(k: int, part: Batch) -> Tensor:
+        z = torch.zeros(k, len(part.places), target.dim, dtype=target.dtype, device=target.device)
+        return target.terms_alone(z, part)
+
+    with torch.no_grad():
+        found = Pairs.measured(scores, batch)
+    # Where rows are evaluated together, each draw has a copy of its row.
+    return found._replace(draw=found.draw + sum(t[0].nbytes for t in batch.data))
+
+
+def sample_rows(guide: Guide, k: int, part: Batch) -> tuple[Tensor, Tensor]:
+    """K draws of each row of a batch, and their log densities."""
+    context: Any = part
+    return guide.sample((k,), context)

@@ -1,0 +1,1 @@
+"""A fit: what is decided between trainings, its result, its folder."""

@@ -1,0 +1,208 @@
+"""The files of a saved fit: tensors and JSON, no pickle."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from flowvi.draws.storage import taken_down
+from flowvi.fitting.identity import latents
+from flowvi.guides.guide import Guide
+from flowvi.runtime.files import CheckpointError, Seal, read_json, write_json, write_whole
+from flowvi.runtime.files import folder as made
+from flowvi.runtime.tensors import packed, read_tensors, tensors_of
+from flowvi.targets import LocalTarget
+
+if TYPE_CHECKING:
+    from flowvi.fitting.result import Fit, NestedFit, RowFit
+
+
+FORMAT = 2
+# Files of the first format have no checksums, and names without a part of them.
+READABLE = (1, 2)
+MANIFEST = "fit.json"
+# The kinds of a fit that has latents for each row, alone or beside those that all rows share.
+ROWS, NESTED = "rows", "nested"
+HISTORY, OWN, CHAINS = "history", "target", "chains"
+FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
+NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
+
+
+def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
+    """Write a fit to a folder.
+
+    Args:
+        fit: The fit.
+        folder: Where to; it is made if it does not exist.
+    """
+    path = made(folder, "a fit")
+    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)}
+    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
+    own: dict[str, Tensor] = {**fit.target.own_parameters()}
+    if own:
+        parts[OWN] = own
+    if fit.chains is not None:
+        parts[CHAINS] = taken_down(fit.chains)["arrays"]
+    manifest = {
+        "latents": latents(fit.target),
+        "guides": len(fit.guides),
+        "bounds": fit.bounds,
+        "log": fit.log,
+        "meta": fit.meta,
+        "chains": None if fit.chains is None else fit.chains.meta,
+    }
+    return _save(path, parts, manifest)
+
+
+def save_rows(fit: RowFit, folder: str | os.PathLike[str]) -> Path:
+    """Write a fit of latents of rows to a folder."""
+    manifest = {"kind": ROWS, "latents": latents(fit.target), "log": fit.log, "meta": fit.meta}
+    return _save_rows(folder, [fit.guide], fit.history, fit.target, manifest)
+
+
+def save_nested(fit: NestedFit, folder: str | os.PathLike[str]) -> Path:
+    """Write a fit of latents of rows and of those that they share to a folder."""
+    target = fit.density.target
+    manifest = {"kind": NESTED, "latents": all_latents(target), "log": fit.log, "meta": fit.meta}
+    return _save_rows(folder, [fit.guide, fit.density.inner], fit.history, target, manifest)
+
+
+def _save_rows(
+    folder: str | os.PathLike[str],
+    guides: Sequence[Guide],
+    history: Mapping[str, Any],
+    target: LocalTarget,
+    manifest: dict[str, Any],
+) -> Path:
+    path = made(folder, "a fit")
+    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(guides)}
+    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in history.items()}
+    own: dict[str, Tensor] = dict(target.named_parameters())
+    if own:
+        parts[OWN] = own
+    return _save(path, parts, {**manifest, "guides": len(guides), "bounds": []})
+
+
+def all_latents(target: LocalTarget) -> dict[str, Any]:
+    """Sites of a row, and those that all rows share."""
+    shared = {} if target.shared is None else latents(target.shared)
+    return {**shared, **latents(target)}
+
+
+def read_record(
+    folder: Path,
+) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict[str, Any]]:
+    """Read what is written beside the guides of a saved fit, without its model.
+
+    Returns:
+        Facts about the fit, its history as arrays, its log, and its latent sites.
+
+    Raises:
+        CheckpointError: The folder holds no fit.
+    """
+    manifest = read_manifest(folder)
+    history = read_tensors(*FitFiles(folder, manifest.get("files")).of(HISTORY))
+    arrays = {name: column.numpy() for name, column in history.items()}
+    return manifest["meta"], arrays, tuple(manifest["log"]), manifest["latents"]
+
+
+def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
+    """Write the files of a fit, and the manifest that names them.
+
+    Raises:
+        OSError: The disk is full, say; the folder then holds what it held before.
+    """
+    before = {file.name for file in path.iterdir()}
+    files: dict[str, dict[str, Any]] = {}
+    try:
+        for part, tensors in parts.items():
+            files[part] = _write(path, part, tensors)
+        # Written last: until then the folder holds what it held before.
+        write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
+    except BaseException:
+        _remove(path, {file["name"] for file in files.values()} - before)
+        raise
+    kept = {file["name"] for file in files.values()}
+    _remove(path, {f.name for f in path.iterdir() if NAME.fullmatch(f.name)} - kept)
+    return path
+
+
+def _remove(path: Path, names: Iterable[str]) -> None:
+    for name in names:
+        with suppress(OSError):
+            (path / name).unlink(missing_ok=True)
+
+
+class FitFiles:
+    """Names and seals of the files of a folder, by what they hold."""
+
+    def __init__(self, path: Path, files: Mapping[str, Any] | None) -> None:
+        self.path, self.files = path, files
+
+    def has(self, part: str) -> bool:
+        if self.files is None:
+            return (self.path / f"{part}.safetensors").exists()
+        return part in self.files
+
+    def of(self, part: str) -> tuple[Path, Seal | None]:
+        if self.files is None:
+            return self.path / f"{part}.safetensors", None
+        try:
+            file = self.files[part]
+            name, seal = str(file["name"]), Seal(int(file["size"]), str(file["sha256"]))
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{self.path / MANIFEST} names no file for '{part}'.") from None
+        if not NAME.fullmatch(name):
+            raise CheckpointError(f"{self.path / MANIFEST}: '{name}' is no name of a fit's file.")
+        return self.path / name, seal
+
+
+def _write(path: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Write a file under a name that no other content has, so that none is overwritten."""
+    content = packed(tensors)
+    name = f"{part}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
+    return {"name": name, **write_whole(path / name, content)._asdict()}
+
+
+def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:
+    """Refuse what was fitted to another model, by the first site that differs."""
+    for name in [*saved, *(n for n in here if n not in saved)]:
+        if saved.get(name) != here.get(name):
+            raise CheckpointError(
+                f"{where} was fitted to another model: site '{name}' was "
+                f"{saved.get(name, 'absent')} there and is {here.get(name, 'absent')} here."
+            )
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    """What a folder says of its fit; a CheckpointError if it cannot be read."""
+    file = path / MANIFEST
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no folder; give the one that fit.save wrote.")
+    if not file.exists():
+        raise CheckpointError(
+            f"{path} holds no {MANIFEST}: it is no saved fit, or not a whole one."
+        )
+    manifest = read_json(file)
+    version = manifest.get("format") if isinstance(manifest, dict) else None
+    if version not in READABLE:
+        raise CheckpointError(
+            f"{file} has format {version}; this flowvi reads format {READABLE[0]} to {FORMAT}."
+        )
+    whole = all(isinstance(manifest.get(key), kind) for key, kind in FIELDS.items())
+    specs = manifest["meta"].get("specs") if whole else None
+    bounds = manifest.get("bounds", [])
+    if not manifest.get("kind") and whole:
+        number = all(isinstance(b, float | int) for b in bounds)
+        whole = number and len(bounds) == manifest["guides"] > 0
+    if not whole or not isinstance(specs, list) or len(specs) != manifest["guides"]:
+        raise CheckpointError(f"{file} is not a file that flowvi wrote: parts of it are missing.")
+    return dict(manifest)

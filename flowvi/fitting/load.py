@@ -1,0 +1,232 @@
+"""Save a fit and load it again: tensors as safetensors, the rest as JSON, no pickle."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from flowvi.draws.storage import put_up
+from flowvi.fitting.fit_folder import (
+    CHAINS,
+    HISTORY,
+    NESTED,
+    OWN,
+    ROWS,
+    FitFiles,
+    all_latents,
+    compare_latents,
+    read_manifest,
+)
+from flowvi.fitting.fit_nested import inner_guide
+from flowvi.fitting.identity import latents
+from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.guides.amortized import Amortised
+from flowvi.guides.guide import Guide
+from flowvi.guides.recipes import amortised
+from flowvi.guides.registry import guide_names, make_guide
+from flowvi.objectives.nested import Nested
+from flowvi.runtime.arguments import path as path_of
+from flowvi.runtime.files import CheckpointError, Seal, read_start
+from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
+from flowvi.targets import LocalTarget, Target
+
+
+@overload
+def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = None) -> Fit: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike[str],
+    target: LocalTarget,
+    guide: Guide | None = None,
+    inner: Amortised | None = None,
+) -> RowFit | NestedFit: ...
+
+
+def load(
+    folder: str | os.PathLike[str],
+    target: Target | LocalTarget,
+    guide: Guide | None = None,
+    inner: Amortised | None = None,
+) -> Fit | RowFit | NestedFit:
+    """Read a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote.
+
+    Args:
+        folder: Where it was written.
+        target: The same model on the same data; its latent sites are compared.
+        guide: For a fit of a guide of your own making, one of the same build.
+        inner: For a nested fit, the same of the guide of a row.
+
+    Raises:
+        CheckpointError: The folder holds no fit, or one of another model; the
+            message names the file or the site.
+    """
+    path = path_of("folder", folder)
+    manifest = read_manifest(path)
+    kind = manifest.get("kind")
+    _same_kind(kind in (ROWS, NESTED), isinstance(target, LocalTarget), path)
+    files = FitFiles(path, manifest.get("files"))
+    if isinstance(target, LocalTarget) and kind == NESTED:
+        compare_latents(manifest["latents"], all_latents(target), path)
+        return _load_nested(files, manifest, target, guide, inner)
+    compare_latents(manifest["latents"], latents(target), path)
+    if isinstance(target, LocalTarget):
+        return _load_rows(files, manifest, target, guide)
+    guides = []
+    for i in range(manifest["guides"]):
+        file, seal = files.of(f"guide_{i}")
+        with own_randomness():
+            new = _build(manifest["meta"]["specs"][i], target, guide, file, seal)
+        guides.append(new)
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    history = _history(files)
+    meta, log, bounds = manifest["meta"], manifest["log"], manifest["bounds"]
+    chains = manifest.get("chains")
+    table = None
+    if chains is not None:
+        table = put_up(target, {"arrays": _chains(target, files), "meta": chains})
+    return Fit(target, guides, bounds, history, log, meta, table)
+
+
+def _load_rows(
+    files: FitFiles, manifest: dict[str, Any], target: LocalTarget, guide: Guide | None
+) -> RowFit:
+    meta = manifest["meta"]
+    spec = meta["specs"][0]
+    file, seal = files.of("guide_0")
+    if guide is not None:
+        new = copy.deepcopy(guide)
+    elif not spec.get("own") and spec.get("name") in guide_names():
+        with own_randomness():
+            new = amortised(target, spec["name"])
+    else:
+        raise CheckpointError(
+            f"{file.parent} holds a guide of your own making ({spec.get('name')}); "
+            "pass one of the same build: flowvi.load(folder, target, guide=...)."
+        )
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, seal)
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    return RowFit(target, new, _history(files), manifest["log"], meta)
+
+
+def _load_nested(
+    files: FitFiles,
+    manifest: dict[str, Any],
+    target: LocalTarget,
+    guide: Guide | None,
+    inner: Amortised | None,
+) -> NestedFit:
+    meta, file = manifest["meta"], files.of("guide_1")
+    specs, particles = meta["specs"], meta.get("particles")
+    whole = len(specs) == 2 and all(isinstance(spec, dict) for spec in specs)
+    if target.shared is None or not whole or not isinstance(particles, int):
+        raise CheckpointError(f"{files.path} holds no nested fit of {target.name}.")
+    spec, of_rows = specs
+    sees_theta = bool(of_rows.get("sees_theta"))
+    with own_randomness():
+        theta = _build(spec, target.shared, guide, *files.of("guide_0"))
+        if inner is not None:
+            rows = copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
+        elif of_rows.get("name") in guide_names():
+            mixes = bool(of_rows.get("mixes"))
+            rows = inner_guide(target, of_rows["name"], sees_theta, mixes)
+        else:
+            raise CheckpointError(
+                f"{files.path} holds a guide of rows of your own making; pass one of the same "
+                "build: flowvi.load(folder, target, inner=...)."
+            )
+    read_module(file[0], rows, file[1])
+    if files.has(OWN):
+        _fill_own(target, *files.of(OWN))
+    density = Nested(target, rows, sees_theta)
+    return NestedFit(density, theta, particles, _history(files), meta, list(manifest["log"]))
+
+
+def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:
+    """Draws of Markov chains (C, S, D) and what is known of each, (C, S)."""
+    file, seal = files.of(CHAINS)
+    arrays = read_tensors(file, seal)
+    z = arrays.get("z", torch.empty(0))
+    whole = z.dim() == 3 and z.shape[-1] == target.dim and "log_q" in arrays
+    alike = all(a.shape[:2] == z.shape[:2] for a in arrays.values())
+    if not (whole and alike and z.is_floating_point() and bool(z.isfinite().all())):
+        raise CheckpointError(
+            f"{file} has no finite draws of chains of {target.dim} numbers, and log_q of each."
+        )
+    return arrays
+
+
+def _history(files: FitFiles) -> dict[str, Any]:
+    file, seal = files.of(HISTORY)
+    found = read_tensors(file, seal)
+    shapes = {tuple(column.shape) for column in found.values()}
+    if len(shapes) > 1 or any(len(shape) != 1 for shape in shapes):
+        raise CheckpointError(f"{file} has no number for every step: columns {sorted(shapes)}.")
+    return {name: column.numpy() for name, column in found.items()}
+
+
+def _same_kind(there: bool, here: bool, path: Path) -> None:
+    kinds = ("one vector of latents", "latents for each row (local=)")
+    if there != here:
+        raise CheckpointError(
+            f"{path} was fitted to a model with {kinds[there]}; this target has {kinds[here]}."
+        )
+
+
+def _build(
+    spec: dict[str, Any], target: Target, own: Guide | None, file: Path, seal: Seal | None
+) -> Guide:
+    """A guide as it was built, with the numbers of a file."""
+    name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
+    if name in guide_names():
+        _check_sizes(sizes, file, seal)
+        try:
+            with torch.device("meta"):
+                # Without its numbers, it takes no memory.
+                check_module(file, make_guide(name, target.dim, **sizes), seal)
+            new = make_guide(name, target.dim, **sizes)
+        except CheckpointError:
+            raise
+        except (TypeError, ValueError, KeyError, RuntimeError) as error:
+            raise CheckpointError(f"{file} fits no guide '{name}' of {sizes}: {error}") from None
+    elif own is not None:
+        new = copy.deepcopy(own)
+    else:
+        raise CheckpointError(
+            f"{file.parent} holds a guide of your own making ({name}); "
+            "pass one of the same build: flowvi.load(folder, target, guide=...)."
+        )
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, seal)
+    return new
+
+
+def _check_sizes(sizes: Mapping[str, Any], file: Path, seal: Seal | None) -> None:
+    """Refuse more layers than there are bytes in the file, before any are built."""
+    read_start(file, 1, seal)
+    for value in tree_leaves(dict(sizes)):
+        if isinstance(value, int) and value > file.stat().st_size:
+            raise CheckpointError(f"{file} is too small for a guide of {sizes}.")
+
+
+def _fill_own(target: Target | LocalTarget, file: Path, seal: Seal | None) -> None:
+    found, wanted = read_tensors(file, seal), dict(target.named_parameters())
+    own = {name: value for name, value in found.items() if name in wanted}
+    check_finite(file, own, wanted)
+    for name, value in found.items():
+        if name not in wanted or wanted[name].shape != value.shape:
+            raise CheckpointError(f"{file}: parameter '{name}' does not fit {target.name}.")
+        with torch.no_grad():
+            wanted[name].copy_(value)

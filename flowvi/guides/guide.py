@@ -1,0 +1,149 @@
+"""Guides: densities on R^D that can be sampled and scored."""
+
+from __future__ import annotations
+
+import copy
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.flows import InSingle, Layer
+
+# Beyond so many dimensions a matrix of D x D is too much.
+FULL_RANK_DIM = 2000
+# Points (*S, D) to log densities (*S).
+LogDensity = Callable[[Tensor], Tensor]
+
+
+class Draw(NamedTuple):
+    """Samples z, (*S, *B, D), and their log density under the guide, (*S, *B)."""
+
+    z: Tensor
+    log_q: Tensor
+
+
+class Strata(NamedTuple):
+    """The same number of samples from every part of a guide, one part after the other.
+
+    Attributes:
+        z: Samples, (N, *S, *B, D), N the number of parts times the draws of each.
+        log_q: Log density under the whole guide, (N, *S, *B).
+        log_share: Log of what each draw counts in an average over the guide,
+            broadcastable to (N, *S, *B); the shares add up to one over N.
+    """
+
+    z: Tensor
+    log_q: Tensor
+    log_share: Tensor
+
+
+class Scored(NamedTuple):
+    """Strata with the score of the guide at its own draws.
+
+    Attributes:
+        z: As in `Strata`; for a joint guide, the other variables stand behind z.
+        log_q: As in `Strata`; for a joint guide, that of all variables.
+        log_share: As in `Strata`.
+        score: Gradient of log q at z, (N, *S, *B, D): a constant, as if parameters and
+            context did not depend on anything.
+    """
+
+    z: Tensor
+    log_q: Tensor
+    log_share: Tensor
+    score: Tensor
+
+
+class Guide(nn.Module):
+    """A density q(z | context) on R^D.
+
+    Attributes:
+        dim: Length D of z.
+        pathwise: Whether the gradient of an average over draws is that of the draws.
+        flat: Whether `start` makes no use of correlations: of a Gaussian, the scales are enough.
+        joint: Whether z is drawn with other variables, so that its own density is an integral.
+        kind: What `make_guide` calls such guides, where they can be made again by name.
+        spec: The sizes with which it makes this one, if it can.
+    """
+
+    dim: int
+    pathwise: ClassVar[bool] = True
+    flat: bool = False
+    joint: ClassVar[bool] = False
+    kind: ClassVar[str] = ""
+    spec: dict[str, Any] | None = None
+
+    def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
+        """Draw `shape` reparameterised samples for every row of the context."""
+        raise NotImplementedError
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Score samples. (*S, *B, D) -> (*S, *B)."""
+        raise NotImplementedError
+
+    def strata(self, shape: tuple[int, ...], context: Tensor | None = None) -> Strata:
+        """Draw `shape` samples from every part of the guide; a plain guide is one part."""
+        z, log_q = self.sample(shape, context)
+        return Strata(z, log_q, log_q.new_full((), -math.log(shape[0])))
+
+    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+        """Draw as `strata` does, and differentiate log q at the draws, for path gradients."""
+        z, log_q, log_share = self.strata(shape, context)
+        with torch.enable_grad():
+            fixed = z.detach().requires_grad_()
+            log_prob = self.log_prob(fixed, None if context is None else context.detach())
+            (score,) = torch.autograd.grad(log_prob.sum(), fixed)
+        return Scored(z, log_q, log_share, score)
+
+    def lifted(self, log_p: LogDensity) -> LogDensity:
+        """The density to compare the draws of `scored` with: of z, and of what is behind it."""
+        return log_p
+
+    def skip(self, shape: tuple[int, ...]) -> None:
+        """Take the random numbers of `strata` and `scored` from the generator, and no draws."""
+        with torch.no_grad():
+            self.strata(shape)
+
+    def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        """Log density of the part that each draw of `strata` came from, less the whole's."""
+        return z.new_zeros(())
+
+    def in_single(self) -> Guide | None:
+        """A copy of a guide in double precision that does in single what loses nothing by it.
+
+        Its parameters are those of the guide, in the same order. None if there is nothing
+        like that.
+        """
+        return None
+
+    def start(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """Become the Gaussian N(loc, L L^T), or the nearest one that the guide can be.
+
+        Args:
+            loc: Mean, (D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D).
+        """
+        raise NotImplementedError
+
+
+def mixed_precision_copy(flow: Layer) -> Layer | None:
+    """A copy of a flow that works in single precision, if that is enough."""
+    double = {p.dtype for p in flow.parameters()} == {torch.float64}
+    return InSingle(copy.deepcopy(flow)) if double and flow.single else None
+
+
+@contextmanager
+def constant(*modules: nn.Module) -> Iterator[None]:
+    """Spare the gradients of parameters inside the block."""
+    trained = [p for module in modules for p in module.parameters() if p.requires_grad]
+    for p in trained:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trained:
+            p.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Where training begins: start points, Gaussian fits, modes."""

@@ -1,0 +1,356 @@
+"""Where a fit starts: candidate Gaussians, and the best of them refined."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from flowvi.guides.guide import FULL_RANK_DIM
+from flowvi.initialization.gaussian import (
+    Density,
+    Gaussian,
+    curvature,
+    diagonal_of,
+    distinct,
+    evaluate,
+    factor_of,
+    refine,
+    score,
+    scores_in_chunks,
+    value_and_score,
+)
+from flowvi.initialization.newton import swept
+from flowvi.initialization.pathfinder import estimates
+from flowvi.initialization.peaks import finished, nearest
+from flowvi.runtime.clock import Interrupted, droppable, up_to_now
+
+Say = Callable[[str], None]
+
+PATH_POINTS = 6
+LBFGS_STEPS = 300
+NEWTON_STEPS = 12
+SMALL = 50
+LARGE = 300
+TRY_ROUNDS = 8
+REFINE_ROUNDS = 30
+JUDGE_DRAWS = 400
+# Of the candidates from one start, the best is chosen by fewer.
+SIFT_DRAWS = 100
+# Candidates that are tried where all starts lead to one mode: one that knows nothing of it, two
+# that do.
+AWARE = 2
+# A normal around a start point of which draws have no density is narrowed by this, so many times.
+NARROWER, TIMES = 0.1, 12
+
+
+class Space(Density, Protocol):
+    """A density with points to start from: a target, or one of theta and some rows."""
+
+    name: str
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the density is evaluated."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where the density is evaluated."""
+
+    def starts(self, generator: torch.Generator) -> Tensor:
+        """Points to start from, (P, D)."""
+
+
+class Found(NamedTuple):
+    """What the search for a Gaussian found.
+
+    Attributes:
+        best: The best.
+        others: What became of the other candidates.
+        ends: Where the ascents have ended, (N, D).
+    """
+
+    best: Gaussian
+    others: list[Gaussian]
+    ends: Tensor
+
+
+class Group(NamedTuple):
+    """What there is to try at one start point.
+
+    Attributes:
+        normals: The first of them around the start point itself.
+        end: Where the ascent from there has ended, (D).
+    """
+
+    normals: list[Gaussian]
+    end: Tensor
+
+
+def best_gaussian(
+    target: Space,
+    seed: int,
+    diagonal: bool,
+    say: Say,
+    over: Callable[[], bool] = lambda: False,
+    median: Tensor | None = None,
+    places: Tensor | None = None,
+) -> Found:
+    """Find a normal density with a high ELBO, without a step size to choose.
+
+    Candidates are narrow normals at start points, and Laplace approximations
+    along and at the end of L-BFGS paths to a mode: where the density has no
+    mode, as in a centred hierarchy, an earlier point of the path wins. The
+    best ELBO on common draws is refined by `refine`. Where all ascents end in
+    one mode, the best normal that knows of it is enough, and the best that does not.
+
+    Args:
+        target: The log density.
+        seed: Of the start points and draws.
+        diagonal: Restrict the covariance to a diagonal, of which there are only the scales, (D).
+        say: Takes a sentence about every decision.
+        over: Asked now and then whether to make do with what there is.
+        median: Of the prior, (D), another point to start from.
+        places: Points where the density is finite, (N, D), for start points where it is not.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    judge = torch.randn(
+        JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
+    blind, aware, ends = [], [], []
+    for group in up_to_now(candidates(target, generator, median, diagonal, places)):
+        around, *rest = group.normals
+        blind.append(_narrowed(target, score(target, around, judge), judge))
+        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
+        sifted = [score(target, g, few) for g in rest]
+        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
+        ends.append(group.end)
+        if over():
+            break
+    # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
+    # where the density is unbounded: of each start, the normal that knows nothing of modes is
+    # tried beside the best of those that do, unless another start led to the same.
+    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
+    if not found:
+        raise ValueError(
+            f"The log density of {target.name} is not finite around any start point; "
+            "rescale the data or narrow the priors."
+        )
+    if diagonal:
+        found = [score(target, diagonal_of(g), judge) for g in found]
+    found = sorted(found, key=lambda g: -g.elbo)
+    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
+    if over():
+        found = [kind[0] for kind in kinds if kind]
+    elif target.dim <= LARGE and _one_mode(target, ends):
+        found = [*kinds[0][:1], *kinds[1][:AWARE]]
+
+    first = found if target.dim <= LARGE else found[:2]
+    if target.dim > LARGE and not diagonal:
+        first = [_flat_first(target, g, generator, judge, over) for g in first]
+    tried = [
+        settled(target, g, generator, judge, over, TRY_ROUNDS, diagonal=diagonal) for g in first
+    ]
+    best = max(tried, key=lambda g: g.elbo)
+    refined = settled(target, best, generator, judge, over, diagonal=diagonal)
+    say(f"start: {best.name}, the best of {len(tried)}")
+    say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
+    return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
+
+
+def _narrowed(target: Space, g: Gaussian, judge: Tensor) -> Gaussian:
+    """A normal around a point of finite density, so narrow that its draws have one too."""
+    if math.isfinite(g.elbo) or not evaluate(target, g.loc[None]).isfinite().all():
+        return g
+    for _ in range(TIMES):
+        g = score(target, replace(g, scale_tril=NARROWER * g.scale_tril), judge)
+        if math.isfinite(g.elbo):
+            break
+    return g
+
+
+def _one_mode(target: Space, ends: list[Tensor]) -> bool:
+    """Whether several ascents have all ended in one mode."""
+    heights = evaluate(target, torch.stack(ends)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    top = finished(target, ends[int(heights.argmax())])
+    return top is not None and all(nearest(target, z, [top.loc]) is not None for z in ends)
+
+
+def _flat_first(
+    target: Space,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+) -> Gaussian:
+    """The best Gaussian without correlations from the same place, if that is better.
+
+    Of many dimensions, as of a network's weights, a matrix from one place can be worse than none.
+    """
+    flat = score(target, diagonal_of(g), judge)
+    flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, over)
+    if not flat.elbo > g.elbo:
+        return g
+    return replace(flat, scale_tril=flat.scale_tril.diag(), name=f"{g.name}, without correlations")
+
+
+def settled(
+    target: Space,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+    rounds: int = REFINE_ROUNDS,
+    *,
+    diagonal: bool = False,
+) -> Gaussian:
+    """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
+    try:
+        with droppable():
+            return _settled(target, g, generator, judge, over, rounds, diagonal)
+    except Interrupted:
+        return g
+
+
+def _settled(
+    target: Space,
+    g: Gaussian,
+    generator: torch.Generator,
+    judge: Tensor,
+    over: Callable[[], bool],
+    rounds: int,
+    diagonal: bool,
+) -> Gaussian:
+    dense = not diagonal and g.scale_tril.dim() == 2
+    if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
+        found = swept(target, g, generator, judge, rounds // 2, over)
+        if not found.overshot:
+            return found
+        g = replace(g, overshot=True)
+    return refine(target, g, generator, judge, diagonal, rounds, over)
+
+
+def candidates(
+    target: Space,
+    generator: torch.Generator,
+    median: Tensor | None = None,
+    diagonal: bool = False,
+    places: Tensor | None = None,
+) -> Iterator[Group]:
+    """Normals to start from: for each start point, guesses of several kinds."""
+    dense = target.dim <= (LARGE if diagonal else FULL_RANK_DIM)
+    identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
+    identity = identity.diag() if dense else identity
+    starts = _finite(target, target.starts(generator), median, places)
+    if target.dim > LARGE:
+        # A Hessian costs 2 D gradients: two starts of different kinds have to do.
+        starts = starts[[0, -3]]
+    for i, z in enumerate(starts):
+        path = ascend(target, z)
+        group = [
+            Gaussian(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
+            Gaussian(z, identity, f"standard normal at start {i}"),
+            Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
+        ]
+        with suppress(Interrupted), droppable():
+            group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
+            if dense:
+                few = path[:-1] if target.dim <= 100 else []
+                for k, point in enumerate(_thinned(few, PATH_POINTS)):
+                    group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
+                group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
+        yield Group(group, path[-1])
+
+
+def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
+    """Start points with the prior's median for the last, and others for those without density."""
+    if median is not None and evaluate(target, median[None]).isfinite().all():
+        # The last of them is random.
+        starts[-1] = median
+    spare = [] if places is None else list(places)
+    for i, value in enumerate(evaluate(target, starts)):
+        if not value.isfinite() and spare:
+            starts[i] = spare.pop(0)
+    return starts
+
+
+def _pathfinder(target: Space, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:
+    """Normals from the curvature along the path itself, at some of its points."""
+    points = torch.stack(path)
+    _, gradients = scores_in_chunks(target, points)
+    found = []
+    for k, e in enumerate(_thinned(list(estimates(points, gradients)), PATH_POINTS)):
+        variances = e.inverse.variances()
+        if e.loc.isfinite().all() and bool((variances > 0).all()):
+            scale = factor_of(e.inverse.dense()) if dense else variances.sqrt()
+            found.append(Gaussian(e.loc, scale, f"Pathfinder {k} {where}"))
+    return found
+
+
+def ascend(target: Space, start: Tensor) -> list[Tensor]:
+    """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
+    path: list[Tensor] = []
+
+    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = value_and_score(target, start.new_tensor(x))
+        if not (value.isfinite() and gradient.isfinite().all()):
+            return 1e30, np.zeros_like(x)
+        return -value.item(), -gradient.cpu().numpy().astype(np.float64)
+
+    def keep(x: np.ndarray) -> None:
+        path.append(start.new_tensor(x))
+
+    with suppress(Interrupted), droppable():
+        minimize(
+            objective,
+            start.cpu().numpy().astype(np.float64),
+            jac=True,
+            method="L-BFGS-B",
+            callback=keep,
+            options={"maxiter": LBFGS_STEPS, "maxcor": 20},
+        )
+    return path or [start]
+
+
+def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
+    r"""The normal with precision :math:`|-\nabla^2 \log p(z)|` and its Newton step's mean.
+
+    Absolute eigenvalues make it a density where the log density is not concave.
+    """
+    width, values, vectors = curvature(target, z)
+    size = values.abs().clamp_min(1e-10)
+    _, gradient = value_and_score(target, z)
+    covariance = width[:, None] * ((vectors / size) @ vectors.mT) * width
+    step = covariance @ gradient
+    # A step beyond the region that the curvature describes is cut to its edge.
+    length = (step @ gradient).clamp_min(0).sqrt()
+    step = step / (length / math.sqrt(len(z))).clamp_min(1.0)
+    return Gaussian(z + step, factor_of(covariance), name)
+
+
+def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
+    """Laplace's approximation after the Newton steps that L-BFGS left undone."""
+    value, _ = value_and_score(target, z)
+    found = laplace(target, z, name)
+    for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2 * (target.dim <= LARGE)):
+        tries = torch.stack([z + t * (found.loc - z) for t in (1.0, 0.5, 0.1, 0.01)])
+        higher, _ = value_and_score(target, tries)
+        best = int(higher.nan_to_num(-torch.inf, -torch.inf, -torch.inf).argmax())
+        if not higher[best] > value + 1e-6 * (1 + value.abs()):
+            break
+        z, value = tries[best], higher[best]
+        found = laplace(target, z, name)
+    return replace(found, loc=z)
+
+
+def _thinned(path: list[Any], n: int) -> list[Any]:
+    if len(path) <= n:
+        return path
+    return [path[int(i)] for i in np.linspace(0, len(path) - 1, n)]

@@ -1,0 +1,69 @@
+"""Modes that the search for a start saw and the finished guide does not cover."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+
+from flowvi.guides.guide import Guide
+from flowvi.initialization.gaussian import Gaussian, evaluate
+from flowvi.targets import Target
+
+DRAWS = 200
+# Mass that matters, relative to what the guide holds.
+SHARE = 0.02
+# A typical log weight that is this far above the guide's own marks a place that it leaves out.
+EXCESS = 3.0
+# Draws there, in units of the mode's widths: a guide without correlations covers the middle alone.
+MIDDLE = 0.5
+
+
+def left_out(
+    target: Target, guide: Guide, covered: float, modes: Sequence[Gaussian], seed: int
+) -> list[Gaussian]:
+    """Find modes that hold mass which the guide does not cover.
+
+    Where the mass of a mode is not small beside what the guide covers, and the
+    weights p / q in the middle of the mode are far above those at the guide's own
+    draws, these cannot show what is missing.
+
+    Args:
+        target: The log density.
+        guide: The finished guide.
+        covered: Log of the mass that it covers.
+        modes: Converged modes with their masses, from `further_modes`.
+        seed: Of the draws.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+    noise = MIDDLE * torch.randn(
+        DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
+
+    def outside(g: Gaussian) -> bool:
+        z = g.at(noise)
+        with torch.no_grad():
+            excess = evaluate(target, z) - guide.log_prob(z) - covered
+        return bool(excess.nanmedian() > EXCESS)
+
+    found = [g for g in sorted(modes, key=lambda g: -g.mass) if outside(g)]
+    return found if _share(found, covered)[0] >= SHARE else []
+
+
+def sentence(found: Sequence[Gaussian], covered: float) -> str:
+    """Say what `left_out` found."""
+    modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
+    share, error = _share(found, covered)
+    return (
+        f"The search for a start found {modes} that the guide leaves out, with about "
+        f"{share:.2g} times the mass that it covers (standard error {error:.1g}); there may be "
+        "more. Its draws cannot show them."
+    )
+
+
+def _share(found: Sequence[Gaussian], covered: float) -> tuple[float, float]:
+    """Mass relative to what is covered, with its standard error."""
+    shares = [math.exp(min(g.mass - covered, 50.0)) for g in found]
+    errors = [share * g.mass_se for share, g in zip(shares, found, strict=True)]
+    return sum(shares), math.hypot(*errors)

@@ -1,0 +1,185 @@
+"""Modes beside the one that a fit starts at: converged ones, each with its mass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flowvi.diagnostics.importance import psis, smoothed_evidence
+from flowvi.guides.guide import FULL_RANK_DIM
+from flowvi.initialization.candidates import JUDGE_DRAWS, LARGE, TRY_ROUNDS, ascend
+from flowvi.initialization.gaussian import Gaussian, evaluate, refine, score
+from flowvi.initialization.missed_modes import SHARE
+from flowvi.initialization.peaks import Peak, apart, finished, nearest
+from flowvi.initialization.symmetry import images, symmetries
+from flowvi.targets import Target
+
+# Further starts: in any case, and where there is more than one mode at least and at most.
+FIRST, FEWEST, MOST = 3, 8, 40
+# Of more modes nothing is made.
+ENOUGH = 13
+# Chance that the next start leads to a mode that none has led to, below which it is enough.
+UNSEEN = 0.05
+# Draws behind the mass of a mode.
+MASS_DRAWS = 1000
+# Nats by which Laplace's approximation may be wrong about a mode that counts.
+WRONG = 5.0
+
+
+def further_modes(
+    target: Target,
+    home: Gaussian,
+    ends: Tensor,
+    places: Tensor,
+    seed: int,
+    say: Callable[[str], None],
+    over: Callable[[], bool] = lambda: False,
+) -> list[Gaussian]:
+    r"""Normals at modes that lie apart from the one where the fit starts.
+
+    A mode is a point where Newton's steps have converged (`flowvi.initialization.peaks.finished`),
+    and from which every path found to another falls by a nat (`flowvi.initialization.peaks.apart`).
+    Its mass is estimated by draws from its normal, with a standard error. Ascents that do
+    not converge, as where the density has no bound, count for nothing.
+
+    Nothing more is done where the first ends of ascents, three more and the density's symmetries
+    lead to no other mode. Otherwise ascents go on from draws from the prior, until
+
+    .. math:: n_1 / n < 0.05
+
+    of n ascents have ended in a mode that none other has: the Good-Turing estimate of the
+    chance that the next one ends in a mode not seen yet.
+
+    Args:
+        target: The log density.
+        home: The Gaussian that the fit starts with.
+        ends: Where ascents from the first start points have ended, (N, D).
+        places: Points to start from, (N, D).
+        seed: Of the draws.
+        say: Takes a sentence about what was found.
+        over: Asked now and then whether to make do with what there is.
+
+    References:
+        Good (1953), "The population frequencies of species and the estimation of
+        population parameters", Biometrika 40.
+    """
+    if target.dim > FULL_RANK_DIM:
+        # There is no room for curvatures.
+        return []
+    climb = _Climb(target, home)
+    for end in ends:
+        climb.ended(end)
+    if target.dim <= LARGE:
+        for start in places[:FIRST]:
+            if not over():
+                climb.ended(ascend(target, start)[-1])
+    first = climb.count
+    if target.dim <= LARGE:
+        found = symmetries(target, places)
+        for symmetry in found:
+            say(f"the density stays the same: {symmetry.words}")
+        for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
+            climb.ended(image)
+        if climb.count > 1:
+            _more(climb, places[FIRST:], over)
+    if climb.count > 1:
+        say(
+            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
+            "of other ascents are none"
+        )
+    return _weighed(target, home, climb.peaks, seed, over)
+
+
+class _Climb:
+    """Where ascents end: in which mode, in a new one, or in none.
+
+    Args:
+        target: The log density.
+        home: The Gaussian that the fit starts with.
+    """
+
+    def __init__(self, target: Target, home: Gaussian) -> None:
+        self.target = target
+        top = finished(target, ascend(target, home.loc)[-1])
+        # Where there is no mode, as in a centred hierarchy, the place itself.
+        self.places: list[Tensor] = [home.loc if top is None else top.loc]
+        self.peaks: list[Peak] = []
+        self.hits = [0]
+        self.unfinished = 0
+
+    @property
+    def count(self) -> int:
+        """Modes so far, that of the start among them."""
+        return len(self.places)
+
+    def ended(self, end: Tensor) -> None:
+        """Count the end of an ascent."""
+        where = self._where(end)
+        if where is None:
+            self.unfinished += 1
+        else:
+            self.hits[where] += 1
+
+    def _where(self, end: Tensor) -> int | None:
+        seen = nearest(self.target, end, self.places)
+        if seen is not None:
+            return seen
+        peak = finished(self.target, end)
+        if peak is None:
+            return None
+        for i, place in enumerate(self.places):
+            if not apart(self.target, place, peak.loc, peak.scale_tril):
+                return i
+        self.places.append(peak.loc)
+        self.peaks.append(peak)
+        self.hits.append(0)
+        return len(self.places) - 1
+
+
+def _more(climb: _Climb, places: Tensor, over: Callable[[], bool]) -> None:
+    """Ascents from other places, until hardly any could lead to a mode not seen yet."""
+    before = sum(climb.hits)
+    for i, start in enumerate(places[:MOST]):
+        rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
+        if over() or climb.count > ENOUGH or (i >= FEWEST and rare):
+            return
+        climb.ended(ascend(climb.target, start)[-1])
+
+
+def _weighed(
+    target: Target, home: Gaussian, peaks: list[Peak], seed: int, over: Callable[[], bool]
+) -> list[Gaussian]:
+    """Normals at peaks, those that could matter, with the mass around each."""
+    generator = torch.Generator(device=target.device).manual_seed(seed)
+
+    def noise(n: int) -> Tensor:
+        shape = (n, target.dim)
+        return torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
+
+    judge, found = noise(JUDGE_DRAWS), []
+    for i, peak in enumerate(peaks):
+        laplace = peak.laplace(f"mode {i + 1}")
+        volume = laplace.log_det + target.dim / 2 * math.log(2 * math.pi)
+        if peak.height + float(volume) < home.elbo + math.log(SHARE) - WRONG:
+            continue
+        g = score(target, laplace, judge)
+        better = refine(target, g, generator, judge, False, TRY_ROUNDS, over)
+        # A low peak on the slope of a larger mass may be left for that.
+        g = better if nearest(target, better.loc, [peak.loc]) is not None else g
+        found.append(_with_mass(target, g, noise(MASS_DRAWS)))
+    return [g for g in found if math.isfinite(g.mass)]
+
+
+def _with_mass(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
+    """The same Gaussian with the mass around it, by weighted draws."""
+    log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - g.log_det
+    log_w = (evaluate(target, g.at(eps)) - log_q).cpu().double()
+    log_w = log_w.nan_to_num(-torch.inf, -torch.inf, -torch.inf)
+    if not log_w.isfinite().any():
+        return g
+    mass = smoothed_evidence(log_w.numpy(), psis(log_w.numpy()))
+    return replace(g, mass=mass.value, mass_se=mass.se)

@@ -1,0 +1,166 @@
+"""Densities without an integral: what about the data or the model makes them so, in words."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.distributions import constraints
+from torch.distributions.constraints import Constraint
+
+from flowvi.initialization.gaussian import Gaussian, evaluate, scores_in_chunks
+from flowvi.targets import Target
+
+# Logarithms of a scale below which a look for a collapse pays, and where it begins.
+SMALL, BEGIN = -10.0, -18.0
+# Factors, as logarithms, by which a scale is then made smaller, and the nats that the density has
+# to rise by for each unit: s^-n of n values, less one for each mean that becomes as narrow.
+DEEPER, RISE = (3.0, 6.0, 12.0), 0.4
+# Widths up to so many times a scale go to zero with it.
+WITH_IT = 1e3
+DRAWS = 64
+# Scales that are looked at, the smallest first, and the largest D for which that is cheap.
+LOOKED_AT, MOST_DIM = 5, 200
+# Steps by which the means follow a scale.
+NEWTON = 20
+# Log likelihood of a site all of whose discrete values are certain, at most.
+CERTAIN = 1e-3
+
+
+def collapse(target: Target, g: Gaussian) -> str:
+    """Say which scale goes to zero with a density that has no bound there; empty if none does.
+
+    A normal likelihood that meets n values exactly rises like s^-n as its scale s falls. The means
+    that do so have to be known to a width that falls with s: whether the integral grows is told by
+    the bound of a Gaussian whose width in those directions falls as well. A funnel is none: there
+    what the density gains, the width loses.
+
+    Args:
+        target: The log density.
+        g: The best Gaussian that was found for it.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(0)
+    noise = torch.randn(
+        DRAWS, target.dim, generator=generator, dtype=g.loc.dtype, device=target.device
+    )
+    if target.dim > MOST_DIM:
+        return ""
+    small = {
+        column: name
+        for name, site in target.sites.items()
+        if _is_scale(site.support)
+        for column in range(target.slices[name].start, target.slices[name].stop)
+        if float(g.loc[column]) < SMALL
+    }
+    for column in sorted(small, key=lambda column: float(g.loc[column]))[:LOOKED_AT]:
+        if where := _rises(target, g, column, noise):
+            return _words(target, small[column], _told(target, *where))
+    return ""
+
+
+def _is_scale(support: Constraint) -> bool:
+    """Whether values end at zero, and lie above it: coordinates are then their logarithms."""
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    return support in (constraints.positive, constraints.nonnegative)
+
+
+def _rises(target: Target, g: Gaussian, column: int, noise: Tensor) -> tuple[Tensor, Tensor] | None:
+    """Points before and after, if the bound rises as far as one looks; None if it does not."""
+    first = max(float(g.loc[column]), BEGIN)
+    scale = torch.diag(g.scale_tril) if g.scale_tril.dim() == 1 else g.scale_tril
+    # The factor of all others given this one: rows as they are, this one in front.
+    order = [column, *(i for i in range(target.dim) if i != column)]
+    factor = torch.linalg.qr(scale[order].mT).R.mT
+    factor[:, 0] = 0.0
+    inverse = torch.argsort(torch.tensor(order, device=factor.device))
+    factor = factor[inverse]
+    own = g.loc[column].exp()
+    narrow = factor.norm(dim=-1) <= WITH_IT * own
+    narrow[column] = False
+
+    def at(deeper: float) -> tuple[Tensor, float]:
+        moved = first - deeper - float(g.loc[column])
+        widths = torch.where(narrow, torch.full_like(g.loc, moved).exp(), 1.0)
+        loc = g.loc.clone()
+        loc[column] = first - deeper
+        own = factor * torch.where(narrow, widths, 0.0)[:, None]
+        for _ in range(NEWTON):
+            # What was near enough for a larger scale is not for this one.
+            _, gradient = scores_in_chunks(target, loc[None])
+            loc = loc + own @ (own.mT @ gradient[0])
+        z = loc + (noise @ factor.mT) * widths
+        return z, float(evaluate(target, z).mean()) + moved * int(narrow.sum())
+
+    before, value = at(0.0)
+    reached = before
+    for step, deeper in zip((0.0, *DEEPER), DEEPER, strict=False):
+        reached, now = at(deeper)
+        if not now > value + RISE * (deeper - step):
+            return None
+        value = now
+    return before, reached
+
+
+def _told(target: Target, before: Tensor, after: Tensor) -> str:
+    """The observed site whose likelihood rises most from some points to others; empty if none."""
+    with torch.no_grad():
+        low, high = target.log_likelihood(before), target.log_likelihood(after)
+    gains = {name: float(high[name].sum() - low[name].sum()) for name in low}
+    best = max(gains, key=lambda name: gains[name], default="")
+    return best if best and gains[best] > 0 else ""
+
+
+def _words(target: Target, name: str, data: str) -> str:
+    why = ""
+    if same := constant(target, data):
+        why = f", because {same}"
+    elif data:
+        why = f", where the model meets values of the observed site '{data}' exactly"
+    return (
+        f"The posterior of {target.name} is improper: its density has no bound as '{name}' goes to "
+        f"zero{why}. Use data that vary, fix '{name}', keep it above the rounding of the data, or "
+        "give it a prior that vanishes at zero, such as a LogNormal or an InverseGamma."
+    )
+
+
+def constant(target: Target, name: str) -> str:
+    """That all data of an observed site are the same, in words; empty if they are not."""
+    values = target.observed.get(name)
+    if values is None or values.numel() < 2 or not values.is_floating_point():
+        return ""
+    first = values.flatten()[0]
+    if not bool((values == first).all()):
+        return ""
+    many = f"all {values.numel()} are {first:.6g}"
+    return f"the data of the observed site '{name}' are constant ({many})"
+
+
+def cause(target: Target, point: Tensor, far: Tensor) -> str:
+    """What about the data lets a density not fall from one point (D) to another, in a sentence.
+
+    Args:
+        target: The log density.
+        point: Where it is best.
+        far: Where it should have fallen.
+    """
+    with torch.no_grad():
+        near, there = target.log_likelihood(point), target.log_likelihood(far)
+    for name, value in there.items():
+        data, total = target.observed[name], value.sum()
+        if constant(target, name) and not total <= near[name].sum():
+            words = constant(target, name)
+            return (
+                f" That is because {words}, and their scale goes to zero: use data that vary, fix "
+                "the scale, or keep it above their rounding."
+            )
+        whole = bool((data == data.round()).all())
+        if (
+            whole
+            and value.numel() > 1
+            and bool((total.abs() <= CERTAIN) & (data != data.flatten()[0]).any())
+        ):
+            return (
+                f" There every value of the observed site '{name}' is certain: the predictors "
+                "separate the data perfectly."
+            )
+    return ""

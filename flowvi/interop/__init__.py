@@ -1,0 +1,1 @@
+"""Types of other libraries: ArviZ's groups, Pyro's guides and losses."""

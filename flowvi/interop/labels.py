@@ -1,0 +1,123 @@
+"""Names of dimensions and coordinates, as files can hold them."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import xarray as xr
+
+
+Arrays = Mapping[str, np.ndarray]
+# Slashes part the names of groups; the rest cannot be encoded, or ends a name.
+UNSAVEABLE = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
+LONGEST_NAME = 200
+SAMPLE = ("chain", "draw")
+STATS = {
+    "log_p": "log joint density of model and data, log Jacobian included",
+    "log_q": "log density of the guide",
+    "log_weight": "log_p - log_q; without constant if a prior is improper",
+}
+
+
+class Labels:
+    """Names of variables and dims that xarray and NetCDF accept, the same in every group.
+
+    A dim has one size and is no variable's name; where a model's dims break
+    this, the axis is called ``<variable>_dim_<axis>``, ArviZ's default.
+
+    Args:
+        dims: For each variable, the names of its axes.
+        coords: Labels along dims.
+        variables: Names of all variables of all groups.
+    """
+
+    def __init__(
+        self,
+        dims: Mapping[str, Sequence[str | None]],
+        coords: Mapping[str, Sequence[Any]],
+        variables: Iterable[str],
+    ) -> None:
+        self.dims = dims
+        self.coords = coords
+        self.names: dict[str, str] = {}
+        self.sizes: dict[str, int] = {}
+        self.labels: dict[str, np.ndarray] = {}
+        for name in variables:
+            if name not in self.names:
+                self.names[name] = _unused(_saveable(name), {*self.names.values(), *SAMPLE})
+
+    def dataset(self, arrays: Arrays, lead: Sequence[str], attrs: Mapping[str, Any]) -> xr.Dataset:
+        """A group whose variables all begin with the lead dims."""
+        import xarray as xr
+
+        variables: dict[str, xr.Variable] = {}
+        coords: dict[str, np.ndarray] = {}
+        for name, array in arrays.items():
+            own = self._axes(name, array.shape[len(lead) :])
+            notes = {} if name == self.names[name] else {"original_name": _written(name)}
+            if name in STATS:
+                notes |= {"description": STATS[name], "space": "unconstrained, Jacobian included"}
+            variables[self.names[name]] = xr.Variable((*lead, *own), array, notes)
+            coords |= {dim: np.arange(size) for dim, size in zip(lead, array.shape, strict=False)}
+            coords |= {dim: self.labels[dim] for dim in own}
+        return xr.Dataset(variables, coords, attrs)
+
+    def _axes(self, name: str, shape: tuple[int, ...]) -> list[str]:
+        """Names for the axes of a variable."""
+        axes: list[str] = []
+        given = [*self.dims.get(name, ())]
+        for axis, size in enumerate(shape):
+            dim = given[axis] if axis < len(given) else None
+            default = f"{self.names[name]}_dim_{axis}"
+            known = self.coords.get(dim, ()) if dim else ()
+            chosen = _saveable(dim or default)
+            if chosen in axes or not self._fits(chosen, size):
+                chosen = default
+            while chosen in axes or not self._fits(chosen, size):
+                chosen += "_"
+            self.sizes[chosen] = size
+            labels = _coordinate(known) if len(known) == size else np.arange(size)
+            self.labels.setdefault(chosen, labels)
+            axes.append(chosen)
+        return axes
+
+    def _fits(self, dim: str, size: int) -> bool:
+        taken = {*self.names.values(), *SAMPLE}
+        return dim not in taken and self.sizes.get(dim, size) == size
+
+
+def _saveable(name: str) -> str:
+    """A name that a file can hold, and a terminal can show."""
+    words = UNSAVEABLE.sub("_", name).strip()[:LONGEST_NAME]
+    return words if words.strip(".") else f"_{len(words)}"
+
+
+def _written(name: str) -> str:
+    """A name as an attribute can hold it."""
+    return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    while name in taken:
+        name += "_"
+    return name
+
+
+def _coordinate(labels: Sequence[Any]) -> np.ndarray:
+    """Labels as one array of numbers, or else of strings."""
+    if all(isinstance(label, (int, float)) for label in labels):
+        return np.asarray(labels)
+    return np.asarray([str(label) for label in labels])
+
+
+def storable(value: Any) -> str | int | float:
+    """What a NetCDF attribute can hold: numbers and strings; the rest as JSON."""
+    if isinstance(value, bool):
+        return int(value)
+    return value if isinstance(value, (str, int, float)) else json.dumps(value)

@@ -1,0 +1,148 @@
+"""What guides for Pyro are made of: densities as distributions, places, and parameters."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from contextlib import ExitStack
+from typing import Any, ClassVar
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Size, Tensor
+from torch.distributions import constraints, transform_to
+
+from flowvi.guides.guide import Guide
+from flowvi.targets import LocalTarget, ModelError, Target
+
+_NUMBERS = itertools.count()
+
+
+class GuideDistribution(dist.TorchDistribution):
+    """A guide as a Pyro distribution over vectors, for guides written by hand.
+
+    ``pyro.sample("z", GuideDistribution(guide, encoder(x)))`` draws from the guide and trains its
+    parameters, once ``pyro.module`` has registered them. The density of a draw is the one that
+    came with it; that of any other value takes the guide's inverse.
+
+    Args:
+        guide: Density on R^D.
+        context: What it is conditioned on, (*B, C); its rows are the batch shape.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    support = constraints.real_vector
+
+    def __init__(self, guide: Guide, context: Tensor | None = None) -> None:
+        self.guide = guide
+        self.context = context
+        rows = Size() if context is None else context.shape[:-1]
+        self._drawn: tuple[Tensor, Tensor, bool] | None = None
+        super().__init__(rows, Size((guide.dim,)), validate_args=False)
+
+    @property
+    def has_rsample(self) -> bool:
+        """Whether draws carry the whole gradient; those of a mixture do not."""
+        return self.guide.pathwise
+
+    def rsample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw, with gradients. (*S) -> (*S, *B, D)."""
+        rows = 0 if self.context is None else self.context.dim() - 1
+        lead = self.batch_shape[: len(self.batch_shape) - rows]
+        z, log_q = self.guide.sample((*sample_shape, *lead), self.context)
+        self._drawn = z, log_q, torch.is_grad_enabled()
+        return z
+
+    def sample(self, sample_shape: Any = ()) -> Tensor:
+        """Draw, without gradients. (*S) -> (*S, *B, D)."""
+        with torch.no_grad():
+            return self.rsample(sample_shape)
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """Score values. (*S, *B, D) -> (*S, *B)."""
+        if self._drawn is not None:
+            z, log_q, graph = self._drawn
+            if value is z and graph >= torch.is_grad_enabled():
+                return log_q
+        return self.guide.log_prob(value, self.context)
+
+    def expand(self, batch_shape: Any, _instance: Any = None) -> GuideDistribution:
+        """The same distribution at more rows, whose draws are independent."""
+        batch_shape, context = Size(batch_shape), self.context
+        if context is not None:
+            rows = context.shape[:-1]
+            if batch_shape[len(batch_shape) - len(rows) :] != rows:
+                context = context.expand(*batch_shape, -1)
+        new = GuideDistribution(self.guide, context)
+        new._batch_shape = batch_shape
+        return new
+
+
+def own_name() -> str:
+    """A name for a guide: Pyro's parameter store is one for all, and no two may share names."""
+    return f"flowvi_{next(_NUMBERS)}"
+
+
+def sample_site(
+    message: Mapping[str, Any],
+    value: Tensor,
+    ladj: Tensor,
+    lead: Size,
+    batch: Size,
+    plates: Mapping[str, Any],
+) -> Tensor:
+    """Sample a latent site as a value that was drawn in R^n and mapped to its support.
+
+    Args:
+        message: Pyro's record of the site.
+        value: (*lead, *batch, *event), or flat behind the lead.
+        ladj: Log Jacobian of the map, (*lead, *batch).
+        lead: Shape of the plates around the guide, those of the model included as 1.
+        batch: Batch shape of the site.
+        plates: Those of the model, by name.
+    """
+    fn, like = message["fn"], message["value"]
+    event = like.shape[like.dim() - fn.event_dim :]
+    value = placed(value, lead, batch, event).to(like.dtype)
+    log_density = -placed(ladj, lead, batch, Size()).to(like.dtype)
+    with ExitStack() as stack:
+        for frame in message["cond_indep_stack"]:
+            if frame.vectorized:
+                stack.enter_context(plates[frame.name])
+        drawn: Tensor = pyro.sample(
+            message["name"], dist.Delta(value, log_density=log_density, event_dim=fn.event_dim)
+        )
+    return drawn
+
+
+def placed(value: Tensor, lead: Size, batch: Size, event: Size) -> Tensor:
+    """Put values behind the plates that the guide is called in: axes of size 1 make room.
+
+    Args:
+        value: (*lead, *batch, *event), or flat behind the lead.
+        lead: Shape of the plates around the guide, those of the model included as 1.
+        batch: Batch shape of the site.
+        event: Its event shape.
+    """
+    return value.reshape((*torch.broadcast_shapes(batch, lead), *event))
+
+
+def check_store(target: Target | LocalTarget) -> None:
+    """Refuse parameters of the model that another training has left in Pyro's store."""
+    store = pyro.get_param_store()
+    for name, (leaf, constraint) in target.parameters_of_model.items():
+        if name in store and not torch.equal(store[name], transform_to(constraint)(leaf)):
+            raise ModelError(
+                f"Pyro's parameter store holds another value of '{name}' than the fit. Call "
+                "pyro.clear_param_store() before pyro_guide(fit)."
+            )
+
+
+def serve(target: Target | LocalTarget) -> None:
+    """Put the model's own parameters into Pyro's store, where they are not there yet."""
+    for name, (leaf, constraint) in target.parameters_of_model.items():
+        if constraint is constraints.real:
+            pyro.param(name, leaf)
+        else:
+            pyro.param(name, transform_to(constraint)(leaf).detach(), constraint=constraint)

@@ -1,0 +1,148 @@
+"""Tables of draws read back from ArviZ's groups."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+
+from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset, xr_index
+from flowvi.diagnostics import Diagnosis, psis
+from flowvi.draws.draws import Draws
+from flowvi.draws.resampling import stratified
+from flowvi.targets import Target
+
+if TYPE_CHECKING:
+    import arviz as az
+
+LISTS = ("reasons", "distances", "improper", "missed")
+
+
+@dataclass(frozen=True)
+class Names:
+    """What a table of draws knows of its target, once that is gone.
+
+    Attributes:
+        name: Name of the model.
+        dims: For each value, the names of its axes.
+        coords: Labels along them.
+        improper: Sites whose prior has no integral.
+        sites: None: the latents are among the values.
+        slices: None: the unconstrained vector is not kept.
+        deterministics: None.
+    """
+
+    name: str
+    dims: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    coords: dict[str, list[Any]] = field(default_factory=dict)
+    improper: tuple[str, ...] = ()
+    sites: dict[str, Any] = field(default_factory=dict)
+    slices: dict[str, slice] = field(default_factory=dict)
+    deterministics: tuple[str, ...] = ()
+
+
+def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
+    """The table of draws in a file that flowvi wrote, for pictures and diagnostics.
+
+    Args:
+        idata: What `to_inference_data` made.
+        group: The group that holds the values.
+    """
+    posterior = idata[group]
+    attrs = facts(idata)
+    values, dims = {}, {}
+    for key, variable in posterior.data_vars.items():
+        name = str(variable.attrs.get("original_name", key))
+        values[name] = variable.values
+        dims[name] = tuple(map(str, variable.dims[2:]))
+    names = Names(
+        str(attrs.get("model", "")),
+        dims,
+        {str(dim): list(posterior[dim].values) for dim in posterior.dims if dim in posterior},
+        tuple(attrs.get("improper", ())),
+    )
+    lead = (posterior.sizes["chain"], posterior.sizes["draw"])
+    log_p, log_q = np.full(lead, np.nan), np.full(lead, np.nan)
+    if group == "posterior":
+        stats = idata["sample_stats"]
+        log_p, log_q = stats["log_p"].values, stats["log_q"].values
+    return Draws(np.zeros((*lead, 0)), log_p, log_q, values, cast(Target, names), attrs)
+
+
+def resample_groups(
+    idata: az.InferenceData, seed: int = 0, n: int | None = None
+) -> az.InferenceData:
+    """Draws of a file, resampled by their smoothed weights: one chain, all weigh the same.
+
+    Groups with a value for each draw are resampled, those of data kept, others left out.
+
+    Args:
+        idata: Draws of a guide, as `to_inference_data` made them.
+        seed: Seed of the resampling.
+        n: Draws wanted; as many as there are without it.
+
+    Raises:
+        ValueError: The draws have no weights.
+    """
+    stats = idata["sample_stats"]
+    if "log_weight" not in stats:
+        raise ValueError("These draws have no weights: they are resampled already, or of NUTS.")
+    log_w = stats["log_weight"].values
+    weights = np.exp(psis(log_w.ravel()).log_weights)
+    rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
+    groups: dict[str, Any] = {}
+    for group in ("posterior", "sample_stats", "log_likelihood"):
+        if has_group(idata, group):
+            groups[group] = _picked(to_dataset(idata[group]), rows, log_w.shape)
+    groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")
+    for group in ("observed_data", "constant_data"):
+        if has_group(idata, group):
+            groups[group] = to_dataset(idata[group]).copy()
+    for dataset in groups.values():
+        dataset.attrs["resampled"] = 1
+    return make_groups(groups)
+
+
+def _picked(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
+    """Rows of the pooled draws, as the one chain of a data set."""
+    chain, place = np.divmod(rows, shape[1])
+    picked = dataset.isel(chain=xr_index(chain), draw=xr_index(place))
+    new = picked.drop_vars(["chain", "draw"], errors="ignore").expand_dims(chain=[0])
+    order = dict.fromkeys(new.data_vars, ("chain", "draw", ...))
+    ordered = new.assign({name: new[name].transpose(*dims) for name, dims in order.items()})
+    return ordered.assign_coords(draw=np.arange(len(rows))).assign_attrs(dataset.attrs)
+
+
+def facts(idata: az.InferenceData) -> dict[str, Any]:
+    """The attributes of the posterior; what was written as JSON is read."""
+    return {str(key): _read(value) for key, value in idata["posterior"].attrs.items()}
+
+
+def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
+    """The verdict that was written with the draws; None where there were too few to judge."""
+    attrs = facts(idata)
+    if "khat" not in attrs:
+        return None
+    known = {f.name: attrs[f.name] for f in fields(Diagnosis) if f.name in attrs}
+    known["reasons"] = tuple(known.get("reasons", ()))
+    known["distances"] = tuple(map(tuple, known.get("distances", ())))
+    for key in ("draws", "divergences"):
+        known[key] = int(known.get(key, 0))
+    for f in fields(Diagnosis):
+        if f.type == "float" or f.type is float:
+            known[f.name] = float(known.get(f.name, math.nan))
+    return Diagnosis(**known)
+
+
+def _read(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, str) and value[:1] in ("[", "{"):
+        try:
+            return json.loads(value)
+        except ValueError:
+            return value
+    return value

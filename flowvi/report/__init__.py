@@ -1,5 +1,0 @@
-"""One file that tells a colleague what was fitted, and whether to believe it."""
-
-from flowvi.report.page import report
-
-__all__ = ["report"]

@@ -1,0 +1,145 @@
+"""What a report is made of, read from a folder of results or from a fit."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowvi.analysis.evidence import evidence
+from flowvi.compat.arviz_groups import as_written, has_group, read_groups
+from flowvi.diagnostics import VERDICTS, Diagnosis, Evidence
+from flowvi.draws.diagnose import diagnose
+from flowvi.draws.draws import Draws
+from flowvi.draws.resampling import resample
+from flowvi.fitting.fit_folder import read_record
+from flowvi.fitting.identity import latents
+from flowvi.fitting.result import Fit
+from flowvi.interop.inference_data import all_groups
+from flowvi.interop.read_draws import diagnosis_of, draws_of, facts
+from flowvi.runtime.files import CheckpointError
+
+if TYPE_CHECKING:
+    import arviz as az
+
+GUIDE = "guide.nc"
+PREDICTED = 200  # draws for which data are simulated
+POSTERIOR, RESAMPLED = "posterior.nc", "resampled.nc"
+
+
+@dataclass(frozen=True)
+class Contents:
+    """What there is to report.
+
+    Attributes:
+        plain: Draws as they came from the guide or the chains, in ArviZ's groups.
+        kept: The draws that the verdict recommends.
+        facts: How it was fitted, and on what.
+        diagnosis: The verdict; None where there were too few draws to judge.
+        weighted: The guide's draws with their weights, where there are any.
+        evidence: Bounds and estimates; None where a prior is improper.
+        history: Bound of each step, and the restart and stage that it belongs to.
+        log: What the fit decided.
+        sites: Latent sites: shape, support, columns.
+    """
+
+    plain: az.InferenceData
+    kept: Draws
+    facts: Mapping[str, Any]
+    diagnosis: Diagnosis | None
+    weighted: Draws | None
+    evidence: Evidence | None
+    history: Mapping[str, np.ndarray] = field(default_factory=dict)
+    log: tuple[str, ...] = ()
+    sites: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def kind(self) -> str:
+        """What to call the draws that are shown."""
+        if self.kept.mcmc:
+            word = "draws of NUTS in the guide's space"
+        else:
+            word = "resampled draws" if self.kept.resampled else "draws of the guide"
+        trusted = self.diagnosis is not None and self.diagnosis.verdict != VERDICTS[2]
+        return word if trusted else f"{word}, which are not to be trusted"
+
+    @property
+    def start(self) -> Draws | None:
+        """Draws of the Gaussian that the fit began with."""
+        if not has_group(self.plain, "gaussian_start"):
+            return None
+        return draws_of(self.plain, "gaussian_start")
+
+
+def of_folder(folder: Path) -> Contents:
+    """Read a folder that `flowvi fit` wrote; the model file is neither needed nor run.
+
+    Raises:
+        ValueError: The folder holds no results.
+    """
+    if not (folder / POSTERIOR).is_file():
+        raise ValueError(f"There is no {folder / POSTERIOR}; name a folder that flowvi fit wrote.")
+    with as_written(folder):
+        return _read(folder)
+
+
+def _read(folder: Path) -> Contents:
+    plain = read_groups(folder / POSTERIOR)
+    diagnosis = diagnosis_of(plain)
+    kept = plain
+    if (folder / RESAMPLED).is_file() and diagnosis and diagnosis.verdict == VERDICTS[1]:
+        kept = read_groups(folder / RESAMPLED)
+    guide = read_groups(folder / GUIDE) if (folder / GUIDE).is_file() else None
+    try:
+        record = read_record(folder / "fit")
+    except (CheckpointError, OSError):
+        record = ({}, {}, (), {})
+    known, history, log, sites = record
+    weighted = _weighted(guide or plain)
+    table = draws_of(kept)
+    return Contents(
+        plain,
+        table,
+        {**known, **facts(plain)},
+        diagnosis,
+        weighted,
+        _evidence(guide or plain, plain if guide else None),
+        history,
+        log,
+        sites,
+    )
+
+
+def of_fit(fit: Fit, n: int, seed: int) -> Contents:
+    """Draw from a fit and gather what there is to report."""
+    draws = fit.draw(n, seed)
+    diagnosis = diagnose(draws)
+    kept = resample(draws, seed=seed) if diagnosis.verdict == VERDICTS[1] else draws
+    start = fit.draw_start(n, seed) if fit.start is not None else None
+    plain = all_groups(draws, start, PREDICTED)
+    found = None if fit.target.improper else evidence(draws)
+    return Contents(
+        plain,
+        kept,
+        facts(plain),
+        diagnosis,
+        draws.weighted or draws,
+        found,
+        fit.history,
+        tuple(fit.log),
+        latents(fit.target),
+    )
+
+
+def _weighted(idata: az.InferenceData) -> Draws | None:
+    return draws_of(idata) if "log_weight" in idata["sample_stats"] else None
+
+
+def _evidence(guide: az.InferenceData, mcmc: az.InferenceData | None) -> Evidence | None:
+    try:
+        return evidence(guide, mcmc)
+    except ValueError:
+        return None

@@ -1,0 +1,250 @@
+"""The page itself: one HTML file that needs no network."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import math
+import os
+import platform
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from flowvi._version import __version__
+from flowvi.compat import arviz_stats as stats
+from flowvi.diagnostics import VERDICTS
+from flowvi.draws.draws import Draws
+from flowvi.fitting.result import Fit
+from flowvi.guides.registry import guide_names, make_guide
+from flowvi.plots.pair import elements
+from flowvi.reporting.contents import Contents, of_fit, of_folder
+from flowvi.reporting.pictures import pictures
+from flowvi.runtime.arguments import shared_alone, wanted
+from flowvi.runtime.files import write_whole
+from flowvi.runtime.rng import own_randomness
+
+REPORT = "report.html"
+ROWS = 200  # of the table of the posterior
+NO_RHAT = "–"
+TEMPLATE = "report.html.j2"
+TONES = dict(zip(VERDICTS, ("good", "care", "bad"), strict=True))
+ADVICE = {
+    VERDICTS[0]: "Use the draws in posterior.nc as they are.",
+    VERDICTS[1]: "Use the draws in resampled.nc; those in posterior.nc need their weights.",
+    VERDICTS[2]: "Do not draw conclusions from these draws. The reasons say what to look at.",
+}
+REFERENCES = (
+    "Vehtari, Simpson, Gelman, Yao and Gabry (2024), “Pareto smoothed importance sampling”, "
+    "JMLR 25(72): k-hat and the resampled draws.",
+    "Agrawal and Domke (2025), “Disentangling impact of capacity, objective, batchsize, "
+    "estimators, and step-size on flow VI”, arXiv:2412.08824: the recipe of the fit.",
+    "Burda, Grosse and Salakhutdinov (2016), “Importance weighted autoencoders”, "
+    "arXiv:1509.00519: the bounds L_K.",
+)
+
+
+class Scalar(NamedTuple):
+    """A row of the table of the posterior."""
+
+    name: str
+    mean: str
+    sd: str
+    low: str
+    median: str
+    high: str
+    rhat: str
+
+
+def report(
+    source: Fit | str | os.PathLike[str],
+    out: str | os.PathLike[str] | None = None,
+    *,
+    draws: int = 4000,
+    seed: int = 0,
+) -> Path:
+    """Write a report on a fit: one HTML file, with its pictures in it.
+
+    Args:
+        source: A folder that ``flowvi fit`` wrote, of which only files are read; or a fit.
+        out: The file to write. For a folder, report.html in it without.
+        draws: For a fit, draws from each guide.
+        seed: For a fit, seed of the draws.
+
+    Returns:
+        The file.
+
+    Raises:
+        ValueError: The folder holds no results, or a fit was given and no file.
+    """
+    shared_alone("report", source)
+    wanted("source", source, (Fit, str, os.PathLike), "a fit, or a folder that flowvi fit wrote")
+    if isinstance(source, Fit):
+        if out is None:
+            raise ValueError('Say where the report goes: report(fit, "report.html").')
+        contents, file = of_fit(source, draws, seed), Path(out)
+    else:
+        contents = of_folder(Path(source))
+        file = Path(source) / REPORT if out is None else Path(out)
+    write_whole(file, page(contents).encode())
+    return file
+
+
+def page(contents: Contents) -> str:
+    """The text of the page; whatever the user named is escaped."""
+    import jinja2
+
+    loader = jinja2.PackageLoader("flowvi.reporting", "templates")
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
+    )
+    drawn = pictures(contents)
+    diagnosis = contents.diagnosis
+    verdict = diagnosis.verdict if diagnosis else "not judged"
+    facts = contents.facts
+    rows = list(itertools.islice(_scalars(contents), ROWS + 1))
+    return environment.get_template(TEMPLATE).render(
+        title=facts.get("model", "") or "fit",
+        verdict=verdict,
+        tone=TONES.get(verdict, "care"),
+        advice=ADVICE.get(verdict, "There are too few draws to judge them."),
+        reasons=diagnosis.reasons if diagnosis else (),
+        numbers=list(_numbers(contents)),
+        fitted=list(_fitted(contents)),
+        sites=contents.sites,
+        log=contents.log,
+        rows=rows[:ROWS],
+        more=len(rows) > ROWS,
+        compared=any(row.rhat != NO_RHAT for row in rows),
+        restarts=len(_by_restart(contents).log_p) > 1,
+        kept=contents.kind,
+        pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
+        ladder=contents.evidence,
+        improper=facts.get("improper", ()),
+        guides=_guide_references(str(facts.get("guide", ""))),
+        references=REFERENCES,
+        versions=_versions(facts),
+        seed=facts.get("seed", "unknown"),
+        command=_command(facts),
+        made=str(facts.get("created_at", ""))[:10],
+        flowvi=__version__,
+    )
+
+
+def _numbers(c: Contents) -> Iterator[tuple[str, str, str]]:
+    """The few numbers that matter most: name, value, what it says."""
+    d = c.diagnosis
+    if d is None:
+        return
+    if math.isnan(d.rhat):
+        good = d.khat < d.khat_threshold
+        yield (
+            "Pareto k-hat",
+            f"{d.khat:.2f}",
+            f"{'below' if good else 'not below'} {d.khat_threshold:.2f}",
+        )
+    else:
+        yield "R-hat", f"{d.rhat:.3f}", f"{d.divergences} divergences"
+    yield "effective draws", f"{d.ess:,.0f}", f"of {d.draws:,}"
+    if math.isfinite(d.log_evidence):
+        yield "log evidence", f"{d.log_evidence:.3f}", f"± {d.log_evidence_se:.2g}"
+    if math.isfinite(d.elbo):
+        yield "ELBO", f"{d.elbo:.3f}", f"± {d.elbo_se:.2g}"
+        yield "KL(q || p)", f"{d.gap:.3g}", "nats"
+
+
+def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
+    f = c.facts
+    columns = [site["columns"][1] for site in c.sites.values()]
+    names = {
+        "model": "Model",
+        "guide": "Guide",
+        "objective": "Objective",
+        "precision": "Precision",
+        "steps": "Steps",
+        "particles": "Draws a step",
+        "restarts": "Restarts",
+    }
+    for key, word in names.items():
+        if key in f:
+            yield word, str(f[key])
+    if columns:
+        yield "Dimensions", f"{max(columns)} (of {len(columns)} latent sites)"
+    for group in ("observed_data", "constant_data"):
+        sizes = _sizes(c, group)
+        if sizes:
+            yield group.replace("_", " ").capitalize(), sizes
+    if "seconds" in f:
+        yield "Time", f"{float(f['seconds']):.1f} s"
+    if f.get("interrupted"):
+        yield "Interrupted", "yes: these are the results of the steps until then"
+    if f.get("skipped"):
+        yield "Steps skipped", f"{f['skipped']} (their gradient was not finite, or far too long)"
+
+
+def _sizes(c: Contents, group: str) -> str:
+    from flowvi.compat.arviz_groups import has_group
+
+    if not has_group(c.plain, group):
+        return ""
+    data = c.plain[group]
+    return ", ".join(f"{name} {tuple(data[name].shape)}" for name in data.data_vars)
+
+
+def _scalars(c: Contents) -> Iterator[Scalar]:
+    """Mean, sd, quantiles and R-hat across restarts of every scalar."""
+    plain = _by_restart(c)
+    for name in c.kept.values:
+        restarts = {label: x for _, label, x in elements(plain, name)}
+        for _, label, x in elements(c.kept, name):
+            rhat = NO_RHAT
+            if len(plain.log_p) > 1 and label in restarts:
+                rhat = f"{stats.rhat(restarts[label].reshape(plain.log_p.shape)):.3f}"
+            low, middle, high = np.quantile(x, (0.05, 0.5, 0.95))
+            mean, sd = f"{x.mean():.4g}", f"{x.std(ddof=1):.4g}"
+            yield Scalar(label, mean, sd, f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}", rhat)
+
+
+def _by_restart(c: Contents) -> Draws:
+    """The draws whose chains are restarts or Markov chains: resampled ones are pooled."""
+    return c.weighted if c.kept.resampled and c.weighted is not None else c.kept
+
+
+def _guide_references(name: str) -> list[str]:
+    """What the docstrings of a guide's or flow's parts refer to."""
+    if name not in guide_names():
+        return []
+    with own_randomness(0):
+        try:
+            parts = make_guide(name, 4).modules()
+        except ValueError:  # some suit certain D alone
+            return []
+    found: dict[str, None] = {}
+    for kind in dict.fromkeys(type(part) for part in parts):
+        _, _, after = (inspect.getdoc(kind) or "").partition("References:\n")
+        # An entry begins with a line that has its year; the lines that follow are its rest.
+        entries = re.split(r"\n(?=[^\n]*\(\d{4}\))", after.split("\n\n")[0])
+        found |= {" ".join(entry.split()): None for entry in entries if entry.strip()}
+    return list(found)
+
+
+def _versions(facts: Any) -> list[tuple[str, str]]:
+    return [
+        ("flowvi", str(facts.get("flowvi", facts.get("inference_library_version", "unknown")))),
+        ("torch", str(facts.get("torch", torch.__version__))),
+        ("numpy", np.__version__),
+        ("Python", platform.python_version()),
+    ]
+
+
+def _command(facts: Any) -> str:
+    """What to type, or to call, for the same fit."""
+    if "command" in facts:
+        return str(facts["command"])
+    names = ("guide", "steps", "restarts", "seed")
+    given = ", ".join(f"{name}={facts[name]!r}" for name in names if name in facts)
+    return f"flowvi.fit(target, {given})"

@@ -1,0 +1,174 @@
+"""The pictures of a report, as data that the page holds itself."""
+
+from __future__ import annotations
+
+import base64
+import io
+import warnings
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from flowvi.compat.arviz_groups import has_group
+from flowvi.draws.diagnose import where
+from flowvi.plots import (
+    plot_evidence,
+    plot_khat,
+    plot_loss,
+    plot_marginals,
+    plot_pair,
+    plot_predictive,
+    plot_where,
+)
+from flowvi.plots.loss import stage_names
+from flowvi.reporting.contents import Contents
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+DPI = 144
+SITES = 4  # observed sites whose prediction is shown
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One picture.
+
+    Attributes:
+        key: The section that it belongs to.
+        source: The image, as a data URI.
+        width: Width in points of the page.
+        alt: What it shows, for those who do not see it.
+        caption: How to read it.
+    """
+
+    key: str
+    source: str
+    width: int
+    alt: str
+    caption: str
+
+
+def pictures(contents: Contents) -> list[Picture]:
+    """Draw what there is to draw."""
+    import matplotlib as mpl
+
+    with mpl.rc_context({"backend": "agg"}):
+        return [_picture(*one) for one in _all(contents)]
+
+
+Drawing = tuple[str, Callable[[], "Figure"], str, str]
+
+
+def _all(c: Contents) -> Iterator[Drawing]:
+    scalars = ", ".join(list(c.kept.values)[:4])
+    yield from _marginals(c)
+    yield (
+        "pairs",
+        lambda: _figure(plot_pair(c.kept)),
+        f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
+        f"Of the {c.kind}. Darker cells hold more draws.",
+    )
+    yield from _predictive(c)
+    if c.weighted is not None:
+        yield from _weights(c)
+    if c.evidence is not None:
+        found = c.evidence
+        yield (
+            "evidence",
+            lambda: _figure(plot_evidence(found)),
+            f"Ladder of bounds on the log evidence, the best estimate at {found.log_evidence:.3f}.",
+            "Bars are two standard errors. Marks that point right are lower bounds.",
+        )
+    bound = np.asarray(c.history.get("bound", ()))
+    if np.isfinite(bound).any():
+        names = stage_names(c.history, c.facts.get("stages", ()))
+        yield (
+            "training",
+            lambda: _figure(plot_loss({"bound": bound, "stage": names})),
+            f"The bound over {len(bound)} steps of training, with a line where each stage begins.",
+            "Linear within the noise of the end, logarithmic beyond.",
+        )
+
+
+def _marginals(c: Contents) -> Iterator[Drawing]:
+    sets = {} if c.start is None else {"Gaussian start": c.start}
+    if c.weighted is not None:
+        sets[f"{c.facts.get('guide', '')} guide".strip()] = c.weighted
+    if c.kept.resampled or c.kept.mcmc:
+        sets["resampled" if c.kept.resampled else "NUTS"] = c.kept
+    sets = sets or {"draws": c.kept}
+    yield (
+        "marginals",
+        lambda: _figure(plot_marginals(sets, columns=2)),
+        f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
+        "What the guide adds to the Gaussian that it began with, and what comes of its weights.",
+    )
+
+
+def _predictive(c: Contents) -> Iterator[Drawing]:
+    if not has_group(c.plain, "posterior_predictive"):
+        return
+    predicted, observed = c.plain["posterior_predictive"], c.plain["observed_data"]
+    for name in [n for n in predicted.data_vars if n in observed][:SITES]:
+        y, x = observed[name], predicted[name]
+        if not np.issubdtype(y.dtype, np.number) or not y.size:
+            continue
+        labels = list(y[y.dims[0]].values) if y.ndim == 1 else None
+        yield (
+            "predictive",
+            partial(_predicted, y.values, x.values, labels, str(name)),
+            f"Observed values of {name} beside those that the posterior predicts.",
+            f"Data simulated from {x.sizes['chain'] * x.sizes['draw']} draws of the posterior.",
+        )
+
+
+def _weights(c: Contents) -> Iterator[Drawing]:
+    draws = c.weighted
+    assert draws is not None
+    if not np.isfinite(draws.log_weights).any():
+        return
+    khat = c.diagnosis.khat if c.diagnosis else np.nan
+    yield (
+        "weights",
+        lambda: _figure(plot_khat(draws)),
+        f"The largest importance weights against their rank; Pareto k-hat {khat:.2f}.",
+        "A line that is steep to the left is a heavy tail: a few draws then decide every average.",
+    )
+    found = where(draws)
+    if len(found.labels) > 1:
+        clear = found.sentence or "The heaviest weights lie nowhere in particular."
+        yield (
+            "weights",
+            lambda: _figure(plot_where(draws)),
+            f"Draws by {found.labels[0]} and {found.labels[1]}, the heaviest weights marked.",
+            clear,
+        )
+
+
+def _predicted(y: Any, x: Any, labels: list[Any] | None, name: str) -> Figure:
+    return _figure(plot_predictive(y, x, labels, name))
+
+
+def _figure(axes: Any) -> Figure:
+    first = axes.flat[0] if isinstance(axes, np.ndarray) else axes
+    figure: Figure = first.figure
+    return figure
+
+
+def _picture(key: str, draw: Callable[[], Figure], alt: str, caption: str) -> Picture:
+    import matplotlib.pyplot as plt
+
+    with warnings.catch_warnings():
+        # A name may have letters that the font has not: its boxes are no reason to warn.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")
+        figure = draw()
+        content = io.BytesIO()
+        figure.savefig(content, format="png", dpi=DPI)
+    width = round(figure.get_figwidth() * 96)
+    plt.close(figure)
+    source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
+    return Picture(key, source, width, alt, caption)

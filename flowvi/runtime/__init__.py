@@ -1,0 +1,1 @@
+"""Arguments, files, tensors, memory, random numbers, processes."""

@@ -1,0 +1,281 @@
+"""A folder that states of a fit are put into as it goes on, and found in when it was cut off."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import re
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flowvi._version import __version__
+from flowvi.runtime import distributed
+from flowvi.runtime.files import CheckpointError, Seal, locked, read_json, why, write_json
+from flowvi.runtime.files import folder as made
+from flowvi.runtime.tensors import read_state, write_state
+
+FORMAT = 1
+MANIFEST, PREVIOUS = "manifest.json", "manifest.previous.json"
+FIELDS = {"about": dict, "software": dict, "pieces": list, "states": list, "written": int}
+NAME = re.compile(r"(piece|state)-\d{4,12}\.safetensors")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A file of the folder.
+
+    Attributes:
+        name: Of the file.
+        what: The piece of the fit that it is from.
+        place: Number of that piece.
+        seal: Size and checksum.
+    """
+
+    name: str
+    what: str
+    place: int
+    seal: Seal
+
+    @staticmethod
+    def parsed(entry: Any, manifest: Path) -> Entry:
+        """From a manifest, which others may have changed."""
+        try:
+            seal = Seal(int(entry["size"]), str(entry["sha256"]))
+            found = Entry(str(entry["name"]), str(entry["what"]), int(entry["place"]), seal)
+        except (KeyError, TypeError, ValueError):
+            raise CheckpointError(f"{manifest} is not a file that flowvi wrote.") from None
+        if not NAME.fullmatch(found.name):
+            raise CheckpointError(f"{manifest}: '{found.name}' is no name of a checkpoint's file.")
+        return found
+
+    def written(self) -> dict[str, Any]:
+        """For a manifest."""
+        return {"name": self.name, "what": self.what, "place": self.place, **self.seal._asdict()}
+
+
+class Shelf:
+    """Files in a folder, whole whatever happens while they are written.
+
+    The manifest, with the checksums of all files, is written last. It or the
+    one before it describes files that are there.
+
+    Attributes:
+        folder: Where it is.
+        pieces: What came of the finished pieces of the fit, in their order.
+        states: The last two states of the piece after them, the newest first.
+    """
+
+    def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
+        self.folder, self.about = folder, json.loads(json.dumps(about))
+        self.pieces: list[Entry] = []
+        self.states: list[Entry] = []
+        self._before: list[Entry] = []
+        self._written = 0
+
+    def find(self) -> None:
+        """Take up what an earlier fit left.
+
+        Raises:
+            CheckpointError: There is nothing whole, or it is of another fit.
+        """
+        manifest, file = self._manifest()
+        same(manifest["about"], self.about, self.folder)
+        if manifest["software"] != software():
+            a, b = manifest["software"], software()
+            changes = [f"{k} {a.get(k)} is now {b[k]}" for k in b if a.get(k) != b[k]]
+            warnings.warn(
+                f"{self.folder} goes on with other software or hardware ({', '.join(changes)}): "
+                "the result is as good, but not the same to the bit.",
+                stacklevel=2,
+            )
+        self.pieces = [Entry.parsed(entry, file) for entry in manifest["pieces"]]
+        self.states = [Entry.parsed(entry, file) for entry in manifest["states"]]
+        self._before, self._written = [*self.pieces, *self.states], manifest["written"]
+
+    def read(self, entry: Entry) -> Any:
+        """A state, or None and a warning where its file is not as it was written."""
+        try:
+            return read_state(self.folder / entry.name, entry.seal)
+        except CheckpointError as error:
+            warnings.warn(f"{error} Going on from what came before it.", stacklevel=4)
+            return None
+
+    def put_piece(self, what: str, place: int, state: Any) -> None:
+        """Keep what came of a piece, behind those before it and in place of its states."""
+        entry = self._put("piece", what, place, state)
+        if entry is not None:
+            self._name([*self.pieces[: place - 1], entry], [])
+
+    def put_state(self, what: str, place: int, state: Any) -> None:
+        """Keep a state of the piece that is being done, beside the one before it."""
+        entry = self._put("state", what, place, state)
+        if entry is not None:
+            self._name(self.pieces, [entry, *(s for s in self.states[:1] if s.place == place)])
+
+    def drop(self, place: int) -> None:
+        """Forget a piece and all that came after it."""
+        self.pieces, self.states = self.pieces[: place - 1], []
+
+    def sweep(self) -> None:
+        """Remove files that neither the manifest nor the one before it names."""
+        named = {entry.name for entry in [*self.pieces, *self.states, *self._before]}
+        for file in self.folder.iterdir():
+            if NAME.fullmatch(file.name) and file.name not in named:
+                file.unlink()
+
+    def _put(self, kind: str, what: str, place: int, state: Any) -> Entry | None:
+        self._written += 1
+        name = f"{kind}-{self._written:04d}.safetensors"
+        with said(self.folder):
+            return Entry(name, what, place, write_state(self.folder / name, state))
+        return None
+
+    def _name(self, pieces: list[Entry], states: list[Entry]) -> None:
+        """Write the manifest; what is not in it or in the one before is removed."""
+        file = self.folder / MANIFEST
+        manifest = {
+            "format": FORMAT,
+            "written": self._written,
+            "when": time.strftime("%Y-%m-%d %H:%M:%S"),
+            "about": self.about,
+            "software": software(),
+            "pieces": [entry.written() for entry in pieces],
+            "states": [entry.written() for entry in states],
+        }
+        self.pieces, self.states = pieces, states
+        with said(self.folder):
+            if file.exists():
+                os.replace(file, self.folder / PREVIOUS)
+            write_json(file, sealed(manifest))
+            self.sweep()
+            self._before = [*pieces, *states]
+
+    def _manifest(self) -> tuple[dict[str, Any], Path]:
+        """The newest manifest that is whole, and its file."""
+        wrong: list[str] = []
+        for name in (MANIFEST, PREVIOUS):
+            file = self.folder / name
+            try:
+                found = read_json(file)
+                if not isinstance(found, dict) or found.get("format") != FORMAT:
+                    raise CheckpointError(f"{file} is no manifest of format {FORMAT}.")
+                if found != sealed(found):
+                    raise CheckpointError(f"{file} has another checksum than when it was written.")
+                if not all(isinstance(found.get(key), kind) for key, kind in FIELDS.items()):
+                    raise CheckpointError(f"{file} is not a file that flowvi wrote.")
+            except CheckpointError as error:
+                wrong.append(str(error))
+            else:
+                for words in wrong:
+                    warnings.warn(f"{words} Going on from {file}.", stacklevel=3)
+                return found, file
+        raise CheckpointError(f"{' '.join(wrong)} There is nothing to go on from.")
+
+
+@contextmanager
+def opened(
+    folder: Path | None, about: Mapping[str, Any], resume: bool = False
+) -> Iterator[Shelf | None]:
+    """The shelf of a fit, in a folder that belongs to it inside the block.
+
+    Of several processes the first one writes, and all read: none begins before all have.
+
+    Args:
+        folder: It is made if needed; no shelf without.
+        about: What the fit is of, as JSON has it; the same for a fit that goes on.
+        resume: Whether to go on with what the folder holds.
+
+    Raises:
+        CheckpointError: The folder is in use, or holds another fit, or one that was not
+            to go on.
+    """
+    if folder is None:
+        yield None
+        return
+    made(folder, "a checkpoint")
+    shelf = Shelf(folder, about)
+    with locked(folder) if distributed.rank() == 0 else _unlocked():
+        if any((folder / name).exists() for name in (MANIFEST, PREVIOUS)):
+            if not resume:
+                raise CheckpointError(
+                    f"{folder} holds the checkpoint of an earlier fit. Pass resume=True to go on "
+                    "with it, or name another folder."
+                )
+            shelf.find()
+        distributed.meet()
+        if distributed.rank() == 0:
+            shelf.sweep()
+        yield shelf
+
+
+@contextmanager
+def said(folder: Path) -> Iterator[None]:
+    """Warn of what cannot be written, such as on a full disk, and go on."""
+    try:
+        yield
+    except (OSError, CheckpointError) as error:
+        reason = why(error) if isinstance(error, OSError) else error
+        warnings.warn(
+            f"{folder}: the checkpoint could not be written ({reason}). The fit goes on, and what "
+            "was written before stays.",
+            stacklevel=6,
+        )
+
+
+def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """A manifest with the checksum of all else in it."""
+    rest = {key: value for key, value in manifest.items() if key != "sha256"}
+    text = json.dumps(rest, sort_keys=True)
+    return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
+
+
+def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where: str = "") -> None:
+    """Refuse a checkpoint of another fit, by the first thing that differs."""
+    for key in [*saved, *(k for k in here if k not in saved)]:
+        a, b = saved.get(key), here.get(key)
+        name = f"{where} '{key}'".strip()
+        if isinstance(a, dict) and isinstance(b, dict):
+            same(a, b, folder, name)
+        elif not _equal(a, b):
+            raise CheckpointError(
+                f"{folder} is the checkpoint of another fit: {name} was {_or_absent(a)} there and "
+                f"is {_or_absent(b)} here."
+            )
+
+
+def software() -> dict[str, Any]:
+    """What the bits of a result depend on beside the fit itself."""
+    return {
+        "flowvi": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        "machine": f"{platform.node()} ({platform.machine()})",
+        "threads": torch.get_num_threads(),
+    }
+
+
+def _equal(a: Any, b: Any) -> bool:
+    # Rounding differs between machines.
+    if isinstance(a, list) and isinstance(b, list) and len(a) == len(b):
+        return all(_equal(x, y) for x, y in zip(a, b, strict=True))
+    if isinstance(a, float) and isinstance(b, float):
+        return a == b or abs(a - b) <= 1e-4 * (1 + abs(a)) or (a != a and b != b)
+    return bool(a == b)
+
+
+def _or_absent(value: Any) -> Any:
+    return "absent" if value is None else value
+
+
+@contextmanager
+def _unlocked() -> Iterator[None]:
+    yield

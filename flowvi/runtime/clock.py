@@ -1,0 +1,185 @@
+"""When to stop: a plateau that noise cannot feign, and a limit of time."""
+
+from __future__ import annotations
+
+import math
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import FrameType
+from typing import Any, TypeVar
+
+from flowvi.runtime import distributed
+
+T = TypeVar("T")
+
+HEARD = (
+    "Interrupted: the fit ends with the best so far, and says what it does meanwhile. Interrupt it "
+    "again to stop at once."
+)
+_CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
+
+
+class Interrupted(Exception):
+    """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
+
+    def __init__(self, judged: Any = None) -> None:
+        super().__init__("interrupted")
+        self.judged = judged
+
+
+@dataclass
+class Clock:
+    """Time since a fit began, and whether it has to come to its end.
+
+    Args:
+        budget: Seconds; no limit without.
+    """
+
+    budget: float | None = None
+    began: float = field(default_factory=time.perf_counter)
+    _asked: bool = False
+    _droppable: bool = False
+    _heard: tuple[bool, float] | None = None
+
+    @property
+    def interrupted(self) -> bool:
+        """Whether the fit was asked to stop; the first process, where there are several."""
+        return bool(distributed.agreed(self._asked)) if self._heard is None else self._heard[0]
+
+    def interrupt(self) -> None:
+        """Ask the fit to stop after its present step; the second time, it stops at once.
+
+        Raises:
+            Interrupted: What is being done is `droppable`.
+            KeyboardInterrupt: It was asked before.
+        """
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        if self._droppable:
+            raise Interrupted
+
+    def asked_alone(self) -> bool:
+        """Whether the fit was asked to stop, without a word to other processes; no, with them."""
+        return self._asked and distributed.size() == 1
+
+    def set(self, seconds: float) -> None:
+        """Go on from a number of seconds."""
+        self.began = time.perf_counter() - seconds
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the beginning; those of the first process, where there are several."""
+        return distributed.agreed(self.own_seconds) if self._heard is None else self._heard[1]
+
+    def told(self) -> tuple[bool, float]:
+        """Whether this process was asked to stop, and its seconds, for `hear`."""
+        return self._asked, self.own_seconds
+
+    def hear(self, asked: float, seconds: float) -> None:
+        """Take for the state of things what the first process told in a step."""
+        self._heard = bool(asked), seconds
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        """Ask nobody between steps in which the first process says how things are."""
+        try:
+            yield
+        finally:
+            self._heard = None
+
+    @property
+    def own_seconds(self) -> float:
+        """Seconds since the beginning, of this process."""
+        return time.perf_counter() - self.began
+
+    @property
+    def left(self) -> float:
+        """Seconds until the end of the budget."""
+        return math.inf if self.budget is None else self.budget - self.seconds
+
+    def spent(self, share: float = 1.0) -> bool:
+        """Whether a share of the budget is spent."""
+        return self.budget is not None and self.seconds >= share * self.budget
+
+    def over(self, share: float = 1.0) -> bool:
+        """Whether a share of the budget is spent, or the fit was interrupted."""
+        return self.spent(share) or self.interrupted
+
+
+@contextmanager
+def droppable(drop: bool = True) -> Iterator[None]:
+    """Work of which no part is needed: it ends at once where its fit is asked to stop.
+
+    Of several processes none stops alone; there it is done to its end.
+
+    Args:
+        drop: False for a part of it that is done to its end.
+
+    Raises:
+        Interrupted: The fit was asked to stop, before or inside.
+    """
+    clock = _CURRENT.get()
+    if clock is None or distributed.size() > 1:
+        yield
+        return
+    before, clock._droppable = clock._droppable, drop
+    try:
+        if drop and clock.asked_alone():
+            raise Interrupted
+        yield
+    finally:
+        clock._droppable = before
+
+
+def up_to_now(items: Iterator[T]) -> Iterator[T]:
+    """Items until their fit is asked to stop: the first in any case, and no unfinished ones."""
+    yield next(items)
+    while True:
+        try:
+            with droppable():
+                item = next(items)
+        except (Interrupted, StopIteration):
+            return
+        yield item
+
+
+@contextmanager
+def interruptible(clock: Clock) -> Iterator[None]:
+    """Have Ctrl-C end a fit after its present step, and the second one at once.
+
+    Another handler than Python's own is left in its place; it may call `clock.interrupt`.
+    """
+    token = _CURRENT.set(clock)
+    main = threading.current_thread() is threading.main_thread()
+    own = main and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+    def pressed(number: int, frame: FrameType | None) -> None:
+        if not clock._asked:
+            _say(HEARD)
+        clock.interrupt()
+
+    if own:
+        signal.signal(signal.SIGINT, pressed)
+    try:
+        yield
+    finally:
+        if own:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        _CURRENT.reset(token)
+
+
+def _say(words: str) -> None:
+    """Say something in the middle of whatever is done, on a line of its own."""
+    try:
+        sys.stderr.write(f"\n{words}\n")
+        sys.stderr.flush()
+    except (OSError, RuntimeError, ValueError):
+        # The stream is closed, or was being written to.
+        pass

@@ -1,0 +1,54 @@
+"""Random numbers of one's own: the caller's generators are left as they were."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.runtime.arguments import whole
+
+# Torch's generators and Pyro's handlers belong to the process, not to a thread.
+_TURN = threading.RLock()
+
+
+@contextmanager
+def own_randomness(seed: int | None = None) -> Iterator[None]:
+    """Give torch's random states back as they were; one thread at a time, others wait.
+
+    Args:
+        seed: Where the numbers inside begin; where the caller's go on, without.
+    """
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    with _TURN, torch.random.fork_rng(devices=devices):
+        if seed is not None:
+            torch.manual_seed(seed)
+        yield
+
+
+def random_state() -> list[Tensor]:
+    """Where torch's generators are: that of the CPU, then those of GPUs in use."""
+    used = torch.cuda.is_initialized()
+    return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
+
+
+def set_random_state(state: Sequence[Tensor]) -> None:
+    """Go on from where the generators were."""
+    torch.set_rng_state(state[0])
+    if len(state) > 1:
+        torch.cuda.set_rng_state_all(list(state[1:]))
+
+
+def stream(seed: int, *purpose: int) -> int:
+    """The seed of one purpose: independent of those of other purposes and other seeds.
+
+    Args:
+        seed: What the user gave.
+        *purpose: Whole numbers that name the purpose.
+    """
+    source = np.random.SeedSequence(whole("seed", seed, 0), spawn_key=purpose)
+    return int(source.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -1,0 +1,1 @@
+"""Markov kernels and annealed importance sampling."""

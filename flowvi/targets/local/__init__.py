@@ -1,0 +1,1 @@
+"""Models with one latent vector a row: the log densities of rows."""

@@ -1,0 +1,1 @@
+"""Pyro models: running, checking and capturing them."""

@@ -1,0 +1,149 @@
+"""Draw from a Pyro model: its prior, and data given latent values."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+import torch
+from pyro import poutine
+from torch import Tensor
+
+from flowvi.runtime.rng import own_randomness
+from flowvi.targets import subsampling
+from flowvi.targets.pyro import checks
+from flowvi.targets.pyro.handlers import Given, Unseen, quiet
+from flowvi.targets.pyro.layout import Layout
+from flowvi.targets.pyro.runner import Runner
+from flowvi.targets.pyro.sampler_fixes import RightSamples
+from flowvi.targets.recording.batched import quiet_fallback
+from flowvi.targets.recording.capture import agree
+from flowvi.targets.recording.tape import LatentValueRead, Unrecordable, record
+from flowvi.targets.schema import ModelError, Simulator
+
+CHUNK = 1000
+CHECKED = 2
+
+Values = dict[str, Tensor]
+
+
+def simulator(
+    runner: Runner, layout: Layout, reported: Sequence[str], observed: Sequence[str]
+) -> Simulator:
+    """A function that draws from the model: (latent values or None, n, seed) -> draws.
+
+    Without values it returns all sites from the prior; with values, each
+    (n, *shape), the data given them.
+
+    Args:
+        runner: The model.
+        layout: Its sites.
+        reported: Latent and deterministic sites.
+        observed: Sites with data.
+    """
+
+    def simulate(
+        given: Mapping[str, np.ndarray] | None, n: int, seed: int
+    ) -> dict[str, np.ndarray]:
+        batches = [batch for _, batch in subsampling.cover(runner.drawn)]
+        types = layout.dtypes
+        latent = {k: torch.as_tensor(v).to(types[k]) for k, v in (given or {}).items()}
+        values = layout.whole(latent, lead=1)
+        out: Values = {}
+        with own_randomness(seed), torch.no_grad():
+            if given is None:
+                out = ManyRuns(runner, {}, batches[0])({}, batches[0], n, [*reported, *observed])
+                values = {name: out[name] for name in layout.sites}
+            if given is not None or runner.drawn:
+                draw = ManyRuns(runner, values, batches[0])
+                pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
+                out |= subsampling.assemble(pieces, runner.drawn, layout.dims, lead=1)
+        out = layout.latent(out, lead=1)
+        return {name: value.cpu().numpy() for name, value in out.items()}
+
+    return simulate
+
+
+class ManyRuns:
+    """Many runs of a model at once, where it can be recorded; one by one where it cannot.
+
+    Args:
+        runner: The model.
+        values: What is given at sites, (n, *shape) each.
+        batch: Rows for plates that draw theirs.
+        chunk: How many to make at a time.
+    """
+
+    def __init__(self, runner: Runner, values: Values, batch: Values, chunk: int = CHUNK) -> None:
+        self.runner, self.chunk = runner, chunk
+        self.names, self.plates = list(values), list(batch)
+        # A graph has at least one input, which says how often to draw.
+        inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
+        self.graph, self.reason, self.warned = None, "", False
+        try:
+            self.graph = record(self._run, inputs, chance=True)
+        except (LatentValueRead, Unrecordable) as error:
+            self.reason = str(error)
+
+    def __call__(self, values: Values, batch: Values, n: int, names: Sequence[str]) -> Values:
+        """Draw some sites, (n, *shape) each."""
+        parts = []
+        for start in range(0, n, self.chunk):
+            some = {name: value[start : start + self.chunk] for name, value in values.items()}
+            made = self._some(some, batch, min(self.chunk, n - start))
+            parts.append({name: made[name] for name in names})
+        return {name: torch.cat([part[name] for part in parts]) for name in names}
+
+    def _some(self, values: Values, batch: Values, n: int) -> Values:
+        arguments = [torch.zeros(n), *values.values(), *batch.values()]
+        dims = [0] * (1 + len(values)) + [None] * len(batch)
+        if self.graph is not None:
+            try:
+                mapped = torch.func.vmap(self.graph, tuple(dims), randomness="different")
+                with quiet_fallback():
+                    out, log_p = mapped(*arguments)
+                if all(self._agrees(out, batch, log_p, i) for i in range(min(n, CHECKED))):
+                    return out
+                self.reason = "the recorded graph differs from the model"
+            except RuntimeError as error:  # what vmap cannot do, a loop can
+                self.reason = str(error).split("\n")[0]
+            self.graph = None
+        if not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"Simulating one draw at a time, which is slow: {self.reason}", stacklevel=6
+            )
+        each = [self._scored({k: v[i] for k, v in values.items()}, batch)[0] for i in range(n)]
+        return {name: torch.stack([one[name] for one in each]) for name in each[0]}
+
+    def _run(self, _: Tensor, *inputs: Tensor) -> tuple[Values, Tensor]:
+        """One run: all sites' values, and their log density."""
+        values = dict(zip(self.names, inputs, strict=False))
+        batch = dict(zip(self.plates, inputs[len(self.names) :], strict=True))
+        return self._scored(values, batch)
+
+    def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
+        runner = self.runner
+        model = functools.partial(runner.model, *runner.args, **runner.kwargs)
+        free = runner.owned(batch)(Given(values)(Unseen()(model)))
+        last = checks.LastSite()
+        try:
+            with quiet(), runner.running():
+                trace = poutine.trace(last(RightSamples()(free))).get_trace()
+                log_p = trace.log_prob_sum()
+        except (NotImplementedError, AssertionError) as error:
+            # A hidden Markov model asserts that it was told for how long; what the model itself
+            # asserts is its own affair.
+            if isinstance(error, AssertionError) and not checks.of_library(error):
+                raise
+            raise ModelError(
+                f"Site '{last.name}' cannot be simulated: its distribution does not say how."
+            ) from error
+        return {s["name"]: torch.as_tensor(s["value"]) for s in checks.valued(trace)}, log_p
+
+    def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
+        """Whether one of the draws has the log density that the model itself gives it."""
+        _, expected = self._scored({name: value[i] for name, value in out.items()}, batch)
+        return agree((log_p[i],), (expected,))

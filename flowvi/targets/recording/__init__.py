@@ -1,0 +1,1 @@
+"""A log density as a tape of operations of torch, and its program."""

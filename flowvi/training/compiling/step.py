@@ -1,0 +1,206 @@
+"""When the step of a fit is compiled, and the switch from the eager step to the compiled one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.training.compiling.background import Compilation, Compiled, anything_kept, available
+from flowvi.training.compiling.graph import Bound, NotOneGraph, trace
+from flowvi.training.flat import vector_of
+
+Compile = bool | Literal["auto"]
+# Parameters (P), number of estimates, rows -> bound, gradient of minus the bound (P).
+Gradient = Callable[[int, Sequence[Tensor]], tuple[Tensor, Tensor]]
+# Seconds of training ahead that make it worth to look for a compiled step, and to make one.
+LOOK_SECONDS, MAKE_SECONDS = 10.0, 40.0
+# Largest error of a compiled value or gradient, in units of the precision and of its size; the
+# root of the precision where that is less, as it is in single precision.
+ROUNDING = 1e6
+WORDS: dict[str, Compile] = {"on": True, "off": False, "auto": "auto"}
+
+
+def asked(compile: Compile) -> Compile:
+    """What "auto" means here: FLOWVI_COMPILE, if it is set to on or off, has the last word.
+
+    Raises:
+        ValueError: Either has a value that means nothing.
+    """
+    if compile not in (True, False, "auto"):
+        raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
+    word = os.environ.get("FLOWVI_COMPILE") or "auto"
+    if word not in WORDS:
+        raise ValueError(f"The variable FLOWVI_COMPILE must be on, off or auto; got {word!r}.")
+    return WORDS[word] if compile == "auto" else compile
+
+
+def processors() -> int:
+    """How many processors this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class Accelerator:
+    """Replaces the eager gradient of one guide's objective by a compiled one, once there is one.
+
+    Args:
+        modules: What has the parameters: guide and target.
+        trained: Those to train, in the order of the modules. They may be others than the modules'
+            own, which then follow them, rounded to their precision.
+        bound: (estimates, rows of subsampled plates) -> mean of so many estimates.
+        repeats: Estimates in one call of the compiled step. A multiple of it takes more calls,
+            so that a change of the number of draws compiles nothing anew.
+        compile: What `asked` returned: whether to wait for it, to do without, or "auto": to
+            train on meanwhile.
+        say: Takes a line of the log.
+
+    Attributes:
+        whole: The memory of the parameters, while it is one vector, (P).
+    """
+
+    def __init__(
+        self,
+        modules: Sequence[nn.Module],
+        trained: Sequence[Tensor],
+        bound: Callable[[int, Sequence[Tensor]], Tensor],
+        repeats: int,
+        compile: Compile,
+        say: Callable[[str], None],
+    ) -> None:
+        self.bound, self.repeats, self.say = bound, repeats, say
+        self.module = Bound(modules, lambda *rows: bound(repeats, rows))
+        self.trained = trained
+        self._own = list(self.module.trained().values())
+        pairs = zip(self._own, trained, strict=True)
+        self._apart = [(own, other) for own, other in pairs if own is not other]
+        self.compile = compile
+        self.compiled: Compiled | None = None
+        self.whole: Tensor | None = None
+        self._compilation: Compilation | None = None
+        self._began = 0.0
+
+    @property
+    def pending(self) -> bool:
+        """Whether it is still to be decided, or waited for."""
+        return self.compile is not False and self.compiled is None
+
+    def consider(
+        self,
+        seconds: float,
+        rows: Sequence[Tensor],
+        over: Callable[[], bool] = lambda: False,
+    ) -> None:
+        """Begin to compile if that is worth it; switch over if the compiled step is there.
+
+        Args:
+            seconds: Training ahead, at the pace of the eager step.
+            rows: Rows of subsampled plates, as an example.
+            over: Asked while it is compiled whether to wait no longer.
+        """
+        if self.pending and self._compilation is None:
+            self._begin(seconds, rows)
+        made = self._compilation
+        if made is None or not self.pending or not made.done(self.compile is True, over):
+            return
+        self.compiled = made.load()
+        wrong = made.failed or self._check(rows)
+        if wrong:
+            self._refuse(wrong)
+
+    def _begin(self, seconds: float, rows: Sequence[Tensor]) -> None:
+        """Record the step and begin to compile it, if enough training is ahead."""
+        alone = processors() < 2
+        make = self.compile is True or (seconds >= MAKE_SECONDS and not alone)
+        if not (make or (seconds >= LOOK_SECONDS and anything_kept())):
+            return
+        elsewhere = self.trained[0].device.type != "cpu"
+        if why := "only steps on the CPU are" if elsewhere else available():
+            self._refuse(why)
+            return
+        try:
+            graph = trace(self.module, rows, self.trained[0].dtype)
+        except NotOneGraph as error:
+            self._refuse(str(error))
+            return
+        flat = vector_of(self.trained)
+        self._compilation = Compilation(graph, flat, rows)
+        self._began = time.perf_counter()
+        if make:
+            self._compilation.start()
+        elif not self._compilation.kept:
+            self.compile = False
+
+    def _refuse(self, why: str) -> None:
+        self.say(f"the step is not compiled: {why}")
+        self.compile, self.compiled = False, None
+
+    def takes(self, repeats: int) -> bool:
+        """Whether a compiled step is there for so many estimates."""
+        return self.compiled is not None and repeats % self.repeats == 0
+
+    def gradient(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """Bound, and the gradient of minus it, (P), by the compiled step."""
+        assert self.compiled is not None and self._compilation is not None
+        flat = vector_of(self.trained) if self.whole is None else self.whole
+        calls = repeats // self.repeats
+        with torch.no_grad():
+            value, gradient = self.compiled(flat, *rows, *self._compilation.graph.draw())
+            for _ in range(calls - 1):
+                v, g = self.compiled(flat, *rows, *self._compilation.graph.draw())
+                value, gradient = value + v, gradient + g
+        return (value / calls, gradient / calls) if calls > 1 else (value, gradient)
+
+    def eager(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """The same by autograd."""
+        self._follow()
+        value = self.bound(repeats, rows)
+        found = torch.autograd.grad(-value, self._own, allow_unused=True)
+        parts = [
+            (torch.zeros_like(p) if g is None else g).reshape(-1)
+            for p, g in zip(self._own, found, strict=True)
+        ]
+        # Of parts in two precisions, this is in the finer one; all may be coarser than `trained`.
+        return value.detach(), torch.cat(parts).to(self.trained[0].dtype)
+
+    @torch.no_grad()
+    def _follow(self) -> None:
+        """Give the modules the values of the parameters that are trained."""
+        if self._apart:
+            own, trained = zip(*self._apart, strict=True)
+            torch._foreach_copy_(list(own), list(trained))
+
+    def stop(self) -> None:
+        """End a compilation that is still going on."""
+        if self._compilation is not None:
+            self._compilation.stop()
+
+    def _check(self, rows: Sequence[Tensor]) -> str:
+        """Compare both on the same noise; what is wrong, or nothing."""
+        state, waited = torch.get_rng_state(), time.perf_counter() - self._began
+        timed = []
+        for function in (self.eager, self.gradient):
+            torch.set_rng_state(state)
+            began = time.perf_counter()
+            timed.append((function(self.repeats, rows), time.perf_counter() - began))
+        torch.set_rng_state(state)
+        (expected, slow), (found, fast) = timed
+        for name, a, b in zip(("bound", "gradient"), expected, found, strict=True):
+            size = float(a[a.isfinite()].abs().max()) if a.isfinite().any() else 0.0
+            eps = max(torch.finfo(p.dtype).eps for p in (a, *self._own))
+            allowed = min(ROUNDING * eps, eps**0.5) * max(size, 1.0)
+            if not torch.isclose(a, b, rtol=0.0, atol=allowed, equal_nan=True).all():
+                off = float((a - b).abs().max())
+                return f"its {name} would be off by {off:.1g}, where rounding allows {allowed:.1g}"
+        made = self._compilation
+        how = "found" if made is not None and made.kept else "compiled meanwhile"
+        self.say(
+            f"compiled step ({how}, {waited:.1f} s): a gradient takes {1e3 * fast:.2g} ms "
+            f"instead of {1e3 * slow:.2g}"
+        )
+        return ""

@@ -1,0 +1,190 @@
+"""Train a guide on annealed draws, so that it comes to cover what its own draws never show."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.guides.guide import Guide
+from flowvi.initialization.candidates import Say
+from flowvi.runtime.rng import own_randomness
+from flowvi.samplers.ais import Annealed, Ladder
+from flowvi.targets import Target
+from flowvi.training.adam import Adam
+from flowvi.training.averaging import Average
+from flowvi.training.guard import Guard
+from flowvi.training.learning_rate import decayed
+
+ROUNDS = 300
+BATCH = 256
+RATE = 1e-3
+TEMPERATURES = 4
+LEAPFROG = 5
+# Steps of Adam for every batch of annealed draws.
+STEPS = 4
+# Batches that the buffer holds, and batches in it before the first step.
+CAPACITY, FILL = 50, 4
+# How much the guide's own change may scale the weight of a draw in one step.
+MOST = 10.0
+# How fast the step sizes of the chains follow their acceptance.
+ADAPTATION = 0.1
+LAST_PART = 0.2
+
+
+def refine_bootstrap(
+    target: Target,
+    guide: Guide,
+    *,
+    rounds: int = ROUNDS,
+    batch: int = BATCH,
+    lr: float = RATE,
+    power: float = 2.0,
+    temperatures: int = TEMPERATURES,
+    leapfrog: int = LEAPFROG,
+    seed: int = 0,
+    say: Say = lambda line: None,
+    over: Callable[[], bool] = lambda: False,
+) -> None:
+    r"""Lower the alpha-divergence of the target from the guide, alpha = power, in place.
+
+    The gradient of :math:`\int p^a q^{1 - a}` is, up to a factor, minus the
+    mean of :math:`\nabla \log q(z)` under that very density. Each round anneals
+    a batch of draws towards it, adds them to a buffer and takes a few steps of
+    Adam on draws of the buffer, picked without replacement in proportion to
+    their weights. As q moves, the weight of a draw changes by
+    :math:`(q_{old} / q_{new})^{a - 1}`. The guide is left at the average of its last
+    iterates. Nothing is chosen here: judge it beside the one that it began as.
+
+    Args:
+        target: The log density p; its own parameters are constants.
+        guide: The density q; it must be able to score draws from elsewhere.
+        rounds: Batches to anneal.
+        batch: Draws of each, and of each step.
+        lr: Largest step size of Adam.
+        power: The order a. At 2, what is minimised is the variance of the
+            importance weights; at 1, KL(p || q).
+        temperatures: Rungs of the annealing path.
+        leapfrog: Steps of each of its transitions.
+        seed: Of everything random; the caller's generators are left alone.
+        say: Takes a sentence about what was done.
+        over: Asked before every round whether to stop.
+
+    References:
+        Midgley et al. (2023), "Flow Annealed Importance Sampling Bootstrap",
+        arXiv:2208.01893, sections 3 and 4 (the buffer).
+    """
+    for name, value in (("rounds", rounds), ("batch", batch)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1; got {value}.")
+    trained = [p for p in guide.parameters() if p.requires_grad]
+    if not trained:
+        raise ValueError(f"{type(guide).__name__} has no parameters to train.")
+    with own_randomness(seed):
+        ladder = Ladder(target, guide, power, temperatures, leapfrog)
+        ladder.tune()
+        Refinement(guide, trained, ladder, power - 1, batch).go(rounds, lr, say, over)
+
+
+class Refinement:
+    """The training of one guide on annealed draws.
+
+    Args:
+        guide: The guide.
+        trained: Its trainable parameters.
+        ladder: Anneals its draws.
+        order: Exponent of 1 / q in the weights.
+        batch: Draws of each round and of each step.
+    """
+
+    def __init__(
+        self, guide: Guide, trained: list[nn.Parameter], ladder: Ladder, order: float, batch: int
+    ) -> None:
+        self.guide, self.trained, self.ladder = guide, trained, ladder
+        self.order, self.batch = order, batch
+        self.buffer = Buffer(CAPACITY * batch)
+        self.average = Average()
+        self.guard = Guard()
+
+    def go(self, rounds: int, lr: float, say: Say, over: Callable[[], bool]) -> None:
+        """Run the rounds, and leave the guide at the average of the last iterates."""
+        optimiser = Adam(self.trained)
+        done = 0
+        for i in range(rounds):
+            if over():
+                break
+            for _ in range(FILL if i == 0 else 1):
+                self.buffer.add(self.ladder.run(self.batch, ADAPTATION))
+            for k in range(STEPS):
+                self._step(optimiser, decayed(STEPS * i + k, STEPS * rounds, lr))
+            if i >= (1 - LAST_PART) * rounds:
+                self.average.add(nn.utils.parameters_to_vector(self.trained).detach())
+            done = i + 1
+        if self.average.mean is not None:
+            with torch.no_grad():
+                nn.utils.vector_to_parameters(self.average.mean.clone(), self.trained)
+        say(
+            f"bootstrap: {done} rounds of {self.batch} annealed draws, "
+            f"{self.guard.skipped} steps skipped"
+        )
+
+    def _step(self, optimiser: Adam, lr: float) -> None:
+        rows = self.buffer.pick(self.batch)
+        if len(rows) == 0:
+            return
+        log_q = self.guide.log_prob(self.buffer.z[rows])
+        change = self.order * (self.buffer.log_q[rows] - log_q.detach())
+        loss = -(change.exp().clamp_max(MOST) * log_q).mean()
+        gradients = torch.autograd.grad(loss, self.trained, allow_unused=True)
+        flat = torch.cat(
+            [
+                (torch.zeros_like(p) if g is None else g).reshape(-1)
+                for p, g in zip(self.trained, gradients, strict=True)
+            ]
+        )
+        admitted, _ = self.guard.admits(loss.item(), flat)
+        self.buffer.change(rows, change, log_q.detach())
+        if admitted:
+            optimiser.step(flat, lr)
+
+
+class Buffer:
+    """The latest annealed draws, their weights and what the guide last said of them.
+
+    Args:
+        capacity: Most draws to keep; older ones make room.
+
+    Attributes:
+        z: Draws, (N, D).
+        log_w: Their log weights, (N).
+        log_q: Log density of the guide for which the weights hold, (N).
+    """
+
+    z: Tensor
+    log_w: Tensor
+    log_q: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        self.capacity = capacity
+        self.empty = True
+
+    def add(self, new: Annealed) -> None:
+        """Put in the draws that have weight."""
+        good = new.log_w.isfinite()
+        found = new.z[good], new.log_w[good], new.log_q[good]
+        kept = [t[:0] for t in found] if self.empty else [self.z, self.log_w, self.log_q]
+        pairs = zip(kept, found, strict=True)
+        self.z, self.log_w, self.log_q = (torch.cat(pair)[-self.capacity :] for pair in pairs)
+        self.empty = False
+
+    def pick(self, n: int) -> Tensor:
+        """Up to n different rows in proportion to the weights, (n)."""
+        weights = torch.softmax(self.log_w, 0)
+        most = min(n, int(weights.count_nonzero()))
+        return torch.multinomial(weights, most) if most else weights.new_empty(0).long()
+
+    def change(self, rows: Tensor, change: Tensor, log_q: Tensor) -> None:
+        """Correct weights for a guide that has moved; what became NaN has no weight."""
+        self.log_w[rows] = (self.log_w[rows] + change).nan_to_num(-torch.inf)
+        self.log_q[rows] = log_q

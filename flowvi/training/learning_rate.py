@@ -1,0 +1,106 @@
+"""What decides about single steps: their size, and whether to take them at all."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+WARM_UP = 20
+FINAL_RATE = 0.01
+# A bound collapses if it falls by so many nats, and by so many times its usual spread.
+LEAST_FALL, SPREADS = 50.0, 10.0
+
+
+def warmed(step: int, lr: float, steps: int = 10 * WARM_UP) -> float:
+    """Step size after a short linear warm-up.
+
+    Args:
+        step: Number of the step, from 0.
+        lr: The step size.
+        steps: Number of steps in all.
+    """
+    warm_up = min(WARM_UP, max(1, steps // 10))
+    return lr * min(1.0, (step + 1) / warm_up)
+
+
+def constant(lr: float) -> Callable[[int], float]:
+    """A step size that stays."""
+    return lambda step: lr
+
+
+def decayed(step: int, steps: int, lr: float, warm: bool = True) -> float:
+    """Step size: a short linear warm-up, then a cosine down to a hundredth.
+
+    Args:
+        step: Number of the step, from 0.
+        steps: Number of steps in all.
+        lr: Largest step size.
+        warm: Whether to warm up first.
+    """
+    warm_up = min(WARM_UP, max(1, steps // 10)) if warm else 0
+    if step < warm_up:
+        return warmed(step, lr, steps)
+    done = (step - warm_up) / max(1, steps - warm_up)
+    return lr * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+@dataclass
+class Level:
+    """Tells a bound that has collapsed from one that is noisy, by medians of 20 steps.
+
+    A collapse is a fall below the best of them by more than 50 nats and ten times its spread:
+    finite steps, but each of them led farther from the target.
+
+    Attributes:
+        values: Bounds of the last steps.
+        best: The best median.
+        spread: Interquartile range of the steps behind it.
+    """
+
+    values: deque[float] = field(default_factory=lambda: deque(maxlen=WARM_UP))
+    best: float = -math.inf
+    spread: float = 0.0
+
+    def add(self, bound: float) -> None:
+        """Hear of a step; one that is not finite is left to the guard."""
+        if not math.isfinite(bound):
+            return
+        self.values.append(bound)
+        if len(self.values) == WARM_UP and self.median > self.best:
+            low, self.best, high = statistics.quantiles(self.values, n=4)
+            self.spread = high - low
+
+    def state(self) -> Tensor:
+        """All of it, (2 + steps)."""
+        return torch.tensor([self.best, self.spread, *self.values], dtype=torch.float64)
+
+    def restore(self, state: Tensor) -> None:
+        """Be as when a state was taken."""
+        self.best, self.spread, *values = state.tolist()
+        self.values.extend(values)
+
+    @property
+    def median(self) -> float:
+        """The median of the last steps."""
+        return statistics.median(self.values)
+
+    @property
+    def floor(self) -> float:
+        """What a bound has to fall below to have collapsed."""
+        return self.best - LEAST_FALL - SPREADS * self.spread
+
+    @property
+    def low(self) -> bool:
+        """Whether most of the last three steps are below the floor."""
+        return sum(value < self.floor for value in list(self.values)[-3:]) > 1
+
+    @property
+    def collapsed(self) -> bool:
+        """Whether the median of the last steps is."""
+        return len(self.values) == WARM_UP and self.median < self.floor

@@ -1,0 +1,132 @@
+"""How a guide for local latents is trained on minibatches, and the bound that a step maximises."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import Tensor
+
+from flowvi.objectives.renyi_bound import Renyi
+from flowvi.objectives.reweighted import WakeSleep
+from flowvi.runtime.arguments import known, positive, whole
+from flowvi.targets import Batch, LocalTarget
+
+# Steps in which the step size rises, and the share to which it falls at the end.
+WARM_UP = 200
+LAST = 0.02
+# A prior weight of nothing at all would divide by zero.
+LEAST_BETA = 1e-3
+COUNTS = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "workers": 0}
+
+Warm = Literal["linear", "cyclical"]
+
+
+@dataclass(frozen=True)
+class Minibatch:
+    r"""How to go through the rows.
+
+    With a weight :math:`\beta < 1` a step maximises
+    :math:`E_q[\log p(x \mid z) + \beta (\log p(z) - \log q(z))]`, and with free bits
+    :math:`\lambda` it replaces the batch's mean divergence by
+    :math:`\max(\lambda, \mathrm{KL})`. Neither is a bound: both are for training only, and
+    what is reported is always the bound itself.
+
+    Args:
+        batch_size: Most rows of a step; batches are as equal as can be.
+        epochs: Times that every row is visited.
+        lr: Step size of Adam.
+        decay: Share of the steps, at the end, in which the step size falls linearly to 2 %.
+        warmup_epochs: Epochs over which beta rises to one.
+        warmup: "linear" once, or "cyclical": in four cycles over all epochs, in the first
+            half of each, if warmup_epochs is positive.
+        free_bits: Nats of divergence that are free, in total over the latents of a row.
+        patience: Epochs without a better validation bound before training ends; none without.
+        transform: Applied to the data of every training batch at every visit; random
+            numbers come from torch's generator, which the fit seeds.
+        workers: Processes that fetch items of a `Dataset`.
+        amp: Whether to compute in bfloat16 where torch deems that safe, on a GPU.
+
+    References:
+        Bowman et al. (2016), arXiv:1511.06349, Sønderby et al. (2016), arXiv:1602.02282: warm-up.
+        Fu et al. (2019), arXiv:1903.10145: in cycles.
+        Kingma et al. (2016), arXiv:1606.04934, section C.8: free bits.
+    """
+
+    batch_size: int = 100
+    epochs: int = 40
+    lr: float = 1e-3
+    decay: float = 0.5
+    warmup_epochs: int = 0
+    warmup: Warm = "linear"
+    free_bits: float = 0.0
+    patience: int | None = None
+    transform: Callable[..., Any] | None = None
+    workers: int = 0
+    amp: bool = False
+
+    def __post_init__(self) -> None:
+        for name, least in COUNTS.items():
+            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+        if not self.free_bits >= 0:
+            raise ValueError(f"free_bits must not be negative; got {self.free_bits}.")
+        positive("lr", self.lr)
+        if not 0.0 <= self.decay <= 1.0:
+            raise ValueError(f"decay must lie in [0, 1]; got {self.decay}.")
+        if self.patience is not None:
+            object.__setattr__(self, "patience", whole("patience", self.patience))
+        known("warmup", self.warmup, ("linear", "cyclical"))
+
+    def rate(self, step: int, steps: int) -> float:
+        """Size of a step: a short linear warm-up, constant, then falling.
+
+        Args:
+            step: Number of the step, from 0.
+            steps: Number of all steps.
+        """
+        rising = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
+        done = step / steps
+        falling = max(0.0, done - (1 - self.decay)) / self.decay if self.decay else 0.0
+        return self.lr * rising * (1 - (1 - LAST) * falling)
+
+    def beta(self, epoch: float) -> float:
+        """Weight of prior and guide after a number of epochs."""
+        if not self.warmup_epochs:
+            return 1.0
+        if self.warmup == "linear":
+            return min(1.0, max(LEAST_BETA, epoch / self.warmup_epochs))
+        cycle = self.epochs / 4
+        return min(1.0, max(LEAST_BETA, 2 * (epoch % cycle) / cycle))
+
+    def transformed(self, batch: Batch) -> Batch:
+        """The batch as a step sees it."""
+        if self.transform is None:
+            return batch
+        data = self.transform(*batch.data)
+        return Batch(batch.places, (data,) if isinstance(data, Tensor) else tuple(data))
+
+
+def check_objective(target: LocalTarget, objective: Any, settings: Minibatch) -> None:
+    """Refuse what has no meaning for rows."""
+    if not isinstance(objective, Renyi | WakeSleep):
+        raise ValueError(
+            "Rows need an objective that draws its own samples, such as elbo(), iwelbo(16) or "
+            f"wake_sleep(16); got {type(objective).__name__}."
+        )
+    special = settings.warmup_epochs > 0 or settings.free_bits > 0
+    if special and not target.has_parts:
+        raise ValueError(
+            f"warmup_epochs and free_bits weigh the prior of z, but the density of {target.name} "
+            "does not fall apart into likelihood and prior: it is written by hand, or sums out "
+            "discrete latents."
+        )
+    if settings.free_bits > 0 and not (isinstance(objective, Renyi) and objective.alpha == 1.0):
+        raise ValueError("free_bits are for the ELBO: use elbo(), or leave them out.")
+    if target.shared is not None:
+        names = ", ".join(f"'{name}'" for name in target.shared.sites)
+        raise ValueError(
+            f"{names} of {target.name} are latents that all rows share: a guide for rows leaves "
+            "them out. Fit nested(target, guide), whose posterior is over both, or make them "
+            "parameters (pyro.param)."
+        )
