@@ -50,7 +50,12 @@ ROOT = Path(__file__).resolve().parents[1]
 Made = Callable[[], Target]
 
 # Among the models of the sets with one mode, those that have more, and how many.
-SEVERAL: dict[str, int] = {"low_dim_gauss_mix_collapse": 2}
+SEVERAL: dict[str, int] = {
+    "low_dim_gauss_mix_collapse": 2,
+    "two_modes": 2,
+    "mixture_prior": 4,
+    "von_mises": 2,  # the data lie on the far side of the circle, which two ways lead to
+}
 GUIDES = ("meanfield", "fullrank")
 DRAWS = 1000
 
