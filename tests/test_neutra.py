@@ -32,7 +32,7 @@ def schools():
     target = load_target(MODELS / "eight_schools.py", None)
     fit = flowvi.fit(target, guide="fullrank", steps=60, progress=False)
     before = torch.get_rng_state()
-    mcmc = flowvi.neutra(fit, warmup=WARMUP, draws=DRAWS, chains=CHAINS, progress=False)
+    mcmc = flowvi.neutra(fit, warmup=WARMUP, draws=DRAWS, chains=CHAINS, seed=1, progress=False)
     assert torch.equal(torch.get_rng_state(), before)
     return fit, mcmc
 
@@ -54,8 +54,7 @@ def test_eight_schools_has_the_known_means(schools, name):
 def test_the_chains_of_eight_schools_agree(schools):
     diagnosis = flowvi.diagnose(schools[1])
 
-    # In the space of a normal the neck of the funnel is still there: a few steps in it diverge.
-    assert diagnosis.rhat < 1.02 and diagnosis.divergences < 0.01 * CHAINS * DRAWS
+    assert diagnosis.rhat < 1.02 and diagnosis.divergences == 0
     # They are judged by themselves, not by what the check of the guide's own draws found.
     assert not any("judged as a whole" in reason for reason in diagnosis.reasons)
     assert math.isnan(diagnosis.khat) and math.isnan(diagnosis.log_evidence)
