@@ -13,13 +13,13 @@ from pyro import poutine
 from torch import Tensor
 
 from flowvi.runtime.rng import own_randomness
-from flowvi.targets.discrete import Places
 from flowvi.targets.local.rows import Batch
 from flowvi.targets.local.runner import TOGETHER, FromRows, Rows
 from flowvi.targets.local.schema import LocalFacts, RowFunctions
 from flowvi.targets.local.target import LocalTarget
 from flowvi.targets.pyro import checks, data_checks, enumeration
 from flowvi.targets.pyro.bijections import bijection_of
+from flowvi.targets.pyro.discrete import Places
 from flowvi.targets.pyro.handlers import FromVector, ToVector, is_reparametrised
 from flowvi.targets.pyro.layout import Layout, layout_of
 from flowvi.targets.pyro.rerun import rerunner

@@ -23,13 +23,13 @@ from flowvi.targets.pyro.layout import constant_dims, constants_of, dims_of, lay
 from flowvi.targets.pyro.rerun import rerunner
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.pyro.simulate import simulator
+from flowvi.targets.pyro.summation import Summation
+from flowvi.targets.pyro.violations import violation
 from flowvi.targets.recording.capture import Trial, agree, capture
 from flowvi.targets.recording.program import Density
 from flowvi.targets.schema import Facts, Functions, ModelError, Simulator
-from flowvi.targets.summation import Summation
 from flowvi.targets.target import Target
 from flowvi.targets.vectors import TRIES, finite_points, nearby, split
-from flowvi.targets.violations import violation
 
 RUNS = 3
 

@@ -16,9 +16,9 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from flowvi.targets.log_einsum import Ring
 from flowvi.targets.pyro.checks import scored
 from flowvi.targets.pyro.handlers import observes
+from flowvi.targets.pyro.log_einsum import Ring
 from flowvi.targets.recording.capture import agree
 from flowvi.targets.schema import ModelError
 

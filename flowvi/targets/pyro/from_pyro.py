@@ -11,9 +11,9 @@ import torch
 from flowvi.runtime.rng import own_randomness
 from flowvi.targets.local.capture_model import from_local_model
 from flowvi.targets.local.target import LocalTarget
-from flowvi.targets.naming import name_of
 from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.capture_model import PyroCapture, capture_runner
+from flowvi.targets.pyro.naming import name_of
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.schema import ModelError
 from flowvi.targets.target import Target

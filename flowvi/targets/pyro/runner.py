@@ -16,10 +16,10 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flowvi.runtime.rng import own_randomness
 from flowvi.targets import precision
-from flowvi.targets.discrete import AtValues, Marked
-from flowvi.targets.naming import signature_of
 from flowvi.targets.pyro import checks, data_checks
+from flowvi.targets.pyro.discrete import AtValues, Marked
 from flowvi.targets.pyro.handlers import Owned, Prior, quiet, run, store_aside
+from flowvi.targets.pyro.naming import signature_of
 from flowvi.targets.pyro.parameters import Parameters
 from flowvi.targets.pyro.sampler_fixes import RightSamples
 from flowvi.targets.schema import ModelError

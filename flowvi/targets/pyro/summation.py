@@ -10,8 +10,8 @@ from pyro import poutine
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.targets.discrete import MOST, Places, elementary
 from flowvi.targets.pyro import enumeration
+from flowvi.targets.pyro.discrete import MOST, Places, elementary
 from flowvi.targets.pyro.enumeration import Unsummable
 from flowvi.targets.recording.capture import agree
 from flowvi.targets.recording.tape import record

@@ -18,7 +18,7 @@ class Ring(LogRing):
     operations only.
     """
 
-    _backend = "flowvi.targets.log_einsum"
+    _backend = "flowvi.targets.pyro.log_einsum"
 
 
 def transpose(a: Tensor, axes: Any) -> Tensor:
