@@ -273,6 +273,13 @@ def test_refusals_name_the_sites_and_the_way_out():
         with pyro.plate("n", len(y)):
             pyro.sample("y", dist.Normal((x * (w * xi).unsqueeze(-2)).sum(-1), 1.0), obs=y)
 
+    def looped(y: Tensor) -> None:
+        m = pyro.sample("m", dist.Normal(0.0, 1.0))
+        total = sum(
+            pyro.sample(f"z{i}", dist.Bernoulli(0.5), infer=PARALLEL) for i in pyro.plate("d", 40)
+        )
+        pyro.sample("y", dist.Normal(m + total, 1.0), obs=y)
+
     def weighted(x: Tensor, y: Tensor) -> None:
         with poutine.scale(scale=2.0):
             selection(x, y)
@@ -284,6 +291,7 @@ def test_refusals_name_the_sites_and_the_way_out():
         message = refused(model, torch.randn(3, 20), Y)
         mentions(message, "'xi' in plate 'd'", "1,048,576", "4,096", "pyro.factor")
     mentions(message, "'y' in plate 'n'")
+    mentions(refused(looped, Y[0]), "too many of these sites at once", "10\\^12", "pyro.factor")
     mentions(refused(weighted, torch.randn(3, 2), Y), "'w' is scaled", "'xi'", "full plate")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -10,6 +11,7 @@ from pyro import poutine
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
+from flowvi.runtime.torch_modes import Watch
 from flowvi.targets.pyro import enumeration
 from flowvi.targets.pyro.discrete import MOST, Places, elementary
 from flowvi.targets.pyro.enumeration import Unsummable
@@ -22,11 +24,42 @@ COMPARED = 2
 # Joint values that are summed in a loop where the model cannot be recorded for all of them.
 LOOPED = 64
 
+# Elements of a tensor with axes for values: so many, or this many times those without.
+LARGEST, VALUES = 2**24, 64
+
 # A scored run, and the log Jacobian of the latents: (point, inputs, values of discrete sites by
 # their places, whether the others have axes for their values).
 Run = Callable[[Tensor, Sequence[Tensor], dict[str, Tensor], bool], tuple[poutine.Trace, Tensor]]
 # Of a point (D,), one joint value (elements,), and further inputs.
 AtValue = Callable[..., Any]
+
+
+class Sizes(Watch):
+    """Watch how large tensors become, and stop before they fill the memory.
+
+    Args:
+        limit: How many elements one may have.
+
+    Attributes:
+        largest: Elements of the largest one so far.
+    """
+
+    def __init__(self, limit: float = math.inf) -> None:
+        super().__init__()
+        self.limit, self.largest = limit, 0
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        out = func(*args, **(kwargs or {}))
+        sizes = [t.numel() for t in tree_leaves(out) if isinstance(t, Tensor)]
+        self.largest = max(self.largest, *sizes, 0)
+        if self.largest > self.limit:
+            raise Unsummable(
+                f"With an axis for the values of each discrete site, a tensor of the model has "
+                f"{self.largest:,} elements: it depends on too many of these sites at once."
+            )
+        return out
 
 
 class Summation:
@@ -165,12 +198,14 @@ class Summation:
         """Compare the terms of the sum with runs in which each discrete site has one value."""
         for row in self.places.some(COMPARED, seed=0):
             places = self.places.split(row)
-            single, _ = self.run(point, inputs, places, False)
+            with Sizes() as seen:
+                single, _ = self.run(point, inputs, places, False)
             joint = {name: places[name] for name in self.jointly.shapes}
             if len(joint) == len(places):
                 continue
             try:
-                trace, _ = self.run(point, inputs, joint, True)
+                with Sizes(max(LARGEST, VALUES * seen.largest)):
+                    trace, _ = self.run(point, inputs, joint, True)
             except ModelError:
                 raise
             except (RuntimeError, ValueError, IndexError, TypeError) as error:
