@@ -34,15 +34,30 @@ def of_distribution(y, mask):
     pyro.sample("y", dist.Normal(z, 1.0).to_event(1), obs=y)
 
 
-@pytest.mark.parametrize("model", [padded, of_distribution])
+@pytest.mark.parametrize("guide", ["meanfield", "fullrank"])
 @pytest.mark.parametrize(
     ("mask", "count"),
     [(MASK, "2 of its 4 values"), (torch.tensor(False), "4 of its 4"), (False, "4 of its 4")],
 )
-def test_masked_latents_are_refused_by_name(model, mask, count):
+def test_masked_latents_that_no_data_tell_are_refused_by_name(mask, count, guide):
     with pytest.raises(flowvi.ModelError, match=f"'z' is latent, and a mask covers {count}") as e:
-        flowvi.fit(flowvi.from_pyro(model, Y, mask), "meanfield", steps=1)
+        flowvi.fit(flowvi.from_pyro(padded, Y, mask), guide, steps=1)
+    assert "is improper" in str(e.value)
     assert "sample 'z' outside of poutine.mask" in str(e.value)
+
+
+@pytest.mark.parametrize("mask", [MASK, False])
+def test_a_masked_prior_is_a_flat_one_where_data_tell(mask):
+    """Models that are translated from Stan have `.mask(False)` on priors that are flat there."""
+    fit = flowvi.fit(flowvi.from_pyro(of_distribution, Y, mask), "fullrank", steps=5)
+
+    flat = ~torch.as_tensor(mask).expand(4)
+    precision = torch.where(flat, 1.0, 2.0)
+    draws = fit.draw(4000)
+    values, n = torch.as_tensor(draws["z"]).reshape(-1, 4), 4000
+    sd = precision.to(values) ** -0.5
+    assert ((values.mean(0) - Y / precision).abs() < 4.5 * sd / n**0.5).all()
+    assert ((values.std(0) / sd - 1).abs() < 4.5 / (2 * n) ** 0.5).all()
 
 
 def test_what_a_reparametrisation_samples_is_refused_too():

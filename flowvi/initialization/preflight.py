@@ -23,6 +23,8 @@ DIRECTIONS = 3
 FARTHEST = 1e10
 # A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
 LEAST_FALL = 3.0
+# Of the largest part of a direction, what a site has at least that belongs to it.
+SHARE = 0.1
 # Nats that are nothing.
 STILL = 1e-3
 # Nats of rounding that hide a posterior.
@@ -72,11 +74,8 @@ def look(target: Target, seed: int) -> Look:
     """Evaluate a target at draws from its prior, or at random points where it has none.
 
     Raises:
-        ModelError: The log density is finite at none of them, nor at a start point; or latents
-            have no distribution.
+        ModelError: The log density is finite at none of them, nor at a start point.
     """
-    if target.masked:
-        raise ModelError(next(iter(target.masked.values())))
     generator = torch.Generator(device=target.device).manual_seed(seed)
     try:
         values = target.prior(PRIOR_DRAWS, seed)
@@ -134,7 +133,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
     shortest = torch.minimum(lengths[-1], widths.min()) if known else widths.min()
     reached = lengths.clamp_max(FARTHEST * float(shortest))
     steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
-    if target.improper and target.dim <= CURVED:
+    if (target.improper or target.masked) and target.dim <= CURVED:
         # Those of a guide without correlations are no help: a - b may be free where a is not.
         steps += _softest(target, g)
     for step in steps:
@@ -146,13 +145,21 @@ def check_integrable(target: Target, g: Gaussian) -> str:
                 f"The posterior of {target.name} is improper, or as good as that: along "
                 f"{describe(target, step)} its log density {_course(falls[sign])} "
                 f"over {REACH[-1] * float(step.norm()):.2g} units.{cause(target, g.loc, far)} "
-                "Give these a proper prior, or fix one of them."
+                f"{_remedy(target, step)}"
             )
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
     return (
         f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
         f"axes in a ratio of 1 to {condition:.2g}"
     )
+
+
+def _remedy(target: Target, step: Tensor) -> str:
+    """What to do where the density does not fall along a step: of masks, if they are why."""
+    largest = {name: step[part].abs().max() for name, part in target.slices.items()}
+    most = max(largest.values())
+    behind = [words for name, words in target.masked.items() if largest[name] > SHARE * most]
+    return " ".join(behind) or "Give these a proper prior, or fix one of them."
 
 
 def _course(fall: float) -> str:

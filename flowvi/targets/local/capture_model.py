@@ -100,8 +100,9 @@ class _LocalCapture:
         some = rows.arguments.batch(range(min(rows.arguments.size, ROWS)))
         with own_randomness(0):
             masked = checks.masked_latents(rows.prior(some.data, validate=False)[0])
-        if masked:
-            raise ModelError(next(iter(masked.values())))
+        for site in self.local.sites:
+            if site in masked:
+                raise ModelError(masked[site])
 
     def target(self) -> LocalTarget:
         """Find points, capture the densities and put the target together."""
