@@ -1,6 +1,7 @@
 """k-hat, evidence, bounds and moments are those that theory gives, with the right errors."""
 
 import math
+from functools import partial
 from importlib import import_module
 
 import arviz as az
@@ -18,6 +19,7 @@ from flowvi.diagnostics import (
     log_evidence,
     psis,
 )
+from flowvi.diagnostics.importance import Estimate, debiased, with_tail
 from flowvi.diagnostics.moments import compare
 
 
@@ -53,7 +55,7 @@ def test_standard_errors_match_the_scatter_of_repetitions(rng):
     """The mean squared standard error is the variance over repetitions, within 20 %."""
     sets = rng.normal(-0.125, 0.5, size=(1000, 400))
 
-    for estimate in (log_evidence, elbo, gap):
+    for estimate in (log_evidence, elbo, gap, partial(debiased, particles=1)):
         values, errors = np.transpose([estimate(log_w) for log_w in sets])
         # The ratio's own standard error is about sqrt(2 / 1000) = 4.5 %.
         assert np.mean(errors**2) / np.var(values) == pytest.approx(1.0, abs=0.2)
@@ -85,6 +87,18 @@ def test_khat_finds_the_shape_of_a_pareto_tail(rng):
     _, khat = psis(-shape * np.log(rng.uniform(size=draws)))
 
     assert abs(khat - shape) < 4 * (1 + shape) / math.sqrt(tail)
+
+
+def test_the_error_of_the_evidence_has_the_mass_of_the_tail_that_no_draw_shows():
+    """Of weights u^(-k) of S uniform numbers, those of u < 1 / S are S^(k - 1) of the mass."""
+    shape, draws = 0.5, 100_000
+    log_w = -shape * np.log((np.arange(draws) + 0.5) / draws)
+
+    found = with_tail(Estimate(log_evidence(log_w).value, 0.0), log_w, shape)
+
+    # The largest of so many evenly spaced numbers stand for the tail, which they cut coarsely.
+    assert found.se == pytest.approx(draws ** (shape - 1), rel=0.05)
+    assert with_tail(Estimate(0.3, 0.4), log_w, -math.inf) == (0.3, 0.4)
 
 
 def test_khat_threshold_grows_with_the_draws():

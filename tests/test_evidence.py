@@ -12,12 +12,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 from normal_weights import gaussian
+from scipy.signal import lfilter
 from torch.distributions import constraints
 
 import flowvi
 from flowvi.cli import main
 from flowvi.compat.arviz_groups import make_groups
 from flowvi.diagnostics import evidence
+from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo
 from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
 from flowvi.plots import plot_evidence
@@ -55,6 +57,14 @@ def test_the_ladder_is_in_order_and_holds_the_truth(scale):
     assert bounds[0] <= TRUTH + 1e-9 and e.eubo >= TRUTH - 4 * e.eubo_se - 1e-9
 
 
+def test_certain_bounds_are_as_far_below_as_markov_says():
+    """Of constant weights: log 20 for the mean of all, and a 20th of it for 20 parts."""
+    e = evidence(np.full(4000, TRUTH))
+
+    assert e.certain == pytest.approx(TRUTH - math.log(20))
+    assert e.certain_parts == pytest.approx(TRUTH - math.log(20) / 20)
+
+
 def test_debiasing_removes_the_leading_bias():
     """At K = 10 the bias of L_K is CV^2 / 20 and more; what is left is of order 1 / K^2."""
     e = evidence(guide_weights(1.5, draws=40_000), particles=(1, 10))
@@ -72,6 +82,24 @@ def test_the_certain_bounds_are_rarely_wrong_even_for_a_guide_that_is_hopeless()
 
     assert sum(e.certain > TRUTH for e in found) <= 10
     assert sum(e.certain_parts > TRUTH for e in found) <= 10
+
+
+def test_errors_that_rest_on_chains_allow_for_their_autocorrelation():
+    """The mean squared standard error is the variance over repetitions, to 4.5 of its own."""
+    rng, repetitions, draws, rho = np.random.default_rng(0), 200, 1500, 0.7
+    steps = rng.normal(size=(repetitions, 2, draws))
+    steps[..., 1:] *= math.sqrt(1 - rho**2)
+    # Log weights N(1 / 2, 1) at draws of the posterior, which those N(-1 / 2, 1) of the guide have.
+    chains = 0.5 + lfilter([1.0], [1.0, -rho], steps)
+    guides = rng.normal(-0.5, size=(repetitions, 100))
+
+    above = [eubo(chain) for chain in chains]
+    middle = [bridge_evidence(log_w, chain) for log_w, chain in zip(guides, chains, strict=True)]
+
+    for found in (above, middle):
+        values, errors = np.transpose(found)
+        ratio = np.mean(errors**2) / np.var(values)
+        assert ratio == pytest.approx(1.0, abs=4.5 * math.sqrt(2 / repetitions))
 
 
 def test_heavy_tails_are_not_relied_on():
