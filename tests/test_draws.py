@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from torch.distributions import constraints
+from torch.nn.utils import parameters_to_vector
 
+import flowvi
 from flowvi.draws.diagnose import bounds, diagnose, where
 from flowvi.draws.resampling import resample
 from flowvi.draws.sampling import draw
 from flowvi.guides import Draw, MeanField
+from flowvi.runtime.rng import stream
 from flowvi.targets import Site, from_density
 
 LOG_EVIDENCE = 0.7
@@ -59,6 +62,23 @@ def test_a_seed_fixes_the_draws(target):
 
     np.testing.assert_array_equal(first.z, second.z)
     assert (first.z != other.z).all()
+
+
+def test_every_purpose_has_a_seed_of_its_own():
+    purposes = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
+    seeds = [stream(seed, *purpose) for seed in (0, 1) for purpose in purposes]
+
+    assert len(set(seeds)) == len(seeds)
+    assert seeds[0] == stream(0)
+
+
+def test_restarts_are_trained_by_numbers_of_their_own():
+    target = from_density(lambda v: -v["x"].cosh(), {"x": Site()})
+
+    fit = flowvi.fit(target, "fullrank", steps=2, restarts=2, escalate=False, progress=False)
+
+    first, second = (parameters_to_vector(g.parameters()) for g in fit.guides)
+    assert not torch.equal(first, second)
 
 
 def test_drawing_leaves_the_callers_generator_alone(target):
