@@ -9,6 +9,7 @@ import resource
 import shutil
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import h5py
@@ -327,6 +328,29 @@ def test_a_crafted_fit_is_refused_by_its_file(results, written, name):
 
     with pytest.raises(CheckpointError, match=f"(?s)fit.*{words}"):
         flowvi.load(results / "fit", target)
+
+
+CHAINS = {
+    "not a number": lambda t: t["z"].view(-1)[0].fill_(math.nan),
+    "one number too many": lambda t: t.update(z=t["z"].repeat(1, 1, 2)),
+    "whole numbers": lambda t: t.update(z=t["z"].long()),
+    "no densities": lambda t: t.pop("log_q"),
+    "fewer densities": lambda t: t.update(log_q=t["log_q"][:, 1:].clone()),
+}
+
+
+@pytest.mark.parametrize("name", CHAINS)
+def test_crafted_chains_are_refused_by_their_file(name, tmp_path, brief):
+    target = flowvi.from_density(lambda v: -v["x"].square(), {"x": flowvi.Site()})
+    fit = flowvi.fit(target, "meanfield", steps=1, progress=False)
+    chains = fit.draw(100)
+    chains = replace(chains, meta={**chains.meta, "mcmc": "as if of chains"})
+    replace(fit, chains=chains).save(tmp_path)
+    assert np.array_equal(flowvi.load(tmp_path, target).draw(100).z, chains.z)
+    _rewritten(tmp_path, "chains", CHAINS[name])
+
+    with pytest.raises(CheckpointError, match=r"chains.* no finite draws of chains of 1 "):
+        flowvi.load(tmp_path, target)
 
 
 # Where results go.
