@@ -162,6 +162,8 @@ def test_loo_is_that_of_the_exact_posterior(draws, idata):
     assert of(corrected, "elpd_loo") == pytest.approx(of(flowvi.loo(draws), "elpd_loo"))
     p_loo = exact_loo(*data(), out=False).sum() - expected.sum()
     assert of(corrected, "p_loo") == pytest.approx(p_loo, abs=0.05)
+    spread = len(expected) ** 0.5 * of(corrected, "loo_i").values.std()
+    assert of(corrected, "se") == pytest.approx(spread)
     assert corrected.pareto_k.dims == ("row",)
 
 

@@ -167,6 +167,17 @@ def repetitions():
     return found, [compare(weights, inside, {"x": x}) for weights, x in found]
 
 
+def test_what_reweighting_does_is_the_way_from_the_guide_to_the_target(rng):
+    """From N(0.3, 0.8^2) to N(0, 1): down by 0.3 sd, and wider by log 1.25."""
+    log_w, values = gaussian(rng, loc=0.3, scale=0.8, draws=20_000, dim=1)
+    weights, x = np.exp(log_w - logsumexp(log_w))[None], values["x"][None]
+
+    found = compare(weights, np.full((1, 20_000), True), {"x": x})
+
+    assert abs(found.shift[0] + 0.3) < 4.5 * found.shift_se[0] < 0.1
+    assert abs(found.stretch[0] + math.log(0.8)) < 4.5 * found.stretch_se[0] < 0.1
+
+
 @pytest.mark.parametrize("moment", ["shift", "stretch"])
 def test_errors_of_what_reweighting_does_match_its_scatter(repetitions, moment):
     """Over 400 repetitions a ratio of variances has a standard error of 7 %."""
