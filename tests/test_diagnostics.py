@@ -178,6 +178,19 @@ def test_what_reweighting_does_is_the_way_from_the_guide_to_the_target(rng):
     assert abs(found.stretch[0] + math.log(0.8)) < 4.5 * found.stretch_se[0] < 0.1
 
 
+def test_rhat_is_that_of_restarts_a_sd_apart(rng):
+    """sqrt(1 + 1 / 2), the variance of two means over that of the draws; 1 when reweighted."""
+    chains = [gaussian(rng, loc=loc, draws=20_000, dim=1) for loc in (-0.5, 0.5)]
+    log_w = np.stack([log_w for log_w, _ in chains])
+    x = np.stack([values["x"] for _, values in chains])
+
+    found = compare(np.exp(log_w - logsumexp(log_w)), np.full(log_w.shape, True), {"x": x})
+
+    # The distance of the means has an error of 0.01 sds.
+    assert found.rhat[0] == pytest.approx(1.5**0.5, abs=4.5 * 0.01 / (2 * 1.5**0.5))
+    assert found.rhat_weighted[0] == pytest.approx(1.0, abs=1e-3)
+
+
 @pytest.mark.parametrize("moment", ["shift", "stretch"])
 def test_errors_of_what_reweighting_does_match_its_scatter(repetitions, moment):
     """Over 400 repetitions a ratio of variances has a standard error of 7 %."""

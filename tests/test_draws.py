@@ -64,6 +64,17 @@ def test_a_seed_fixes_the_draws(target):
     assert (first.z != other.z).all()
 
 
+def test_fewer_draws_are_evenly_spaced_rows_of_the_table(target):
+    draws = draw(target, [guide(), guide(0.5)], 101)
+
+    few = draws.thinned(11)
+
+    assert draws.thinned(101) is draws
+    for name in ("z", "log_p", "log_q"):
+        np.testing.assert_array_equal(getattr(few, name), getattr(draws, name)[:, ::10])
+    np.testing.assert_array_equal(few["x"], draws["x"][:, ::10])
+
+
 def test_every_purpose_has_a_seed_of_its_own():
     purposes = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
     seeds = [stream(seed, *purpose) for seed in (0, 1) for purpose in purposes]

@@ -70,6 +70,7 @@ def test_density_is_that_of_the_missing_elements(case):
     target = flowvi.from_pyro(model, y, seen)
     rest = sum(s.stop - s.start for n, s in target.slices.items() if n != f"{name}_unobserved")
     assert target.dim == rest + size
+    assert not target.masked  # by what was seen, no prior is
     z = torch.randn(3, target.dim, generator=torch.Generator().manual_seed(0)).to(target.dtype)
     values = target.constrain(z)
     torch.testing.assert_close(target.unconstrain(values), z, rtol=1e-4, atol=1e-4)

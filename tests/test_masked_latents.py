@@ -46,6 +46,17 @@ def test_masked_latents_that_no_data_tell_are_refused_by_name(mask, count, guide
     assert "sample 'z' outside of poutine.mask" in str(e.value)
 
 
+def test_a_mask_of_the_distribution_itself_is_named_too():
+    def model(y, mask):
+        with pyro.plate("row", len(y)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0).mask(mask))
+            pyro.sample("y", dist.Normal(z, 1.0).mask(mask), obs=y)
+
+    words = flowvi.from_pyro(model, Y, MASK).masked["z"]
+
+    assert words.startswith("Site 'z' is latent, and a mask covers 2 of its 4 values")
+
+
 @pytest.mark.parametrize("mask", [MASK, False])
 def test_a_masked_prior_is_a_flat_one_where_data_tell(mask):
     """Models that are translated from Stan have `.mask(False)` on priors that are flat there."""
