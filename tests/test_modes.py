@@ -268,3 +268,18 @@ def test_a_mode_has_a_mass_with_its_error():
     tiny = dataclasses.replace(mode, mass=math.log(0.7) - 5.0)
     guide.start(home.loc, home.scale_tril)
     assert left_out(target, guide, math.log(0.7), [tiny], 1) == []
+
+
+def test_the_masses_of_missed_modes_add_up_with_their_errors():
+    """Of e^c times 2 +- 2 * 0.3 and 1 +- 1 * 0.8, beside e^c that is covered."""
+    covered, place = -7.0, torch.zeros(1)
+    modes = [
+        Gaussian(place, torch.eye(1), "a mode", mass=covered + math.log(share), mass_se=error)
+        for share, error in [(2.0, 0.3), (1.0, 0.8)]
+    ]
+
+    words = sentence(modes, covered)
+
+    assert "2 other modes" in words
+    assert "about 3 times the mass that it covers (standard error 1)" in words
+    assert "1 times the mass that it covers (standard error 0.8)" in sentence(modes[1:], covered)
