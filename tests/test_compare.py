@@ -66,6 +66,8 @@ def test_models_are_ranked_by_their_evidence(saved):
     truth = log_evidence(10.0) - log_evidence(1.0)
     assert (best.name, other.name) == ("narrow", "wide")
     assert other.difference == pytest.approx(truth, abs=4 * other.difference_se)
+    both = math.hypot(best.log_evidence_se, other.log_evidence_se)
+    assert other.difference_se == pytest.approx(both) and best.difference_se == 0
     assert best.probability == pytest.approx(1 / (1 + math.exp(truth)), abs=0.01)
     assert best.probability + other.probability == pytest.approx(1)
     assert set(found.loo.index) == {"wide", "narrow"}
