@@ -130,6 +130,25 @@ def test_a_failure_is_in_the_verdict():
     assert any("ended early" in reason for reason in verdict.reasons)
 
 
+def test_a_bound_that_is_infinite_is_in_the_verdict():
+    """Guides of rows that reach where the density is zero."""
+
+    def model(y):
+        m = pyro.sample("m", dist.Normal(y.new_zeros(()), 1.0))
+        with pyro.plate("n", len(y)):
+            z = pyro.sample("z", dist.Normal(m, 1.0))
+            pyro.factor("wall", torch.where(z > 0.0, 0.0, -torch.inf))
+            pyro.sample("y", dist.Normal(z, 1.0), obs=y)
+
+    target = flowvi.from_pyro(model, torch.zeros(5), local="n")
+
+    with pytest.warns(UserWarning, match="The bound of model is -inf on fresh draws"):
+        fit = flowvi.nested(target, "meanfield", "meanfield", steps=5)
+
+    reasons = flowvi.diagnose(fit.draw(200)).reasons
+    assert any("put mass where the density is not finite" in reason for reason in reasons)
+
+
 def test_a_bound_that_collapses_is_told_from_a_noisy_one():
     noise = np.random.default_rng(0).normal(0, 3, 200)
     noisy, falling, wild = Level(), Level(), Level()

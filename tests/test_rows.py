@@ -12,6 +12,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import flowvi
+from flowvi.draws.row_bounds import RowBounds
 from flowvi.guides import FullRank, MeanField, make_guide
 from flowvi.guides.amortized import Encoder
 from flowvi.guides.recipes import amortised
@@ -134,6 +135,20 @@ def test_a_fit_reaches_the_evidence(ppca, name, epochs):
     assert abs(error.mean()) < 4 * error.std() / N**0.5 + 1e-3
     assert -0.05 < found.elbo_mean - evidence.mean() < 0.02
     assert (fit.draw(400, rows=[0, 3, 5]).khat < 0.7).all()
+
+
+def test_bounds_of_rows_are_compared_row_by_row():
+    """What rows have in common, here nearly all of the scatter, is no error of a difference."""
+    rng = np.random.default_rng(0)
+    common, apart = 10 * rng.normal(size=50), rng.normal(size=50)
+    one, two = RowBounds(common + apart, common, 5), RowBounds(common, common, 5)
+
+    value, se = one.minus(two)
+
+    assert value == pytest.approx(apart.mean())
+    assert se == pytest.approx(apart.std(ddof=1) / 50**0.5)
+    assert one.mean == pytest.approx((common + apart).mean())
+    assert two.se == two.elbo_se == pytest.approx(common.std(ddof=1) / 50**0.5)
 
 
 @pytest.mark.parametrize("beta", [0.25, 1.0])
