@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from scipy.signal import lfilter
 
 import flowvi
 from flowvi.cli import main
 from flowvi.cli.model_file import load_target
+from flowvi.compat.arviz_stats import ess
 from flowvi.diagnostics import diagnose_chains
 from flowvi.fitting.result import Fit
 from flowvi.guides import make_guide
@@ -188,3 +190,16 @@ def test_bad_chains_are_not_trusted(values, diverging, word):
 
     assert diagnosis.verdict == "do not trust"
     assert word in diagnosis.reasons[0]
+
+
+def test_the_tails_count_where_they_are_known_worse_than_the_bulk():
+    """Independent signs, and sizes that change slowly."""
+    rng, rho = np.random.default_rng(0), 0.95
+    sizes = lfilter([1.0], [1.0, -rho], math.sqrt(1 - rho**2) * rng.normal(size=(4, 1000)))
+    x = rng.normal(size=(4, 1000)) * np.exp(sizes)
+    bulk, tail = (ess(x, method) for method in ("bulk", "tail"))
+
+    found = diagnose_chains({"x": x}, np.zeros((4, 1000), dtype=bool))
+
+    assert tail < bulk / 4
+    assert found.ess == tail
