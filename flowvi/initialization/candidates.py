@@ -124,33 +124,11 @@ def best_gaussian(
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    blind, aware, ends = [], [], []
-    for group in up_to_now(candidates(target, generator, median, diagonal, places)):
-        around, *rest = group.normals
-        blind.append(_narrowed(target, score(target, around, judge), judge))
-        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
-        sifted = [score(target, g, few) for g in rest]
-        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
-        ends.append(group.end)
-        if over():
-            break
-    # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
-    # where the density is unbounded: of each start, the normal that knows nothing of modes is
-    # tried beside the best of those that do, unless another start led to the same.
-    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
-    if not found:
-        raise ValueError(
-            f"The log density of {target.name} is not finite around any start point; "
-            "rescale the data or narrow the priors."
-        )
+    groups = candidates(target, generator, median, diagonal, places)
+    found, ends = _scored(target, groups, judge, over)
     if diagonal:
         found = [score(target, diagonal_of(g), judge) for g in found]
-    found = sorted(found, key=lambda g: -g.elbo)
-    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
-    if over():
-        found = [kind[0] for kind in kinds if kind]
-    elif target.dim <= LARGE and _one_mode(target, ends):
-        found = [*kinds[0][:1], *kinds[1][:AWARE]]
+    found = _worth_refining(target, found, ends, over)
 
     first = found if target.dim <= LARGE else found[:2]
     if target.dim > LARGE and not diagonal:
@@ -163,6 +141,48 @@ def best_gaussian(
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
+
+
+def _scored(
+    target: Space, groups: Iterator[Group], judge: Tensor, over: Callable[[], bool]
+) -> tuple[list[Gaussian], list[Tensor]]:
+    """The best normals of each start point with their ELBOs, and the ends of the ascents, (D) each.
+
+    The start point with the highest ELBO need not lead to the best Gaussian: near a spike, where
+    the density is unbounded, the ELBO of a narrow normal is high. So each start point gives two
+    candidates: the normal around the start point itself, and the best of those on the way to a
+    mode, unless another start point led to the same one.
+    """
+    blind, aware, ends = [], [], []
+    for group in up_to_now(groups):
+        around, *rest = group.normals
+        blind.append(_narrowed(target, score(target, around, judge), judge))
+        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
+        sifted = [score(target, g, few) for g in rest]
+        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
+        ends.append(group.end)
+        if over():
+            break
+    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
+    if not found:
+        raise ValueError(
+            f"The log density of {target.name} is not finite around any start point; "
+            "rescale the data or narrow the priors."
+        )
+    return found, ends
+
+
+def _worth_refining(
+    target: Space, found: list[Gaussian], ends: list[Tensor], over: Callable[[], bool]
+) -> list[Gaussian]:
+    """Candidates in the order of their ELBOs: the best of each kind where these are enough."""
+    found = sorted(found, key=lambda g: -g.elbo)
+    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
+    if over():
+        return [kind[0] for kind in kinds if kind]
+    if target.dim <= LARGE and _one_mode(target, ends):
+        return [*kinds[0][:1], *kinds[1][:AWARE]]
+    return found
 
 
 def _narrowed(target: Space, g: Gaussian, judge: Tensor) -> Gaussian:

@@ -73,25 +73,32 @@ def further_modes(
     climb = _Climb(target, home)
     for end in ends:
         climb.ended(end)
-    if target.dim <= LARGE:
-        for start in places[:FIRST]:
-            if not over():
-                climb.ended(ascend(target, start)[-1])
-    first = climb.count
-    if target.dim <= LARGE:
-        found = symmetries(target, places)
-        for symmetry in found:
-            say(f"the density stays the same: {symmetry.words}")
-        for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
-            climb.ended(image)
-        if climb.count > 1:
-            _more(climb, places[FIRST:], over)
+    first = _search(climb, places, say, over) if target.dim <= LARGE else climb.count
     if climb.count > 1:
         say(
             f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
             "of other ascents are none"
         )
     return _weighed(target, home, climb.peaks, seed, over)
+
+
+def _search(
+    climb: _Climb, places: Tensor, say: Callable[[str], None], over: Callable[[], bool]
+) -> int:
+    """Look for more modes from further starts and symmetries; how many the first starts found."""
+    target = climb.target
+    for start in places[:FIRST]:
+        if not over():
+            climb.ended(ascend(target, start)[-1])
+    first = climb.count
+    found = symmetries(target, places)
+    for symmetry in found:
+        say(f"the density stays the same: {symmetry.words}")
+    for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
+        climb.ended(image)
+    if climb.count > 1:
+        _more(climb, places[FIRST:], over)
+    return first
 
 
 class _Climb:

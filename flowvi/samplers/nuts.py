@@ -93,18 +93,7 @@ def run_chains(
                 if run is None:
                     return None
                 runs.append(run)
-    stats = {
-        "diverging": np.stack([run.diverging for run in runs]),
-        "n_steps": np.stack([run.steps for run in runs]),
-    }
-    stats["tree_depth"] = np.ceil(np.log2(stats["n_steps"] + 1)).astype(int)
-    facts = {
-        "warmup": plan.warmup,
-        "acceptance": float(np.mean([run.acceptance for run in runs])),
-        "step_size": [run.step_size for run in runs],
-        "tree_depth": float(stats["tree_depth"].mean()),
-        "divergences": int(stats["diverging"].sum()),
-    }
+    stats, facts = _statistics(runs, plan)
     seconds = time.perf_counter() - began
     # A check of the guide's own draws says nothing of chains.
     kept = {name: fact for name, fact in meta.items() if name != "check"}
@@ -119,6 +108,23 @@ def run_chains(
     diagnosis = diagnose(done)
     facts |= {"rhat": diagnosis.rhat, "ess": diagnosis.ess}
     return done
+
+
+def _statistics(runs: list[_Run], plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Numbers of each draw, (chain, draw), and of all chains together."""
+    stats = {
+        "diverging": np.stack([run.diverging for run in runs]),
+        "n_steps": np.stack([run.steps for run in runs]),
+    }
+    stats["tree_depth"] = np.ceil(np.log2(stats["n_steps"] + 1)).astype(int)
+    facts = {
+        "warmup": plan.warmup,
+        "acceptance": float(np.mean([run.acceptance for run in runs])),
+        "step_size": [run.step_size for run in runs],
+        "tree_depth": float(stats["tree_depth"].mean()),
+        "divergences": int(stats["diverging"].sum()),
+    }
+    return stats, facts
 
 
 def check_map(guide: object) -> None:
