@@ -42,12 +42,12 @@ LARGE = 300
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
 JUDGE_DRAWS = 400
-# Of the candidates from one start, the best is chosen by fewer.
+# Draws by which the best candidate of one start point is chosen.
 SIFT_DRAWS = 100
-# Candidates that are tried where all starts lead to one mode: one that knows nothing of it, two
-# that do.
+# Where all starts lead to one mode: how many candidates on the way to it are refined.
 AWARE = 2
-# A normal around a start point of which draws have no density is narrowed by this, so many times.
+# If draws of a normal around a start point have no finite density, its scale is multiplied by
+# this factor, at most so many times.
 NARROWER, TIMES = 0.1, 12
 
 
@@ -69,11 +69,11 @@ class Space(Density, Protocol):
 
 
 class Found(NamedTuple):
-    """What the search for a Gaussian found.
+    """Result of the search for a Gaussian start.
 
     Attributes:
-        best: The best.
-        others: What became of the other candidates.
+        best: The candidate with the highest ELBO, refined.
+        others: The other candidates that were refined.
         ends: Where the ascents have ended, (N, D).
     """
 
@@ -83,10 +83,10 @@ class Found(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What there is to try at one start point.
+    """Candidates from one start point.
 
     Attributes:
-        normals: The first of them around the start point itself.
+        normals: Candidates, the first of them around the start point itself.
         end: Where the ascent from there has ended, (D).
     """
 
@@ -108,16 +108,16 @@ def best_gaussian(
     Candidates are narrow normals at start points, and Laplace approximations
     along and at the end of L-BFGS paths to a mode: where the density has no
     mode, as in a centred hierarchy, an earlier point of the path wins. The
-    best ELBO on common draws is refined by `refine`. Where all ascents end in
-    one mode, the best normal that knows of it is enough, and the best that does not.
+    best ELBO on common draws is refined by `refine`. Where all ascents end in one
+    mode, few candidates are enough: the best around a start point, and two at the mode.
 
     Args:
         target: The log density.
-        seed: Of the start points and draws.
-        diagonal: Restrict the covariance to a diagonal, of which there are only the scales, (D).
-        say: Takes a sentence about every decision.
-        over: Asked now and then whether to make do with what there is.
-        median: Of the prior, (D), another point to start from.
+        seed: Seed of the start points and draws.
+        diagonal: Restrict the covariance to a diagonal; the scale has shape (D).
+        say: Takes a sentence about every decision, for the log.
+        over: Returns whether the time for the search is spent.
+        median: Median of the prior, (D), another point to start from.
         places: Points where the density is finite, (N, D), for start points where it is not.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
@@ -212,7 +212,8 @@ def _flat_first(
 ) -> Gaussian:
     """The best Gaussian without correlations from the same place, if that is better.
 
-    Of many dimensions, as of a network's weights, a matrix from one place can be worse than none.
+    In many dimensions, as with the weights of a network, the curvature at one point can give a
+    worse covariance matrix than a diagonal.
     """
     flat = score(target, diagonal_of(g), judge)
     flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, over)
@@ -231,7 +232,7 @@ def settled(
     *,
     diagonal: bool = False,
 ) -> Gaussian:
-    """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
+    """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
     try:
         with droppable():
             return _settled(target, g, generator, judge, over, rounds, diagonal)
@@ -290,7 +291,7 @@ def candidates(
 
 
 def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
-    """Start points with the prior's median for the last, and others for those without density."""
+    """Start points of finite density; the last one is the median of the prior, if it is known."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
         # The last of them is random.
         starts[-1] = median
@@ -356,7 +357,7 @@ def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
 
 
 def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
-    """Laplace's approximation after the Newton steps that L-BFGS left undone."""
+    """Laplace's approximation after a few more Newton steps."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)
     for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2 * (target.dim <= LARGE)):

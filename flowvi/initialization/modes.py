@@ -20,13 +20,13 @@ from flowvi.targets import Target
 
 # Further starts: in any case, and where there is more than one mode at least and at most.
 FIRST, FEWEST, MOST = 3, 8, 40
-# Of more modes nothing is made.
+# With more modes than this, the search ends.
 ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
 UNSEEN = 0.05
 # Draws behind the mass of a mode.
 MASS_DRAWS = 1000
-# Nats by which Laplace's approximation may be wrong about a mode that counts.
+# Largest error, in nats, that Laplace's approximation of a mode's mass is assumed to have.
 WRONG = 5.0
 
 
@@ -59,9 +59,9 @@ def further_modes(
         home: The Gaussian that the fit starts with.
         ends: Where ascents from the first start points have ended, (N, D).
         places: Points to start from, (N, D).
-        seed: Of the draws.
-        say: Takes a sentence about what was found.
-        over: Asked now and then whether to make do with what there is.
+        seed: Seed of the draws.
+        say: Takes a sentence about the modes, for the log.
+        over: Returns whether the time for the search is spent.
 
     References:
         Good (1953), "The population frequencies of species and the estimation of
@@ -148,7 +148,7 @@ class _Climb:
 
 
 def _more(climb: _Climb, places: Tensor, over: Callable[[], bool]) -> None:
-    """Ascents from other places, until hardly any could lead to a mode not seen yet."""
+    """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
     for i, start in enumerate(places[:MOST]):
         rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
@@ -175,7 +175,7 @@ def _weighed(
             continue
         g = score(target, laplace, judge)
         better = refine(target, g, generator, judge, False, TRY_ROUNDS, over)
-        # A low peak on the slope of a larger mass may be left for that.
+        # Refinement may move from a low peak to a larger mass nearby.
         g = better if nearest(target, better.loc, [peak.loc]) is not None else g
         found.append(_with_mass(target, g, noise(MASS_DRAWS)))
     return [g for g in found if math.isfinite(g.mass)]
