@@ -41,9 +41,8 @@ def further_modes(
 ) -> list[Gaussian]:
     r"""Normals at modes that lie apart from the one where the fit starts.
 
-    A mode is a point where Newton's steps have converged (`flowvi.initialization.peaks.finished`),
-    and from which every path found to another falls by a nat (`flowvi.initialization.peaks.apart`).
-    Its mass is estimated by draws from its normal, with a standard error. Ascents that do
+    A mode is a point where Newton's steps have converged, and from which every path found to
+    another mode falls by a nat (see `flowvi.initialization.peaks`). Its mass is estimated by draws from its normal, with a standard error. Ascents that do
     not converge, as where the density has no bound, count for nothing.
 
     Nothing more is done where the first ends of ascents, three more and the density's symmetries
