@@ -42,8 +42,9 @@ def further_modes(
     r"""Normals at modes that lie apart from the one where the fit starts.
 
     A mode is a point where Newton's steps have converged, and from which every path found to
-    another mode falls by a nat (see `flowvi.initialization.peaks`). Its mass is estimated by draws from its normal, with a standard error. Ascents that do
-    not converge, as where the density has no bound, count for nothing.
+    another mode falls by a nat (see `flowvi.initialization.peaks`). Its mass is estimated by
+    draws from its normal, with a standard error. Ascents that do not converge, as where the
+    density has no bound, count for nothing.
 
     Nothing more is done where the first ends of ascents, three more and the density's symmetries
     lead to no other mode. Otherwise ascents go on from draws from the prior, until

@@ -79,7 +79,7 @@ class ManyRuns:
     def __init__(self, runner: Runner, values: Values, batch: Values, chunk: int = CHUNK) -> None:
         self.runner, self.chunk = runner, chunk
         self.names, self.plates = list(values), list(batch)
-        # A graph has at least one input, which says how often to draw.
+        # A graph has at least one input, whose first axis is the number of draws.
         inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
         self.graph, self.reason, self.warned = None, "", False
         try:

@@ -1,4 +1,4 @@
-"""Products of many matrices with one and the same, in a recorded graph."""
+"""Merge the products of a batch with one constant matrix in a recorded graph."""
 
 from __future__ import annotations
 
