@@ -210,7 +210,7 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
 def _report(
     fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
 ) -> tuple[str, list[results.File], list[results.NotWritten]]:
-    """Draw, diagnose, print and write; returns the verdict, and the files that were (not) written."""
+    """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
     draws = fitted.draw(n, seed=seed)
     try:
         with said_plainly():

@@ -141,7 +141,7 @@ def _silhouettes(held: Mapping[str, Any]) -> Arrays:
     return arrays
 
 
-# Key that identifies a MATLAB file -> its reader.
+# Names of arrays that identify a MATLAB file -> its reader.
 MATLAB: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Arrays]] = {
     ("data", "testdata"): _omniglot,
     ("train_data", "val_data", "test_data"): _silhouettes,

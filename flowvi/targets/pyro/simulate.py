@@ -134,8 +134,8 @@ class ManyRuns:
                 trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:
-            # A hidden Markov model asserts that it was told for how long; what the model itself
-            # asserts is its own affair.
+            # Pyro's hidden Markov model asserts that its length is given: only failed assertions of
+            # the user's own model are raised.
             if isinstance(error, AssertionError) and not checks.of_library(error):
                 raise
             raise ModelError(
