@@ -1,6 +1,6 @@
 r"""Affine couplings with their scores and gradients written out, for speed.
 
-A coupling maps b with parameters from a network of a, and leaves a. With the network's hidden units h and m
+A coupling maps b with parameters from a network of a. With the network's hidden units h and m
 before their SiLU, written :math:`\sigma`,
 
 .. math::

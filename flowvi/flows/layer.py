@@ -72,7 +72,7 @@ class Layer(nn.Module):
         return None if plan is None else coupling_kernel.push(plan, x, score, context)
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Map data to the base, and initialise layers from the data on the way. (..., D) -> (..., D).
+        """Map data to the base, and initialise layers on the way. (..., D) -> (..., D).
 
         Nothing is set in most layers; see `ActNorm` for one that is.
         """

@@ -128,7 +128,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
         vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
         axes = vectors.mT[:DIRECTIONS]
     # Farther out, rounding of the direction would be taken for a fall; and the shortest axis of a
-    # matrix is nothing but rounding where it is that much shorter than the longest.
+    # matrix is a rounding error where it is that much shorter than the longest.
     known = bool(lengths[-1] > sys.float_info.epsilon * lengths[0])
     shortest = torch.minimum(lengths[-1], widths.min()) if known else widths.min()
     reached = lengths.clamp_max(FARTHEST * float(shortest))

@@ -39,7 +39,7 @@ def merged(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _repeated(module: fx.GraphModule, arg: Any) -> Tensor | None:
-    """A constant (B, k, m) that has nothing but repeats of one matrix."""
+    """The matrix that a constant (B, k, m) repeats, or None."""
     if not isinstance(arg, fx.Node) or arg.op != "get_attr":
         return None
     value = getattr(module, str(arg.target), None)
