@@ -39,7 +39,7 @@ def merged(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _repeated(module: fx.GraphModule, arg: Any) -> Tensor | None:
-    """The matrix that a constant (B, k, m) repeats, or None."""
+    """The constant (B, k, m) of a node, if it repeats one matrix along B; None otherwise."""
     if not isinstance(arg, fx.Node) or arg.op != "get_attr":
         return None
     value = getattr(module, str(arg.target), None)
