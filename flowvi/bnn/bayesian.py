@@ -55,14 +55,14 @@ class Bayesian:
         rows = self._rows(inputs, y)
         values, dtype = self._values(inputs)
         plate, chosen = self._plate(rows, y)
-        # The rows of a minibatch enter as numbers: what is not floating stays as it is.
+        # Integer inputs, such as indices of an embedding, keep their type.
         taken = tuple(_cast(t if chosen is None else t[chosen], dtype) for t in inputs)
         output: Tensor = functional_call(self.module, values, taken)
         if output.dim() == 2 and output.shape[1] == 1:
             output = output.squeeze(1)
         fn = self._given(output)
         with plate:
-            # Of the data of a fit, it would be as many numbers a draw as there are rows.
+            # Not for the data of a fit: each draw would store as many numbers as there are rows.
             reported = poutine.infer_config(config_fn=lambda _: {"reported": y is None})
             with reported:
                 pyro.deterministic("output", output, event_dim=output.dim() - 1)

@@ -25,7 +25,7 @@ class Weight:
         name: Its name in the module.
         value: The parameter itself, of any shape.
         fan_in: How many inputs each output adds up; 1 for biases, gains and embeddings.
-        centre: Where it does nothing: 1 for the gains of normalisation layers, 0 otherwise.
+        centre: Neutral value: 1 for the gains of normalisation layers, 0 otherwise.
         dtype: Precision in which the model runs.
     """
 
@@ -50,13 +50,13 @@ class Weight:
         return self.sample(f"{self.name}.{suffix}", dist.Normal(self.full(0.0), 1.0))
 
     def reported(self, value: Tensor) -> Tensor:
-        """The weight itself, where its sites are not it."""
+        """Report a weight that is computed from its sites."""
         out: Tensor = pyro.deterministic(self.name, value, event_dim=value.dim())
         return out
 
 
 def weight_of(module: nn.Module, name: str, dtype: torch.dtype) -> Weight:
-    """A named parameter of a module, with what its place in the module tells."""
+    """A named parameter of a module, with the fan-in and centre of its layer."""
     path, _, leaf = name.rpartition(".")
     owner, value = module.get_submodule(path), module.get_parameter(name)
     fan_in = 1

@@ -1,4 +1,4 @@
-"""How commands say what went wrong, and their exit codes."""
+"""Error messages of commands, and their exit codes."""
 
 import shlex
 import signal
@@ -33,13 +33,13 @@ def as_typed(ctx: click.Context) -> str:
 
 @contextmanager
 def said_plainly() -> Iterator[None]:
-    """Show what flowvi refuses as its message, without a traceback."""
+    """Show errors that flowvi raises as their message, without a traceback."""
     try:
         yield
     except ValueError as error:
         raise click.ClickException(str(error)) from error
     except ImportError as error:
-        # What a package of flowvi's extras is wanted for, and how to install it.
+        # Packages of flowvi's extras: their purpose, and the command that installs them.
         if "pip install" not in str(error):
             raise
         raise click.ClickException(str(error)) from error
@@ -60,18 +60,18 @@ class Stop:
         self.code = INTERRUPTED
 
     def terminate(self, number: int, frame: FrameType | None) -> None:
-        """Do on SIGTERM what is done on Ctrl-C, with an exit code of its own."""
+        """Treat SIGTERM as Ctrl-C, with an exit code of its own."""
         self.code = TERMINATED
         signal.raise_signal(signal.SIGINT)
 
 
 @contextmanager
 def interruptible() -> Iterator[Stop]:
-    """Ctrl-C outside of the fit's steps, which return what they have: stop with its exit code."""
+    """Stop with the exit code of Ctrl-C, where it is pressed outside of a fit's steps."""
     stop = Stop()
     main = threading.current_thread() is threading.main_thread()
     before = signal.signal(signal.SIGTERM, stop.terminate) if main else None
-    # Shells start processes in the background deaf to Ctrl-C, which SIGTERM is passed on as.
+    # Shells start background processes with SIGINT ignored; SIGTERM is raised as SIGINT.
     deaf = main and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     if deaf:
         signal.signal(signal.SIGINT, signal.default_int_handler)

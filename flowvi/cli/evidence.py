@@ -1,4 +1,4 @@
-"""`flowvi evidence`: what a saved fit says about the evidence of its model."""
+"""`flowvi evidence`: bounds and estimates of the evidence from a saved fit."""
 
 from __future__ import annotations
 

@@ -190,7 +190,7 @@ def fit_command(
 
 @contextmanager
 def _executor(processes: int | None) -> Iterator[Executor | None]:
-    """New processes: a copy of this one would have its threads' locks, and not the threads."""
+    """An executor of spawned processes; forked ones would copy locks of threads that they lack."""
     if not processes:
         yield None
         return
@@ -198,7 +198,7 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
     try:
         yield executor
     except BaseException:
-        # Nobody waits for what they would still do; what they have done is in the checkpoint.
+        # Unfinished restarts are cancelled; their finished work is in the checkpoint.
         workers = list((executor._processes or {}).values())
         executor.shutdown(wait=False, cancel_futures=True)
         for worker in workers:
@@ -210,7 +210,7 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
 def _report(
     fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
 ) -> tuple[str, list[results.File], list[results.NotWritten]]:
-    """Draw, judge, print and write; returns the verdict, and which files are written or not."""
+    """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
     draws = fitted.draw(n, seed=seed)
     try:
         with said_plainly():

@@ -1,4 +1,4 @@
-"""`flowvi list`: what there is to choose from."""
+"""`flowvi list`: names of guides, flows, objectives and models."""
 
 import ast
 import inspect

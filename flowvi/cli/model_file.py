@@ -38,12 +38,12 @@ def load_target(path: Path, data: Path | None) -> Target:
 def load_arguments(
     path: Path, data: Path | None, option: str = "--data"
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """Run a model file, and return its model and what that is called with.
+    """Run a model file, and return its model and the arguments of the model.
 
     Args:
         path: The file.
-        data: What its `data` reads, if it reads a file.
-        option: The option that named that.
+        data: File that its `data` reads, if it reads one.
+        option: Option of the command line that named the file.
     """
     run, arguments, _ = _parts(path, data, option)
     return run, arguments
@@ -92,7 +92,7 @@ def _run(path: Path) -> ModuleType:
 
 
 def _arguments(module: ModuleType, path: Path, data: Path | None, option: str) -> tuple[Any, ...]:
-    """What the model is called with."""
+    """Arguments of the model."""
     parameters = inspect.signature(module.data).parameters.values()
     if data is None and any(p.default is p.empty for p in parameters):
         raise click.UsageError(f"{path} reads its data from a file: name it with --data FILE.")
@@ -125,7 +125,7 @@ def _check_call(module: ModuleType, path: Path, arguments: tuple[Any, ...]) -> N
 
 @contextmanager
 def _blaming(path: Path, doing: str = "") -> Iterator[None]:
-    """Show what the model file raises with its line, not with flowvi's."""
+    """Show an error of the model file with the line of that file."""
     try:
         yield
     except (Exception, SystemExit) as error:

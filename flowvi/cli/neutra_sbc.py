@@ -1,4 +1,4 @@
-"""`flowvi neutra` and `flowvi sbc`: what needs the model file again."""
+"""`flowvi neutra` and `flowvi sbc`, which need the model file again."""
 
 from __future__ import annotations
 

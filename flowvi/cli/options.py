@@ -1,4 +1,4 @@
-"""Options whose values are names of registries: checked when read, with a word on misspellings."""
+"""Options whose values are names of registries; errors suggest the nearest name."""
 
 import re
 from collections.abc import Callable, Collection

@@ -1,4 +1,4 @@
-"""What a command answers: text for people, or one JSON object for machines."""
+"""Output of commands: text for people, or one JSON object for machines."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def answer(as_json: bool, record: Any, text: str) -> None:
 
 
 def plain(value: Any) -> Any:
-    """What JSON can hold: records by their fields, and null where a number is not finite."""
+    """Convert to types of JSON: records to objects, numbers that are not finite to null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):

@@ -56,7 +56,7 @@ def predict_command(
 ) -> None:
     """Run MODEL.py on new data with draws of the fit in DIR; the result goes to predictions.nc.
 
-    What the new data bring at observed sites is scored, not copied: new values are drawn there.
+    New data at observed sites are scored; new values are drawn there as well.
     """
     check_path(model)
     with plain_warnings(), interruptible(), said_plainly():

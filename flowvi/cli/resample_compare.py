@@ -1,4 +1,4 @@
-"""`flowvi resample` and `flowvi compare`: what is done with folders of results alone."""
+"""`flowvi resample` and `flowvi compare`, which need only folders of results."""
 
 from __future__ import annotations
 

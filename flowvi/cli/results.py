@@ -33,7 +33,7 @@ PREDICTED, STARTED = 400, 2000
 
 
 class Judged(NamedTuple):
-    """The draws that the verdict recommends, and what to call them."""
+    """The draws that the verdict recommends, and their name in the summary."""
 
     draws: Draws
     word: str
@@ -92,8 +92,8 @@ class File(NamedTuple):
 
     Attributes:
         name: In the folder; a folder's ends in a slash.
-        what: What it holds.
-        write: Writes it to its path, whole or not at all.
+        what: Description of its content.
+        write: Writes the file to a path, completely or not at all.
     """
 
     name: str
@@ -117,7 +117,7 @@ class NotWritten(click.ClickException):
 def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterator[File]:
     """Every file of the results but the report, which is made of the others."""
     yield File(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
-    # Who interrupted the fit is waiting: no data are simulated then, no start is drawn.
+    # After an interrupt the user waits: no data are simulated, and no start is drawn.
     hurried = bool(fit.meta["interrupted"])
     start = None if fit.start is None or hurried else fit.draw_start(STARTED)
     predicted = 0 if hurried else PREDICTED
@@ -154,7 +154,7 @@ def write(
 
     mpl.use("agg")  # files are drawn, no windows
     for name in (RESAMPLED, GUIDES, REPORT) if fit.meta["interrupted"] else (RESAMPLED, GUIDES):
-        # One of an earlier fit would pass for this one's.
+        # A file of an earlier fit would be taken for one of this fit.
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     written, failed = write_files(files(fit, draws, kept, numbers), folder)
@@ -178,7 +178,7 @@ def _report(folder: Path) -> File:
 
 
 def write_files(files: Iterable[File], folder: Path) -> tuple[list[File], list[NotWritten]]:
-    """Write files to a folder: each that there is room for, whatever became of those before.
+    """Write files to a folder; a file that cannot be written does not stop the next ones.
 
     Returns:
         What was written, and what could not be.
@@ -196,13 +196,13 @@ def write_files(files: Iterable[File], folder: Path) -> tuple[list[File], list[N
 
 
 def sum_up(failed: Sequence[NotWritten], some: bool, folder: Path, resume: bool) -> str:
-    """What to say of files that could not be written.
+    """Message on files that could not be written.
 
     Args:
         failed: The files.
-        some: Whether others are written.
-        folder: Of the results.
-        resume: Whether what the fit goes on from is still there.
+        some: Whether other files are written.
+        folder: Folder of the results.
+        resume: Whether the checkpoint still exists.
     """
     names: dict[str, list[str]] = {}
     for error in failed:
@@ -220,7 +220,7 @@ def sum_up(failed: Sequence[NotWritten], some: bool, folder: Path, resume: bool)
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say which file an error of the system is of."""
+    """Add the name of a file to operating system errors."""
     try:
         yield
     except CheckpointError as error:
@@ -252,7 +252,7 @@ def somewhere(path: Path, write: Callable[[Path], object]) -> tuple[Path, NotWri
 
 
 def part_by_part(write: Callable[[Path], object]) -> Callable[[Path], None]:
-    """What writes a file whole or not at all, of what writes it part by part."""
+    """Make a function that writes a file in parts write it completely or not at all."""
 
     def whole_file(path: Path) -> None:
         with replaced(path) as part:
@@ -262,10 +262,10 @@ def part_by_part(write: Callable[[Path], object]) -> Callable[[Path], None]:
 
 
 def whole(path: Path, write: Callable[[Path], object]) -> None:
-    """Write a file whole or not at all.
+    """Write a file completely or not at all.
 
     Raises:
-        NotWritten: The disk is full, say.
+        NotWritten: The file cannot be written, such as on a full disk.
     """
     with writing(path):
         part_by_part(write)(path)
@@ -291,7 +291,7 @@ def _pair(draws: Draws, file: Path) -> None:
 
 
 def save(figure: Any, file: Path) -> None:
-    """Write a figure and forget it."""
+    """Write a figure to a file and close it."""
     import matplotlib.pyplot as plt
 
     figure.savefig(file, format="png")

@@ -1,4 +1,4 @@
-"""Folders of results in which a fit was cut off, and going on with it."""
+"""Resuming an interrupted fit in a folder of results."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import click
 from flowvi.cli.results import FILES, check_folder
 from flowvi.runtime import files
 
-# Folder of what a fit goes on from, in that of the results, until these are written.
+# Folder of the checkpoint inside of that of the results; removed once these are written.
 CHECKPOINT = "checkpoint"
 
 resume_option = click.option(
@@ -23,11 +23,11 @@ resume_option = click.option(
 
 
 def folder_of(out: Path | None, resume: Path | None, names: Iterable[str] = FILES) -> Path:
-    """Where the results go, and what the fit goes on from is.
+    """The folder of the results, which also contains the checkpoint.
 
     Args:
         out: Folder of new results.
-        resume: Folder of a fit that was cut off, in its place.
+        resume: Folder of an interrupted fit, instead of `out`.
         names: Files that will be written.
     """
     if (out is None) == (resume is None):

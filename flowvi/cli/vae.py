@@ -31,7 +31,7 @@ READ = {
     "gaussian": "grey",
     "gaussian_fixed": "grey",
 }
-# For the digits, which are few and small, and for files.
+# Default sizes for the digits, which are few and small, and for files.
 SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
 LARGE = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
 

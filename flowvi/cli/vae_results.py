@@ -43,7 +43,7 @@ MAPPED = 1000
 
 @dataclass(frozen=True)
 class Run:
-    """What was trained, and how it is to be measured.
+    """A trained autoencoder, and settings of its measurements.
 
     Attributes:
         images: The data.
@@ -86,7 +86,7 @@ def report(
 
 
 def _files(run: Run, found: RowBounds, rows: list[tuple[str, float, float]]) -> Iterator[File]:
-    """Every file of the results, the dearest first."""
+    """Every file of the results, the most important first."""
     yield File(f"{FIT}/", "the fit, for flowvi.load", run.fit.save)
     facts = json.dumps(run.facts, indent=1)
     for name, what, write in (

@@ -23,7 +23,7 @@ def has_trees() -> bool:
     """Whether this ArviZ keeps groups in trees."""
     import arviz as az
 
-    # To ask for InferenceData is to be warned.
+    # Access to az.InferenceData raises a warning.
     return "InferenceData" not in vars(az)
 
 
@@ -89,7 +89,7 @@ def read_groups(path: Path) -> az.InferenceData:
 
 @contextmanager
 def as_written(path: Path) -> Iterator[None]:
-    """Say of a file that it lacks what flowvi writes, whatever comes of that."""
+    """Report errors of reading as a file that lacks what flowvi writes."""
     try:
         yield
     except (LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -98,7 +98,7 @@ def as_written(path: Path) -> Iterator[None]:
 
 
 def _check_file(path: Path) -> None:
-    """Refuse a file of others that leads out of itself, or claims more than it can hold."""
+    """Refuse a file that links to other files, or claims more values than it can hold."""
     import h5py
 
     if not path.is_file():
@@ -129,7 +129,7 @@ def _check_group(group: Any, most: float, above: list[Any]) -> None:
 
 
 def _rebuilt(path: Path) -> str:
-    """What is left of results whose draws cannot be read."""
+    """Hint at the saved fit, if the draws of a folder of results cannot be read."""
     fit = path.parent / "fit"
     if not (fit / "fit.json").is_file():
         return ""

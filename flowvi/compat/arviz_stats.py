@@ -48,12 +48,12 @@ def summary(idata: az.InferenceData) -> pd.DataFrame:
 
 
 def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:
-    """ArviZ's record of LOO, pointwise; with fields of one's own in place of its own.
+    """ArviZ's record of LOO, pointwise; given fields replace those of the record.
 
     Args:
         idata: Groups with the log likelihood.
         name: The observed site.
-        fields: By the names of ArviZ 0.23.
+        fields: Values by the field names of ArviZ 0.23.
     """
     arviz = _arviz()
     if fields is None:

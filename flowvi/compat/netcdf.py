@@ -1,7 +1,7 @@
-"""Groups of ArviZ on disk: files whole or not there; a full disk is an error, and no crash.
+"""Write ArviZ groups to disk. A file is complete or absent, and a full disk raises an error.
 
-The HDF5 library ends the process where the disk is full when it closes a file. So the
-file is made in memory, and its bytes are written by `flowvi.runtime.files`.
+The HDF5 library aborts the process if the disk is full when it closes a file. So the file is
+made in memory, and its bytes are written by `flowvi.runtime.files`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BESIDE, SHARE = 2**20, 1.05
 def write_groups(idata: az.InferenceData, path: Path) -> None:
     """Write all groups to a NetCDF file, or to a folder of Zarr if the name ends in .zarr.
 
-    It is whole afterwards, or as it was before: a file, or no folder.
+    After an error an old file is unchanged, and no folder is left.
 
     Raises:
         OSError: The disk is full, or the folder of Zarr is there already.

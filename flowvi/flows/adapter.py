@@ -24,7 +24,7 @@ class FromTransform(Layer):
     transforms start is up to their authors; Pyro's are not the identity.
 
     Args:
-        transform: The transform. What it has of parameters is trained if it is a
+        transform: The transform. Its parameters are trained if it is a
             module; a plain transform with tensors inside keeps its dtype.
     """
 
@@ -57,7 +57,7 @@ class FromTransform(Layer):
 
 
 def _evaluate(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
-    """Output and log determinant, with nothing remembered from before or left behind."""
+    """Output and log determinant, without the cache of the transform."""
     _forget(transform)
     y = transform(x)
     # Some transforms take their log determinant from the call just made, and only from there.

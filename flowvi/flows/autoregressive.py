@@ -1,4 +1,4 @@
-"""Autoregressive layers: each coordinate moves as those before it say."""
+"""Autoregressive layers: the map of each coordinate depends on the coordinates before it."""
 
 from typing import cast
 
@@ -12,7 +12,7 @@ from flowvi.flows.spline import RationalQuadratic
 
 
 class Autoregressive(Layer):
-    r"""Map each coordinate as a network of the coordinates before it says.
+    r"""Map each coordinate with parameters from a network of the coordinates before it.
 
     With a monotone map f of one coordinate and a masked network h,
 

@@ -150,7 +150,7 @@ def runge_kutta(
 
 
 def adaptive() -> Callable[..., Tensor]:
-    """The adaptive solver, or an error that says how to get it."""
+    """The adaptive solver, or an error with the command that installs it."""
     try:
         from torchdiffeq import odeint
     except ImportError as error:

@@ -14,7 +14,7 @@ from flowvi.flows.tails import Loft
 
 
 class Coupling(Layer):
-    r"""Map one half of the vector coordinate by coordinate, as the other half says.
+    r"""Map one half of the vector, with parameters from a network of the other half.
 
     With :math:`x = (a, b)`, a monotone map f of one coordinate and a network h,
 

@@ -1,6 +1,6 @@
-r"""Affine couplings, their scores and gradients, written out: what most steps of most fits are.
+r"""Affine couplings with their scores and gradients written out, for speed.
 
-A coupling moves b as a network of a says, and a stays. With the network's hidden units h and m
+A coupling maps b with parameters from a network of a. With the network's hidden units h and m
 before their SiLU, written :math:`\sigma`,
 
 .. math::
@@ -44,7 +44,7 @@ class Halves(NamedTuple):
     swap: bool
 
     def split(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """What stays and what moves."""
+        """The half that stays, and the half that is mapped."""
         first, second = x.split(self.sizes, dim=-1)
         return (second, first) if self.swap else (first, second)
 
@@ -72,13 +72,13 @@ Plan = Order | Move | Series
 def push(
     plan: Plan, x: Tensor, score: Tensor, context: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Move points as a plan says, and carry the score along, as `Layer.push` does.
+    """Apply the layers of a plan to points and their score, as `Layer.push` does.
 
     Args:
         plan: Couplings and orders.
         x: Points, (..., D).
         score: Gradient of a log density there, (..., D).
-        context: What the networks are conditioned on.
+        context: Context of the networks.
     """
     given: list[Tensor | None] = []
     for move in _leaves(plan):
@@ -178,7 +178,7 @@ def _back(
     weights: tuple[Tensor, ...],
     lifted: torch.Size | None,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Gradients by what came in, and by the seven tensors that were given for the move."""
+    """Gradients with respect to the inputs, and to the seven tensors of the coupling."""
     (a, u, du, v, dv, ds, scale, scaled), (w1, w2, w3) = kept, weights
     zeros = torch.zeros_like
     by_a, by_b = (zeros(a), zeros(scale)) if by_y is None else halves.split(by_y)

@@ -1,4 +1,4 @@
-"""What is known of each family, for the table of the documentation."""
+"""Facts about each family of flows, for the table of the documentation."""
 
 from __future__ import annotations
 

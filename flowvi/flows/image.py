@@ -103,8 +103,8 @@ class ContextMap(nn.Module):
 
     Args:
         shape: (C, H, W) of the context, flattened.
-        size: (H, W) of what it becomes: averages or repetitions of its pixels.
-        hidden: Channels of what it becomes.
+        size: (H, W) of the result, by averages or repetitions of pixels.
+        hidden: Channels of the result.
     """
 
     def __init__(self, shape: Shape, size: tuple[int, int], hidden: int) -> None:

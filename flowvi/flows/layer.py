@@ -1,4 +1,4 @@
-"""What a flow is made of: the contract of a layer, and layers one after the other."""
+"""Layers of flows: the contract of a layer, and chains of layers."""
 
 from collections.abc import Iterable
 from functools import reduce
@@ -47,7 +47,7 @@ class Layer(nn.Module):
         Args:
             x: Points, (..., D).
             score: Gradient of a log density at x, (..., D).
-            context: What the layer is conditioned on.
+            context: Context of the layer, (*B, C).
 
         Returns:
             y (..., D) and log|det dy/dx| (...), as from `forward`, and the gradient at y of the
@@ -66,13 +66,13 @@ class Layer(nn.Module):
     def planned(
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
-        """What `push` returns, by one operation that is written out, if there is one."""
+        """The result of `push` by one fused operation, if there is one."""
         # It is in one precision.
         plan = None if torch.is_autocast_enabled(x.device.type) else self.plan()
         return None if plan is None else coupling_kernel.push(plan, x, score, context)
 
     def initialise(self, y: Tensor, context: Tensor | None = None) -> Tensor:
-        """Take data to the base, setting on the way what starts from data. (..., D) -> (..., D).
+        """Map data to the base, and initialise layers on the way. (..., D) -> (..., D).
 
         Nothing is set in most layers; see `ActNorm` for one that is.
         """

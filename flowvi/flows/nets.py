@@ -75,7 +75,7 @@ class Perceptron(nn.Module):
         return self.last(silu(m)), partial(pulled, weights, (h, m))
 
     def lifted(self, context: Tensor | None) -> Tensor | None:
-        """What the context adds to the first hidden units, (*B, hidden); None without one."""
+        """Contribution of the context to the first hidden units, (*B, hidden); None without one."""
         if self.context is None:
             return None
         return cast(Tensor, self.context(required(context, self.context.in_features)))
@@ -98,7 +98,7 @@ def pulled(
 
 
 def required(context: Tensor | None, context_dim: int) -> Tensor:
-    """The context, or an error that says which one is missing."""
+    """The context, or an error if it is missing."""
     if context is None:
         raise ValueError(f"This flow is conditional: pass context=, a tensor (*B, {context_dim}).")
     if context.shape[-1] != context_dim:

@@ -81,7 +81,7 @@ class MonotoneNetwork(Elementwise):
 
 
 def _bend(x: Tensor, sharp: Tensor, place: Tensor, slope: Tensor) -> tuple[Tensor, Tensor]:
-    """What the bends add to the line, and the slope of their sum with it, both (..., D)."""
+    """Sum of the nonlinear terms, and the slope of the whole map, both (..., D)."""
     t = torch.tanh(sharp * (x.unsqueeze(-2) - place))
     rise = (slope - 1) / sharp * t
     # A sum of positive terms, as in `planar`.

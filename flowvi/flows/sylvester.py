@@ -174,7 +174,7 @@ class GramSchmidt(nn.Module):
 
 
 class Reflected(nn.Module):
-    """The basis that a product of reflections makes of the unit vectors.
+    """The image of the unit vectors under a product of reflections.
 
     Args:
         dim: Length D of the vectors, and their number.

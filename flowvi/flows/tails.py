@@ -70,7 +70,7 @@ class SinhArcsinh(Layer):
 
 
 class Loft(Layer):
-    r"""Pull in what lies far out, logarithmically; leave the rest alone.
+    r"""Compress the tails logarithmically; the identity near the centre.
 
     .. math:: y = \operatorname{sign}(x) \, (\log(\max(|x| - t, 0) + 1) + \min(|x|, t))
 

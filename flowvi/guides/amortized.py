@@ -79,16 +79,16 @@ class Amortised(RowGuide):
 class SharedAmortised(Amortised):
     """A guide of a row given latents that all rows share, q(z_n | x_n, theta).
 
-    Its context is (c_n, theta) plus what a perceptron makes of both, zero at the start: a density
-    that is linear in its context then follows products of the row and theta too.
+    Its context is (c_n, theta) plus the output of a perceptron of both, which is zero at the start.
+    So a guide that is linear in its context can depend on products of the row and theta, too.
 
     Args:
         encoder: As for `Amortised`, to C numbers.
         guide: A guide with a context of length C + G.
-        mix: From theta, in the context c_n, to what is added.
+        mix: Perceptron from theta and c_n to the term that is added.
 
     Attributes:
-        origin, widths: Units in which it sees theta, (G) each; 0 and 1 at first.
+        origin, widths: Centre and scale by which theta is standardised, (G) each; 0 and 1 at first.
     """
 
     origin: Tensor
@@ -121,7 +121,7 @@ class PerRow(RowGuide):
 
     def __init__(self, rows: int, guide: Guide, context_dim: int) -> None:
         super().__init__(guide)
-        # At zero neither these nor the weights that they are multiplied by would have a gradient.
+        # Not zero: neither these nor the weights that multiply them would have a gradient.
         self.vectors = nn.Embedding(rows, context_dim)
 
     def context(self, rows: Any) -> Tensor:
@@ -175,7 +175,7 @@ class Encoder(nn.Module):
 
 
 def data_of(rows: Any) -> Sequence[Tensor]:
-    """The tensors of rows, however they were given."""
+    """The tensors of rows: of a `Batch`, a tensor, or a sequence of tensors."""
     if isinstance(rows, Batch):
         return rows.data
     if isinstance(rows, Tensor):

@@ -17,8 +17,8 @@ class Part(NamedTuple):
     """One block of a guide.
 
     Attributes:
-        guide: Of the block's coordinates; its context is that of the whole, then the
-            blocks that are given.
+        guide: Guide of the block's coordinates; its context is that of the whole guide, followed
+            by the blocks on which it depends.
         columns: Which coordinates of z these are, (d).
         given: Numbers of earlier blocks that it depends on.
     """
@@ -33,13 +33,13 @@ class BlockGuide(Guide):
 
     .. math:: q(z) = \prod_b q_b(z_b \mid (z_g - o_g) / r_g, \; g \in \mathrm{given}(b))
 
-    The origins o and widths r are constants, 0 and 1 until `start` is called: a block
-    then sees the others in units of their own scale, and its mean follows them as
-    that of the Gaussian does.
+    The origins o and widths r are constants, 0 and 1 until `start` is called. After that a
+    block gets the others in units of their own scale, and its mean depends on them as the
+    conditional mean of the Gaussian does.
 
     Args:
         parts: Blocks whose columns are those of z, each once.
-        spec: What `block_guide` makes the same guide of, if it can.
+        spec: Arguments with which `block_guide` makes the same guide, if it can.
     """
 
     kind: ClassVar[str] = "blocks"
@@ -155,7 +155,7 @@ class BlockGuide(Guide):
         return found - {b}
 
     def _context(self, b: int, pieces: Sequence[Tensor], context: Tensor | None) -> Tensor | None:
-        """What a block is conditioned on: the context itself, and the blocks it is given."""
+        """The context of a block: that of the guide, and the blocks on which it depends."""
         if not self.given[b]:
             return context
         columns = self.order.split(self.sizes)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flowvi.flows import InSingle, Layer
 
-# Beyond so many dimensions a matrix of D x D is too much.
+# Beyond this number of dimensions a D x D matrix is too large.
 FULL_RANK_DIM = 2000
 # Points (*S, D) to log densities (*S).
 LogDensity = Callable[[Tensor], Tensor]
@@ -27,13 +27,13 @@ class Draw(NamedTuple):
 
 
 class Strata(NamedTuple):
-    """The same number of samples from every part of a guide, one part after the other.
+    """Stratified samples: the same number from every component of a guide, in their order.
 
     Attributes:
         z: Samples, (N, *S, *B, D), N the number of parts times the draws of each.
         log_q: Log density under the whole guide, (N, *S, *B).
-        log_share: Log of what each draw counts in an average over the guide,
-            broadcastable to (N, *S, *B); the shares add up to one over N.
+        log_share: Log weight of each draw in an average over the guide, broadcastable to
+            (N, *S, *B); the weights add up to one over N.
     """
 
     z: Tensor
@@ -42,7 +42,7 @@ class Strata(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """Strata with the score of the guide at its own draws.
+    """Stratified samples with the score of the guide at each draw.
 
     Attributes:
         z: As in `Strata`; for a joint guide, the other variables stand behind z.
@@ -64,10 +64,10 @@ class Guide(nn.Module):
     Attributes:
         dim: Length D of z.
         pathwise: Whether the gradient of an average over draws is that of the draws.
-        flat: Whether `start` makes no use of correlations: of a Gaussian, the scales are enough.
+        flat: Whether `start` uses only the scales of a Gaussian, not its correlations.
         joint: Whether z is drawn with other variables, so that its own density is an integral.
-        kind: What `make_guide` calls such guides, where they can be made again by name.
-        spec: The sizes with which it makes this one, if it can.
+        kind: Name of such guides in `make_guide`, if it can make them.
+        spec: Arguments with which `make_guide` makes this guide, if it can.
     """
 
     dim: int
@@ -91,7 +91,7 @@ class Guide(nn.Module):
         return Strata(z, log_q, log_q.new_full((), -math.log(shape[0])))
 
     def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
-        """Draw as `strata` does, and differentiate log q at the draws, for path gradients."""
+        """Draw from every part, with the gradient of log q at each draw, for path gradients."""
         z, log_q, log_share = self.strata(shape, context)
         with torch.enable_grad():
             fixed = z.detach().requires_grad_()
@@ -100,23 +100,23 @@ class Guide(nn.Module):
         return Scored(z, log_q, log_share, score)
 
     def lifted(self, log_p: LogDensity) -> LogDensity:
-        """The density to compare the draws of `scored` with: of z, and of what is behind it."""
+        """The density of z and of the other variables that a joint guide draws behind it."""
         return log_p
 
     def skip(self, shape: tuple[int, ...]) -> None:
-        """Take the random numbers of `strata` and `scored` from the generator, and no draws."""
+        """Advance the generator as a draw of this shape does, without computing the draw."""
         with torch.no_grad():
             self.strata(shape)
 
     def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        """Log density of the part that each draw of `strata` came from, less the whole's."""
+        """Log density of each draw's own component, less that of the whole guide."""
         return z.new_zeros(())
 
     def in_single(self) -> Guide | None:
-        """A copy of a guide in double precision that does in single what loses nothing by it.
+        """A copy of a guide in double precision whose flow is evaluated in single precision.
 
-        Its parameters are those of the guide, in the same order. None if there is nothing
-        like that.
+        Its parameters are those of the guide, in the same order. None if the guide has no
+        layer for which single precision is enough.
         """
         return None
 
@@ -138,7 +138,7 @@ def mixed_precision_copy(flow: Layer) -> Layer | None:
 
 @contextmanager
 def constant(*modules: nn.Module) -> Iterator[None]:
-    """Spare the gradients of parameters inside the block."""
+    """Treat the parameters of modules as constants inside the block."""
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     for p in trained:
         p.requires_grad_(False)

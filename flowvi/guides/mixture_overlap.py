@@ -9,14 +9,14 @@ from torch import Tensor
 
 from flowvi.guides.mixtures import MixtureGuide
 
-# Two components that share more than this are one; one with less weight than that is not used.
+# Components with a larger overlap count as one; a component with less weight counts as unused.
 SAME = 0.9
 UNUSED = 0.01
 
 
 @dataclass(frozen=True, eq=False)
 class Overlap:
-    """What the components of a mixture weigh, and what they share.
+    """Weights of the components of a mixture, and their overlap.
 
     Attributes:
         weights: Weight of each component, (M), averaged over the rows of the context.

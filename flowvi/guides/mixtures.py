@@ -18,8 +18,8 @@ class MixtureGuide(Guide):
 
     .. math:: q(z) = \sum_m \pi_m q_m(z), \qquad \pi = \mathrm{softmax}(\lambda)
 
-    The density is exact. `sample` picks a component for each draw, so what it
-    returns has no gradient with respect to the weights. Objectives draw from
+    The density is exact. `sample` picks a component for each draw, so its draws
+    have no gradient with respect to the weights. Objectives draw from
     every component instead, by `strata`: an average over the guide is then
     :math:`\sum_m \pi_m E_{q_m}[\cdot]`, in which the weights stand openly.
     Scoring the draws of all M components takes M^2 calls of a component.

@@ -43,19 +43,19 @@ class MultiplicativeGuide(Guide):
     :math:`p(z) / \hat q` average to the evidence, so every bound and diagnosis made of them holds.
     The ELBO is below that of q(z) itself, and r is trained to close the gap.
 
-    Given t, z tells of :math:`t_u` by one number, a weighted sum of its unit. So r is a flow in
-    units of
+    The information of z on :math:`t_u` is one number, a weighted sum of the coordinates of the
+    unit. So r is a flow in units of
 
     .. math:: t_u \approx b_u + \sum_{i \in u} a_i (z_i - o_i) / r_i
 
-    that sees all these sums. When the guide starts, a, b and the scales of r make it exact.
+    whose context are all these sums. At the start, a, b and the scales of r make it exact.
     (Louizos and Welling take the hyperbolic tangent of a projection instead.)
 
     Args:
         units: Number of the unit of each coordinate, (D); -1 for none.
         flow: Row of `FLOWS`, for q(t) and for r(t | z).
         sizes: Of both flows, such as their depth.
-        spec: What `multiplicative_guide` makes the same guide of, if it can.
+        spec: Arguments with which `multiplicative_guide` makes the same guide, if it can.
 
     References:
         Louizos and Welling (2017), "Multiplicative Normalizing Flows for Variational Bayesian
@@ -150,9 +150,10 @@ class MultiplicativeGuide(Guide):
 
     @torch.no_grad()
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Become the diagonal normal nearest to N(loc, L L^T), or next to it.
+        """Become nearly the diagonal normal that is nearest to N(loc, L L^T).
 
-        A little of each variance is that of the multipliers, whose draws correlate a unit's.
+        A small part of each variance comes from the multipliers, which correlate the coordinates
+        of a unit.
         """
         fresh = [self.shift, self.log_scale, self.slope, self.centre, self.log_width]
         for p in fresh:
@@ -191,7 +192,7 @@ class MultiplicativeGuide(Guide):
         return self.origin + self.width * self.shift
 
     def _sums(self, z: Tensor) -> Tensor:
-        """What z tells of each t, (*S, Z)."""
+        """The weighted sum of the coordinates of each unit, (*S, Z)."""
         return self._added(self.slope * (z - self.origin) / self.width)
 
     def _added(self, values: Tensor) -> Tensor:

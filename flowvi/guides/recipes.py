@@ -1,4 +1,4 @@
-"""Guides that are built when the target, or its rows, are known."""
+"""Recipes of guides that are built for a given target."""
 
 from __future__ import annotations
 

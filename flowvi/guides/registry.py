@@ -32,7 +32,7 @@ def mixture(
         context_dim: Length C of the context; 0 for an unconditional guide.
         components: Number of components M.
         component: Name of their kind, for `make_guide`.
-        parts: For components of different kinds, what `make_guide` takes for each, by name.
+        parts: For components of different kinds, the arguments of `make_guide` for each.
     """
     kinds = [{"name": component}] * components if parts is None else parts
     made = [make_guide(dim=dim, context_dim=context_dim, **kind) for kind in kinds]

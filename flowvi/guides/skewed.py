@@ -11,8 +11,8 @@ from flowvi.guides.guide import FULL_RANK_DIM, Guide, mixed_precision_copy
 from flowvi.guides.pushforward import Pushforward
 from flowvi.runtime.arguments import whole
 
-# And beyond so many, a fit of more than a Gaussian leaves the matrix as it found it: each of its
-# numbers would move by Adam's step size, whatever its gradient, which adds up to nats.
+# Beyond this dimension the triangular matrix stays as it was at the start: Adam moves each of its
+# entries by about the step size, whatever the gradient, and that noise adds up to nats.
 HELD_DIM = 300
 
 

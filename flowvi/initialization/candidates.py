@@ -42,12 +42,12 @@ LARGE = 300
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
 JUDGE_DRAWS = 400
-# Of the candidates from one start, the best is chosen by fewer.
+# Draws by which the best candidate of one start point is chosen.
 SIFT_DRAWS = 100
-# Candidates that are tried where all starts lead to one mode: one that knows nothing of it, two
-# that do.
+# Where all starts lead to one mode: how many candidates on the way to it are refined.
 AWARE = 2
-# A normal around a start point of which draws have no density is narrowed by this, so many times.
+# If draws of a normal around a start point have no finite density, its scale is multiplied by
+# this factor, at most so many times.
 NARROWER, TIMES = 0.1, 12
 
 
@@ -69,11 +69,11 @@ class Space(Density, Protocol):
 
 
 class Found(NamedTuple):
-    """What the search for a Gaussian found.
+    """Result of the search for a Gaussian start.
 
     Attributes:
-        best: The best.
-        others: What became of the other candidates.
+        best: The candidate with the highest ELBO, refined.
+        others: The other candidates that were refined.
         ends: Where the ascents have ended, (N, D).
     """
 
@@ -83,10 +83,10 @@ class Found(NamedTuple):
 
 
 class Group(NamedTuple):
-    """What there is to try at one start point.
+    """Candidates from one start point.
 
     Attributes:
-        normals: The first of them around the start point itself.
+        normals: Candidates, the first of them around the start point itself.
         end: Where the ascent from there has ended, (D).
     """
 
@@ -108,49 +108,27 @@ def best_gaussian(
     Candidates are narrow normals at start points, and Laplace approximations
     along and at the end of L-BFGS paths to a mode: where the density has no
     mode, as in a centred hierarchy, an earlier point of the path wins. The
-    best ELBO on common draws is refined by `refine`. Where all ascents end in
-    one mode, the best normal that knows of it is enough, and the best that does not.
+    best ELBO on common draws is refined by `refine`. Where all ascents end in one
+    mode, few candidates are enough: the best around a start point, and two at the mode.
 
     Args:
         target: The log density.
-        seed: Of the start points and draws.
-        diagonal: Restrict the covariance to a diagonal, of which there are only the scales, (D).
-        say: Takes a sentence about every decision.
-        over: Asked now and then whether to make do with what there is.
-        median: Of the prior, (D), another point to start from.
+        seed: Seed of the start points and draws.
+        diagonal: Restrict the covariance to a diagonal; the scale has shape (D).
+        say: Takes a sentence about every decision, for the log.
+        over: Returns whether the time for the search is spent.
+        median: Median of the prior, (D), another point to start from.
         places: Points where the density is finite, (N, D), for start points where it is not.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    blind, aware, ends = [], [], []
-    for group in up_to_now(candidates(target, generator, median, diagonal, places)):
-        around, *rest = group.normals
-        blind.append(_narrowed(target, score(target, around, judge), judge))
-        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
-        sifted = [score(target, g, few) for g in rest]
-        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
-        ends.append(group.end)
-        if over():
-            break
-    # The best start need not lead to the best Gaussian, for a spike flatters its neighbourhood
-    # where the density is unbounded: of each start, the normal that knows nothing of modes is
-    # tried beside the best of those that do, unless another start led to the same.
-    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
-    if not found:
-        raise ValueError(
-            f"The log density of {target.name} is not finite around any start point; "
-            "rescale the data or narrow the priors."
-        )
+    groups = candidates(target, generator, median, diagonal, places)
+    found, ends = _scored(target, groups, judge, over)
     if diagonal:
         found = [score(target, diagonal_of(g), judge) for g in found]
-    found = sorted(found, key=lambda g: -g.elbo)
-    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
-    if over():
-        found = [kind[0] for kind in kinds if kind]
-    elif target.dim <= LARGE and _one_mode(target, ends):
-        found = [*kinds[0][:1], *kinds[1][:AWARE]]
+    found = _worth_refining(target, found, ends, over)
 
     first = found if target.dim <= LARGE else found[:2]
     if target.dim > LARGE and not diagonal:
@@ -163,6 +141,48 @@ def best_gaussian(
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
+
+
+def _scored(
+    target: Space, groups: Iterator[Group], judge: Tensor, over: Callable[[], bool]
+) -> tuple[list[Gaussian], list[Tensor]]:
+    """The best normals of each start point with their ELBOs, and the ends of the ascents, (D) each.
+
+    The start point with the highest ELBO need not lead to the best Gaussian: near a spike, where
+    the density is unbounded, the ELBO of a narrow normal is high. So each start point gives two
+    candidates: the normal around the start point itself, and the best of those on the way to a
+    mode, unless another start point led to the same one.
+    """
+    blind, aware, ends = [], [], []
+    for group in up_to_now(groups):
+        around, *rest = group.normals
+        blind.append(_narrowed(target, score(target, around, judge), judge))
+        few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
+        sifted = [score(target, g, few) for g in rest]
+        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
+        ends.append(group.end)
+        if over():
+            break
+    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
+    if not found:
+        raise ValueError(
+            f"The log density of {target.name} is not finite around any start point; "
+            "rescale the data or narrow the priors."
+        )
+    return found, ends
+
+
+def _worth_refining(
+    target: Space, found: list[Gaussian], ends: list[Tensor], over: Callable[[], bool]
+) -> list[Gaussian]:
+    """Candidates in the order of their ELBOs: the best of each kind where these are enough."""
+    found = sorted(found, key=lambda g: -g.elbo)
+    kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
+    if over():
+        return [kind[0] for kind in kinds if kind]
+    if target.dim <= LARGE and _one_mode(target, ends):
+        return [*kinds[0][:1], *kinds[1][:AWARE]]
+    return found
 
 
 def _narrowed(target: Space, g: Gaussian, judge: Tensor) -> Gaussian:
@@ -192,7 +212,8 @@ def _flat_first(
 ) -> Gaussian:
     """The best Gaussian without correlations from the same place, if that is better.
 
-    Of many dimensions, as of a network's weights, a matrix from one place can be worse than none.
+    In many dimensions, as with the weights of a network, the curvature at one point can give a
+    worse covariance matrix than a diagonal.
     """
     flat = score(target, diagonal_of(g), judge)
     flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, over)
@@ -211,7 +232,7 @@ def settled(
     *,
     diagonal: bool = False,
 ) -> Gaussian:
-    """A Gaussian after as many rounds as it takes, at most so many; a few where time is over."""
+    """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
     try:
         with droppable():
             return _settled(target, g, generator, judge, over, rounds, diagonal)
@@ -270,7 +291,7 @@ def candidates(
 
 
 def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
-    """Start points with the prior's median for the last, and others for those without density."""
+    """Start points of finite density; the last one is the median of the prior, if it is known."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
         # The last of them is random.
         starts[-1] = median
@@ -336,7 +357,7 @@ def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
 
 
 def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
-    """Laplace's approximation after the Newton steps that L-BFGS left undone."""
+    """Laplace's approximation after a few more Newton steps."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)
     for _ in range(NEWTON_STEPS if target.dim <= SMALL else 2 * (target.dim <= LARGE)):

@@ -15,7 +15,7 @@ from flowvi.flows.affine import nearest_scales
 
 REFINE_STEPS = 10
 FIRST_RATE = 0.5
-# Rounds where the time for them is over: none at all would leave what may be a spike.
+# Rounds that are done even if time is over: without any, the start may be a narrow spike.
 HASTY_ROUNDS = 3
 LAST_RATE = 0.01
 # Pairs of opposite draws behind one natural-gradient step.
@@ -45,11 +45,11 @@ class Gaussian:
         scale_tril: Lower triangular L with covariance L L^T, (D, D); or the standard
             deviations alone, (D), where the covariance is diagonal and D is large.
         name: Where it came from.
-        elbo: Its evidence lower bound, on draws that judged all candidates alike.
-        blind: Whether it began at a start point itself, not on the way to a mode.
+        elbo: Its evidence lower bound, on the same noise for all candidates.
+        blind: Whether it is centred at a start point, not on the way to a mode.
         overshot: Whether Newton's steps from it went too far.
-        mass: Log of the mass around it, where it stands for a mode; NaN otherwise.
-        mass_se: Standard error of that.
+        mass: Log of the posterior mass around it, if it stands for a mode; NaN otherwise.
+        mass_se: Standard error of the mass.
     """
 
     loc: Tensor
@@ -62,7 +62,7 @@ class Gaussian:
     mass_se: float = math.nan
 
     def state(self) -> dict[str, Any]:
-        """All of it, as `write_state` takes it."""
+        """All fields, as `write_state` takes them."""
         return {f.name: getattr(self, f.name) for f in fields(self)}
 
     def at(self, eps: Tensor) -> Tensor:
@@ -180,7 +180,7 @@ def _natural_step(
 def score(target: Density, g: Gaussian, eps: Tensor) -> Gaussian:
     """The same Gaussian with its ELBO on given noise, (S, D).
 
-    It is minus infinity where some draw has no density, or one that is infinite by rounding.
+    The ELBO is minus infinity if the density of some draw is zero or not finite.
     """
     log_p = evaluate(target, g.at(eps))
     log_q = -0.5 * (eps.square().sum(-1) + len(g.loc) * math.log(2 * math.pi))
@@ -200,7 +200,7 @@ def distinct(candidates: Sequence[Gaussian], most: int) -> list[Gaussian]:
 
     Args:
         candidates: Gaussians with their ELBOs.
-        most: How many are wanted at the most.
+        most: Largest number of candidates.
     """
     found: list[Gaussian] = []
     for g in sorted(candidates, key=lambda g: -g.elbo):

@@ -14,9 +14,10 @@ from flowvi.targets import Target
 DRAWS = 200
 # Mass that matters, relative to what the guide holds.
 SHARE = 0.02
-# A typical log weight that is this far above the guide's own marks a place that it leaves out.
+# Nats by which the median log weight in a mode exceeds that of the guide, if the guide lacks it.
 EXCESS = 3.0
-# Draws there, in units of the mode's widths: a guide without correlations covers the middle alone.
+# Scale of the draws, in units of the mode's widths: a guide without correlations covers only the
+# middle of a mode.
 MIDDLE = 0.5
 
 
@@ -52,7 +53,7 @@ def left_out(
 
 
 def sentence(found: Sequence[Gaussian], covered: float) -> str:
-    """Say what `left_out` found."""
+    """Sentence on the modes that `left_out` found."""
     modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
     share, error = _share(found, covered)
     return (

@@ -20,13 +20,13 @@ from flowvi.targets import Target
 
 # Further starts: in any case, and where there is more than one mode at least and at most.
 FIRST, FEWEST, MOST = 3, 8, 40
-# Of more modes nothing is made.
+# With more modes than this, the search ends.
 ENOUGH = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
 UNSEEN = 0.05
 # Draws behind the mass of a mode.
 MASS_DRAWS = 1000
-# Nats by which Laplace's approximation may be wrong about a mode that counts.
+# Largest error, in nats, that Laplace's approximation of a mode's mass is assumed to have.
 WRONG = 5.0
 
 
@@ -41,10 +41,10 @@ def further_modes(
 ) -> list[Gaussian]:
     r"""Normals at modes that lie apart from the one where the fit starts.
 
-    A mode is a point where Newton's steps have converged (`flowvi.initialization.peaks.finished`),
-    and from which every path found to another falls by a nat (`flowvi.initialization.peaks.apart`).
-    Its mass is estimated by draws from its normal, with a standard error. Ascents that do
-    not converge, as where the density has no bound, count for nothing.
+    A mode is a point where Newton's steps have converged, and from which every path found to
+    another mode falls by a nat (see `flowvi.initialization.peaks`). Its mass is estimated by
+    draws from its normal, with a standard error. Ascents that do not converge, as where the
+    density has no bound, count for nothing.
 
     Nothing more is done where the first ends of ascents, three more and the density's symmetries
     lead to no other mode. Otherwise ascents go on from draws from the prior, until
@@ -59,9 +59,9 @@ def further_modes(
         home: The Gaussian that the fit starts with.
         ends: Where ascents from the first start points have ended, (N, D).
         places: Points to start from, (N, D).
-        seed: Of the draws.
-        say: Takes a sentence about what was found.
-        over: Asked now and then whether to make do with what there is.
+        seed: Seed of the draws.
+        say: Takes a sentence about the modes, for the log.
+        over: Returns whether the time for the search is spent.
 
     References:
         Good (1953), "The population frequencies of species and the estimation of
@@ -73,25 +73,32 @@ def further_modes(
     climb = _Climb(target, home)
     for end in ends:
         climb.ended(end)
-    if target.dim <= LARGE:
-        for start in places[:FIRST]:
-            if not over():
-                climb.ended(ascend(target, start)[-1])
-    first = climb.count
-    if target.dim <= LARGE:
-        found = symmetries(target, places)
-        for symmetry in found:
-            say(f"the density stays the same: {symmetry.words}")
-        for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
-            climb.ended(image)
-        if climb.count > 1:
-            _more(climb, places[FIRST:], over)
+    first = _search(climb, places, say, over) if target.dim <= LARGE else climb.count
     if climb.count > 1:
         say(
             f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
             "of other ascents are none"
         )
     return _weighed(target, home, climb.peaks, seed, over)
+
+
+def _search(
+    climb: _Climb, places: Tensor, say: Callable[[str], None], over: Callable[[], bool]
+) -> int:
+    """Look for more modes from further starts and symmetries; how many the first starts found."""
+    target = climb.target
+    for start in places[:FIRST]:
+        if not over():
+            climb.ended(ascend(target, start)[-1])
+    first = climb.count
+    found = symmetries(target, places)
+    for symmetry in found:
+        say(f"the density stays the same: {symmetry.words}")
+    for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
+        climb.ended(image)
+    if climb.count > 1:
+        _more(climb, places[FIRST:], over)
+    return first
 
 
 class _Climb:
@@ -141,7 +148,7 @@ class _Climb:
 
 
 def _more(climb: _Climb, places: Tensor, over: Callable[[], bool]) -> None:
-    """Ascents from other places, until hardly any could lead to a mode not seen yet."""
+    """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
     for i, start in enumerate(places[:MOST]):
         rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
@@ -168,7 +175,7 @@ def _weighed(
             continue
         g = score(target, laplace, judge)
         better = refine(target, g, generator, judge, False, TRY_ROUNDS, over)
-        # A low peak on the slope of a larger mass may be left for that.
+        # Refinement may move from a low peak to a larger mass nearby.
         g = better if nearest(target, better.loc, [peak.loc]) is not None else g
         found.append(_with_mass(target, g, noise(MASS_DRAWS)))
     return [g for g in found if math.isfinite(g.mass)]

@@ -14,14 +14,14 @@ from flowvi.initialization.candidates import best_gaussian
 from flowvi.initialization.gaussian import Gaussian
 from flowvi.targets import LocalTarget
 
-# Latents of rows that the normal is over, at most, beside those that all rows share.
+# Largest number of row latents in the normal, beside the shared latents.
 SEEN = 60
-# Beyond so many dimensions in all it has no correlations.
+# Beyond this number of dimensions in all, the normal has no correlations.
 MOST_DENSE = 150
 
 
 class Start(NamedTuple):
-    """A normal of theta, and what the latents of a row are around it.
+    """A normal of theta, and the linear regression of a row's latents on theta.
 
     Attributes:
         loc: Mean of theta, (G).
@@ -43,11 +43,11 @@ class Start(NamedTuple):
         return self.scale_tril if self.scale_tril.dim() == 1 else self.scale_tril.norm(dim=1)
 
     def begin(self, inner: Amortised, sees_theta: bool) -> None:
-        """Have a fresh guide of rows begin at their spread, and follow theta to first order.
+        """Start a fresh guide of rows at their mean and spread, and at their slope in theta.
 
         Args:
             inner: The guide; its context ends with theta in units of `loc` and `widths`.
-            sees_theta: Whether it does.
+            sees_theta: Whether the context contains theta.
         """
         inner.start(self.centre, self.spread)
         if isinstance(inner, SharedAmortised):
@@ -101,7 +101,7 @@ class SomeRows:
 def start(target: LocalTarget, seed: int) -> Start | None:
     """The best normal of theta and some rows, from their data alone; None if there is none.
 
-    Of fewer rows than the data it is wider than the posterior, and covers it.
+    With fewer rows than the data have, the normal is wider than the posterior, and covers it.
 
     Args:
         target: The model.

@@ -18,8 +18,8 @@ from flowvi.initialization.gaussian import (
     scores_in_chunks,
 )
 
-# A sweep that gains more nats than this is on the way to the optimum; one that gains less than the
-# other is not worth its time.
+# A step that gains more nats than the first number is far from the optimum; a step that gains
+# less than the second one is not worth its time.
 ON_THE_WAY, LEAST_GAIN = 2.0, 0.01
 # Points of a step that are drawn at a time.
 CHUNK = 1000
@@ -37,15 +37,15 @@ def swept(
 ) -> Gaussian:
     """Raise a normal's ELBO: a few Newton steps on the way to the optimum, averaged ones around it.
 
-    Where one of the first goes too far, so would others: the best so far says so.
+    If one of the first steps goes too far, the result is marked `overshot` and the steps end.
 
     Args:
         target: The log density.
         start: A Gaussian with a dense scale.
-        generator: Of the draws.
-        judge: Noise that judges, (S, D).
-        steps: Most steps.
-        over: Asked before every step whether to stop.
+        generator: Generator of the draws.
+        judge: Noise on which ELBOs are compared, (S, D).
+        steps: Largest number of steps.
+        over: Returns whether the time for the steps is spent.
     """
     best = current = start if math.isfinite(start.elbo) else score(target, start, judge)
     settled, stale, damping = 0, 0, 1.0

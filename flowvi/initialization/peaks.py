@@ -126,7 +126,7 @@ def apart(target: Density, a: Tensor, b: Tensor, scale_tril: Tensor) -> bool:
 
 
 def nearest(target: Density, z: Tensor, places: Sequence[Tensor]) -> int | None:
-    """Which of some places a straight way leads to that hardly falls; none if there is none."""
+    """First place that a straight path of nearly constant or rising density leads to, or None."""
     for i, place in enumerate(places):
         path = _straight(z, place)
         if not _falls(target, path, _least(target, path)):

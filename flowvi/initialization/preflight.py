@@ -1,4 +1,4 @@
-"""A look at a target: where it is finite, how it is conditioned, and whether it is hopeless."""
+"""Checks of a target before a fit: finite density, conditioning, integrability, memory."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ DIRECTIONS = 3
 FARTHEST = 1e10
 # A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
 LEAST_FALL = 3.0
-# Of the largest part of a direction, what a site has at least that belongs to it.
+# A site belongs to a direction if its largest coordinate is at least this share of the largest.
 SHARE = 0.1
-# Nats that are nothing.
+# Changes of the log density below this many nats count as zero.
 STILL = 1e-3
 # Nats of rounding that hide a posterior.
 LOST = 0.1
@@ -42,16 +42,16 @@ MOST_BYTES = 16e9
 
 @dataclass(frozen=True)
 class Look:
-    """What can be seen of a target before it is fitted.
+    """Evaluations of a target before it is fitted.
 
     Attributes:
         dim: Length D of the latent vector.
         points: Number of points looked at: draws from the prior, or random ones.
         of_prior: Whether they are draws from the prior.
-        finite: Share of them with a finite log density.
-        smooth: Share of them whose gradient is finite too.
-        places: Those at which it is finite, (N, D).
-        median: Median of draws from the prior, (D); none where it is not proper.
+        finite: Share of the points with a finite log density.
+        smooth: Share of the points whose gradient is finite too.
+        places: Points with a finite log density, (N, D).
+        median: Median of draws from the prior, (D); None if the prior is not proper.
     """
 
     dim: int
@@ -102,7 +102,7 @@ def look(target: Target, seed: int) -> Look:
 
 
 def check_integrable(target: Target, g: Gaussian) -> str:
-    """Say how a Gaussian approximation is conditioned, or refuse what has no integral.
+    """Describe the conditioning of a Gaussian approximation; refuse a density without integral.
 
     Along the longest directions of the Gaussian the density is looked up at
     1 to 10^4 of its widths, on either side. The density of a Cauchy variable
@@ -128,7 +128,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
         vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
         axes = vectors.mT[:DIRECTIONS]
     # Farther out, rounding of the direction would be taken for a fall; and the shortest axis of a
-    # matrix is nothing but rounding where it is that much shorter than the longest.
+    # matrix is a rounding error where it is that much shorter than the longest.
     known = bool(lengths[-1] > sys.float_info.epsilon * lengths[0])
     shortest = torch.minimum(lengths[-1], widths.min()) if known else widths.min()
     reached = lengths.clamp_max(FARTHEST * float(shortest))
@@ -155,7 +155,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
 
 
 def _remedy(target: Target, step: Tensor) -> str:
-    """What to do where the density does not fall along a step: of masks, if they are why."""
+    """What to do if the density does not fall along a step; names masks that are the cause."""
     largest = {name: step[part].abs().max() for name, part in target.slices.items()}
     most = max(largest.values())
     behind = [words for name, words in target.masked.items() if largest[name] > SHARE * most]
@@ -163,7 +163,7 @@ def _remedy(target: Target, step: Tensor) -> str:
 
 
 def _course(fall: float) -> str:
-    """What the log density does over a way on which it falls by so many nats, in words."""
+    """Describe a change of the log density along a line: it falls by so many nats."""
     if abs(fall) < STILL:
         return "does not fall"
     return f"rises by {-fall:.2g} nats" if fall < 0 else f"falls by no more than {fall:.2g} nats"
@@ -190,10 +190,10 @@ def _softest(target: Target, g: Gaussian) -> list[Tensor]:
 
 
 def fall(target: Target, loc: Tensor, step: Tensor) -> float:
-    """How far the log density falls from one step to many, at least; inf where it is not known."""
+    """Nats by which the log density falls from one step to the farthest; inf if it is not known."""
     reach = torch.tensor(REACH, dtype=loc.dtype, device=loc.device)
     log_p = evaluate(target, loc + reach[:, None] * step).cpu().double().numpy()
-    # Infinite far out is what rounding makes of a difference of large numbers.
+    # Far out, rounding can make the difference of two large numbers infinite.
     if np.isnan(log_p).any() or np.isposinf(log_p).any() or not np.isfinite(log_p[0]):
         return math.inf
     return float(log_p[0] - log_p[-1])

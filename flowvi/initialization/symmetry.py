@@ -29,8 +29,8 @@ class Symmetry(NamedTuple):
     """A change of the values that leaves the density as it is.
 
     Attributes:
-        words: What it does, for the log.
-        images: Takes values (P, *shape) by site, and gives all that it makes of them.
+        words: Description of the symmetry, for the log.
+        images: Maps values (P, *shape) by site to all their images.
     """
 
     words: str
@@ -63,7 +63,7 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
 
     found: list[tuple[set[str], Symmetry]] = []
     for names, symmetry in [*_trades(values), *_turns(target)]:
-        # What all of some sites do together, fewer of them need not be asked.
+        # A symmetry of several sites together is not tried again for some of them.
         if not any(set(names) <= known for known, _ in found) and all(
             same(moved) for moved in itertools.islice(symmetry.images(values), 2)
         ):
@@ -72,7 +72,7 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
 
 
 def images(target: Target, found: Sequence[Symmetry], z: Tensor) -> Tensor:
-    """What symmetries make of a point, (D) -> (N, D)."""
+    """Images of a point under symmetries, (D) -> (N, D)."""
     values = _density(target, z[None])[0]
     moved = [target.unconstrain(image) for s in found for image in s.images(values)]
     return torch.cat([z.new_zeros(0, len(z)), *moved])

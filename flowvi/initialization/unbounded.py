@@ -1,4 +1,4 @@
-"""Densities without an integral: what about the data or the model makes them so, in words."""
+"""Densities without a finite integral: detection, and the cause in the data or the model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.distributions.constraints import Constraint
 from flowvi.initialization.gaussian import Gaussian, evaluate, scores_in_chunks
 from flowvi.targets import Target
 
-# Logarithms of a scale below which a look for a collapse pays, and where it begins.
+# Logarithms of a scale: below the first a collapse is looked for, from the second on.
 SMALL, BEGIN = -10.0, -18.0
 # Factors, as logarithms, by which a scale is then made smaller, and the nats that the density has
 # to rise by for each unit: s^-n of n values, less one for each mean that becomes as narrow.
@@ -27,12 +27,12 @@ CERTAIN = 1e-3
 
 
 def collapse(target: Target, g: Gaussian) -> str:
-    """Say which scale goes to zero with a density that has no bound there; empty if none does.
+    """Name the scale at whose zero the density is unbounded; empty if there is none.
 
     A normal likelihood that meets n values exactly rises like s^-n as its scale s falls. The means
-    that do so have to be known to a width that falls with s: whether the integral grows is told by
-    the bound of a Gaussian whose width in those directions falls as well. A funnel is none: there
-    what the density gains, the width loses.
+    then have a width that falls with s, too. Whether the integral grows is decided by the ELBO of a
+    Gaussian whose width in those directions falls with s. In a funnel the ELBO does not grow: the
+    width falls as fast as the density rises.
 
     Args:
         target: The log density.
@@ -65,7 +65,7 @@ def _is_scale(support: Constraint) -> bool:
 
 
 def _rises(target: Target, g: Gaussian, column: int, noise: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Points before and after, if the bound rises as far as one looks; None if it does not."""
+    """Points before and after, if the ELBO rises at every smaller scale; None otherwise."""
     first = max(float(g.loc[column]), BEGIN)
     scale = torch.diag(g.scale_tril) if g.scale_tril.dim() == 1 else g.scale_tril
     # The factor of all others given this one: rows as they are, this one in front.
@@ -136,12 +136,12 @@ def constant(target: Target, name: str) -> str:
 
 
 def cause(target: Target, point: Tensor, far: Tensor) -> str:
-    """What about the data lets a density not fall from one point (D) to another, in a sentence.
+    """Sentence on the property of the data for which a density does not fall between two points.
 
     Args:
         target: The log density.
-        point: Where it is best.
-        far: Where it should have fallen.
+        point: The point of the highest density, (D).
+        far: The point at which the density should have fallen, (D).
     """
     with torch.no_grad():
         near, there = target.log_likelihood(point), target.log_likelihood(far)

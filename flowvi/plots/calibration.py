@@ -1,4 +1,4 @@
-"""Whether predictions are as sure as they should be."""
+"""Calibration of predictive intervals."""
 
 from __future__ import annotations
 
@@ -41,8 +41,8 @@ def plot_calibration(prediction: Prediction, observed: ArrayLike, name: str = "y
     """How often observed values lie inside predictive intervals, against how often they should.
 
     The band is where 95 % of the shares are, at each level, if the predictions are right and
-    rows independent. Below the diagonal predictions are too sure of themselves. For
-    numbers: intervals of few classes cannot have the level that they name.
+    rows independent. Below the diagonal the intervals are too narrow. The plot is for
+    continuous data: intervals of few classes cannot have every level.
 
     Args:
         prediction: From `flowvi.predict`, of rows of which the outcome is known.

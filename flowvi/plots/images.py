@@ -108,7 +108,7 @@ def plot_epochs(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axe
         ax.plot(epochs, bound, color=BLUE, lw=1.4, label="training rows")
         if np.isfinite(held).any():
             ax.plot(epochs, held, color=ORANGE, lw=1.4, label="validation rows")
-        # The first epochs are not the story.
+        # The first epochs are left out of the scale.
         late = np.concatenate([bound, held])[np.isfinite(np.concatenate([bound, held]))]
         low, high = float(np.quantile(late, 0.1)), float(late.max())
         margin = 0.1 * (high - low) or 1.0
@@ -126,7 +126,7 @@ def _wrapped(images: np.ndarray, columns: int) -> np.ndarray:
 
 
 def _plane(points: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Scores on the first two principal axes, and words that say what part of the variance."""
+    """Scores on the first two principal axes, and labels with their shares of the variance."""
     centred = points - points.mean(0)
     _, scales, axes = np.linalg.svd(centred, full_matrices=False)
     shares = scales**2 / max(float((scales**2).sum()), np.finfo(float).tiny)

@@ -52,7 +52,7 @@ def plot_loss(history: Mapping[str, ArrayLike] | Fit | NestedFit, ax: Axes | Non
         )
         ax.fill_between(steps[at], low, high, color=BLUE, alpha=0.2, lw=0, label="80 % of steps")
         ax.plot(steps[at], middle, color=BLUE, lw=1.4, label="running median")
-        # The first steps of a bad start are off by millions; they are not the story.
+        # The first steps of a bad start can be off by millions; they are left out of the scale.
         bottom = min(float(middle[len(middle) // 50 :].min()), level - 2 * noise)
         top = max(float(high.max()), level + noise / 2)
         ticks = _ticks(level, noise, bottom, top)

@@ -33,7 +33,7 @@ STYLE: Any = {
 
 @contextmanager
 def style(mathematics: bool = False) -> Iterator[None]:
-    """The look of these plots, without a change to anybody else's.
+    """Inside the block, matplotlib has the style of these plots.
 
     Args:
         mathematics: Whether dollar signs mark formulas; in names of the user's they do not.

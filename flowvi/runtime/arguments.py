@@ -1,4 +1,4 @@
-"""What users give, checked where it comes in: its name, what was expected, and what came."""
+"""Checks of arguments: a message has the argument's name, what was expected, and what came."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ T = TypeVar("T")
 
 
 def whole(name: str, value: Any, least: int = 1) -> int:
-    """A whole number, of any library's kind.
+    """Check that an argument is a whole number; NumPy's and torch's integers count.
 
     Raises:
-        ValueError: It is none, or smaller than the least one.
+        ValueError: The value is no whole number, or is smaller than `least`.
     """
     try:
         number = None if isinstance(value, bool) else operator.index(value)
@@ -33,10 +33,10 @@ def whole(name: str, value: Any, least: int = 1) -> int:
 
 
 def positive(name: str, value: Any, what: str = "number") -> float:
-    """A positive, finite number.
+    """Check that an argument is a positive, finite number.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The value is no such number.
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not 0 < number < math.inf:
@@ -45,10 +45,11 @@ def positive(name: str, value: Any, what: str = "number") -> float:
 
 
 def path(name: str, value: Any) -> Path:
-    """A path.
+    """Check that an argument is the path of a folder.
 
     Raises:
-        TypeError: It is none.
+        TypeError: The value is no path.
+        ValueError: The path is empty.
     """
     wanted(name, value, (str, os.PathLike), "the path of a folder")
     if not os.fspath(value):
@@ -57,21 +58,21 @@ def path(name: str, value: Any) -> Path:
 
 
 def given(check: Callable[..., T], name: str, value: Any, *rest: Any) -> T | None:
-    """What a check makes of an argument, where there is one."""
+    """Apply a check to an argument that may be None; None passes."""
     return None if value is None else check(name, value, *rest)
 
 
 def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
-    """Refuse a thing of another kind.
+    """Check the type of an argument.
 
     Args:
-        name: Of the argument.
-        value: What came.
-        kinds: What may come.
-        like: An example of what is expected.
+        name: Name of the argument.
+        value: Its value.
+        kinds: Types that are allowed.
+        like: The expected type in words.
 
     Raises:
-        TypeError: It is of another kind.
+        TypeError: The value has another type.
     """
     if not isinstance(value, kinds):
         came = value.__name__ if isinstance(value, type) else type(value).__name__
@@ -81,14 +82,15 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
 
 
 def shared_alone(function: str, value: Any) -> None:
-    """Refuse fits and draws with latents for each row, where all rows have to share them.
+    """Refuse fits and draws of row latents in a function of latents that all rows share.
 
     Args:
-        function: What was called.
-        value: What came; classes of that kind say in `FOR_ROWS` what to do instead.
+        function: Name of the function, for the message.
+        value: The fit or draws. The class attribute `FOR_ROWS` of those with row latents says
+            what to do instead.
 
     Raises:
-        TypeError: It is of that kind.
+        TypeError: The value has latents for each row.
     """
     instead = getattr(type(value), "FOR_ROWS", "")
     if instead:
@@ -99,10 +101,10 @@ def shared_alone(function: str, value: Any) -> None:
 
 
 def known(kind: str, name: str, choices: Iterable[str]) -> str:
-    """A name that is in a registry.
+    """Check that a name is in a registry.
 
     Raises:
-        ValueError: It is not; the message has the one that it is nearest to.
+        ValueError: The name is not in it; the message has the nearest name.
     """
     names = list(choices)
     if name not in names:
@@ -111,20 +113,20 @@ def known(kind: str, name: str, choices: Iterable[str]) -> str:
 
 
 def unknown(kind: str, name: Any, choices: Iterable[str]) -> str:
-    """What to say of a name that is not in a registry."""
+    """Message about a name that is not in a registry."""
     names = list(choices)
     hint = f" Did you mean {close}?" if (close := nearest(name, names)) else ""
     return f"No {kind} named '{name}'.{hint} Choose from {', '.join(names)}."
 
 
 def nearest(name: Any, names: Iterable[str]) -> str:
-    """The name that another one may be a misspelling of; empty where none is near."""
+    """The name that is closest to a misspelt one; empty if none is close."""
     close = difflib.get_close_matches(str(name).lower(), [*names], n=1)
     return close[0] if close else ""
 
 
 def spelt(function: Callable[P, T]) -> Callable[P, T]:
-    """Have a function answer a misspelt argument with the one that may have been meant."""
+    """Decorator: the error for a misspelt keyword argument suggests the nearest argument."""
     names = [*inspect.signature(function).parameters]
 
     @functools.wraps(function)
@@ -139,7 +141,7 @@ def check_names(function: str, given: Iterable[str], names: Iterable[str]) -> No
     """Refuse arguments that a function does not have.
 
     Raises:
-        TypeError: One is not among its names; the message has the nearest.
+        TypeError: An argument is not among the names; the message has the nearest name.
     """
     known_names = [*names]
     for key in given:

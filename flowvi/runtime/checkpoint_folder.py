@@ -1,4 +1,4 @@
-"""A folder that states of a fit are put into as it goes on, and found in when it was cut off."""
+"""The checkpoint folder: a fit saves its states there, and an interrupted fit resumes from them."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class Entry:
     """A file of the folder.
 
     Attributes:
-        name: Of the file.
-        what: The piece of the fit that it is from.
-        place: Number of that piece.
-        seal: Size and checksum.
+        name: Name of the file.
+        what: Name of the piece of the fit that the state belongs to.
+        place: Number of that piece, from 1.
+        seal: Size and checksum of the file.
     """
 
     name: str
@@ -47,7 +47,7 @@ class Entry:
 
     @staticmethod
     def parsed(entry: Any, manifest: Path) -> Entry:
-        """From a manifest, which others may have changed."""
+        """Read an entry of a manifest; the manifest may be damaged."""
         try:
             seal = Seal(int(entry["size"]), str(entry["sha256"]))
             found = Entry(str(entry["name"]), str(entry["what"]), int(entry["place"]), seal)
@@ -58,19 +58,19 @@ class Entry:
         return found
 
     def written(self) -> dict[str, Any]:
-        """For a manifest."""
+        """The entry as the manifest has it."""
         return {"name": self.name, "what": self.what, "place": self.place, **self.seal._asdict()}
 
 
 class Shelf:
-    """Files in a folder, whole whatever happens while they are written.
+    """A folder of files, each of which is complete even after a crash.
 
-    The manifest, with the checksums of all files, is written last. It or the
-    one before it describes files that are there.
+    The manifest, with the checksums of all files, is written last. At any time, the
+    present manifest or the previous one describes files that exist.
 
     Attributes:
-        folder: Where it is.
-        pieces: What came of the finished pieces of the fit, in their order.
+        folder: Path of the folder.
+        pieces: Results of the finished pieces of the fit, in their order.
         states: The last two states of the piece after them, the newest first.
     """
 
@@ -82,10 +82,10 @@ class Shelf:
         self._written = 0
 
     def find(self) -> None:
-        """Take up what an earlier fit left.
+        """Read the manifest of an earlier fit.
 
         Raises:
-            CheckpointError: There is nothing whole, or it is of another fit.
+            CheckpointError: No manifest is complete, or it belongs to another fit.
         """
         manifest, file = self._manifest()
         same(manifest["about"], self.about, self.folder)
@@ -102,7 +102,7 @@ class Shelf:
         self._before, self._written = [*self.pieces, *self.states], manifest["written"]
 
     def read(self, entry: Entry) -> Any:
-        """A state, or None and a warning where its file is not as it was written."""
+        """Read a state; None, with a warning, if the file is damaged."""
         try:
             return read_state(self.folder / entry.name, entry.seal)
         except CheckpointError as error:
@@ -110,19 +110,19 @@ class Shelf:
             return None
 
     def put_piece(self, what: str, place: int, state: Any) -> None:
-        """Keep what came of a piece, behind those before it and in place of its states."""
+        """Save the result of a finished piece; the states of that piece are removed."""
         entry = self._put("piece", what, place, state)
         if entry is not None:
             self._name([*self.pieces[: place - 1], entry], [])
 
     def put_state(self, what: str, place: int, state: Any) -> None:
-        """Keep a state of the piece that is being done, beside the one before it."""
+        """Save a state of the present piece; the last two states are kept."""
         entry = self._put("state", what, place, state)
         if entry is not None:
             self._name(self.pieces, [entry, *(s for s in self.states[:1] if s.place == place)])
 
     def drop(self, place: int) -> None:
-        """Forget a piece and all that came after it."""
+        """Forget a piece and all pieces after it."""
         self.pieces, self.states = self.pieces[: place - 1], []
 
     def sweep(self) -> None:
@@ -140,7 +140,7 @@ class Shelf:
         return None
 
     def _name(self, pieces: list[Entry], states: list[Entry]) -> None:
-        """Write the manifest; what is not in it or in the one before is removed."""
+        """Write the manifest, and remove files that neither it nor the previous one names."""
         file = self.folder / MANIFEST
         manifest = {
             "format": FORMAT,
@@ -160,7 +160,7 @@ class Shelf:
             self._before = [*pieces, *states]
 
     def _manifest(self) -> tuple[dict[str, Any], Path]:
-        """The newest manifest that is whole, and its file."""
+        """The newest manifest that is undamaged, and its file."""
         wrong: list[str] = []
         for name in (MANIFEST, PREVIOUS):
             file = self.folder / name
@@ -185,18 +185,19 @@ class Shelf:
 def opened(
     folder: Path | None, about: Mapping[str, Any], resume: bool = False
 ) -> Iterator[Shelf | None]:
-    """The shelf of a fit, in a folder that belongs to it inside the block.
+    """Open and lock the checkpoint folder of a fit for the duration of the block.
 
-    Of several processes the first one writes, and all read: none begins before all have.
+    With several processes, the first one writes and all read; no process starts before all
+    have read.
 
     Args:
-        folder: It is made if needed; no shelf without.
-        about: What the fit is of, as JSON has it; the same for a fit that goes on.
-        resume: Whether to go on with what the folder holds.
+        folder: Path of the folder, which is made if needed; None for no checkpoint.
+        about: Facts that identify the fit, as JSON has them; a resumed fit must have the same.
+        resume: Whether to continue the fit in the folder.
 
     Raises:
-        CheckpointError: The folder is in use, or holds another fit, or one that was not
-            to go on.
+        CheckpointError: The folder is in use, holds another fit, or holds a fit although
+            `resume` is false.
     """
     if folder is None:
         yield None
@@ -219,7 +220,7 @@ def opened(
 
 @contextmanager
 def said(folder: Path) -> Iterator[None]:
-    """Warn of what cannot be written, such as on a full disk, and go on."""
+    """Turn an error of writing, such as a full disk, into a warning."""
     try:
         yield
     except (OSError, CheckpointError) as error:
@@ -232,14 +233,14 @@ def said(folder: Path) -> Iterator[None]:
 
 
 def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
-    """A manifest with the checksum of all else in it."""
+    """A manifest with a checksum of its other entries."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True)
     return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
 def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where: str = "") -> None:
-    """Refuse a checkpoint of another fit, by the first thing that differs."""
+    """Refuse a checkpoint of another fit; the message names the first difference."""
     for key in [*saved, *(k for k in here if k not in saved)]:
         a, b = saved.get(key), here.get(key)
         name = f"{where} '{key}'".strip()
@@ -253,7 +254,7 @@ def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where:
 
 
 def software() -> dict[str, Any]:
-    """What the bits of a result depend on beside the fit itself."""
+    """Versions and hardware, on which the last bits of a result depend."""
     return {
         "flowvi": __version__,
         "torch": str(torch.__version__),

@@ -1,4 +1,4 @@
-"""When to stop: a plateau that noise cannot feign, and a limit of time."""
+"""Time limits and interruption of a fit."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 class Interrupted(Exception):
-    """The fit was asked to stop; of the guide that was trained, the best so far is kept."""
+    """The user interrupted the fit; `judged` holds the best guide so far, if there is one."""
 
     def __init__(self, judged: Any = None) -> None:
         super().__init__("interrupted")
@@ -35,7 +35,7 @@ class Interrupted(Exception):
 
 @dataclass
 class Clock:
-    """Time since a fit began, and whether it has to come to its end.
+    """Time since a fit began, and whether the fit has to end.
 
     Args:
         budget: Seconds; no limit without.
@@ -49,15 +49,15 @@ class Clock:
 
     @property
     def interrupted(self) -> bool:
-        """Whether the fit was asked to stop; the first process, where there are several."""
+        """Whether the first process was asked to stop the fit."""
         return bool(distributed.agreed(self._asked)) if self._heard is None else self._heard[0]
 
     def interrupt(self) -> None:
-        """Ask the fit to stop after its present step; the second time, it stops at once.
+        """Ask the fit to stop after its present step; the second call stops it at once.
 
         Raises:
-            Interrupted: What is being done is `droppable`.
-            KeyboardInterrupt: It was asked before.
+            Interrupted: The present work is `droppable`.
+            KeyboardInterrupt: This is the second call.
         """
         if self._asked:
             raise KeyboardInterrupt
@@ -66,16 +66,16 @@ class Clock:
             raise Interrupted
 
     def asked_alone(self) -> bool:
-        """Whether the fit was asked to stop, without a word to other processes; no, with them."""
+        """Whether a fit of a single process was asked to stop; false with several processes."""
         return self._asked and distributed.size() == 1
 
     def set(self, seconds: float) -> None:
-        """Go on from a number of seconds."""
+        """Continue from a number of elapsed seconds."""
         self.began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
-        """Seconds since the beginning; those of the first process, where there are several."""
+        """Seconds since the beginning, by the clock of the first process."""
         return distributed.agreed(self.own_seconds) if self._heard is None else self._heard[1]
 
     def told(self) -> tuple[bool, float]:
@@ -83,12 +83,12 @@ class Clock:
         return self._asked, self.own_seconds
 
     def hear(self, asked: float, seconds: float) -> None:
-        """Take for the state of things what the first process told in a step."""
+        """Use the values that the first process sent with a step."""
         self._heard = bool(asked), seconds
 
     @contextmanager
     def listening(self) -> Iterator[None]:
-        """Ask nobody between steps in which the first process says how things are."""
+        """Inside the block, use the values of `hear` instead of a broadcast at each question."""
         try:
             yield
         finally:
@@ -96,7 +96,7 @@ class Clock:
 
     @property
     def own_seconds(self) -> float:
-        """Seconds since the beginning, of this process."""
+        """Seconds since the beginning, by the clock of this process."""
         return time.perf_counter() - self.began
 
     @property
@@ -115,15 +115,15 @@ class Clock:
 
 @contextmanager
 def droppable(drop: bool = True) -> Iterator[None]:
-    """Work of which no part is needed: it ends at once where its fit is asked to stop.
+    """Work that the result does not need: an interrupt of the fit ends the block at once.
 
-    Of several processes none stops alone; there it is done to its end.
+    With several processes the block runs to its end, since no process may stop alone.
 
     Args:
-        drop: False for a part of it that is done to its end.
+        drop: False for an inner block that runs to its end.
 
     Raises:
-        Interrupted: The fit was asked to stop, before or inside.
+        Interrupted: The fit was asked to stop, before the block or inside.
     """
     clock = _CURRENT.get()
     if clock is None or distributed.size() > 1:
@@ -139,7 +139,7 @@ def droppable(drop: bool = True) -> Iterator[None]:
 
 
 def up_to_now(items: Iterator[T]) -> Iterator[T]:
-    """Items until their fit is asked to stop: the first in any case, and no unfinished ones."""
+    """Yield items until the fit is asked to stop; the first item comes in any case."""
     yield next(items)
     while True:
         try:
@@ -152,9 +152,9 @@ def up_to_now(items: Iterator[T]) -> Iterator[T]:
 
 @contextmanager
 def interruptible(clock: Clock) -> Iterator[None]:
-    """Have Ctrl-C end a fit after its present step, and the second one at once.
+    """Inside the block, Ctrl-C ends the fit after its present step; a second Ctrl-C, at once.
 
-    Another handler than Python's own is left in its place; it may call `clock.interrupt`.
+    A handler that the program has set itself stays in place; it may call `clock.interrupt`.
     """
     token = _CURRENT.set(clock)
     main = threading.current_thread() is threading.main_thread()
@@ -176,7 +176,7 @@ def interruptible(clock: Clock) -> Iterator[None]:
 
 
 def _say(words: str) -> None:
-    """Say something in the middle of whatever is done, on a line of its own."""
+    """Write a line to the error stream, also from a signal handler."""
     try:
         sys.stderr.write(f"\n{words}\n")
         sys.stderr.flush()

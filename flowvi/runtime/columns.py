@@ -1,4 +1,4 @@
-"""Columns of results that are filled piece by piece, on disk where memory would not hold them."""
+"""Columns of results that are filled in pieces, on disk where they are too large for memory."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ Name = TypeVar("Name", bound=Hashable)
 class Columns(Generic[Name]):
     """Named arrays (N, ...) that are made in pieces along their first axis.
 
-    They are allocated at the first piece, so that small pieces do not lie scattered among
-    what is allocated meanwhile. If they take more than their share of `max_memory`, they lie
-    in temporary files without a name, which end with them; TMPDIR says where.
+    The arrays are allocated at the first piece, which avoids fragmented memory. Arrays that
+    take more than their share of `max_memory` lie in unnamed temporary files, in the folder
+    TMPDIR, and are deleted with the object.
 
     Args:
         n: Their length N.

@@ -35,17 +35,17 @@ def averaged(
     Args:
         bound: The scalar, ().
         gradient: The vector, (P).
-        told: Numbers that the others are to hear from the first process.
+        told: Numbers that the first process sends to the others.
         dtype: Precision in which the vector travels; its own by default.
 
     Returns:
-        Both means, and what the first process told.
+        Both means, and the numbers of the first process.
     """
     if size() == 1:
         return bound, gradient, list(told)
     own = told if rank() == 0 else [0.0] * len(told)
     numbers = torch.cat([bound.detach().double().reshape(1), bound.new_tensor(own).double()])
-    # What a number loses in single precision travels beside it.
+    # The rounding error of a number in single precision is sent beside it.
     high = numbers.to(dtype or gradient.dtype)
     low = (numbers - high).to(high)
     both = torch.cat([high, low, gradient.to(high)])
@@ -56,7 +56,7 @@ def averaged(
 
 
 def agreed(value: float) -> float:
-    """What the first process has: for clocks, and for answers from outside."""
+    """The value of the first process, such as a clock's time or a callback's answer."""
     if size() == 1:
         return value
     device = "cuda" if dist.get_backend() == "nccl" else "cpu"
@@ -66,7 +66,7 @@ def agreed(value: float) -> float:
 
 
 def shared(vector: Tensor) -> Tensor:
-    """The first process's vector, in all of them."""
+    """The vector of the first process, in all processes."""
     if size() > 1:
         vector = vector.clone()
         dist.broadcast(vector, src=0)

@@ -1,7 +1,7 @@
-"""Files that are whole or not there.
+"""Files that are complete or absent, and checksums that readers verify.
 
-A reader is given a `Seal`, the size and the checksum that the writer noted, and takes no
-file that differs from it.
+A writer returns a `Seal`, the size and checksum of the file. A reader that is given it refuses
+a file that differs.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-# A header, or a file of JSON, that is longer does not come from here.
+# Longest header, and longest file of JSON, that is read.
 LONGEST_TEXT = 16 * 2**20
 LOCK = "lock"
-# What a crash leaves of a file that was being written.
+# Temporary files that a crash leaves behind.
 PART = re.compile(r"\..+\.[0-9a-f]{8}\.part")
 
 
@@ -33,11 +33,11 @@ class CheckpointError(ValueError):
 
 
 class Seal(NamedTuple):
-    """What a reader checks a file by.
+    """Size and checksum of a file.
 
     Attributes:
-        size: Bytes.
-        sha256: Their checksum.
+        size: Number of bytes.
+        sha256: Checksum of the content.
     """
 
     size: int
@@ -68,10 +68,11 @@ def folder(where: str | os.PathLike[str], what: str) -> Path:
 
 @contextmanager
 def replaced(file: Path) -> Iterator[Path]:
-    """An empty temporary file, which takes the place of another one when the block ends well.
+    """A temporary file that replaces another file when the block ends without an error.
 
-    It lies beside that file, and has its mode. A link stays one; what it points at is
-    replaced. After an error the old file is as it was, and the temporary one is gone.
+    The temporary file lies beside the other file and gets its mode. If the other file is a
+    link, the file behind the link is replaced. After an error the old file is unchanged, and
+    the temporary file is removed.
 
     Raises:
         OSError: The disk is full, or the file is a device or a folder; the error names the file.
@@ -112,12 +113,12 @@ def _unlinked_after(part: Path) -> Iterator[None]:
 
 
 def why(error: OSError) -> str:
-    """The reason of an error of the system, without its number and the names of files."""
+    """The reason of an operating system error, without its number and file names."""
     return error.strerror or str(error)
 
 
 def write_whole(file: Path, content: bytes | memoryview) -> Seal:
-    """Write all bytes of a file, or leave it as it was, whatever happens meanwhile.
+    """Write a file completely, or leave it unchanged.
 
     Raises:
         OSError: As for `replaced`.
@@ -136,10 +137,10 @@ def write_json(file: Path, content: Any) -> Seal:
 
 
 def read_whole(file: Path, seal: Seal | None = None) -> bytes:
-    """Read a file, if it is the one that was sealed.
+    """Read a file and verify its size and checksum, if they are given.
 
     Raises:
-        CheckpointError: It is missing, empty, no regular file, or not as it was written.
+        CheckpointError: The file is missing, empty, no regular file, or differs from the seal.
     """
     with _opened(file, seal) as source:
         content = source.read()
@@ -149,7 +150,7 @@ def read_whole(file: Path, seal: Seal | None = None) -> bytes:
 
 
 def read_start(file: Path, size: int, seal: Seal | None = None) -> bytes:
-    """Read the first bytes of a file, if it has the size that was sealed."""
+    """Read the first bytes of a file, and verify its size."""
     with _opened(file, seal) as source:
         return source.read(size)
 
@@ -174,13 +175,13 @@ def parsed(text: bytes, file: Path) -> Any:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder, also those of other processes, and sweep it.
+    """Lock a folder against other runs for the duration of the block, and sweep it.
 
-    The lock goes with the process, however that ends.
+    The lock ends with the process, also after a crash.
 
     Raises:
-        CheckpointError: Another run has it, whose process the message names, or nothing can be
-            written there.
+        CheckpointError: Another run has locked the folder (the message names its process), or
+            the folder cannot be written to.
     """
     try:
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -224,9 +225,9 @@ def owner(folder: Path) -> str:
 
 @contextmanager
 def kept(folder: Path) -> Iterator[bool]:
-    """Keep a folder for one command, without a file in it; whether nobody else keeps it.
+    """Lock a folder for one command, without a lock file; yields whether the lock was free.
 
-    It goes with the process, however that ends. Where the file system cannot do it, all may pass.
+    The lock ends with the process. On file systems without such locks it is always free.
     """
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
@@ -244,7 +245,7 @@ def kept(folder: Path) -> Iterator[bool]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what crashes left of files that were being written."""
+    """Remove temporary files that crashes have left."""
     for file in folder.iterdir():
         if PART.fullmatch(file.name) and not file.is_symlink():
             if file.is_dir():

@@ -1,4 +1,4 @@
-"""How much memory an evaluation may take, and what it takes."""
+"""Memory limits of evaluations, and measurements of their memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ MaxMemory = int | str | None
 
 VARIABLE = "FLOWVI_MAX_MEMORY"
 DEFAULT = 10**9
-# One point of a large model takes so much anyway.
+# One point of a large model takes that much.
 LEAST = 32 * 10**6
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
@@ -99,10 +99,10 @@ class Cost(NamedTuple):
 
 
 def cost(function: Callable[[int], object]) -> Cost:
-    """Measure what a function takes, from its calls with one point and with some more.
+    """Measure the memory of a function, from calls with one point and with several.
 
     Args:
-        function: Number of points -> anything; called first without being watched.
+        function: Takes a number of points. A first call is not measured.
     """
     function(1)
     one = peak(lambda: function(1))
@@ -114,7 +114,7 @@ def cost(function: Callable[[int], object]) -> Cost:
 def peak(function: Callable[[], object]) -> int:
     """The most bytes that tensors made by a function hold at the same time.
 
-    What an operation needs inside is not seen.
+    Temporary memory inside of an operation is not counted.
     """
     with _Meter() as meter:
         result = function()
@@ -123,7 +123,7 @@ def peak(function: Callable[[], object]) -> int:
 
 
 class _Meter(Watch):
-    """Adds up the memory of tensors as operations make them, and as it is given back."""
+    """Counts the memory of tensors when operations make them, and when it is freed."""
 
     def __init__(self) -> None:
         super().__init__()

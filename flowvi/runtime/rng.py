@@ -1,4 +1,4 @@
-"""Random numbers of one's own: the caller's generators are left as they were."""
+"""Random numbers that leave the caller's generators unchanged."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _TURN = threading.RLock()
 
 @contextmanager
 def own_randomness(seed: int | None = None) -> Iterator[None]:
-    """Give torch's random states back as they were; one thread at a time, others wait.
+    """Restore torch's random states after the block. One thread at a time enters; others wait.
 
     Args:
-        seed: Where the numbers inside begin; where the caller's go on, without.
+        seed: Seed inside of the block; None continues the caller's random numbers.
     """
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
     with _TURN, torch.random.fork_rng(devices=devices):
@@ -31,23 +31,23 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
 
 
 def random_state() -> list[Tensor]:
-    """Where torch's generators are: that of the CPU, then those of GPUs in use."""
+    """States of torch's generators: that of the CPU, then those of GPUs in use."""
     used = torch.cuda.is_initialized()
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
 
 
 def set_random_state(state: Sequence[Tensor]) -> None:
-    """Go on from where the generators were."""
+    """Set torch's generators to saved states."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state_all(list(state[1:]))
 
 
 def stream(seed: int, *purpose: int) -> int:
-    """The seed of one purpose: independent of those of other purposes and other seeds.
+    """Derive a seed for one purpose, independent of other purposes and other seeds.
 
     Args:
-        seed: What the user gave.
+        seed: The user's seed.
         *purpose: Whole numbers that name the purpose.
     """
     source = np.random.SeedSequence(whole("seed", seed, 0), spawn_key=purpose)

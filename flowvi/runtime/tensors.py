@@ -1,6 +1,6 @@
-"""Tensors, modules and states in files that nothing but numbers and text comes out of.
+"""Tensors, modules and states in files. Reading a file gives numbers and text and runs no code.
 
-Tensors are kept as safetensors, all else as JSON beside them.
+Tensors are stored in the safetensors format, everything else as JSON in the same file.
 """
 
 from __future__ import annotations
@@ -69,7 +69,7 @@ def read_state(file: Path, seal: Seal | None = None) -> Any:
 
 
 def read_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None:
-    """Give a module all its parameters and buffers from a file, if they fit it."""
+    """Load all parameters and buffers of a module from a file, after checking their shapes."""
     check_module(file, module, seal)
     tensors = read_tensors(file, seal)
     check_finite(file, tensors, module.state_dict())
@@ -77,7 +77,7 @@ def read_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None
 
 
 def check_finite(file: Path, found: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> None:
-    """Refuse numbers that are not finite, where those of a fresh module are.
+    """Refuse numbers that are not finite where a fresh module has finite ones.
 
     Raises:
         CheckpointError: A tensor has one; the message has its name and place.
@@ -108,19 +108,19 @@ def check_module(file: Path, module: nn.Module, seal: Seal | None = None) -> Non
 
 
 def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
-    """Give a module all its parameters and buffers, whose names, shapes and types have to fit.
+    """Load all parameters and buffers of a module, after checking names, shapes and types.
 
     Args:
         module: Changed in place.
         tensors: By name, as `tensors_of` made them.
-        where: What they are from, for messages.
+        where: Where the tensors come from, for messages.
     """
     _compare(module, {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()}, where)
     module.load_state_dict(dict(tensors))
 
 
 def _header(file: Path, seal: Seal | None) -> dict[str, Any]:
-    """The description of its tensors at the beginning of a file, of a sensible length."""
+    """The description of the tensors at the beginning of a file."""
     length = int.from_bytes(read_start(file, 8, seal), "little")
     if length > LONGEST_TEXT:
         raise CheckpointError(f"{file} is not a file that flowvi wrote: its header is too long.")

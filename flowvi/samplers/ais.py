@@ -1,4 +1,4 @@
-"""Annealed importance sampling from a guide: weighted draws that have gone where q is short."""
+"""Annealed importance sampling from a guide: weighted draws that move to where q lacks mass."""
 
 from __future__ import annotations
 
@@ -72,10 +72,9 @@ def anneal(
         temperatures: Rungs between the ends of the path, each with one
             transition of Hamiltonian Monte Carlo. At 0 the weights are (p / q)^a.
         leapfrog: Steps of each transition.
-        resample: Draw anew from the draws on the way, wherever their weights are
-            worth less than half of them: those in places that turn out empty
-            give way, and many rungs then reach what is far. Draws are no longer independent.
-        seed: Of everything random.
+        resample: Resample the draws wherever their effective number is less than half.
+            Many rungs then reach distant modes; draws are no longer independent.
+        seed: Seed of all random numbers.
 
     References:
         Neal (2001), "Annealed importance sampling", Statistics and Computing 11.

@@ -16,16 +16,16 @@ SCALE_DRAWS = 1000
 
 
 class Point(NamedTuple):
-    """Points of the space in which the chains move, and all that is known there.
+    """Points of the space in which the chains move, with densities and gradients.
 
     Attributes:
         u: Points, (n, D).
-        z: What they stand for, (n, D).
+        z: Their images in the space of the target, (n, D).
         volume: log|det dz/du|, (n).
         log_q: Log density of the guide with respect to u, (n).
         log_w: Log p - log q, (n); -inf where one of them is not finite.
         slope_q: Gradient of log_q, (n, D); zero where it is not finite.
-        slope_p: That of log p.
+        slope_p: Gradient of log p, (n, D).
     """
 
     u: Tensor
@@ -46,9 +46,9 @@ class Point(NamedTuple):
 
 
 class Space:
-    """Coordinates in which the guide is about standard.
+    """Coordinates in which the guide is approximately standard normal.
 
-    Abstract: a space is a map from u to z, and the guide's density in it.
+    Abstract: a space is a map from u to z, and the density of the guide in terms of u.
     """
 
     def __init__(self, target: Target, guide: Guide) -> None:

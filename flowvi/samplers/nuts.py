@@ -28,7 +28,7 @@ TRIES = 100
 
 
 class Plan(NamedTuple):
-    """How long chains run.
+    """Lengths and number of chains.
 
     Attributes:
         warmup: Steps that adapt step size and scales, and are dropped.
@@ -66,11 +66,11 @@ def run_chains(
     Args:
         target: The posterior.
         guide: A guide that pushes noise through a map.
-        plan: How long.
-        seed: Of all chains; the caller's generators are left alone.
+        plan: Lengths and number of chains.
+        seed: Seed of all chains; the caller's generators are unchanged.
         meta: Facts about the fit, kept with the draws.
         progress: Show a bar, if the error stream is a terminal.
-        over: Asked after every draw whether to give up.
+        over: Returns whether to give up; asked after every draw.
 
     Returns:
         Draws of the posterior, with log q of the guide at each of them; None if given up.
@@ -93,18 +93,7 @@ def run_chains(
                 if run is None:
                     return None
                 runs.append(run)
-    stats = {
-        "diverging": np.stack([run.diverging for run in runs]),
-        "n_steps": np.stack([run.steps for run in runs]),
-    }
-    stats["tree_depth"] = np.ceil(np.log2(stats["n_steps"] + 1)).astype(int)
-    facts = {
-        "warmup": plan.warmup,
-        "acceptance": float(np.mean([run.acceptance for run in runs])),
-        "step_size": [run.step_size for run in runs],
-        "tree_depth": float(stats["tree_depth"].mean()),
-        "divergences": int(stats["diverging"].sum()),
-    }
+    stats, facts = _statistics(runs, plan)
     seconds = time.perf_counter() - began
     # A check of the guide's own draws says nothing of chains.
     kept = {name: fact for name, fact in meta.items() if name != "check"}
@@ -121,8 +110,25 @@ def run_chains(
     return done
 
 
+def _statistics(runs: list[_Run], plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+    """Numbers of each draw, (chain, draw), and of all chains together."""
+    stats = {
+        "diverging": np.stack([run.diverging for run in runs]),
+        "n_steps": np.stack([run.steps for run in runs]),
+    }
+    stats["tree_depth"] = np.ceil(np.log2(stats["n_steps"] + 1)).astype(int)
+    facts = {
+        "warmup": plan.warmup,
+        "acceptance": float(np.mean([run.acceptance for run in runs])),
+        "step_size": [run.step_size for run in runs],
+        "tree_depth": float(stats["tree_depth"].mean()),
+        "divergences": int(stats["diverging"].sum()),
+    }
+    return stats, facts
+
+
 def check_map(guide: object) -> None:
-    """Refuse a guide in whose space there are no chains."""
+    """Refuse a guide that does not push noise through a map."""
     if not isinstance(guide, Pushforward):
         raise ValueError(
             f"neutra needs a guide that pushes noise through a map, such as realnvp, fullrank or "
@@ -155,7 +161,7 @@ class _Potential:
         self.calls += 1
         z, ladj = self.guide.transport(point["u"])
         potential = -(self.target.log_prob(z) + ladj)
-        # Pyro reads infinity as a divergence, but has no word for NaN in the middle of a tree.
+        # Pyro treats infinity as a divergence, but fails at NaN in the middle of a tree.
         return torch.where(potential.isnan(), math.inf, potential)
 
     def start(self) -> Tensor:

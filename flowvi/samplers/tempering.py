@@ -1,4 +1,4 @@
-"""Tempered densities: a wide start, and what annealing from it finds beyond a guide."""
+"""Tempered densities: a wide start, and annealing from it, which finds mass that a guide lacks."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ MOST_DIM = 200
 
 
 class Tempered:
-    """A density to a power, for what searches for a Gaussian.
+    """A density raised to a power, as a target of the search for a Gaussian.
 
     Args:
         target: The log density.
@@ -78,12 +78,12 @@ def found_beyond(target: Target, diagnosis: Diagnosis, wide: Gaussian, seed: int
 
     Args:
         target: The log density.
-        diagnosis: What the guide's own draws say.
-        wide: Where to start.
-        seed: Of the draws.
+        diagnosis: Diagnosis of the guide's own draws.
+        wide: The Gaussian from which annealing starts.
+        seed: Seed of the draws.
 
     Returns:
-        A sentence, or nothing.
+        A sentence on the other modes; empty if no mass was found.
     """
     guide = FullRank(target.dim).to(dtype=target.dtype, device=target.device)
     guide.start(wide.loc, wide.scale_tril)

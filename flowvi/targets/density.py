@@ -106,9 +106,9 @@ class _Plain:
         self.precision: torch.dtype | None = None
 
     def in_precision(self, dtype: torch.dtype, *row: Tensor) -> None:
-        """Evaluate in a precision, the default of new tensors too, if the density runs that way.
+        """Evaluate in a precision, also for new tensors, if the density runs in it.
 
-        One that holds tensors of another precision, such as a network, may not.
+        A density that holds tensors of another precision, such as a network, may not run.
         """
         self.precision = dtype
         points = nearby(torch.zeros(self.dim, dtype=dtype))

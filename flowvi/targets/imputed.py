@@ -1,4 +1,4 @@
-"""Values that an observation with `obs_mask` lacks: they alone are latent."""
+"""Missing values of observations with `obs_mask`: only these are latent."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ SHOWN, TRIED = 3, 5
 
 
 def explained(target: Target, z: Tensor, good: Tensor) -> str:
-    """A sentence on the first draws at which there is something to say; empty without.
+    """Sentence on the first draws of zero density whose cause is found; empty without any.
 
     Args:
         target: The log density.

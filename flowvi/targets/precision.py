@@ -41,7 +41,7 @@ def precisions(tree: Any) -> set[torch.dtype]:
 
 
 class Latents(Messenger):
-    """Let what is drawn at latent sites have one precision, whatever that of the priors is."""
+    """Cast draws at latent sites to one precision, whatever that of the priors is."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
         super().__init__()
@@ -58,7 +58,7 @@ def spelled(dtype: torch.dtype) -> str:
 
 
 def mixed(error: Exception, held: Mapping[str, torch.dtype]) -> str:
-    """What to say where torch fails because precisions differ; empty where it is not that.
+    """Message on an error of torch that differing precisions cause; empty for other errors.
 
     Args:
         error: What torch said.
@@ -105,6 +105,6 @@ def runs(function: Callable[[], object]) -> bool:
     """Whether a call ends without an error."""
     try:
         function()
-    except Exception:  # what a model of another precision stumbles over has many types
+    except Exception:  # a model of another precision can fail with errors of many types
         return False
     return True

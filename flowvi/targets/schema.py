@@ -1,4 +1,4 @@
-"""What is known of a model beside its density."""
+"""Records of a model beside its density."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Site:
 
 @dataclass
 class Facts:
-    """What is known of a model beside its density.
+    """Facts about a model, beside its density.
 
     Args:
         name: Name of the model.
@@ -60,8 +60,8 @@ class Facts:
         subsampled: Plates that are subsampled: size and batch size.
         parameters: Parameters of the model itself, with the constraints on their values.
         discrete: Discrete sites that are summed out, with a name for each axis.
-        missing: Elements that are latent where observations have others.
-        masked: Latents whose prior a mask takes away, and why they cannot be fitted.
+        missing: Missing elements of observations, which are latent.
+        masked: Latents whose prior is masked out, with a message for each.
     """
 
     name: str

@@ -55,7 +55,7 @@ def assemble(
     dims: Mapping[str, Sequence[str]],
     lead: int = 0,
 ) -> dict[str, Tensor]:
-    """Put values that came batch by batch into their places among all rows.
+    """Assemble values of batches into arrays of all rows.
 
     Args:
         pieces: Batches, and the values of their rows.

@@ -1,4 +1,4 @@
-"""Columns of tables among the arguments of a model: as tensors, and what is none."""
+"""Columns of tables among the arguments of a model: conversion to tensors, and refusals."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CURES = {
     "objects": "numbers, pd.to_numeric({x}), or codes of what is none, pd.factorize({x})[0]",
     "table": "its columns one by one, or torch.as_tensor({x}.to_numpy(float)) of those of numbers",
 }
-# What errors are called that come of values which are no tensors.
+# Types of errors that values other than tensors cause.
 TYPES = (
     "Series", "DataFrame", "Index", "Categorical", "ndarray", "numpy", "object", "str", "string",
     "Array", "array", "Timestamp", "Timedelta", "datetime", "dtype", "data type",
@@ -56,7 +56,7 @@ def is_table(value: Any) -> bool:
 
 
 def kind_of(value: Any) -> str | None:
-    """What a column, an array, a list or a table holds that is no numbers; None for all else."""
+    """Kind of the entries of a column, array, list or table that are no numbers; None otherwise."""
     if is_table(value):
         return "table"
     if isinstance(value, list | tuple) and value and all(isinstance(v, str) for v in value):
@@ -76,12 +76,12 @@ def kind_of(value: Any) -> str | None:
 
 
 def cure(kind: str, name: str = "x") -> str:
-    """What to pass in place of values of some kind, called by a name."""
+    """Advice on what to pass in place of values of some kind."""
     return CURES[kind].format(x=name)
 
 
 def not_numbers(arguments: Mapping[str, Any], error: Exception) -> str:
-    """Which argument of a model an error may come of, because it holds no numbers.
+    """The argument of a model that may have caused an error because it holds no numbers.
 
     Args:
         arguments: What the model was called with, by name, as it was given.

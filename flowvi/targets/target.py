@@ -65,7 +65,7 @@ class Target(nn.Module):
         self._trial = trial
         self._maps: dict[str, Batched] = {}
         self._cost: memory.Cost | None = None
-        # Makes the target again, in another process; None where only this one has it.
+        # Makes the target again in another process; None if that is not possible.
         self.made: Callable[[], Target] | None = None
         self._data = dict(data or {})
         self._count = len(own or {})
@@ -149,7 +149,7 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def give_own(self, values: Mapping[str, Tensor]) -> None:
-        """Give the model's own parameters values by name, where they are."""
+        """Set the model's own parameters in place, by name."""
         for name, p in self.own_parameters().items():
             p.copy_(values[name])
 
@@ -345,7 +345,7 @@ class Target(nn.Module):
     def chunk(self) -> int:
         """How many points to evaluate at a time, with gradients, so that memory is limited.
 
-        What a point takes is measured at the first call. The limit is `max_memory` of the
+        The memory of a point is measured at the first call. The limit is `max_memory` of the
         function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
         """
         fixed, each = self._measured()
@@ -382,7 +382,7 @@ class Target(nn.Module):
 
     @property
     def _own(self) -> list[Tensor]:
-        """The model's own parameters, or what stands in for them, and data that are inputs."""
+        """The model's own parameters, or their replacements, and data that are inputs."""
         return [*(getattr(self, f"own_{i}") for i in range(self._count)), *self._data.values()]
 
     def _map(self, which: str) -> Batched:
@@ -398,7 +398,7 @@ class Target(nn.Module):
         return self._maps[which]
 
     def _inputs(self) -> list[Tensor]:
-        """What the functions take behind z; the rows are the first ones of subsampled plates."""
+        """Arguments of the functions after z; rows are the first ones of subsampled plates."""
         first = self._indices(next(self.cover())[1]) if self.subsampled else []
         return [*self._own, *first]
 
@@ -414,7 +414,7 @@ class Target(nn.Module):
         return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
 
     def _value_and_score(self, n: int) -> object:
-        """Evaluate some points as the first time, which leaves the density as it is."""
+        """Evaluate some points without recording a program."""
         z = self._trial.points[:1].to(self.dtype).expand(n, -1).clone().requires_grad_()
         with torch.enable_grad():
             log_p = self.density.batched(z, *self._inputs())

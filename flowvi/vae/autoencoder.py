@@ -1,4 +1,4 @@
-"""The plain autoencoder: no prior, no noise, and so no density; where the story begins."""
+"""The plain autoencoder, without prior and noise: it defines no density."""
 
 from __future__ import annotations
 

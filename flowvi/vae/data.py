@@ -22,8 +22,8 @@ class Images:
         train: Training images, (N, H, W).
         val: Validation images.
         test: Test images.
-        visit: What makes the model's images of training images, anew at every visit; None where
-            they are that already.
+        visit: Function that transforms training images anew at every visit, such as random
+            binarisation; None if they are used as they are.
         labels: Classes of the images of a split, by its name, where there are any.
     """
 
@@ -36,7 +36,7 @@ class Images:
 
     @property
     def rows(self) -> "Tensor | Visits":
-        """What a model is captured with, and a fit visits: `from_pyro(model, images.rows, ...)`."""
+        """The rows of a model and its fit: `from_pyro(model, images.rows, ...)`."""
         return self.train if self.visit is None else Visits(self.train, self.visit)
 
     @property
@@ -51,7 +51,7 @@ class Images:
         return height, width
 
     def first(self, train: int | None = None, test: int | None = None) -> "Images":
-        """The first so many images of the training and of the other splits, with their labels."""
+        """The first images of the training split and of the other splits, with their labels."""
         counts = {"train": train, "val": test, "test": test}
         labels = {k: v[: counts[k]] for k, v in (self.labels or {}).items()}
         return replace(
@@ -80,11 +80,11 @@ class Binarise:
 
 
 class Visits(Dataset[Tensor]):
-    """Images that are made anew whenever they are looked at.
+    """Images that are transformed anew at every access.
 
     Args:
-        x: What they are made of, (N, H, W).
-        visit: Makes one of one.
+        x: Original images, (N, H, W).
+        visit: Transforms one image.
     """
 
     def __init__(self, x: Tensor, visit: Binarise) -> None:
@@ -122,7 +122,7 @@ def load(
         split: Which of the orders ``perm_*`` to cut into 80, 10 and 10 %; the first by default.
 
     Raises:
-        ValueError: The file does not hold what is needed; the message names it.
+        ValueError: An array is missing in the file; the message names it.
 
     References:
         Larochelle and Murray (2011), "The neural autoregressive distribution

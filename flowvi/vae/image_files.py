@@ -9,7 +9,7 @@ import numpy as np
 
 SPLITS = ("train", "val", "test")
 SEED = 20110411
-# What the splits are called in the names of .amat files.
+# Names of the splits in the names of .amat files.
 AMAT = {"train": "train", "val": "valid", "test": "test"}
 # Images of `chardata.mat` that are kept for validation, as by its authors.
 OMNIGLOT_VAL = 1345
@@ -69,7 +69,7 @@ def read(path: Path, split: str | None, shares: bool = False) -> tuple[str, Arra
 
 
 def _npz(path: Path) -> Arrays:
-    # Of anything else NumPy says that it can be loaded unsafely.
+    # For other files NumPy advises to load them unsafely.
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an .npz file, or is damaged: numpy.savez writes one.")
     try:
@@ -141,7 +141,7 @@ def _silhouettes(held: Mapping[str, Any]) -> Arrays:
     return arrays
 
 
-# What tells a MATLAB file, and what makes arrays of it.
+# Names of arrays that identify a MATLAB file -> its reader.
 MATLAB: dict[tuple[str, ...], Callable[[Mapping[str, Any]], Arrays]] = {
     ("data", "testdata"): _omniglot,
     ("train_data", "val_data", "test_data"): _silhouettes,
@@ -158,7 +158,7 @@ def _packed(bits: np.ndarray) -> np.ndarray:
 
 
 def _check(path: Path, key: str, x: np.ndarray, shares: bool) -> None:
-    """Refuse what is no array of images, with the way out where values lie in [0, 1]."""
+    """Refuse arrays that are no images; for values in [0, 1] the message has the remedy."""
     named = f"{path}: '{key}' must have shape (N, H, W)"
     if x.ndim != 3 or not x.size or x.dtype.kind not in "uif":
         raise ValueError(f"{named} and numbers; got {x.dtype} of shape {x.shape}.")

@@ -1,4 +1,4 @@
-"""Likelihoods of images: what a decoder's outputs are the parameters of."""
+"""Likelihoods of images, whose parameters are a decoder's outputs."""
 
 import math
 from collections.abc import Callable
@@ -41,14 +41,14 @@ class Likelihood(nn.Module):
         raise NotImplementedError
 
     def begin(self, x: Tensor, mean: Tensor) -> None:
-        """Take a start from images (N, H, W) and their mean (H, W), where there is one to take."""
+        """Set initial values from images (N, H, W) and their mean (H, W), if there are any."""
         return
 
     def check(self, x: Tensor) -> None:
-        """Refuse images that this is no density of.
+        """Refuse images outside of the support.
 
         Raises:
-            ValueError: What the values of x are, and what they should be.
+            ValueError: The message has the values of x and the expected ones.
         """
         raise NotImplementedError
 
@@ -128,7 +128,7 @@ class DiscretisedLogistic(Likelihood):
 
     def forward(self, params: Tensor) -> TorchDistribution:
         loc, log_scale = params.unbind(-3)
-        # Scales below a hundredth of a level, or of many images, bring nothing but rounding.
+        # Scales outside of this range lead to rounding errors.
         return DiscretisedLogisticLevels(loc, log_scale.clamp(-11.0, 5.0)).to_event(2)
 
     def mean(self, params: Tensor) -> Tensor:
@@ -157,8 +157,8 @@ class Gaussian(Likelihood):
 
     Args:
         scale: The scale at the start, above the floor; a learnt one by default half of what the
-            pixels vary by, where `begin` sees them. From a larger one, codes do not pay for
-            their divergence at first, and the guide learns to say nothing.
+            pixels vary by, which `begin` measures. With a larger scale the KL term outweighs the
+            reconstruction at first, and the guide collapses to the prior.
         learned: Whether it is learnt.
         floor: The least scale.
     """

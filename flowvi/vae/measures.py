@@ -1,4 +1,4 @@
-"""What a trained autoencoder has learnt: active units, reconstructions, images between images."""
+"""Measures of a trained autoencoder: active units, reconstructions, interpolations."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor
 from flowvi.guides.guide import Guide
 from flowvi.vae.model import Generator
 
-# A unit whose posterior mean varies less than this from image to image says nothing of them.
+# A unit whose posterior mean varies less than this between images is inactive.
 ACTIVE = 0.01
 CHUNK = 500
 

@@ -1,4 +1,4 @@
-"""Encoders and decoders: functions of an image, and functions to one."""
+"""Encoders, from images to features, and decoders, from latent vectors to images."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -19,8 +19,8 @@ class Encoder(nn.Module):
     Args:
         body: Module that maps (N, 1, H, W) to (N, C).
         width: Number of features C.
-        centre: What is subtracted from an image first, (H, W): the pixel means.
-        scale: What it is then divided by.
+        centre: Pixel means, which are subtracted from an image, (H, W).
+        scale: Divisor after that.
     """
 
     centre: Tensor
@@ -43,7 +43,7 @@ class Decoder(nn.Module):
 
     Args:
         body: Module that maps (N, D) to (N, P, H, W).
-        bias: What is added at every pixel, and learnt, (P, H, W).
+        bias: Learnt bias of every pixel, (P, H, W).
     """
 
     def __init__(self, body: nn.Module, bias: Tensor) -> None:
@@ -78,7 +78,7 @@ def mlp(
         latent: Length D of the latent vector.
         outputs: Decoder outputs P for each pixel.
         hidden: Widths of the hidden layers of the encoder; the last is that of its features.
-        activation: What stands behind each.
+        activation: Activation after each hidden layer.
     """
     if not hidden:
         raise ValueError("hidden must name at least one width, such as (300, 300); got none.")
@@ -94,9 +94,9 @@ def mlp(
 class Gated(nn.Module):
     r"""A convolution times the sigmoid of another one, :math:`h(x) \, \sigma(g(x))`.
 
-    At the start, where the sigmoid is about a half, what comes out varies as much as what goes
-    in. Torch's own initial weights lose nine tenths of it and more at each layer, and a
-    decoder of five of them begins by ignoring its code.
+    The initial weights keep the variance of the input, where the sigmoid is about a half.
+    With torch's own initial weights each layer loses nine tenths of the variance or more, and a
+    decoder of five layers ignores its code at first.
 
     Args:
         conv: Convolution with twice as many channels as the result.
@@ -161,7 +161,7 @@ def conv(size: Size, latent: int, outputs: int, channels: int = 16) -> Bodies:
 def maps(size: Size, latent: int, outputs: int, channels: int = 16) -> Bodies:
     """Gated convolutions to a code that is an image of a quarter of the sides, and back.
 
-    The code keeps what is beside what, as a flow of images wants it; see `code_shape`.
+    The code keeps the spatial arrangement, which flows of images need; see `code_shape`.
 
     Args:
         size: (H, W) of an image.

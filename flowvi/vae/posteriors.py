@@ -56,8 +56,8 @@ def amortised(flow: str, **defaults: Any) -> Callable[..., Guide]:
 def attentive(affine: Diagonal | Triangular) -> Any:
     """Let an affine layer start as a narrow normal around a random function of the features.
 
-    A guide that starts as the prior for every image teaches the decoder to
-    ignore z before it has learnt anything itself.
+    If a guide starts as the prior for every image, the decoder learns to ignore z
+    (posterior collapse).
     """
     dim = len(affine.origin)
     assert affine.params.weight is not None

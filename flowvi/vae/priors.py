@@ -189,12 +189,12 @@ class VampPrior(Prior):
 
 
 class Beside(NamedTuple):
-    """What a prior may be built from, beside its own sizes.
+    """Parts of the model from which a prior can be built, beside its own sizes.
 
     Attributes:
         dim: Length D of z.
         guide: The guide, whose context are features.
-        encoder: What makes features of an image.
+        encoder: Module from an image to features.
         images: Images of the training set, (N, H, W).
         top: Largest value of a pixel.
     """

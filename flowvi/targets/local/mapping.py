@@ -42,7 +42,7 @@ def mapped(
     by_row = torch.func.vmap(call, (0, *[None for _ in theta], *same, *[0 for _ in rows]))
     by_sample, by_theta = by_row, by_row
     rest = [None] * (len(theta) + len(own) + len(rows))
-    # A level that has one entry is left out: each costs time at every operation.
+    # An axis of length one is not mapped: each level of vmap costs time at every operation.
     if len(z) > 1:
         by_sample = torch.func.vmap(by_row, (0, *rest))
     if z.shape[1] > 1:

@@ -18,10 +18,10 @@ PROGRAMS_KEPT = 12
 
 
 class RowPrograms:
-    """Evaluate rows by what the model does to as many of them, recorded for each number of rows.
+    """Evaluate rows by a recorded run of the model on all of them, one record per number of rows.
 
-    A number of rows that is seen for the second time is recorded, and compared with what
-    the rows give one by one; a model for which that fails is never recorded again.
+    The record is made at the second evaluation with a number of rows, and compared with rows
+    evaluated one by one. If they differ, no further record is made of the model.
 
     Args:
         function: Of z (R, D), theta (G) if there is one, parameters, and the data of R rows:
@@ -83,7 +83,7 @@ class RowPrograms:
         return terms
 
     def clear(self) -> None:
-        """Forget what was recorded, on another device say."""
+        """Drop all records, such as after a change of device."""
         self.programs.clear()
 
     def _recorded(

@@ -29,7 +29,7 @@ class Batch(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What a call of the model says of its rows.
+    """The rows in a call of the model.
 
     Attributes:
         data: Its arguments that have one entry a row, (M, *shape) each.
@@ -52,7 +52,7 @@ class Place:
 
 
 class Arguments:
-    """What a model is called with, of which some tensors have one entry a row.
+    """Arguments of a model, of which some tensors have one entry a row.
 
     A `torch.utils.data.Dataset`, or a `DataLoader` of one, stands for its items: a
     tuple for several arguments, everything else for one.

@@ -39,10 +39,10 @@ class Unscaled(Messenger):
 
 
 class Imputed(Messenger):
-    """Let every row have a value that its observation with `obs_mask` may lack.
+    """Give every row a latent value for an observation with `obs_mask` that may be missing.
 
-    Whether it does is a matter of the row, and the vector of a row has one length: where it
-    does not, the value has its own density, which integrates to one, and is not read.
+    The latent vectors of all rows have one length. In a row whose observation is not missing,
+    the latent value has a density that integrates to one, and is not used.
     """
 
     def __init__(self) -> None:
@@ -160,7 +160,7 @@ class Rows:
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """What a call of the model says of its rows; the model runs up to its plate."""
+        """The rows in a call of the model, which runs up to its plate."""
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
         said = self._statement(runner)
         return Call(self._rows_of(runner), *said)
@@ -204,11 +204,11 @@ class Rows:
 
 
 class _Reached(Exception):
-    """The model has come to the plate; what it says of its rows is in `args`."""
+    """The model has reached the plate; the arguments of the plate are in `args`."""
 
 
 def whole(plate: str, rows: int) -> AbstractContextManager[None]:
-    """Let a plate hold the rows that the model is called with, whatever size it names."""
+    """Let a plate contain the rows that the model is called with, whatever its size argument is."""
 
     def held(size: int | None = None, *_: Any) -> Any:
         return (rows if size is None else size), rows, torch.arange(rows)
@@ -224,7 +224,7 @@ def _by_path(runner: Runner) -> dict[Any, Any]:
 
 @contextmanager
 def _holding(plate: str, held: Callable[..., Any]) -> Iterator[None]:
-    """Let a function of what the model says of a plate's rows decide on them."""
+    """Replace the subsampling of a plate by a function of the plate's arguments."""
     theirs = SubsampleMessenger._subsample
 
     def own(name: str, *rest: Any) -> Any:

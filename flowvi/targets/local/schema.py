@@ -1,4 +1,4 @@
-"""What is known of a local model: sites, rows, and functions of them."""
+"""Records of a local model: sites, rows, and functions of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ RowSimulator = Callable[
 
 @dataclass
 class LocalFacts:
-    """What is known of a local model beside its density.
+    """Facts about a local model, beside its density.
 
     Args:
         name: Name of the model.
@@ -34,8 +34,8 @@ class LocalFacts:
         observed: Names of the observed sites in the plate.
         dims: For each of these names, a name for each axis of one row's value.
         rows: The model's arguments.
-        parts: Whether the density falls apart into likelihood and prior of z.
-        columns: Which of the data each observed site has as its values.
+        parts: Whether likelihood and prior of z are computed separately.
+        columns: Observed site -> index of the data tensor that it observes.
         messages: Pyro's record of each local latent site in one run of one row.
         parameters: Parameters of the model itself, with the constraints on their values.
     """
@@ -66,7 +66,7 @@ class RowFunctions:
         observed: Observed values of rows, each (R, *shape).
         together: The terms of many rows at once: of z (R, D), and data with R rows, (R, 2).
         latents: Makes the function that gives values of latents and their log Jacobians.
-        called: What a call of the model says of its rows.
+        called: Finds the rows in a call of the model.
     """
 
     terms: Batched

@@ -167,7 +167,7 @@ class LocalTarget(nn.Module):
         return values, ladjs
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-        """What a call of the model says of its rows: their data, and what its plate holds.
+        """The rows in a call of the model: their data, and the size of the plate.
 
         Raises:
             ModelError: The rows are not where they were when the model was captured.

@@ -1,4 +1,4 @@
-"""What a Pyro model must satisfy, and what to say where it does not."""
+"""Requirements on Pyro models, and the messages where a model does not meet them."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLE_EVERY_SITE = (
 
 
 class LastSite(Messenger):
-    """Keep the last site that was reached, and where and of what type the values of all are."""
+    """Record the last site that was reached, and devices and types of the values of all sites."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -52,7 +52,7 @@ class LastSite(Messenger):
             self.dtypes[f"site '{msg['name']}'"] = msg["value"].dtype
 
     def told(self, error: Exception) -> None:
-        """Say in an error's notes how far the model came."""
+        """Add a note to an error that names the last site that the model reached."""
         if self.name is not None:
             error.add_note(f"While flowvi ran the model; the last site reached was '{self.name}'.")
 
@@ -64,7 +64,7 @@ def of_library(error: BaseException) -> bool:
 
 
 class Known(Messenger):
-    """Refuse sites without a proper name or distribution, before anything is made of them."""
+    """Refuse sites without a proper name or distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
         name, fn = msg["name"], msg["fn"]
@@ -156,12 +156,12 @@ def _discrete(name: str, fn: Any) -> str:
 
 
 def masked(name: str, what: str, statement: str) -> str:
-    """Why a latent site behind a mask has no distribution, and what to do.
+    """Message on a latent site whose prior is masked out.
 
     Args:
         name: The site.
-        what: What the mask covers of it.
-        statement: What the model samples.
+        what: The part of the site that the mask covers.
+        statement: The statement of the model that samples it.
     """
     return (
         f"Site '{name}' is latent, and a mask covers {what}: a mask takes the prior away from what "
@@ -172,7 +172,7 @@ def masked(name: str, what: str, statement: str) -> str:
 
 
 def masked_latents(trace: poutine.Trace) -> dict[str, str]:
-    """Latent sites whose prior a mask takes away, and why they cannot be fitted."""
+    """Latent sites whose prior is masked out, with a message for each."""
     found: dict[str, str] = {}
     if any(is_reparametrised(s) and has_density(s) for s in valued(trace)):
         return found  # their density may lie with another site

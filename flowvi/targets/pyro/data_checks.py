@@ -1,4 +1,4 @@
-"""What the data and the scores of a Pyro model must satisfy, and what to say where they do not."""
+"""Requirements on the data and densities of Pyro models, and the messages where they fail."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowvi.targets.pyro.checks import scored
 from flowvi.targets.pyro.handlers import innermost, mask_of
 from flowvi.targets.schema import ModelError
 
-# Their densities leave out what is nan.
+# Distributions whose densities leave out NaN.
 NAN_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
 
 
@@ -40,7 +40,7 @@ def score(trace: poutine.Trace) -> None:
 
 
 def _mixed(error: Exception, trace: poutine.Trace, site: Mapping[str, Any]) -> str:
-    """What to say where a density fails as types of tensors differ; empty where it is not that."""
+    """Message on a density that fails because types of tensors differ; empty for other errors."""
     values = {f"site '{s['name']}'": s["value"] for s in trace.nodes.values() if "fn" in s}
     held = {name: v.dtype for name, v in values.items() if isinstance(v, Tensor)}
     words = mixed(error, held)
@@ -88,7 +88,7 @@ def observations(trace: poutine.Trace, data: Mapping[str, Tensor]) -> None:
         if mask is False or keep.shape != lead:
             continue
         if isinstance(innermost(fn), NAN_MASKED):
-            # There nan stands for what is missing.
+            # There NaN stands for a missing value.
             value = value.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         if value.is_floating_point():
             bad = keep & ~value.isfinite().reshape(*lead, -1).all(-1)

@@ -16,16 +16,16 @@ from torch import Size, Tensor
 from flowvi.targets.pyro.handlers import is_imputed
 from flowvi.targets.schema import ModelError
 
-# Distributions that another one is made of, which has the same values.
+# Distributions that wrap another one with the same values.
 WRAPPERS = (dist.MaskedDistribution, dist.ExpandedDistribution, dist.Independent)
-# What a site's `infer` says of enumeration.
+# Settings of enumeration in the `infer` of a site.
 SETTINGS = ("enumerate", "num_samples", "tmc", "expand")
 # Joint values of discrete sites that are summed one by one.
 MOST = 4096
 
 
 class Marked(Messenger):
-    """Settle which discrete latents are summed out, before a model's sites are enumerated.
+    """Mark the discrete latents that are summed out, before the sites of a model are enumerated.
 
     - A mask applies to what depends on a discrete site, not to the site's own probability: the
       values of a masked row would otherwise be counted and not averaged.
@@ -53,7 +53,7 @@ class Marked(Messenger):
 
 
 class AtValues(Messenger):
-    """Give discrete sites values, by their places among all that a site can have.
+    """Fix discrete sites at values, given by their index among all values of the site.
 
     Args:
         places: Site -> places, one for each of its elements.

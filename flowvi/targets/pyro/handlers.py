@@ -68,7 +68,7 @@ class Owned(Messenger):
 
 
 class Prior(Messenger):
-    """Let sites with an improper prior start somewhere: near the image of zero.
+    """Give sites with an improper prior a first value: random, near the image of zero.
 
     Args:
         dtype: Precision of their values.
@@ -162,7 +162,7 @@ class ToVector(Messenger):
 
 
 class Given(Messenger):
-    """Fix the values of sites; those that are derived from others stay what they are.
+    """Condition sites on values; deterministic sites are unchanged.
 
     Args:
         values: Value of each site.
@@ -178,7 +178,7 @@ class Given(Messenger):
 
 
 class Unseen(Messenger):
-    """Forget the data, so that they are drawn; values derived from others stay what they are."""
+    """Make observed sites latent, so that data are drawn; deterministic sites are unchanged."""
 
     def _pyro_sample(self, msg: Any) -> None:
         if (

@@ -14,8 +14,8 @@ from torch import Tensor
 class Ring(LogRing):
     """Sums of products whose recorded graph has a finite gradient where a term is zero.
 
-    Pyro's own ring has it by an `autograd.Function`, of which a recorded graph has the forward
-    operations only.
+    Pyro's own ring uses an `autograd.Function` for that, and a recorded graph contains only its
+    forward operations.
     """
 
     _backend = "flowvi.targets.pyro.log_einsum"

@@ -1,4 +1,4 @@
-"""What a user's model is called, and takes, behind handlers and decorators."""
+"""Name and signature of a user's model, behind handlers and decorators."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pyro.poutine.trace_messenger import TraceHandler
 from torch.nn import Module
 
 LAMBDA = "<lambda>"
-# Wrappers around a model that are looked behind.
+# Largest number of nested wrappers that are unwrapped.
 MOST = 100
 
 
 def name_of(model: Any) -> str:
-    """What to call a model in messages and results: the name that the user gave it."""
+    """Name of a model in messages and results: the name that the user gave it."""
     for _ in range(MOST):
         behind = _inner(model) or _called(model)
         if behind is None:
@@ -44,7 +44,7 @@ def signature_of(model: Callable[..., Any]) -> inspect.Signature:
 
 
 def _inner(model: Any) -> Any:
-    """What a wrapper calls; None for what the user wrote."""
+    """The function that a wrapper calls; None for the user's own function."""
     if isinstance(model, functools.partial):
         # A handler of Pyro's is this function with the handler and the model.
         return model.args[1] if model.func is _context_wrap else model.func

@@ -72,7 +72,7 @@ def _values(
 ) -> dict[str, Tensor]:
     """Values of the latents that the model has with its new arguments.
 
-    What the data of the fit lacked is a latent of theirs: of other data, what they lack is drawn.
+    Missing data of the fit are latents of the fit; missing values of other data are drawn anew.
     """
     found = {}
     for name, site in layout.sites.items():

@@ -25,7 +25,7 @@ from flowvi.targets.pyro.sampler_fixes import RightSamples
 from flowvi.targets.schema import ModelError
 from flowvi.targets.tabular import as_tensor, not_numbers
 
-# Of the words of an error that repeat all values of a tensor.
+# Longest message of an error that is quoted; longer ones repeat all values of a tensor.
 LONGEST = 300
 
 
@@ -99,7 +99,7 @@ class Runner:
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Let what the model makes and draws have its precision."""
+        """Inside the block, new tensors and draws have the precision of the model."""
         if self.precision is None:
             yield
             return
@@ -112,7 +112,7 @@ class Runner:
         return Owned(self.parameters, rows, self.precision)
 
     def arguments(self) -> dict[str, Any]:
-        """What the model is called with, by name, defaults included; empty if that is unknown."""
+        """Arguments of the model by name, with defaults; empty if its signature is unknown."""
         return self._named(self.args, self.kwargs)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -138,7 +138,7 @@ class Runner:
         return trace, owned.data
 
     def _blame(self, error: Exception, last: checks.LastSite) -> None:
-        """Say what the model failed of, if it is to be seen in its arguments."""
+        """Add a note to an error, if its cause can be seen in the arguments of the model."""
         if isinstance(error, ModelError):
             return
         several = self._devices(last.devices) if isinstance(error, RuntimeError) else ""

@@ -79,7 +79,7 @@ class ManyRuns:
     def __init__(self, runner: Runner, values: Values, batch: Values, chunk: int = CHUNK) -> None:
         self.runner, self.chunk = runner, chunk
         self.names, self.plates = list(values), list(batch)
-        # A graph has at least one input, which says how often to draw.
+        # A graph has at least one input, whose first axis is the number of draws.
         inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
         self.graph, self.reason, self.warned = None, "", False
         try:
@@ -134,8 +134,8 @@ class ManyRuns:
                 trace = poutine.trace(last(RightSamples()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:
-            # A hidden Markov model asserts that it was told for how long; what the model itself
-            # asserts is its own affair.
+            # Pyro's hidden Markov model asserts that its length is given: only failed assertions of
+            # the user's own model are raised.
             if isinstance(error, AssertionError) and not checks.of_library(error):
                 raise
             raise ModelError(

@@ -144,7 +144,7 @@ class Summation:
     def prepare(
         self, point: Tensor, inputs: Sequence[Tensor], shapes: Mapping[str, torch.Size]
     ) -> None:
-        """Record what depends on a joint value, once for all of them."""
+        """Record the functions of a joint value, once for all joint values."""
         if self.jointly.shapes:
             for kind in ("log_density", "rows", "probabilities"):
                 self._graphs[kind] = self._recorded(self._function(kind, shapes), point, inputs)
@@ -218,7 +218,7 @@ class Summation:
             enumeration.log_joint(trace)
 
     def _function(self, kind: str, shapes: Mapping[str, torch.Size]) -> AtValue:
-        """What is wanted of one joint value."""
+        """The function of one joint value that is recorded."""
 
         def at(point: Tensor, row: Tensor, *inputs: Tensor) -> Any:
             trace, ladj = self._run(point, inputs, row)
@@ -251,7 +251,7 @@ class Summation:
         inputs: Sequence[Tensor],
         shapes: Mapping[str, torch.Size] | None = None,
     ) -> Any:
-        """What is wanted of every joint value, with an axis for these in front."""
+        """Results of that function at every joint value, stacked along a first axis."""
         graph, values = self._graphs.get(kind), self.values.to(point.device)
         if graph is not None:
             axes = (None, 0, *(None for _ in inputs))
@@ -263,7 +263,7 @@ class Summation:
     def _recorded(
         self, function: AtValue, point: Tensor, inputs: Sequence[Tensor]
     ) -> fx.GraphModule | None:
-        """A function of a joint value as a graph; None where a loop is as well."""
+        """A function of a joint value as a recorded graph; None if a loop is used instead."""
         reason = "the recorded graph differs from the model"
         some = self.jointly.some(COMPARED, seed=2)
         with torch.no_grad():

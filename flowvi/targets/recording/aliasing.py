@@ -1,4 +1,4 @@
-"""Which node of a graph holds the value of which tensor, under views and writes."""
+"""Nodes of a graph that hold the values of tensors, also after views and writes in place."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Memory:
     _kept: list[Tensor] = field(default_factory=list)
 
     def __contains__(self, t: Tensor) -> bool:
-        # Other layouts have no memory that could be shared: they come from the data.
+        # Tensors of other layouts share no memory: they come from the data.
         return t.layout == torch.strided and storage_key(t) in self._blocks
 
     def block(self, t: Tensor) -> Block | None:

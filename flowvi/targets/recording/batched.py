@@ -56,7 +56,7 @@ class Batched(nn.Module):
             out = tree_map(lambda *leaves: torch.stack(leaves), *rows)
         else:
             dims = (0, *(None for _ in inputs))
-            # "same": whatever random number is left has nothing to do with the density.
+            # "same": random numbers that are left do not affect the density.
             mapped = torch.func.vmap(point, in_dims=dims, randomness="same")
             with quiet_fallback():
                 out = mapped(flat, *inputs)
@@ -65,7 +65,7 @@ class Batched(nn.Module):
 
 @contextmanager
 def quiet_fallback() -> Iterator[None]:
-    """Let vmap loop over a single operation that has no batched form without a word each time."""
+    """Silence the warning of vmap for operations that have no batched form."""
     announce = _functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
     announce(False)
     try:

@@ -1,4 +1,4 @@
-"""Find the fastest way to evaluate a function for many points that is right."""
+"""Find the fastest correct way to evaluate a function at many points."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Trial:
 
     Args:
         points: Points, (P, D).
-        inputs: What the function takes beside a point: its parameters, and rows.
-        others: Further inputs in their place, to see that none was taken for a constant.
+        inputs: Further arguments of the function: its parameters, and rows.
+        others: Other inputs, which show whether an input was recorded as a constant.
     """
 
     points: Tensor

@@ -1,4 +1,4 @@
-"""Products of many matrices with one and the same, in a recorded graph."""
+"""Merge the products of a batch with one constant matrix in a recorded graph."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def merged(module: fx.GraphModule) -> fx.GraphModule:
 
 
 def _repeated(module: fx.GraphModule, arg: Any) -> Tensor | None:
-    """A constant (B, k, m) that has nothing but repeats of one matrix."""
+    """The constant (B, k, m) of a node, if it repeats one matrix along B; None otherwise."""
     if not isinstance(arg, fx.Node) or arg.op != "get_attr":
         return None
     value = getattr(module, str(arg.target), None)

@@ -40,7 +40,7 @@ class Density(nn.Module):
         self.__dict__["_programs"], self.__dict__["_uses"] = OrderedDict(), OrderedDict()
 
     def begin(self, uses: Sequence[tuple[list[int], bool, list[list[int]], int]] = ()) -> None:
-        """Count evaluations anew, so that what came before makes no difference to rounding.
+        """Reset the counts of evaluations, so that earlier evaluations do not affect rounding.
 
         Args:
             uses: What `uses` returned, to go on from there.
@@ -51,7 +51,7 @@ class Density(nn.Module):
         )
 
     def uses(self) -> list[tuple[list[int], bool, list[list[int]], int]]:
-        """How often each batch size came, the least recent first."""
+        """Number of evaluations at each batch size, the least recent first."""
         return [
             (list(shape), gradient, [list(s) for s in inputs], count)
             for (shape, gradient, inputs), count in self.__dict__["_uses"].items()
@@ -119,7 +119,7 @@ class Density(nn.Module):
 
 
 def _shorten(table: OrderedDict[Any, Any]) -> None:
-    """Forget what was not used for longest."""
+    """Drop the least recently used entries."""
     while len(table) > PROGRAMS_KEPT:
         table.popitem(last=False)
 

@@ -1,4 +1,4 @@
-"""What single tensor operations need to be written into a recorded graph."""
+"""Rules by which single tensor operations are written into a recorded graph."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ READ = "_local_scalar_dense"
 
 
 def name_of(func: OpOverload) -> str:
-    """What to call an operation in a message."""
+    """Name of an operation in messages."""
     name = func._schema.name.split("::")[1]
     return "a number (.item(), float(), int(), if)" if name == READ else f"'{name}'"
 
@@ -55,7 +55,7 @@ def written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
 
 
 def functional(func: OpOverload) -> OpOverload | None:
-    """The operation that returns what a writing one would have written, if there is one."""
+    """The functional form of an operation that writes in place, if there is one."""
     name = func._schema.name.split("::")[1]
     packet = getattr(aten, name.removesuffix("_"), None)
     wanted = [(a.name, str(a.type)) for a in func._schema.arguments if not a.is_out]

@@ -1,4 +1,4 @@
-"""Where in the user's own code something happens."""
+"""Lines of the user's own code, for messages."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ LIBRARIES = tuple(
     f"{Path(file).parent}/"
     for file in (torch.__file__, pyro.__file__, opt_einsum.__file__, str(Path(__file__).parent))
 )
-# Frames in these ones only carry out what other code asks of tensors.
+# Frames in these folders only carry out tensor operations for other code.
 NOT_CALLING = tuple(
     f"{Path(file).parent}/" for file in (torch.__file__, str(Path(__file__).parent))
 )

@@ -46,7 +46,8 @@ class Tape(Watch):
     Args:
         inputs: Tensors whose dependents are recorded.
         double: Write the graph in double precision, whatever it is recorded in.
-        chance: Record random numbers, to be drawn at each replay, instead of noting their line.
+        chance: Record random numbers, which are drawn at each replay. Otherwise the line of the
+            model that draws one is noted.
 
     Attributes:
         rounded: Whether a coarser precision was met, which the graph does not have.
@@ -74,7 +75,7 @@ class Tape(Watch):
         self.graph.output(tree_map(self._operand, outputs))
         self.graph.eliminate_dead_code()
         graph = fx.GraphModule(self.root, self.graph)
-        # What a model computes from its data is no state of it.
+        # Values that a model computes from its data are not part of its state.
         graph._non_persistent_buffers_set.update(graph._buffers)
         graph.meta["rounded"] = self.rounded
         return graph
