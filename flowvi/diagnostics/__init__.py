@@ -2,7 +2,8 @@
 
 from flowvi.diagnostics.energy_distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
-from flowvi.diagnostics.findings import VERDICTS, Check, apart
+from flowvi.diagnostics.finding import VERDICTS, Check
+from flowvi.diagnostics.findings import apart
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
     Bound,

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import findings
+from flowvi.diagnostics import finding, findings
 from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo
-from flowvi.diagnostics.findings import DISTRUST, TRUST, Finding
+from flowvi.diagnostics.finding import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.importance import (
     Bounds,
     Estimate,
@@ -141,7 +141,7 @@ def evidence(
     found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
     blocks = [k for k in particles if len(log_w) >= BLOCKS * k]
     return Evidence(
-        findings.verdict(found) != DISTRUST,
+        finding.verdict(found) != DISTRUST,
         *best,
         *middle,
         *smoothed_evidence(log_w, smooth),
@@ -153,7 +153,7 @@ def evidence(
         smooth.khat,
         threshold,
         log_w.size,
-        findings.reasons(found),
+        finding.reasons(found),
         title,
     )
 

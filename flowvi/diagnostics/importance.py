@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import logsumexp
 
-from flowvi.diagnostics.pareto import PRIOR, psislw, tail_size
+from flowvi.diagnostics.pareto import PRIOR, log_sum, psislw, tail_size
 from flowvi.runtime.arguments import whole
 
 MIN_DRAWS = 100
@@ -36,6 +35,17 @@ class Psis(NamedTuple):
 
     log_weights: np.ndarray
     khat: float
+
+
+class RowPsis(NamedTuple):
+    """The same of rows, (R, S) and (R)."""
+
+    log_weights: np.ndarray
+    khat: np.ndarray
+
+    def row(self, n: int) -> Psis:
+        """That of one row."""
+        return Psis(self.log_weights[n], float(self.khat[n]))
 
 
 class Bound(NamedTuple):
@@ -127,15 +137,22 @@ def psis(log_w: np.ndarray) -> Psis:
     References:
         Vehtari et al. (2024), JMLR 25(72). See `psislw`.
     """
-    top = np.sort(log_w)[-tail_size(len(log_w)) :]
-    if top[-1] - top[0] <= ROUNDING:
-        return Psis(log_w - logsumexp(log_w), -math.inf)
+    return psis_of_rows(log_w[None]).row(0)
+
+
+def psis_of_rows(log_w: np.ndarray) -> RowPsis:
+    """The same as `psis` for weights of rows, each by itself. (R, S)."""
+    top = np.partition(log_w, -tail_size(log_w.shape[1]), axis=1)[:, -tail_size(log_w.shape[1]) :]
     with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
         smooth, khat = psislw(log_w)
-    if np.isnan(smooth).any():
-        # Of a tail of few different values, to which nothing can be fitted, or of such weights.
-        smooth = log_w - logsumexp(log_w)
-    return Psis(smooth, math.inf if np.isnan(khat) else khat)
+        equal = top.max(1) - top.min(1) <= ROUNDING
+    # Of a tail of few different values, to which nothing can be fitted, or of such weights.
+    failed = np.isnan(smooth).any(1)
+    khat[equal] = -math.inf
+    khat[np.isnan(khat)] = math.inf
+    plain = equal | failed
+    smooth[plain] = log_w[plain] - log_sum(log_w[plain])[:, None]
+    return RowPsis(smooth, khat)
 
 
 def log_evidence(log_w: np.ndarray) -> Estimate:
@@ -150,7 +167,7 @@ def log_evidence(log_w: np.ndarray) -> Estimate:
     Args:
         log_w: Log weights, (S).
     """
-    value = logsumexp(log_w) - math.log(len(log_w))
+    value = log_sum(log_w) - math.log(len(log_w))
     return Estimate(float(value), _standard_error(np.exp(log_w - value)))
 
 
@@ -219,7 +236,7 @@ def debiased(log_w: np.ndarray, particles: int) -> Estimate:
     influence = relative**2 - square - 2 * square * (relative - 1)
     blocks = len(log_w) // particles
     w, i = (a[: blocks * particles].reshape(blocks, particles) for a in (log_w, influence))
-    values = logsumexp(w, axis=1) + i.mean(1) / (2 * particles)
+    values = log_sum(w) + i.mean(1) / (2 * particles)
     return Estimate(value, _standard_error(values))
 
 
@@ -267,7 +284,7 @@ def _iw_bound(log_w: np.ndarray, particles: int) -> Bound:
     means, variances = [], []
     for _ in range(1 if particles == 1 else PARTITIONS):
         parts = rng.permutation(log_w)[: blocks * particles].reshape(blocks, particles)
-        values = logsumexp(parts, axis=1) - math.log(particles)
+        values = log_sum(parts) - math.log(particles)
         means.append(values.mean())
         variances.append(_standard_error(values) ** 2)
     return Bound(particles, float(np.mean(means)), float(np.sqrt(np.mean(variances))))

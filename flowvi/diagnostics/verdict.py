@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import findings
-from flowvi.diagnostics.findings import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
+from flowvi.diagnostics import finding, findings
+from flowvi.diagnostics.finding import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
 from flowvi.diagnostics.importance import (
     as_chains,
     elbo,
@@ -179,23 +179,23 @@ def diagnose(
             found += [*findings.moments(comparison), *findings.disagreement(comparison)]
         else:
             found += findings.divergence(log_w)
-    found += findings.tail(log_w, khat, threshold, *findings.verdicts(found))
-    poor = findings.verdicts(found)[1] == DISTRUST
-    if RESAMPLE in findings.verdicts(found):
-        found += findings.effective(ess, log_w.size, comparison, findings.verdicts(found)[1])
-    strict, best = findings.verdicts(found)
-    final = findings.decided(strict, best, log_w.size, check)
+    found += findings.tail(log_w, khat, threshold, *finding.verdicts(found))
+    poor = finding.verdicts(found)[1] == DISTRUST
+    if RESAMPLE in finding.verdicts(found):
+        found += findings.effective(ess, log_w.size, comparison, finding.verdicts(found)[1])
+    strict, best = finding.verdicts(found)
+    final = finding.decided(strict, best, log_w.size, check)
     first = findings.undecided(log_w.size, strict, poor, final, check)
 
     known = [Finding(DISTRUST, sentence) for sentence in missed]
     known += [Finding(RESAMPLE, sentence) for sentence in doubts]
-    verdict = max(final, findings.verdicts(known)[0], key=VERDICTS.index)
+    verdict = max(final, finding.verdicts(known)[0], key=VERDICTS.index)
     if khat >= threshold and arrays and verdict != TRUST:
         place = where(chains, arrays).sentence
         found += [Finding(TRUST, place)] if place else []
     if comparison is not None and verdict != TRUST:
         found += heavy(comparison, chains, arrays, axes)
-    reasons = findings.reasons([*known, *found, *findings.priors(improper)])
+    reasons = finding.reasons([*known, *found, *findings.priors(improper)])
     reasons = (*first, *reasons) if verdict == final else (*reasons, *first)
 
     return Diagnosis(
@@ -209,7 +209,7 @@ def diagnose(
         *gap(log_w),
         *((math.nan, math.nan) if improper else with_tail(log_evidence(log_w), log_w, khat)),
         title=title,
-        at_best=max(best, findings.verdicts(known)[0], key=VERDICTS.index),
+        at_best=max(best, finding.verdicts(known)[0], key=VERDICTS.index),
     )
 
 
