@@ -10,6 +10,7 @@ from flowvi.diagnostics.importance import (
     Bounds,
     Estimate,
     Psis,
+    RowPsis,
     as_chains,
     elbo,
     gap,
@@ -17,8 +18,11 @@ from flowvi.diagnostics.importance import (
     khat_threshold,
     log_evidence,
     psis,
+    psis_of_rows,
 )
 from flowvi.diagnostics.mcmc import diagnose_chains
+from flowvi.diagnostics.row_verdict import diagnose_rows
+from flowvi.diagnostics.rows import Rows
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
 from flowvi.diagnostics.weight_regions import Where, where
 
@@ -34,11 +38,14 @@ __all__ = [
     "Estimate",
     "Evidence",
     "Psis",
+    "RowPsis",
+    "Rows",
     "Where",
     "apart",
     "as_chains",
     "diagnose",
     "diagnose_chains",
+    "diagnose_rows",
     "distances",
     "elbo",
     "evidence",
@@ -47,5 +54,6 @@ __all__ = [
     "khat_threshold",
     "log_evidence",
     "psis",
+    "psis_of_rows",
     "where",
 ]

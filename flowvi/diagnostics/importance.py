@@ -76,7 +76,13 @@ def as_chains(log_weights: ArrayLike) -> np.ndarray:
     log_w = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
     if log_w.ndim > 2:
         raise ValueError(f"Log weights have shape (draw) or (chain, draw); got {log_w.shape}.")
-    chains, draws = log_w.shape
+    check_weights(log_w)
+    return log_w
+
+
+def check_weights(log_w: np.ndarray) -> None:
+    """Refuse log weights, (chain, draw) or (chain, draw, row), that are too few or impossible."""
+    chains, draws = log_w.shape[:2]
     if draws < MIN_DRAWS:
         raise ValueError(
             f"A diagnosis needs >= {MIN_DRAWS} draws in each chain; got {draws} in each of "
@@ -93,7 +99,6 @@ def as_chains(log_weights: ArrayLike) -> np.ndarray:
             "Every log weight is -inf: no draw has positive density under the model. "
             "Check the model's supports and the start of the fit."
         )
-    return log_w
 
 
 def khat_threshold(draws: int) -> float:
