@@ -1,7 +1,7 @@
 """What log weights and draws say about a fit: plain arrays in, frozen records out."""
 
 from flowvi.diagnostics.energy_distance import Distances, distances
-from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
+from flowvi.diagnostics.evidence import LADDER, Evidence, RowEvidence, evidence
 from flowvi.diagnostics.finding import VERDICTS, Check
 from flowvi.diagnostics.findings import apart
 from flowvi.diagnostics.importance import (
@@ -15,12 +15,14 @@ from flowvi.diagnostics.importance import (
     elbo,
     gap,
     iw_bounds,
+    iw_bounds_of_rows,
     khat_threshold,
     log_evidence,
     psis,
     psis_of_rows,
 )
 from flowvi.diagnostics.mcmc import diagnose_chains
+from flowvi.diagnostics.row_evidence import evidence_of_rows
 from flowvi.diagnostics.row_verdict import diagnose_rows
 from flowvi.diagnostics.rows import Rows
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
@@ -38,6 +40,7 @@ __all__ = [
     "Estimate",
     "Evidence",
     "Psis",
+    "RowEvidence",
     "RowPsis",
     "Rows",
     "Where",
@@ -49,8 +52,10 @@ __all__ = [
     "distances",
     "elbo",
     "evidence",
+    "evidence_of_rows",
     "gap",
     "iw_bounds",
+    "iw_bounds_of_rows",
     "khat_threshold",
     "log_evidence",
     "psis",

@@ -56,8 +56,22 @@ class Bound(NamedTuple):
     se: float
 
 
+class RowBound(NamedTuple):
+    """Importance-weighted bounds of rows with K particles, and their errors, (R)."""
+
+    particles: int
+    bound: np.ndarray
+    se: np.ndarray
+
+
 class Bounds(tuple[Bound, ...]):
-    """One importance-weighted bound per number of particles."""
+    """One importance-weighted bound per number of particles.
+
+    Attributes:
+        rows: Where there are rows, the bounds of each of them, of which those here are the sums.
+    """
+
+    rows: tuple[RowBound, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{'particles':>9}  {'bound':>12}"]
@@ -236,7 +250,8 @@ def debiased(log_w: np.ndarray, particles: int) -> Estimate:
     """
     relative = np.exp(log_w - log_evidence(log_w).value)  # mean 1
     square = float((relative**2).mean())
-    value = _iw_bound(log_w, particles).bound + (square - 1) / (2 * particles)
+    (bound,) = iw_bounds(log_w, [particles])
+    value = bound.bound + (square - 1) / (2 * particles)
     # What each draw adds to CV^2, by the delta method; blocks carry both terms' errors.
     influence = relative**2 - square - 2 * square * (relative - 1)
     blocks = len(log_w) // particles
@@ -278,25 +293,51 @@ def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519.
     """
-    return Bounds(_iw_bound(log_w, whole("particles", count)) for count in particles)
+    rows = iw_bounds_of_rows(log_w[:, None], particles).rows
+    return Bounds(Bound(k, float(bound[0]), float(se[0])) for k, bound, se in rows)
 
 
-def _iw_bound(log_w: np.ndarray, particles: int) -> Bound:
-    blocks = len(log_w) // particles
+def iw_bounds_of_rows(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
+    """The sums of the bounds of rows, whose draws are independent, and these bounds.
+
+    Args:
+        log_w: Log weights, (S, R).
+        particles: Numbers of particles K.
+    """
+    rows = tuple(_iw_bound(log_w, whole("particles", count)) for count in particles)
+    sums = Bounds(
+        Bound(k, float(bound.sum()), float(np.sqrt((se**2).sum()))) for k, bound, se in rows
+    )
+    sums.rows = rows
+    return sums
+
+
+def _iw_bound(log_w: np.ndarray, particles: int) -> RowBound:
+    draws, rows = log_w.shape
+    blocks = draws // particles
     if blocks == 0:
-        return Bound(particles, math.nan, math.nan)
+        none = np.full(rows, math.nan)
+        return RowBound(particles, none, none)
     rng = np.random.default_rng(0)
-    means, variances = [], []
-    for _ in range(1 if particles == 1 else PARTITIONS):
-        parts = rng.permutation(log_w)[: blocks * particles].reshape(blocks, particles)
-        values = log_sum(parts) - math.log(particles)
-        means.append(values.mean())
-        variances.append(_standard_error(values) ** 2)
-    return Bound(particles, float(np.mean(means)), float(np.sqrt(np.mean(variances))))
+    means, variances = np.zeros(rows), np.zeros(rows)
+    partitions = 1 if particles == 1 else PARTITIONS
+    for _ in range(partitions):
+        parts = log_w[rng.permutation(draws)[: blocks * particles]]
+        values = log_sum(parts.reshape(blocks, particles, rows).swapaxes(1, 2))
+        values -= math.log(particles)
+        means += values.mean(0) / partitions
+        variances += _standard_errors(values) ** 2 / partitions
+    return RowBound(particles, means, np.sqrt(variances))
+
+
+def _standard_errors(values: np.ndarray) -> np.ndarray:
+    """Standard errors of means along the first axis; NaN for one value and infinite ones."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], math.nan)
+    finite = np.isfinite(values).all(0)
+    spread = np.where(finite, values, 0.0).std(0, ddof=1) / math.sqrt(len(values))
+    return np.where(finite, spread, math.nan)
 
 
 def _standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean; NaN for one value and for infinite ones."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+    return float(_standard_errors(values))

@@ -11,15 +11,12 @@ from flowvi.diagnostics import finding
 from flowvi.diagnostics.finding import DISTRUST, RESAMPLE, TRUST, Finding
 from flowvi.diagnostics.findings import AGAIN, ASKED, priors
 from flowvi.diagnostics.importance import (
-    MOST_KHAT,
     check_weights,
     khat_threshold,
-    log_evidence,
     psis_of_rows,
-    with_tail,
 )
 from flowvi.diagnostics.moments import Axes
-from flowvi.diagnostics.rows import Rows, named, surely, too_many, total
+from flowvi.diagnostics.rows import Rows, evidence_of_each, named, surely, too_many, total
 from flowvi.diagnostics.verdict import Diagnosis, judge
 
 NOWHERE = "No draw has positive density under the model."
@@ -38,8 +35,8 @@ def diagnose_rows(
     """Judge the draws of each row, and all of them.
 
     The verdict of a row is that of `diagnose` on its draws alone. All draws are not to be
-    trusted where the k-hat of a row is above 0.7 by more than its error explains, so many rows
-    considered, or where more than 5 % of the rows are not to be trusted for whatever reason.
+    trusted where a row that is not has a k-hat above the limit by more than noise explains
+    (`surely`), or where more than 5 % of the rows are not to be trusted for whatever reason.
     Otherwise they are to be resampled where the plain draws of a row are off by more than two
     standard errors, or where more than 5 % of the rows are not to be trusted as they are.
 
@@ -79,18 +76,6 @@ def diagnose_rows(
     )
 
 
-def row_evidence(log_w: np.ndarray, khat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Log evidence of each row and its error, without the leading bias. (R, S), (R) -> (R), (R).
-
-    A logarithm of a mean with variance v, relative to its square, is v / 2 too low on average:
-    little for a row, and not for the sum over many.
-    """
-    plain = [log_evidence(row) for row in log_w]
-    full = [with_tail(e, row, k) for e, row, k in zip(plain, log_w, khat, strict=True)]
-    values = np.array([e.value + e.se**2 / 2 for e in plain])
-    return values, np.array([e.se for e in full])
-
-
 def _each(
     log_w: np.ndarray, values: Mapping[str, np.ndarray], axes: Axes | None
 ) -> Iterator[Diagnosis]:
@@ -114,7 +99,7 @@ def _table(judged: Sequence[Diagnosis], log_w: np.ndarray, labels: Sequence[str]
     dead = ~np.isfinite(log_w).any((0, 1))
     values, errors = np.full(len(khat), -np.inf), np.full(len(khat), np.nan)
     flat = log_w.reshape(-1, len(khat)).T
-    values[~dead], errors[~dead] = row_evidence(flat[~dead], khat[~dead])
+    values[~dead], errors[~dead] = evidence_of_each(flat[~dead], khat[~dead])
     return Rows(
         tuple(map(str, labels)),
         np.array([d.verdict for d in judged]),
@@ -132,7 +117,7 @@ def _table(judged: Sequence[Diagnosis], log_w: np.ndarray, labels: Sequence[str]
 def _findings(rows: Rows, judged: Sequence[Diagnosis]) -> list[Finding]:
     """What the rows say together, those that are not to be trusted first."""
     failed, off = rows.verdict == DISTRUST, rows.verdict == RESAMPLE
-    sure = (rows.at_best == DISTRUST) & surely(rows.khat, MOST_KHAT, rows.draws)
+    sure = failed & surely(rows.khat, rows.draws)
     found = []
     if failed.any():
         verdict = DISTRUST if too_many(failed, sure) else TRUST

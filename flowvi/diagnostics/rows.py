@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import ndtri
 
 from flowvi.diagnostics.finding import VERDICTS
-from flowvi.diagnostics.importance import Estimate, khat_error
+from flowvi.diagnostics.importance import (
+    MOST_KHAT,
+    Estimate,
+    khat_error,
+    khat_threshold,
+    log_evidence,
+    with_tail,
+)
 
 # Rows that a sentence or a table names.
 NAMED = 10
@@ -19,6 +25,8 @@ NAMED = 10
 CHANCE = 0.0228
 # Share of rows that may fail by no more than the errors of their numbers.
 TOLERATED = 0.05
+# Standard deviations of a normal distribution between its quartiles.
+QUARTILES = 1.349
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,17 +64,6 @@ class Rows:
         rank = np.array([VERDICTS.index(v) for v in self.verdict])
         return np.lexsort((self.ess, -self.khat, -rank))[:n]
 
-    def state(self) -> dict[str, Any]:
-        """The table as lists of numbers and strings."""
-        columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        return {k: v.tolist() if isinstance(v, np.ndarray) else v for k, v in columns.items()}
-
-    @classmethod
-    def of_state(cls, state: dict[str, Any]) -> Rows:
-        """The table of what `state` made."""
-        found = {k: np.asarray(v) if isinstance(v, list) else v for k, v in state.items()}
-        return cls(**{**found, "labels": tuple(state["labels"])})
-
     def __str__(self) -> str:
         width = max(3, *(len(self.labels[i]) for i in self.worst()))
         head = f"  {'row':<{width}} {'k-hat':>6} {'effective':>9} {'log evidence':>20}    verdict"
@@ -97,20 +94,41 @@ def named(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: 
     )
 
 
-def surely(khat: np.ndarray, limit: float, draws: int) -> np.ndarray:
-    """Whether a k-hat is above a limit by more than the errors of so many rows explain, (R).
+def surely(khat: np.ndarray, draws: int) -> np.ndarray:
+    """Whether k-hats are too large by more than noise explains, (R).
 
-    Two standard errors for one row; for R rows as many as keep the chance that any of R rows at
-    the limit is off by them.
+    A k-hat is if it is above 0.7 by more than its errors, or above the limit for so many draws
+    and away from the middle of all rows by more than their spread. Two standard errors are
+    allowed for one row, and for R rows as many as keep the chance that any of them is off.
+
+    Args:
+        khat: Of each row, (R).
+        draws: Number of draws of a row.
     """
     errors = -float(ndtri(CHANCE / len(khat)))
     slack = np.array([khat_error(k, draws) if math.isfinite(k) else 0.0 for k in khat])
-    return khat - errors * slack >= limit
+    low, middle, high = np.quantile(np.clip(khat, -0.5, 2.0), (0.25, 0.5, 0.75))
+    spread = max((high - low) / QUARTILES, khat_error(middle, draws))
+    apart = (khat >= khat_threshold(draws)) & (khat - middle >= errors * spread)
+    found: np.ndarray = (khat - errors * slack >= MOST_KHAT) | apart
+    return found
 
 
 def too_many(failed: np.ndarray, sure: np.ndarray) -> bool:
     """Whether rows that fail, (R), are more than noise explains: any surely, or over 5 %."""
     return bool((failed & sure).any() or failed.sum() > TOLERATED * len(failed))
+
+
+def evidence_of_each(log_w: np.ndarray, khat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Log evidence of each row and its error, without the leading bias. (R, S), (R) -> (R), (R).
+
+    A logarithm of a mean with variance v, relative to its square, is v / 2 too low on average:
+    little for a row, and not for the sum over many.
+    """
+    plain = [log_evidence(row) for row in log_w]
+    full = [with_tail(e, row, k) for e, row, k in zip(plain, log_w, khat, strict=True)]
+    values = np.array([e.value + e.se**2 / 2 for e in plain])
+    return values, np.array([e.se for e in full])
 
 
 def total(values: np.ndarray, errors: np.ndarray) -> Estimate:

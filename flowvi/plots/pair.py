@@ -10,6 +10,7 @@ import numpy as np
 
 from flowvi.draws.draws import Draws
 from flowvi.plots.theme import BLUE, style
+from flowvi.runtime.arguments import draws_wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,7 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
     Returns:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
+    draws_wanted("plot_pair", draws)
     columns = scalars(draws, names)
     labels, size = list(columns), len(columns)
     with style():
@@ -84,7 +86,7 @@ def scalars(
 def elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Every scalar of a value: its name by index, its name by label, its draws."""
     value = draws[name]
-    axes = [draws.target.coords.get(dim) for dim in draws.target.dims.get(name, ())]
+    axes = [draws.coords.get(dim) for dim in draws.dims.get(name, ())]
     if value.ndim == 2:
         yield name, name, value.ravel()
         return

@@ -13,6 +13,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+# Draws that an example asks for.
+MANY = 4000
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -80,22 +83,44 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
         raise TypeError(f"{name} must be {like}; got {article} {came}.")
 
 
-def shared_alone(function: str, value: Any) -> None:
-    """Refuse fits and draws with latents for each row, where all rows have to share them.
+def draws_wanted(function: str, value: Any) -> None:
+    """Refuse a fit where its draws are wanted.
 
     Args:
         function: What was called.
-        value: What came; classes of that kind say in `FOR_ROWS` what to do instead.
+        value: What came; classes of other results say in `INSTEAD` what to do.
 
     Raises:
-        TypeError: It is of that kind.
+        TypeError: It is a fit, or another result of one.
     """
-    instead = getattr(type(value), "FOR_ROWS", "")
-    if instead:
+    came = type(value).__name__
+    if hasattr(value, "draw") and hasattr(value, "history"):
         raise TypeError(
-            f"{function} is for latents that all rows share, and got a {type(value).__name__}, "
-            f"with latents for each row (local=): {instead}."
+            f"{function} needs the draws of a fit, and got a {came}, the fit itself: "
+            f"{function}(fit.draw({MANY}))."
         )
+    instead = getattr(type(value), "INSTEAD", "")
+    if instead:
+        raise TypeError(f"{function} needs the draws of a fit, and got a {came}: {instead}.")
+
+
+def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
+    """Refuse draws where the fit behind them is wanted, and fits of a kind that has no way.
+
+    Args:
+        function: What was called.
+        value: What came.
+        kinds: What may come.
+        like: An example of what is expected.
+
+    Raises:
+        TypeError: It is of another kind.
+    """
+    if hasattr(value, "log_p") and hasattr(value, "values"):
+        raise TypeError(
+            f"{function} needs {like}, and got the draws of one: pass the fit that made them."
+        )
+    wanted("fit", value, kinds, like)
 
 
 def known(kind: str, name: str, choices: Iterable[str]) -> str:
