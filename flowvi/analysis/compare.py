@@ -189,7 +189,9 @@ def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
     """Refuse models whose observed values, or rows of them, are not the same numbers."""
     by_row = [name for name, idata in groups.items() if _by_row(idata)]
     _check_same({name: _observed(idata, False) for name, idata in groups.items()}, "data")
-    _check_same({name: _observed(groups[name], True) for name in by_row}, "rows, in their order,")
+    _check_same(
+        {name: _observed(groups[name], True) for name in by_row}, "rows, or in another order"
+    )
 
 
 def _by_row(idata: az.InferenceData) -> bool:

@@ -53,8 +53,8 @@ def evidence(
     check_proper(table.improper)
     if table.kind != "guide":
         raise ValueError(
-            f"These are {table.kind} draws, which have no weights, and the evidence comes from "
-            "weights. Pass the draws of the fit: fit.draw(4000), or posterior.nc."
+            f"evidence needs weights, and got {table.kind} draws, which have no weights: pass "
+            "those of the fit, fit.draw(4000), or posterior.nc."
         )
     if table.rows:
         if mcmc is not None:

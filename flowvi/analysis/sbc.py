@@ -83,9 +83,8 @@ def sbc(
     """
     if isinstance(model, Draws) or (hasattr(model, "draw") and not isinstance(model, RowFit)):
         raise TypeError(
-            f"sbc needs the model, which is fitted to many data sets, and got a "
-            f"{type(model).__name__}: sbc(model, *args). Of fits, those of rows alone (local=) "
-            "serve all data sets."
+            f"sbc needs the model, to fit it to many data sets, or a fit of rows (local=), which "
+            f"serves them all; got a {type(model).__name__}: use sbc(model, *arguments)."
         )
     if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
         raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")

@@ -21,6 +21,8 @@ MOST_KHAT = 0.7
 ROUNDING = 1e-3
 # Random partitions over which a bound is averaged; more change only the last digit.
 PARTITIONS = 32
+# Of these for each of many rows.
+FEWEST = 4
 
 
 class Estimate(NamedTuple):
@@ -170,7 +172,8 @@ def psis_of_rows(log_w: np.ndarray) -> RowPsis:
     khat[equal] = -math.inf
     khat[np.isnan(khat)] = math.inf
     plain = equal | failed
-    smooth[plain] = log_w[plain] - log_sum(log_w[plain])[:, None]
+    with np.errstate(invalid="ignore"):  # of weights that are all zero
+        smooth[plain] = log_w[plain] - log_sum(log_w[plain])[:, None]
     return RowPsis(smooth, khat)
 
 
@@ -248,16 +251,21 @@ def debiased(log_w: np.ndarray, particles: int) -> Estimate:
         Domke and Sheldon (2018), "Importance weighting and variational
         inference", arXiv:1808.09034: K (log p - L_K) -> CV^2 / 2.
     """
-    relative = np.exp(log_w - log_evidence(log_w).value)  # mean 1
-    square = float((relative**2).mean())
-    (bound,) = iw_bounds(log_w, [particles])
-    value = bound.bound + (square - 1) / (2 * particles)
+    value, error = debiased_of_rows(log_w[:, None], particles)
+    return Estimate(float(value[0]), float(error[0]))
+
+
+def debiased_of_rows(log_w: np.ndarray, particles: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same as `debiased` for weights of rows, and the errors. (S, R) -> (R), (R)."""
+    draws, rows = log_w.shape
+    relative = np.exp(log_w - (log_sum(log_w.T) - math.log(draws)))  # mean 1
+    square = (relative**2).mean(0)
+    value = _iw_bound(log_w, particles).bound + (square - 1) / (2 * particles)
     # What each draw adds to CV^2, by the delta method; blocks carry both terms' errors.
     influence = relative**2 - square - 2 * square * (relative - 1)
-    blocks = len(log_w) // particles
-    w, i = (a[: blocks * particles].reshape(blocks, particles) for a in (log_w, influence))
-    values = log_sum(w) + i.mean(1) / (2 * particles)
-    return Estimate(value, _standard_error(values))
+    shape = draws // particles, particles, rows
+    w, i = (a[: shape[0] * particles].reshape(shape) for a in (log_w, influence))
+    return value, _standard_errors(log_sum(w.swapaxes(1, 2)) + i.mean(1) / (2 * particles))
 
 
 def elbo(log_w: np.ndarray) -> Estimate:
@@ -320,7 +328,8 @@ def _iw_bound(log_w: np.ndarray, particles: int) -> RowBound:
         return RowBound(particles, none, none)
     rng = np.random.default_rng(0)
     means, variances = np.zeros(rows), np.zeros(rows)
-    partitions = 1 if particles == 1 else PARTITIONS
+    # Sums over many rows are averages over many partitions already.
+    partitions = 1 if particles == 1 else max(FEWEST, PARTITIONS // rows)
     for _ in range(partitions):
         parts = log_w[rng.permutation(draws)[: blocks * particles]]
         values = log_sum(parts.reshape(blocks, particles, rows).swapaxes(1, 2))

@@ -21,7 +21,7 @@ from flowvi.diagnostics.findings import believable
 from flowvi.diagnostics.importance import (
     Psis,
     check_weights,
-    debiased,
+    debiased_of_rows,
     iw_bounds_of_rows,
     khat_threshold,
     psis_of_rows,
@@ -61,11 +61,11 @@ def evidence_of_rows(
     values[seen], errors[seen] = evidence_of_each(log_w.T[seen], khat[seen])
     least = max((k for k in particles if draws >= BLOCKS * k), default=1)
     others = np.full((4, rows), np.nan)
+    others[2:, seen] = debiased_of_rows(log_w[:, seen], least)
     found = [Finding(DISTRUST, "No draw has positive density.")] * rows
     for n in np.flatnonzero(seen):
         own = log_w[:, n]
         others[:2, n] = smoothed_evidence(own, Psis(smooth.log_weights[n], khat[n]))
-        others[2:, n] = debiased(own, least)
         found[n] = believable(own, khat[n], threshold)
     failed = np.array([f.verdict == DISTRUST for f in found])
     judged = _judged(labels, found, failed, khat, draws)

@@ -56,7 +56,7 @@ def diagnose_rows(
     rows = _table(judged, log_w, labels)
     known = [Finding(DISTRUST, sentence) for sentence in missed]
     known += [Finding(RESAMPLE, sentence) for sentence in doubts]
-    found = _findings(rows, judged)
+    found = _findings(rows)
     first, *_ = judged
     elbo = total(rows.elbo, rows.elbo_se)
     gap = total(np.array([d.gap for d in judged]), np.array([d.gap_se for d in judged]))
@@ -114,7 +114,7 @@ def _table(judged: Sequence[Diagnosis], log_w: np.ndarray, labels: Sequence[str]
     )
 
 
-def _findings(rows: Rows, judged: Sequence[Diagnosis]) -> list[Finding]:
+def _findings(rows: Rows) -> list[Finding]:
     """What the rows say together, those that are not to be trusted first."""
     failed, off = rows.verdict == DISTRUST, rows.verdict == RESAMPLE
     sure = failed & surely(rows.khat, rows.draws)
@@ -123,7 +123,12 @@ def _findings(rows: Rows, judged: Sequence[Diagnosis]) -> list[Finding]:
         verdict = DISTRUST if too_many(failed, sure) else TRUST
         badness = np.where(sure, np.inf, rows.khat)
         worst = int(np.argmax(np.where(failed, badness, -np.inf)))
-        own = f"Row {rows.labels[worst]}: {judged[worst].reasons[0]}"
+        middle = float(np.median(rows.khat))
+        own = (
+            f"Row {rows.labels[worst]} has Pareto k-hat {rows.khat[worst]:.2f}, where half of all "
+            f"rows are below {middle:.2f}: its guide is too poor. The others have verdicts of "
+            "their own in diagnosis.rows."
+        )
         reasons = [
             named(rows.labels, failed, badness, "not to be trusted"),
             own if sure.any() else _open(rows, verdict == TRUST),

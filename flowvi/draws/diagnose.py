@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
-from flowvi.draws.draws import EXPECTED, Draws, checked
+from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
 from flowvi.runtime.arguments import draws_wanted, wanted
 from flowvi.targets import Target, outside
 
@@ -25,7 +25,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
     """
     draws_wanted("diagnose", draws)
     if not isinstance(draws, Draws):
-        return diagnostics.diagnose(_weights(draws))
+        return diagnostics.diagnose(as_weights(draws))
     if draws.diagnosis is not None:
         return draws.diagnosis
     if draws.mcmc:
@@ -79,7 +79,7 @@ def where(draws: Draws) -> Where:
     """
     draws_wanted("where", draws)
     wanted("draws", draws, Draws, EXPECTED)
-    return diagnostics.where(draws.log_weights, named_values(draws), axes_of(draws))
+    return diagnostics.where(weights_of("where", draws), named_values(draws), axes_of(draws))
 
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
@@ -123,14 +123,15 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
         check_proper(draws.improper)
         draws = draws.weighted or draws
     particles = particles if isinstance(particles, Iterable) else [particles]
+    log_weights = weights_of("bounds", draws) if isinstance(draws, Draws) else as_weights(draws)
     if isinstance(draws, Draws) and draws.by_row:
-        flat = draws.log_weights.reshape(len(draws), -1)
+        diagnostics.check_weights(log_weights)
+        flat = log_weights.reshape(len(draws), -1)
         return diagnostics.iw_bounds_of_rows(flat, particles)
-    log_weights = draws.log_weights if isinstance(draws, Draws) else _weights(draws)
     return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
 
 
-def _weights(given: ArrayLike) -> np.ndarray:
+def as_weights(given: ArrayLike) -> np.ndarray:
     """Log weights, as an array."""
     try:
         return np.asarray(given, dtype=np.float64)

@@ -193,6 +193,22 @@ def checked(meta: Mapping[str, Any]) -> Check | None:
 RowDraws = Draws
 
 
+def weights_of(function: str, draws: Draws) -> np.ndarray:
+    """The log weights of draws, for a function that is named where there are none.
+
+    Raises:
+        ValueError: They are resampled, or of Markov chains.
+    """
+    if not draws.mcmc and not draws.resampled:
+        return draws.log_weights
+    came = "MCMC" if draws.mcmc else "resampled"
+    way = "pass those of the fit, fit.draw(4000)"
+    raise ValueError(
+        f"{function} needs weights, and got {came} draws, which have no weights: "
+        f"{'draws.weighted has those of the guide' if draws.weighted is not None else way}."
+    )
+
+
 def scored(log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both log densities of a table, in double; a draw that cannot be scored has weight zero."""
     log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)

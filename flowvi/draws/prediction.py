@@ -107,7 +107,14 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
     if isinstance(target, LocalTarget):
         return _of_rows(draws, target, args, kwargs, seed)
     flat = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in target.sites}
-    found = target.rerun(flat, args, kwargs, seed)
+    try:
+        found = target.rerun(flat, args, kwargs, seed)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"predict runs the model on arguments in place of those of the fit, and {error}."
+        ) from None
     values, scores = (
         {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
         for arrays in found

@@ -8,7 +8,7 @@ import numpy as np
 from flowvi import diagnostics
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.draws import EXPECTED, Draws
+from flowvi.draws.draws import EXPECTED, Draws, weights_of
 from flowvi.runtime.arguments import draws_wanted, given, wanted, whole
 
 
@@ -32,7 +32,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     draws_wanted("resample", draws)
     wanted("draws", draws, Draws, EXPECTED)
     given(whole, "n", n)
-    log_w, diagnosis = draws.log_weights, diagnose(draws)
+    log_w, diagnosis = weights_of("resample", draws), diagnose(draws)
     if diagnosis.khat >= diagnosis.khat_threshold and diagnosis.verdict != diagnostics.VERDICTS[1]:
         warnings.warn(_poor(diagnosis), stacklevel=2)
     log_w = log_w.reshape(len(draws), -1)

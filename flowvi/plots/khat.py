@@ -9,7 +9,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import as_chains, khat_threshold, log_evidence, psis
-from flowvi.draws.draws import Draws
+from flowvi.draws.diagnose import as_weights
+from flowvi.draws.draws import Draws, weights_of
 from flowvi.plots.theme import BLUE, GREY, ORANGE, new_axes, style
 from flowvi.runtime.arguments import draws_wanted
 
@@ -29,7 +30,8 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
     draws_wanted("plot_khat", draws)
     if isinstance(draws, Draws) and draws.by_row:
         return _of_rows(draws, ax)
-    log_w = as_chains(draws.log_weights if isinstance(draws, Draws) else draws).ravel()
+    given = weights_of("plot_khat", draws) if isinstance(draws, Draws) else as_weights(draws)
+    log_w = as_chains(given).ravel()
     smooth, khat = psis(log_w)
     threshold = khat_threshold(len(log_w))
     order = np.argsort(log_w)[::-1][: np.isfinite(log_w).sum()]
@@ -62,6 +64,7 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
 
 
 def _of_rows(draws: Draws, ax: Axes | None) -> Axes:
+    weights_of("plot_khat", draws)
     khat = np.sort(np.clip(draws.khat, -1.0, 2.0))[::-1]
     threshold = khat_threshold(len(draws))
     above = khat >= threshold

@@ -8,9 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowvi.draws.draws import Draws
+from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.plots.theme import BLUE, style
-from flowvi.runtime.arguments import draws_wanted
+from flowvi.runtime.arguments import draws_wanted, wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,6 +31,7 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
     draws_wanted("plot_pair", draws)
+    wanted("draws", draws, Draws, EXPECTED)
     columns = scalars(draws, names)
     labels, size = list(columns), len(columns)
     with style():
@@ -69,12 +70,12 @@ def scalars(
     columns: dict[str, np.ndarray] = {}
     for name in names:
         value = name if name in draws.values else name.partition("[")[0]
-        wanted = {
+        found = {
             label: x for index, label, x in elements(draws, value) if name in (value, index, label)
         }
-        if not wanted:
+        if not found:
             raise KeyError(f"'{value}' has shape {draws[value].shape[2:]}; it has no '{name}'.")
-        columns |= wanted
+        columns |= found
     if len(columns) > MAX_SCALARS:
         raise ValueError(
             f"The names stand for {len(columns)} scalars; a pair plot shows {MAX_SCALARS} at most. "

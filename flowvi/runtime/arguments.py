@@ -77,10 +77,14 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
         TypeError: It is of another kind.
     """
     if not isinstance(value, kinds):
-        came = value.__name__ if isinstance(value, type) else type(value).__name__
-        article = "an" if came[0] in "aeiouAEIOU" else "a"
-        article = "the class" if isinstance(value, type) else article
-        raise TypeError(f"{name} must be {like}; got {article} {came}.")
+        raise TypeError(f"{name} must be {like}; got {_named(value)}.")
+
+
+def _named(value: Any) -> str:
+    """The type of a thing, with an article."""
+    came = value.__name__ if isinstance(value, type) else type(value).__name__
+    article = "an" if came[0] in "aeiouAEIOU" else "a"
+    return f"{'the class' if isinstance(value, type) else article} {came}"
 
 
 def draws_wanted(function: str, value: Any) -> None:
@@ -105,7 +109,7 @@ def draws_wanted(function: str, value: Any) -> None:
 
 
 def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
-    """Refuse draws where the fit behind them is wanted, and fits of a kind that has no way.
+    """Refuse what is no fit, such as its draws.
 
     Args:
         function: What was called.
@@ -116,11 +120,11 @@ def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: 
     Raises:
         TypeError: It is of another kind.
     """
-    if hasattr(value, "log_p") and hasattr(value, "values"):
-        raise TypeError(
-            f"{function} needs {like}, and got the draws of one: pass the fit that made them."
-        )
-    wanted("fit", value, kinds, like)
+    if isinstance(value, kinds):
+        return
+    drawn = hasattr(value, "log_p") and hasattr(value, "meta")
+    way = ": pass the fit that made these draws" if drawn else ""
+    raise TypeError(f"{function} needs {like}; got {_named(value)}{way}.")
 
 
 def known(kind: str, name: str, choices: Iterable[str]) -> str:
