@@ -16,7 +16,7 @@ from torch import nn
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi import plots
+from flowvi import diagnostics, plots
 from flowvi.compat.arviz_groups import group_names
 from flowvi.guides import MeanField
 from flowvi.interop.read_draws import diagnosis_of, draws_of
@@ -215,7 +215,10 @@ def located(kinds: Kinds, kind: str, found: flowvi.diagnostics.Where) -> None:
     names = {label.partition("[")[0].removeprefix("unconstrained ") for label in found.labels}
     assert names == set(kinds.draws(kind).values)
     if kind == "rows":
-        assert {f"z[{n}]" for n in range(ROWS)} <= set(found.labels)
+        draws, place = kinds.draws(kind), found.labels.index("z[5]")
+        alone = diagnostics.where(draws.log_weights[..., 5], {"z": draws["z"][..., 5]})
+        assert found.displacement[place] == pytest.approx(alone.displacement[0])
+        assert found.khat[place] == pytest.approx(alone.khat[0])
 
 
 def predicted(kinds: Kinds, kind: str, found: flowvi.Prediction) -> None:
