@@ -25,8 +25,8 @@ NAMED = 10
 CHANCE = 0.0228
 # Share of rows that may fail by no more than the errors of their numbers.
 TOLERATED = 0.05
-# Standard deviations of a normal distribution between its quartiles.
-QUARTILES = 1.349
+# Standard deviations of a normal distribution between its middle and its upper 5 %.
+UPPER = 1.645
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,9 +107,11 @@ def surely(khat: np.ndarray, draws: int) -> np.ndarray:
     """
     errors = -float(ndtri(CHANCE / len(khat)))
     slack = np.array([khat_error(k, draws) if math.isfinite(k) else 0.0 for k in khat])
-    low, middle, high = np.quantile(np.clip(khat, -0.5, 2.0), (0.25, 0.5, 0.75))
-    spread = max((high - low) / QUARTILES, khat_error(middle, draws))
-    apart = (khat >= khat_threshold(draws)) & (khat - middle >= errors * spread)
+    # The error of a k-hat grows like 1 + k: on a logarithmic scale all have the same.
+    scale = np.log1p(np.clip(khat, -0.5, 2.0))
+    middle, high = np.quantile(scale, (0.5, 1 - TOLERATED))
+    spread = max((high - middle) / UPPER, khat_error(0.0, draws))
+    apart = (khat >= khat_threshold(draws)) & (scale - middle >= errors * spread)
     found: np.ndarray = (khat - errors * slack >= MOST_KHAT) | apart
     return found
 
