@@ -204,7 +204,7 @@ def test_resampled_draws_keep_the_first_diagnosis(target):
 def test_resampled_draws_have_no_weights(target, again):
     better = resample(draw(target, [guide(0.5)], 1000))
 
-    with pytest.raises(ValueError, match="These draws were resampled and weigh the same"):
+    with pytest.raises(ValueError, match=f"{again.__name__} needs weights, and got resampled"):
         again(better)
 
 

@@ -5,12 +5,21 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 import torch
+from test_every_kind import of_rows
 
+import flowvi
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.draws.sampling import draw
 from flowvi.guides import MeanField
-from flowvi.plots import plot_khat, plot_loss, plot_marginals, plot_pair, plot_predictive
+from flowvi.plots import (
+    plot_khat,
+    plot_loss,
+    plot_marginals,
+    plot_pair,
+    plot_predictive,
+    plot_where,
+)
 from flowvi.targets import Site, from_density
 
 mpl.use("Agg")
@@ -173,3 +182,40 @@ def test_dollars_in_names_are_no_formulas():
 
     for axes in (plot_pair(table), plot_marginals({"x": table})):
         axes.flat[0].figure.canvas.draw()
+
+
+@pytest.fixture(scope="module")
+def fitted() -> flowvi.Fit:
+    def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
+        return torch.distributions.Normal(0.0, 1.0).log_prob(v["x"]).sum()
+
+    target = flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
+    return flowvi.fit(target, "meanfield", steps=30, progress=False)
+
+
+def test_a_loss_is_of_a_fit_or_of_its_history(fitted):
+    ax = plot_loss(fitted)
+
+    assert [t.get_text().strip() for t in ax.texts] == ["training"]
+    assert plot_loss(fitted.history).lines and plot_loss({"bound": [1.0, 2.0]}).lines
+    with pytest.raises(TypeError, match=r"plot_epochs\(fit\.history\)"):
+        plot_loss(of_rows(torch.zeros(4)))
+    with pytest.raises(TypeError, match="history must be a fit, or its history"):
+        plot_loss([1.0, 2.0])
+    with pytest.raises(ValueError, match="no column 'bound'; it has loss"):
+        plot_loss({"loss": [1.0]})
+
+
+def test_marginals_are_of_draws_alone_too(fitted):
+    draws = fitted.draw(200)
+
+    assert plot_marginals(draws).shape == plot_marginals({"draws": draws}).shape
+    with pytest.raises(TypeError, match="sets must be the draws of a fit, or a dictionary"):
+        plot_marginals([draws])
+
+
+def test_where_is_drawn_of_draws(fitted):
+    draws = fitted.draw(1000)
+
+    with pytest.raises(TypeError, match=r"plot_where\(draws\), not where\(draws\)"):
+        plot_where(flowvi.where(draws))

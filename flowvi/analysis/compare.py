@@ -6,24 +6,29 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from flowvi.analysis.evidence import check_shared, evidence
+from flowvi.analysis.evidence import evidence
 from flowvi.analysis.loo import loo
 from flowvi.compat.arviz_groups import has_group
-from flowvi.diagnostics import VERDICTS, Estimate
+from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import shared_alone, spelt, wanted
+from flowvi.runtime.arguments import draws_wanted, spelt, wanted
+from flowvi.targets import NOWHERE
 
 if TYPE_CHECKING:
     import arviz as az
     import pandas as pd
 
 TRUST, _, DISTRUST = VERDICTS
+TRAINED = (
+    "Parameters of the model were trained on rows, not integrated out: more of them give more "
+    "evidence. Compare by rows that were left out, fit.draw(4000, data=rows)."
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +39,8 @@ class Model:
         name: What the caller calls it.
         log_evidence, log_evidence_se: NaN where there is none.
         difference, difference_se: To the largest log evidence; the models' errors are
-            independent, so their squares add.
+            independent, so their squares add. Of two models with latents for each row, the
+            sum of the differences row by row, and its error over rows.
         probability: Of this model among all that have an evidence, if each was as
             probable as the others before the data.
         note: Why there is no evidence, or why not to rely on it.
@@ -91,8 +97,9 @@ def compare(
     """Compare models of the same data.
 
     By evidence: from the weights of each fit's draws, all models equally
-    probable beforehand. By leave-one-out prediction, corrected for the
-    approximation (`flowvi.loo`), where the log likelihood of every observation is there.
+    probable beforehand; of draws with rows, row by row, for the same rows. By leave-one-out
+    prediction, corrected for the approximation (`flowvi.loo`), where the log likelihood of every
+    observation is there.
 
     Args:
         models: Name -> draws of a fit, or what `to_inference_data` made of them.
@@ -107,43 +114,67 @@ def compare(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."
         )
     for source in models.values():
-        shared_alone("compare", source)
+        draws_wanted("compare", source)
     groups = {name: _groups(source) for name, source in models.items()}
-    for idata in groups.values():
-        if has_group(idata, "sample_stats"):
-            check_shared(idata["sample_stats"])
     _check_data(groups)
     found = {name: _evidence(source) for name, source in models.items()}
-    known = {name: e for name, (e, _) in found.items() if not math.isnan(e.value)}
-    rows = [_row(name, *found[name], known) for name in found]
+    known = {name: e for name, e in found.items() if not math.isnan(e.value)}
+    rows = [_row(name, known, found[name]) for name in found]
     rows.sort(key=lambda m: (math.isnan(m.log_evidence), -m.log_evidence))
-    able = {name: idata for name, idata in groups.items() if has_group(idata, "log_likelihood")}
+    able = {
+        name: idata
+        for name, idata in groups.items()
+        if has_group(idata, "log_likelihood") and found[name].rows is None
+    }
     notes = [note for name, source in models.items() if (note := _untrusted(name, source))]
     return ModelComparison(tuple(rows), _loo(able, var_name), tuple(notes))
 
 
-def _evidence(source: Draws | az.InferenceData) -> tuple[Estimate, str]:
-    """The log evidence, and what speaks against it."""
+class _Found(NamedTuple):
+    """The log evidence of a model, what speaks against it, and that of its rows, (R)."""
+
+    value: float
+    se: float
+    note: str
+    rows: np.ndarray | None = None
+
+
+def _evidence(source: Draws | az.InferenceData) -> _Found:
     try:
         found = evidence(source, particles=(1,))
     except ValueError as error:
-        return Estimate(math.nan, math.nan), str(error)
+        return _Found(math.nan, math.nan, str(error))
     note = "" if found.reliable else found.reasons[0]
-    return Estimate(found.log_evidence, found.log_evidence_se), note
+    if found.rows is None:
+        return _Found(found.log_evidence, found.log_evidence_se, note)
+    if not note and isinstance(source, Draws) and _trained(source):
+        note = TRAINED
+    return _Found(found.log_evidence, found.log_evidence_se, note, found.rows.log_evidence)
 
 
-def _row(name: str, own: Estimate, note: str, known: Mapping[str, Estimate]) -> Model:
+def _trained(draws: Draws) -> bool:
+    """Whether the model has parameters that were trained on these rows."""
+    fitted = draws.batch is not None and bool((draws.batch.places != NOWHERE).all())
+    return fitted and next(draws.target.parameters(), None) is not None
+
+
+def _row(name: str, known: Mapping[str, _Found], own: _Found) -> Model:
     if math.isnan(own.value):
-        return Model(name, *own, math.nan, math.nan, math.nan, note)
-    best = max(known, key=lambda other: known[other].value)
+        return Model(name, own.value, own.se, math.nan, math.nan, math.nan, own.note)
+    best = max(known.values(), key=lambda other: other.value)
     values = np.array([e.value for e in known.values()])
     share = float(np.exp(own.value - np.logaddexp.reduce(values)))
-    error = 0.0 if name == best else math.hypot(own.se, known[best].se)
-    return Model(name, *own, own.value - known[best].value, error, share, note)
+    error = 0.0 if own is best else math.hypot(own.se, best.se)
+    if own is not best and own.rows is not None and best.rows is not None:
+        apart = own.rows - best.rows
+        error = float(apart.std(ddof=1) * len(apart) ** 0.5) if len(apart) > 1 else math.nan
+    return Model(name, own.value, own.se, own.value - best.value, error, share, own.note)
 
 
 def _groups(source: Draws | az.InferenceData) -> az.InferenceData:
-    return to_inference_data(source) if isinstance(source, Draws) else source
+    if not isinstance(source, Draws):
+        return source
+    return to_inference_data(source, log_likelihood=not source.by_row)
 
 
 def _untrusted(name: str, source: Draws | az.InferenceData) -> str:
@@ -155,12 +186,30 @@ def _untrusted(name: str, source: Draws | az.InferenceData) -> str:
 
 
 def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
-    """Refuse models whose observed values are not the same numbers."""
-    seen: dict[str, np.ndarray] = {}
-    for name, idata in groups.items():
-        if has_group(idata, "observed_data"):
-            arrays = [np.ravel(v.values) for v in idata["observed_data"].data_vars.values()]
-            seen[name] = np.sort(np.concatenate(arrays).astype(np.float64))
+    """Refuse models whose observed values, or rows of them, are not the same numbers."""
+    by_row = [name for name, idata in groups.items() if _by_row(idata)]
+    _check_same({name: _observed(idata, False) for name, idata in groups.items()}, "data")
+    _check_same(
+        {name: _observed(groups[name], True) for name in by_row}, "rows, or in another order"
+    )
+
+
+def _by_row(idata: az.InferenceData) -> bool:
+    stats = idata["sample_stats"] if has_group(idata, "sample_stats") else {}
+    return "log_p" in stats and stats["log_p"].ndim > 2
+
+
+def _observed(idata: az.InferenceData, rows: bool) -> np.ndarray | None:
+    """Observed values in order of size: all of them, or those of each row; None without data."""
+    if not has_group(idata, "observed_data"):
+        return None
+    arrays = [v.values for v in idata["observed_data"].data_vars.values()]
+    flat = [a.reshape(len(a) if rows else 1, -1).astype(np.float64) for a in arrays]
+    return np.sort(np.concatenate(flat, axis=1), axis=1)
+
+
+def _check_same(observed: Mapping[str, np.ndarray | None], what: str) -> None:
+    seen = {name: values for name, values in observed.items() if values is not None}
     first = next(iter(seen), "")
     for name, values in seen.items():
         same = values.shape == seen[first].shape and np.allclose(
@@ -168,8 +217,8 @@ def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
         )
         if not same:
             raise ValueError(
-                f"'{first}' and '{name}' were fitted to different data: evidences and predictions "
-                "can be compared for the same observed values only, in the same units."
+                f"'{first}' and '{name}' were fitted to different {what}: evidences and "
+                "predictions can be compared for the same observed values only, in the same units."
             )
 
 

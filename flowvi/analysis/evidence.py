@@ -13,7 +13,7 @@ from flowvi.compat.arviz_groups import has_group
 from flowvi.diagnostics import LADDER, VERDICTS, Evidence
 from flowvi.draws.diagnose import check_proper, diagnose
 from flowvi.draws.draws import Draws
-from flowvi.runtime.arguments import shared_alone
+from flowvi.runtime.arguments import draws_wanted
 
 if TYPE_CHECKING:
     import arviz as az
@@ -32,6 +32,9 @@ def evidence(
 ) -> Evidence:
     """Estimate the log evidence, bound it, and say whether to believe the estimate.
 
+    Of draws with rows, each row has an evidence, in `rows`, and the numbers are sums over rows;
+    parameters of the model that were trained are taken as they are.
+
     Args:
         draws: Draws of a fit, or what `to_inference_data` made of them. Where a fit ended in
             Markov chains, those of its guide and of the chains are both used.
@@ -43,15 +46,28 @@ def evidence(
             draws carry no weights.
     """
     for given in (draws, mcmc):
-        shared_alone("evidence", given)
+        draws_wanted("evidence", given)
     if isinstance(draws, Draws) and draws.weighted is not None and mcmc is None:
         draws, mcmc = draws.weighted, draws
     table = _read(draws)
     check_proper(table.improper)
     if table.kind != "guide":
         raise ValueError(
-            f"These are {table.kind} draws, which have no weights, and the evidence comes from "
-            "weights. Pass the draws of the fit: fit.draw(4000), or posterior.nc."
+            f"evidence needs weights, and got {table.kind} draws, which have no weights: pass "
+            "those of the fit, fit.draw(4000), or posterior.nc."
+        )
+    if table.rows:
+        if mcmc is not None:
+            raise ValueError(
+                "evidence of draws with rows takes no mcmc: there are no Markov chains for rows, "
+                "and evidence(draws) has the evidence of each row by its weights."
+            )
+        return diagnostics.evidence_of_rows(
+            table.log_weights,
+            table.rows,
+            particles=particles,
+            doubts=table.missed,
+            title=table.title,
         )
     above: np.ndarray | None = None
     trusted = True
@@ -82,6 +98,7 @@ class _Table(NamedTuple):
     missed: Sequence[str]
     verdict: str
     title: str
+    rows: Sequence[str] = ()
 
 
 def _read(source: Draws | az.InferenceData) -> _Table:
@@ -90,7 +107,9 @@ def _read(source: Draws | az.InferenceData) -> _Table:
         kind = "MCMC" if source.mcmc else "resampled" if source.resampled else "guide"
         weights, title = source.log_p - source.log_q, source.title
         verdict = diagnose(source).verdict if source.mcmc else ""
-        return _Table(kind, weights, source.target.improper, meta.get("missed", ()), verdict, title)
+        rows = [str(label) for label in source.labels]
+        known = (source.improper, meta.get("missed", ()), verdict, title, rows)
+        return _Table(kind, weights, *known)
     stats = _stats(source)
     facts: Mapping[str, Any] = stats.attrs
     kind = "MCMC" if "mcmc" in facts else "resampled" if "log_weight" not in stats else "guide"
@@ -101,20 +120,11 @@ def _read(source: Draws | az.InferenceData) -> _Table:
     if not improper and kind == "guide" and np.isnan(facts.get("log_evidence", 0.0)):
         improper = ["a latent site"]
     title = facts.get("title", "") or facts.get("model", "")
-    return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title)
-
-
-def check_shared(stats: Any) -> None:
-    """Refuse statistics of draws with latents for each row, which have weights for each row.
-
-    Raises:
-        ValueError: They are of that kind.
-    """
-    if "log_p" in stats and stats["log_p"].ndim > 2:
-        raise ValueError(
-            "These are draws of latents of rows (local=), which have weights for each row: "
-            "fit.iw_bound() has the evidence of each row, and compares models row by row (.minus)."
-        )
+    rows = []
+    if weights.ndim > 2:
+        dim = stats["log_p"].dims[-1]
+        rows = [str(label) for label in stats[dim].values]
+    return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title, rows)
 
 
 def _stats(source: az.InferenceData) -> Any:
@@ -124,5 +134,4 @@ def _stats(source: az.InferenceData) -> Any:
     stats = source["sample_stats"]
     if "log_p" not in stats or "log_q" not in stats:
         raise ValueError(MISSING)
-    check_shared(stats)
     return stats

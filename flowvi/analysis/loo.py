@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from scipy.special import logsumexp
 
-from flowvi.analysis.evidence import check_shared
 from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset
 from flowvi.compat.arviz_stats import loo_record
-from flowvi.diagnostics import khat_threshold
+from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import known, shared_alone
+from flowvi.runtime.arguments import draws_wanted, known
 
 if TYPE_CHECKING:
     import arviz as az
@@ -47,10 +46,12 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
         cross-validation for large data", arXiv:1904.10679.
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
-    shared_alone("loo", source)
-    idata = to_inference_data(source) if isinstance(source, Draws) else source
-    if has_group(idata, "sample_stats"):
-        check_shared(idata["sample_stats"])
+    draws_wanted("loo", source)
+    if isinstance(source, Draws):
+        # Of rows nothing is evaluated: they are refused.
+        source = to_inference_data(source, log_likelihood=not source.by_row)
+    idata = source
+    _check(idata)
     name = _site(idata, var_name)
     idata = _observed(idata, name)
     scores = idata["log_likelihood"][name]
@@ -59,7 +60,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
         return loo_record(idata, name)
     log_w = (stats["log_p"].values - stats["log_q"].values).ravel()
     score = scores.values.reshape(log_w.size, -1).T
-    smooth, khat = _psis(log_w - score)
+    smooth, khat = psis_of_rows(log_w - score)
     limit = khat_threshold(log_w.size)
     if (khat > limit).any():
         warnings.warn(
@@ -69,7 +70,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
             stacklevel=2,
         )
     pointwise = logsumexp(smooth + score, axis=1)
-    weight, _ = _psis(log_w[None])
+    weight, _ = psis_of_rows(log_w[None])
     density = logsumexp(weight + score, axis=1)
     shape = scores.shape[2:]
     like = scores.isel(chain=0, draw=0, drop=True)
@@ -88,12 +89,22 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     )
 
 
-def _psis(log_ratios: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Smoothed, normalised log weights (N, S) and the tail's shape (N)."""
-    from flowvi.diagnostics import psis
-
-    found = [psis(row) for row in log_ratios]
-    return np.stack([f.log_weights for f in found]), np.array([f.khat for f in found])
+def _check(idata: az.InferenceData) -> None:
+    """Refuse draws in which no row has a log likelihood given what the rows share."""
+    if not has_group(idata, "sample_stats"):
+        return
+    stats = idata["sample_stats"]
+    if "log_p" in stats and stats["log_p"].ndim > 2:
+        raise ValueError(
+            "loo is for latents that all rows share, and got draws with latents for each row "
+            "(local=): with a row left out its density is its evidence, which "
+            "evidence(draws).rows has, and compare sums and pairs."
+        )
+    if "inner" in stats.attrs:
+        raise ValueError(
+            "loo needs the log likelihood of each row, and got draws of a nested fit, which have "
+            "bounds on it: fit.predictive_bound(rows) scores rows that were left out."
+        )
 
 
 def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from flowvi.draws.draws import Draws
-from flowvi.fitting.result import Fit
-from flowvi.runtime.arguments import shared_alone, spelt, wanted, whole
+from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.runtime.arguments import fit_wanted, spelt, whole
 from flowvi.samplers.nuts import Plan, check_map, run_chains
 
 
@@ -43,8 +43,13 @@ def neutra(
         Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
         Carlo using neural transport", arXiv:1903.03704.
     """
-    shared_alone("neutra", fit)
-    wanted("fit", fit, Fit, "what flowvi.fit returned")
+    if isinstance(fit, RowFit | NestedFit):
+        why = "latents for each row" if isinstance(fit, RowFit) else "a bound for its density"
+        raise TypeError(
+            f"neutra samples one vector of latents, and got a {type(fit).__name__}, with {why}: "
+            "capture the model without local=, which puts all latents into one vector."
+        )
+    fit_wanted("neutra", fit, Fit, "what flowvi.fit returned")
     check_map(fit.guide)
     _check({"warmup": warmup, "draws": draws}, chains, target_accept)
     plan = Plan(warmup, draws, chains, target_accept)

@@ -16,12 +16,12 @@ import torch
 from pyro import poutine
 from tqdm import tqdm
 
-from flowvi.analysis.row_sbc import sbc_rows
 from flowvi.analysis.sbc_store import Outcome, Store
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.diagnostics.calibration import Calibration, rank
 from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import diagnose
+from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.executors import own_of
 from flowvi.fitting.fit import fit
@@ -34,6 +34,8 @@ Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
 # Fits that a process of an executor makes with one capture of the model.
 TOGETHER = 5
+# Simulated rows that one guide draws for at once.
+AT_ONCE = 50
 # The names that a fit's settings can have.
 SETTINGS = [*signature(fit).parameters]
 
@@ -79,10 +81,15 @@ def sbc(
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788: SBC.
         Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538: VSBC.
     """
-    if isinstance(model, RowFit):
-        return sbc_rows(model, fits=fits, draws=draws, levels=levels, seed=seed)
+    if isinstance(model, Draws) or (hasattr(model, "draw") and not isinstance(model, RowFit)):
+        raise TypeError(
+            f"sbc needs the model, to fit it to many data sets, or a fit of rows (local=), which "
+            f"serves them all; got a {type(model).__name__}: use sbc(model, *arguments)."
+        )
     if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
         raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
+    if isinstance(model, RowFit):
+        return _of_rows(model, fits, draws, levels, seed)
     check_names("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
     common = _Common(model, draws, levels, seed, settings)
     tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
@@ -218,19 +225,53 @@ def _one(task: _Task, shared: Target | None) -> Outcome:
     rng = np.random.default_rng(seed)
     _, plain = _flat({name: drawn[name] for name in task.truth})
     _, better = _flat({name: weighed[name] for name in task.truth})
-    below = rank(plain, truth[0], rng)
-    return Outcome(
-        task.number,
-        names,
-        rank(plain[: common.levels], truth[0], rng),
-        rank(better, truth[0], rng),
-        (below + 0.5) / (len(plain) + 1),
-        diagnosis.verdict,
-        "",
-    )
+    ranks = _ranks(plain, better, truth[0], common.levels, rng)
+    return Outcome(task.number, names, *ranks, diagnosis.verdict, "")
 
 
 def _flat(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
     """Labels of all scalars, and their draws of the first chain, (draw, P)."""
     parts = [(name + i, x[0, :, k]) for name, s, x in blocks(values) for k, i in enumerate(s)]
     return tuple(label for label, _ in parts), np.stack([x for _, x in parts], axis=-1)
+
+
+def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Calibration:
+    """Rank the true latents of simulated rows among the draws of one amortised guide.
+
+    Latents come from the prior and rows from the model given them, both with the
+    parameters that were trained.
+    """
+    target = fit.target
+    simulated = target.prior(fits, stream(seed, 0) % 2**32)
+    rows = target.replaced(target.batch(torch.arange(fits) % target.rows), simulated)
+    truth = {name: simulated[name] for name in target.sites}
+    rng = np.random.default_rng(seed)
+    found: list[tuple[np.ndarray, ...]] = []
+    verdicts: list[str] = []
+    for start in range(0, fits, AT_ONCE):
+        data = tuple(t[start : start + AT_ONCE] for t in rows.data)
+        drawn = fit.draw(draws, data, stream(seed, 1, start) % 2**32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # k-hat is in the verdict
+            weighed = resample(drawn, seed=stream(seed, 2, start) % 2**32, n=levels)
+        assert weighed.diagnosis is not None and weighed.diagnosis.rows is not None
+        verdicts += weighed.diagnosis.rows.verdict.tolist()
+        for i in range(len(data[0])):
+            names, true = _flat({n: truth[n][start + i][None, None] for n in truth})
+            _, plain = _flat({n: drawn[n][:, :, i] for n in truth})
+            _, better = _flat({n: weighed[n][:, :, i] for n in truth})
+            found.append(_ranks(plain, better, true[0], levels, rng))
+    ranked, resampled, below = (np.stack(column) for column in zip(*found, strict=True))
+    return Calibration(names, levels, ranked, resampled, below, tuple(verdicts))
+
+
+def _ranks(
+    plain: np.ndarray, better: np.ndarray, truth: np.ndarray, levels: int, rng: np.random.Generator
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ranks of the truth among plain and resampled draws, and P_q(theta < truth), (P) each."""
+    below = rank(plain, truth, rng)
+    return (
+        rank(plain[:levels], truth, rng),
+        rank(better, truth, rng),
+        (below + 0.5) / (len(plain) + 1),
+    )

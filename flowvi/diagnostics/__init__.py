@@ -1,23 +1,31 @@
 """What log weights and draws say about a fit: plain arrays in, frozen records out."""
 
 from flowvi.diagnostics.energy_distance import Distances, distances
-from flowvi.diagnostics.evidence import LADDER, Evidence, evidence
-from flowvi.diagnostics.findings import VERDICTS, Check, apart
+from flowvi.diagnostics.evidence import LADDER, Evidence, RowEvidence, evidence
+from flowvi.diagnostics.finding import VERDICTS, Check
+from flowvi.diagnostics.findings import apart
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
     Bound,
     Bounds,
     Estimate,
     Psis,
+    RowPsis,
     as_chains,
+    check_weights,
     elbo,
     gap,
     iw_bounds,
+    iw_bounds_of_rows,
     khat_threshold,
     log_evidence,
     psis,
+    psis_of_rows,
 )
 from flowvi.diagnostics.mcmc import diagnose_chains
+from flowvi.diagnostics.row_evidence import evidence_of_rows
+from flowvi.diagnostics.row_verdict import diagnose_rows
+from flowvi.diagnostics.rows import Rows
 from flowvi.diagnostics.verdict import Diagnosis, diagnose
 from flowvi.diagnostics.weight_regions import Where, where
 
@@ -33,18 +41,26 @@ __all__ = [
     "Estimate",
     "Evidence",
     "Psis",
+    "RowEvidence",
+    "RowPsis",
+    "Rows",
     "Where",
     "apart",
     "as_chains",
+    "check_weights",
     "diagnose",
     "diagnose_chains",
+    "diagnose_rows",
     "distances",
     "elbo",
     "evidence",
+    "evidence_of_rows",
     "gap",
     "iw_bounds",
+    "iw_bounds_of_rows",
     "khat_threshold",
     "log_evidence",
     "psis",
+    "psis_of_rows",
     "where",
 ]

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import findings
+from flowvi.diagnostics import finding, findings
 from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo
-from flowvi.diagnostics.findings import DISTRUST, TRUST, Finding
+from flowvi.diagnostics.finding import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.importance import (
     Bounds,
     Estimate,
@@ -35,6 +36,21 @@ BLOCKS = 30
 # Standard errors by which two estimates may differ.
 ERRORS = 3.0
 CHAINS = Finding(TRUST, "The chains are not trusted: neither are the bridge and the upper bound.")
+
+
+class RowEvidence(NamedTuple):
+    """The log evidence of each row, (R) each.
+
+    Attributes:
+        labels: What to call the rows.
+        log_evidence, log_evidence_se: The estimate, without its leading bias.
+        reliable: Whether it can be relied on.
+    """
+
+    labels: tuple[str, ...]
+    log_evidence: np.ndarray
+    log_evidence_se: np.ndarray
+    reliable: np.ndarray
 
 
 @dataclass(frozen=True)
@@ -61,6 +77,8 @@ class Evidence:
         draws: Number of weights.
         reasons: Why the estimates can or cannot be relied on.
         title: What was fitted.
+        rows: Where there are rows, the evidence of each; the numbers above are then sums over
+            them, the largest k-hat, and the draws of a row.
     """
 
     reliable: bool
@@ -84,11 +102,13 @@ class Evidence:
     draws: int
     reasons: tuple[str, ...] = ()
     title: str = ""
+    rows: RowEvidence | None = None
 
     def __str__(self) -> str:
         judged = "can be relied on" if self.reliable else "do not rely on it"
         value = f"{self.log_evidence:.3f} {_error(self.log_evidence_se)}"
-        lines = [f"Log evidence {value}: {judged}", *([self.title] if self.title else [])]
+        of = "" if self.rows is None else f" of {len(self.rows.labels)} rows"
+        lines = [f"Log evidence{of} {value}: {judged}", *([self.title] if self.title else [])]
         lines += [
             f"  {name:<22} {number:>12}    {note}".rstrip() for name, number, note in _rows(self)
         ]
@@ -141,7 +161,7 @@ def evidence(
     found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
     blocks = [k for k in particles if len(log_w) >= BLOCKS * k]
     return Evidence(
-        findings.verdict(found) != DISTRUST,
+        finding.verdict(found) != DISTRUST,
         *best,
         *middle,
         *smoothed_evidence(log_w, smooth),
@@ -153,7 +173,7 @@ def evidence(
         smooth.khat,
         threshold,
         log_w.size,
-        findings.reasons(found),
+        finding.reasons(found),
         title,
     )
 

@@ -5,12 +5,11 @@ Every observation is a list of findings, empty where there is nothing to say.
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
-from scipy.special import logsumexp
 
 from flowvi.diagnostics.energy_distance import Distances
+from flowvi.diagnostics.finding import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
 from flowvi.diagnostics.importance import (
     MOST_KHAT,
     ROUNDING,
@@ -19,8 +18,7 @@ from flowvi.diagnostics.importance import (
     log_evidence,
 )
 from flowvi.diagnostics.moments import Comparison
-
-VERDICTS = TRUST, RESAMPLE, DISTRUST = ("trust", "trust the resampled draws", "do not trust")
+from flowvi.diagnostics.pareto import log_sum
 
 # The largest error of a mean, in posterior sds, and of a sd, relative, that "trust" allows.
 TOLERANCE = 0.15
@@ -49,77 +47,9 @@ MIN_SHARE = 0.01
 MAX_SPREAD = 0.05
 
 
-class Finding(NamedTuple):
-    """An observation.
-
-    Attributes:
-        verdict: The best verdict that it leaves open, errors of two standard errors included.
-        reason: A sentence.
-        granted: The best verdict that it leaves open if these errors speak for the draws; that
-            of `verdict` if empty.
-    """
-
-    verdict: str
-    reason: str
-    granted: str = ""
-
-
-class Check(NamedTuple):
-    """What the check of a fit found, by draws of its own.
-
-    Attributes:
-        verdict: The verdict.
-        khat: Pareto shape of the weights' tail; None for Markov chains.
-        draws: Number of draws behind it.
-    """
-
-    verdict: str
-    khat: float | None
-    draws: int
-
-    def __str__(self) -> str:
-        khat = "" if self.khat is None else f", with k-hat {self.khat:.2f}"
-        return f'The fit\'s own check by {self.draws} draws says "{self.verdict}"{khat}'
-
-
-def verdicts(found: Sequence[Finding]) -> tuple[str, str]:
-    """The best verdict that every finding leaves open: as it is, and if errors are granted."""
-    strict = max((f.verdict for f in found), key=VERDICTS.index, default=TRUST)
-    return strict, max((f.granted or f.verdict for f in found), key=VERDICTS.index, default=TRUST)
-
-
-def verdict(found: Sequence[Finding]) -> str:
-    """The best verdict that every finding leaves open."""
-    return verdicts(found)[0]
-
-
-def decided(strict: str, best: str, draws: int, check: Check | None) -> str:
-    """The verdict on draws of a fit that has been checked by others.
-
-    The check's verdict stands unless the draws speak against it, whatever their errors. A better
-    one takes more draws than the check had.
-
-    Args:
-        strict: The verdict of the draws alone.
-        best: The verdict if their errors speak for them.
-        draws: How many there are.
-        check: What the check of the fit found.
-    """
-    if check is None:
-        return strict
-    if draws > check.draws:
-        return max(best, min(check.verdict, strict, key=VERDICTS.index), key=VERDICTS.index)
-    return max(best, check.verdict, key=VERDICTS.index)
-
-
-def reasons(found: Sequence[Finding]) -> tuple[str, ...]:
-    """The sentences, those that decide first."""
-    return tuple(finding.reason for finding in sorted(found, key=_severity, reverse=True))
-
-
 def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     """Restarts worth keeping, (chain), and a word on the others."""
-    evidence = logsumexp(chains, axis=1)
+    evidence = log_sum(chains)
     kept = evidence >= evidence.max() + math.log(MIN_SHARE)
     if kept.all():
         return kept, []
@@ -404,7 +334,3 @@ def priors(improper: Sequence[str]) -> list[Finding]:
         "normaliser: it compares guides for this model, and nothing else."
     )
     return [Finding(TRUST, reason)]
-
-
-def _severity(finding: Finding) -> int:
-    return VERDICTS.index(finding.verdict)

@@ -10,9 +10,8 @@ from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.special import logsumexp
 
-from flowvi.diagnostics.pareto import PRIOR, psislw, tail_size
+from flowvi.diagnostics.pareto import PRIOR, log_sum, psislw, tail_size
 from flowvi.runtime.arguments import whole
 
 MIN_DRAWS = 100
@@ -22,6 +21,8 @@ MOST_KHAT = 0.7
 ROUNDING = 1e-3
 # Random partitions over which a bound is averaged; more change only the last digit.
 PARTITIONS = 32
+# Of these for each of many rows.
+FEWEST = 4
 
 
 class Estimate(NamedTuple):
@@ -38,6 +39,17 @@ class Psis(NamedTuple):
     khat: float
 
 
+class RowPsis(NamedTuple):
+    """The same of rows, (R, S) and (R)."""
+
+    log_weights: np.ndarray
+    khat: np.ndarray
+
+    def row(self, n: int) -> Psis:
+        """That of one row."""
+        return Psis(self.log_weights[n], float(self.khat[n]))
+
+
 class Bound(NamedTuple):
     """Importance-weighted bound with K particles."""
 
@@ -46,8 +58,22 @@ class Bound(NamedTuple):
     se: float
 
 
+class RowBound(NamedTuple):
+    """Importance-weighted bounds of rows with K particles, and their errors, (R)."""
+
+    particles: int
+    bound: np.ndarray
+    se: np.ndarray
+
+
 class Bounds(tuple[Bound, ...]):
-    """One importance-weighted bound per number of particles."""
+    """One importance-weighted bound per number of particles.
+
+    Attributes:
+        rows: Where there are rows, the bounds of each of them, of which those here are the sums.
+    """
+
+    rows: tuple[RowBound, ...] = ()
 
     def __str__(self) -> str:
         rows = [f"{'particles':>9}  {'bound':>12}"]
@@ -66,7 +92,13 @@ def as_chains(log_weights: ArrayLike) -> np.ndarray:
     log_w = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
     if log_w.ndim > 2:
         raise ValueError(f"Log weights have shape (draw) or (chain, draw); got {log_w.shape}.")
-    chains, draws = log_w.shape
+    check_weights(log_w)
+    return log_w
+
+
+def check_weights(log_w: np.ndarray) -> None:
+    """Refuse log weights, (chain, draw) or (chain, draw, row), that are too few or impossible."""
+    chains, draws = log_w.shape[:2]
     if draws < MIN_DRAWS:
         raise ValueError(
             f"A diagnosis needs >= {MIN_DRAWS} draws in each chain; got {draws} in each of "
@@ -83,7 +115,6 @@ def as_chains(log_weights: ArrayLike) -> np.ndarray:
             "Every log weight is -inf: no draw has positive density under the model. "
             "Check the model's supports and the start of the fit."
         )
-    return log_w
 
 
 def khat_threshold(draws: int) -> float:
@@ -127,15 +158,23 @@ def psis(log_w: np.ndarray) -> Psis:
     References:
         Vehtari et al. (2024), JMLR 25(72). See `psislw`.
     """
-    top = np.sort(log_w)[-tail_size(len(log_w)) :]
-    if top[-1] - top[0] <= ROUNDING:
-        return Psis(log_w - logsumexp(log_w), -math.inf)
+    return psis_of_rows(log_w[None]).row(0)
+
+
+def psis_of_rows(log_w: np.ndarray) -> RowPsis:
+    """The same as `psis` for weights of rows, each by itself. (R, S)."""
+    top = np.partition(log_w, -tail_size(log_w.shape[1]), axis=1)[:, -tail_size(log_w.shape[1]) :]
     with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
         smooth, khat = psislw(log_w)
-    if np.isnan(smooth).any():
-        # Of a tail of few different values, to which nothing can be fitted, or of such weights.
-        smooth = log_w - logsumexp(log_w)
-    return Psis(smooth, math.inf if np.isnan(khat) else khat)
+        equal = top.max(1) - top.min(1) <= ROUNDING
+    # Of a tail of few different values, to which nothing can be fitted, or of such weights.
+    failed = np.isnan(smooth).any(1)
+    khat[equal] = -math.inf
+    khat[np.isnan(khat)] = math.inf
+    plain = equal | failed
+    with np.errstate(invalid="ignore"):  # of weights that are all zero
+        smooth[plain] = log_w[plain] - log_sum(log_w[plain])[:, None]
+    return RowPsis(smooth, khat)
 
 
 def log_evidence(log_w: np.ndarray) -> Estimate:
@@ -150,7 +189,7 @@ def log_evidence(log_w: np.ndarray) -> Estimate:
     Args:
         log_w: Log weights, (S).
     """
-    value = logsumexp(log_w) - math.log(len(log_w))
+    value = log_sum(log_w) - math.log(len(log_w))
     return Estimate(float(value), _standard_error(np.exp(log_w - value)))
 
 
@@ -212,15 +251,21 @@ def debiased(log_w: np.ndarray, particles: int) -> Estimate:
         Domke and Sheldon (2018), "Importance weighting and variational
         inference", arXiv:1808.09034: K (log p - L_K) -> CV^2 / 2.
     """
-    relative = np.exp(log_w - log_evidence(log_w).value)  # mean 1
-    square = float((relative**2).mean())
+    value, error = debiased_of_rows(log_w[:, None], particles)
+    return Estimate(float(value[0]), float(error[0]))
+
+
+def debiased_of_rows(log_w: np.ndarray, particles: int) -> tuple[np.ndarray, np.ndarray]:
+    """The same as `debiased` for weights of rows, and the errors. (S, R) -> (R), (R)."""
+    draws, rows = log_w.shape
+    relative = np.exp(log_w - (log_sum(log_w.T) - math.log(draws)))  # mean 1
+    square = (relative**2).mean(0)
     value = _iw_bound(log_w, particles).bound + (square - 1) / (2 * particles)
     # What each draw adds to CV^2, by the delta method; blocks carry both terms' errors.
     influence = relative**2 - square - 2 * square * (relative - 1)
-    blocks = len(log_w) // particles
-    w, i = (a[: blocks * particles].reshape(blocks, particles) for a in (log_w, influence))
-    values = logsumexp(w, axis=1) + i.mean(1) / (2 * particles)
-    return Estimate(value, _standard_error(values))
+    shape = draws // particles, particles, rows
+    w, i = (a[: shape[0] * particles].reshape(shape) for a in (log_w, influence))
+    return value, _standard_errors(log_sum(w.swapaxes(1, 2)) + i.mean(1) / (2 * particles))
 
 
 def elbo(log_w: np.ndarray) -> Estimate:
@@ -256,25 +301,52 @@ def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519.
     """
-    return Bounds(_iw_bound(log_w, whole("particles", count)) for count in particles)
+    rows = iw_bounds_of_rows(log_w[:, None], particles).rows
+    return Bounds(Bound(k, float(bound[0]), float(se[0])) for k, bound, se in rows)
 
 
-def _iw_bound(log_w: np.ndarray, particles: int) -> Bound:
-    blocks = len(log_w) // particles
+def iw_bounds_of_rows(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
+    """The sums of the bounds of rows, whose draws are independent, and these bounds.
+
+    Args:
+        log_w: Log weights, (S, R).
+        particles: Numbers of particles K.
+    """
+    rows = tuple(_iw_bound(log_w, whole("particles", count)) for count in particles)
+    sums = Bounds(
+        Bound(k, float(bound.sum()), float(np.sqrt((se**2).sum()))) for k, bound, se in rows
+    )
+    sums.rows = rows
+    return sums
+
+
+def _iw_bound(log_w: np.ndarray, particles: int) -> RowBound:
+    draws, rows = log_w.shape
+    blocks = draws // particles
     if blocks == 0:
-        return Bound(particles, math.nan, math.nan)
+        none = np.full(rows, math.nan)
+        return RowBound(particles, none, none)
     rng = np.random.default_rng(0)
-    means, variances = [], []
-    for _ in range(1 if particles == 1 else PARTITIONS):
-        parts = rng.permutation(log_w)[: blocks * particles].reshape(blocks, particles)
-        values = logsumexp(parts, axis=1) - math.log(particles)
-        means.append(values.mean())
-        variances.append(_standard_error(values) ** 2)
-    return Bound(particles, float(np.mean(means)), float(np.sqrt(np.mean(variances))))
+    means, variances = np.zeros(rows), np.zeros(rows)
+    # Sums over many rows are averages over many partitions already.
+    partitions = 1 if particles == 1 else max(FEWEST, PARTITIONS // rows)
+    for _ in range(partitions):
+        parts = log_w[rng.permutation(draws)[: blocks * particles]]
+        values = log_sum(parts.reshape(blocks, particles, rows).swapaxes(1, 2))
+        values -= math.log(particles)
+        means += values.mean(0) / partitions
+        variances += _standard_errors(values) ** 2 / partitions
+    return RowBound(particles, means, np.sqrt(variances))
+
+
+def _standard_errors(values: np.ndarray) -> np.ndarray:
+    """Standard errors of means along the first axis; NaN for one value and infinite ones."""
+    if len(values) < 2:
+        return np.full(values.shape[1:], math.nan)
+    finite = np.isfinite(values).all(0)
+    spread = np.where(finite, values, 0.0).std(0, ddof=1) / math.sqrt(len(values))
+    return np.where(finite, spread, math.nan)
 
 
 def _standard_error(values: np.ndarray) -> float:
-    """Standard error of the mean; NaN for one value and for infinite ones."""
-    if len(values) < 2 or not np.isfinite(values).all():
-        return math.nan
-    return float(values.std(ddof=1) / math.sqrt(len(values)))
+    return float(_standard_errors(values))

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from flowvi.compat import arviz_stats as stats
-from flowvi.diagnostics import findings
-from flowvi.diagnostics.findings import DISTRUST, TRUST, Finding
+from flowvi.diagnostics import finding
+from flowvi.diagnostics.finding import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.verdict import Diagnosis
 
@@ -54,8 +54,8 @@ def diagnose_chains(
     ]
     none = (math.nan,) * 6
     return Diagnosis(
-        findings.verdict(found),
-        findings.reasons(found),
+        finding.verdict(found),
+        finding.reasons(found),
         math.nan,
         math.nan,
         ess,

@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from flowvi.diagnostics.findings import MIN_ESS, MIN_ESS_SD, TRUST, Finding, off
+from flowvi.diagnostics.finding import TRUST, Finding
+from flowvi.diagnostics.findings import MIN_ESS, MIN_ESS_SD, off
 from flowvi.diagnostics.importance import khat_threshold, psis
 from flowvi.diagnostics.moments import Axes, Comparison, blocks
 

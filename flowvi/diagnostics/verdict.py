@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics import findings
-from flowvi.diagnostics.findings import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
+from flowvi.diagnostics import finding, findings
+from flowvi.diagnostics.finding import DISTRUST, RESAMPLE, TRUST, VERDICTS, Check, Finding
 from flowvi.diagnostics.importance import (
+    Psis,
     as_chains,
     elbo,
     gap,
@@ -20,6 +21,7 @@ from flowvi.diagnostics.importance import (
     with_tail,
 )
 from flowvi.diagnostics.moments import Axes, compare
+from flowvi.diagnostics.rows import Rows
 from flowvi.diagnostics.undefined_moments import heavy
 from flowvi.diagnostics.weight_regions import where
 
@@ -46,6 +48,9 @@ class Diagnosis:
         distances: Energy coefficient of every two restarts, 0 where they agree; empty for one.
         at_best: The verdict if the errors of these numbers, two standard errors each, speak for
             the draws: where it is not that of the draws alone, other draws could say otherwise.
+        rows: Of draws with a row axis, what is said of each row; None of others. The numbers
+            above are then those of all rows together: the largest k-hat, the fewest effective
+            draws, and sums of ELBOs, gaps and log evidences; `draws` are those of a row.
     """
 
     verdict: str
@@ -65,6 +70,7 @@ class Diagnosis:
     divergences: int = 0
     distances: tuple[tuple[float, ...], ...] = ()
     at_best: str = ""
+    rows: Rows | None = None
 
     @property
     def khat_se(self) -> float:
@@ -85,10 +91,13 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        rows = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
+        table = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
         lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
-        lines += [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in rows]
-        return "\n".join([*lines, *(f"  - {reason}" for reason in self.reasons)])
+        numbers = [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in table]
+        reasons = [f"  - {reason}" for reason in self.reasons]
+        if self.rows is None:
+            return "\n".join([*lines, *numbers, *reasons])
+        return "\n".join([*lines, *reasons, *numbers, str(self.rows)])
 
     def _of_chains(self) -> list[tuple[str, str, str]]:
         rows = [
@@ -109,7 +118,9 @@ class Diagnosis:
 
     def _of_weights(self) -> list[tuple[str, str, str]]:
         limit = f"{self.khat_threshold:.2f}"
-        if self.khat < self.khat_threshold:
+        if self.rows is not None:
+            note = f"the largest; {np.sum(self.rows.khat >= self.khat_threshold)} not below {limit}"
+        elif self.khat < self.khat_threshold:
             note = f"weights can be trusted (below {limit})"
         elif self.verdict == TRUST and self.gap <= findings.FLAT_GAP:
             note = f"not below {limit}, of weights that are nearly equal"
@@ -117,10 +128,11 @@ class Diagnosis:
             note = f"+- {self.khat_se:.2f}: not surely below {limit}"
         else:
             note = f"heavy-tailed weights (not below {limit})"
+        least, each = ("at least ", ", of each row") if self.rows is not None else ("", "")
         return [
             ("Pareto k-hat", f"{self.khat:.2f}", note),
             *self._of_evidence(),
-            ("draws", str(self.draws), f"effective {self.ess:.0f}"),
+            ("draws", str(self.draws), f"{least}effective {self.ess:.0f}{each}"),
         ]
 
 
@@ -163,12 +175,43 @@ def diagnose(
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
+    known = [Finding(DISTRUST, sentence) for sentence in missed]
+    known += [Finding(RESAMPLE, sentence) for sentence in doubts]
+    return judge(chains, arrays, None, axes, known, improper, title, check, outside)
+
+
+def judge(
+    chains: np.ndarray,
+    arrays: Mapping[str, np.ndarray],
+    smooth: Psis | None,
+    axes: Axes | None = None,
+    known: Sequence[Finding] = (),
+    improper: Sequence[str] = (),
+    title: str = "",
+    check: Check | None = None,
+    outside: str = "",
+    explain: bool = True,
+) -> Diagnosis:
+    """The verdict of `diagnose`.
+
+    Args:
+        chains: Log weights, (chain, draw), checked.
+        arrays: Values, (chain, draw, ...).
+        smooth: What `psis` makes of the weights, where that is known.
+        axes: Labels of the elements of the values.
+        known: What is known beside the draws.
+        improper: Sites with improper priors.
+        title: What was fitted.
+        check: What the check of the fit found.
+        outside: Why draws have weight zero.
+        explain: Whether to look for the parameters that are to blame, which takes most of the time.
+    """
     kept, found = findings.restarts(chains)
     chains = chains[kept]
     arrays = {name: array[kept] for name, array in arrays.items()}
     log_w = chains.ravel()
-    smooth, khat = psis(log_w)
-    threshold, weights = khat_threshold(log_w.size), np.exp(smooth)
+    smoothed, khat = psis(log_w) if smooth is None or not kept.all() else smooth
+    threshold, weights = khat_threshold(log_w.size), np.exp(smoothed)
     ess = float(1 / np.sum(weights**2))
 
     found += [*findings.weights(log_w, outside), *findings.evidences(chains)]
@@ -179,23 +222,21 @@ def diagnose(
             found += [*findings.moments(comparison), *findings.disagreement(comparison)]
         else:
             found += findings.divergence(log_w)
-    found += findings.tail(log_w, khat, threshold, *findings.verdicts(found))
-    poor = findings.verdicts(found)[1] == DISTRUST
-    if RESAMPLE in findings.verdicts(found):
-        found += findings.effective(ess, log_w.size, comparison, findings.verdicts(found)[1])
-    strict, best = findings.verdicts(found)
-    final = findings.decided(strict, best, log_w.size, check)
+    found += findings.tail(log_w, khat, threshold, *finding.verdicts(found))
+    poor = finding.verdicts(found)[1] == DISTRUST
+    if RESAMPLE in finding.verdicts(found):
+        found += findings.effective(ess, log_w.size, comparison, finding.verdicts(found)[1])
+    strict, best = finding.verdicts(found)
+    final = finding.decided(strict, best, log_w.size, check)
     first = findings.undecided(log_w.size, strict, poor, final, check)
 
-    known = [Finding(DISTRUST, sentence) for sentence in missed]
-    known += [Finding(RESAMPLE, sentence) for sentence in doubts]
-    verdict = max(final, findings.verdicts(known)[0], key=VERDICTS.index)
-    if khat >= threshold and arrays and verdict != TRUST:
+    verdict = max(final, finding.verdicts(known)[0], key=VERDICTS.index)
+    if explain and khat >= threshold and arrays and verdict != TRUST:
         place = where(chains, arrays).sentence
         found += [Finding(TRUST, place)] if place else []
-    if comparison is not None and verdict != TRUST:
+    if explain and comparison is not None and verdict != TRUST:
         found += heavy(comparison, chains, arrays, axes)
-    reasons = findings.reasons([*known, *found, *findings.priors(improper)])
+    reasons = finding.reasons([*known, *found, *findings.priors(improper)])
     reasons = (*first, *reasons) if verdict == final else (*reasons, *first)
 
     return Diagnosis(
@@ -209,7 +250,7 @@ def diagnose(
         *gap(log_w),
         *((math.nan, math.nan) if improper else with_tail(log_evidence(log_w), log_w, khat)),
         title=title,
-        at_best=max(best, findings.verdicts(known)[0], key=VERDICTS.index),
+        at_best=max(best, finding.verdicts(known)[0], key=VERDICTS.index),
     )
 
 

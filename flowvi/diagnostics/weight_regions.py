@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.diagnostics.importance import as_chains, psis
+from flowvi.diagnostics.importance import check_weights, psis_of_rows
 from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.pareto import tail_size
 
@@ -31,8 +31,8 @@ class Where:
             standard errors of their mean rank; below zero at low values.
         median: Median of the scalar among the heaviest draws.
         level: Share of all draws below that median.
-        heaviest: Number of draws that count as the heaviest.
-        share: Share of the total weight that they carry.
+        heaviest: Number of draws that count as the heaviest, of each row where there are rows.
+        share: Share of the total weight that they carry; the mean over rows.
     """
 
     labels: tuple[str, ...]
@@ -73,29 +73,43 @@ def where(
     """Say where the heaviest weights are, and how heavy they are for each scalar.
 
     Args:
-        log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
-        values: Arrays (chain, draw, ...) by name.
+        log_weights: log p - log q of draws of the guide, (draw) or (chain, draw), or of each
+            row, (chain, draw, row).
+        values: Arrays (chain, draw, [row,] ...) by name.
         axes: Labels of their elements.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72),
         section 3.3: k-hat for a function of the draws.
     """
-    chains = as_chains(log_weights)
-    log_w = chains.ravel()
-    weights = np.exp(log_w - log_w.max())
-    heaviest = tail_size(len(log_w))
-    top = np.argsort(log_w)[-heaviest:]
-    labels, columns = [], []
-    for name, indices, x in blocks(values, axes):
-        flat = x.reshape(len(log_w), -1)
-        for index, column in zip(indices, flat.T, strict=True):
-            if np.isfinite(column).all() and np.ptp(column) > 0:
-                labels.append(name + index)
-                columns.append(_facts(column, log_w, weights, top))
-    table = np.array(columns).reshape(-1, 4)
-    order = np.argsort(-np.abs(table[:, 1]), kind="stable")
-    khat, displacement, median, level = table[order].T
+    log_w = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
+    check_weights(log_w)
+    rows = log_w.ndim > 2
+    log_w = log_w.reshape(log_w.shape[0] * log_w.shape[1], -1)
+    heaviest, seen = tail_size(len(log_w)), np.isfinite(log_w.max(0))
+    weights = np.exp(log_w - np.where(seen, log_w.max(0), 0.0))
+    top = np.argsort(log_w, axis=0)[-heaviest:]
+    labels: list[str] = []
+    found = [np.empty((4, 0))]
+    for name, array in values.items():
+        first = 0
+        for _, indices, x in blocks({name: array}, axes):
+            flat = x.reshape(len(log_w), -1)
+            # Elements of one row lie side by side.
+            each = int(np.prod(array.shape[3:]))
+            row = (
+                (first + np.arange(flat.shape[1])) // each if rows else np.zeros(flat.shape[1], int)
+            )
+            first += flat.shape[1]
+            kept = np.isfinite(flat).all(0) & seen[row]
+            kept[kept] = np.ptp(flat[:, kept], axis=0) > 0
+            labels += [name + index for index, good in zip(indices, kept, strict=True) if good]
+            row = row[kept]
+            found.append(_facts(flat[:, kept], log_w[:, row], weights[:, row], top[:, row]))
+    table = np.concatenate(found, axis=1)
+    order = np.argsort(-np.abs(table[1]), kind="stable")
+    khat, displacement, median, level = table[:, order]
+    share = np.take_along_axis(weights, top, 0)[:, seen].sum(0) / weights[:, seen].sum(0)
     return Where(
         tuple(labels[i] for i in order),
         khat,
@@ -103,21 +117,29 @@ def where(
         median,
         level,
         heaviest,
-        float(weights[top].sum() / weights.sum()),
+        float(share.mean()),
     )
 
 
-def _facts(
-    x: np.ndarray, log_w: np.ndarray, weights: np.ndarray, top: np.ndarray
-) -> tuple[float, float, float, float]:
-    """k-hat, displacement, median of the heaviest draws and the share of draws below it."""
-    mean = np.average(x, weights=weights)
+def _facts(x: np.ndarray, log_w: np.ndarray, weights: np.ndarray, top: np.ndarray) -> np.ndarray:
+    """k-hat, displacement, median of the heaviest draws and the share below it, (4, P).
+
+    Args:
+        x: Scalars, (S, P).
+        log_w: The log weights of each, (S, P).
+        weights: The weights, up to a factor, (S, P).
+        top: Places of the heaviest, (M, P).
+    """
+    draws, heaviest = len(x), len(top)
+    mean = (x * weights).sum(0) / weights.sum(0)
     with np.errstate(divide="ignore"):
         distance = np.log(np.abs(x - mean))
-    khat = max(psis(log_w + power * distance).khat for power in (1, 2))
-    ranks = np.empty(len(x))
-    ranks[np.argsort(x, kind="stable")] = (np.arange(len(x)) + 0.5) / len(x)
+    khat = np.maximum(*(psis_of_rows((log_w + power * distance).T).khat for power in (1, 2)))
+    ranks = np.empty(x.shape)
+    places = np.arange(draws)[:, None] + 0.5
+    np.put_along_axis(ranks, np.argsort(x, axis=0, kind="stable"), places / draws, 0)
     # The mean of n uniform ranks has standard deviation 1 / sqrt(12 n).
-    displacement = (ranks[top].mean() - 0.5) * math.sqrt(12 * len(top))
-    median = float(np.median(x[top]))
-    return khat, displacement, median, float((x < median).mean())
+    middle = np.take_along_axis(ranks, top, 0).mean(0) - 0.5
+    median = np.median(np.take_along_axis(x, top, 0), axis=0)
+    level = (x < median).mean(0)
+    return np.stack([khat, middle * math.sqrt(12 * heaviest), median, level])

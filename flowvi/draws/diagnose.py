@@ -11,31 +11,40 @@ from numpy.typing import ArrayLike
 
 from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
-from flowvi.draws.draws import EXPECTED, Draws, checked
-from flowvi.runtime.arguments import shared_alone, wanted
+from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
+from flowvi.runtime.arguments import draws_wanted, wanted
 from flowvi.targets import Target, outside
 
 
 def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
-    """Say whether draws can be trusted.
+    """Say whether draws can be trusted: all of them, and those of each row where there are rows.
 
     Args:
         draws: Draws of a fit, or log weights as an array, (draw) or (chain,
             draw). For resampled draws, the diagnosis of the original ones.
     """
-    shared_alone("diagnose", draws)
+    draws_wanted("diagnose", draws)
     if not isinstance(draws, Draws):
-        return diagnostics.diagnose(_weights(draws))
-    if draws.resampled:
-        facts = draws.meta["diagnosis"]
-        pairs = tuple(tuple(row) for row in facts.get("distances", ()))
-        return Diagnosis(**{**facts, "reasons": tuple(facts["reasons"]), "distances": pairs})
+        return diagnostics.diagnose(as_weights(draws))
+    if draws.diagnosis is not None:
+        return draws.diagnosis
     if draws.mcmc:
         return _of_chains(draws)
+    if draws.by_row:
+        return diagnostics.diagnose_rows(
+            draws.log_weights,
+            named_values(draws),
+            [str(label) for label in draws.labels],
+            draws.title,
+            draws.meta.get("missed", ()),
+            axes_of(draws, rows=False),
+            draws.meta.get("failures", ()),
+            draws.improper,
+        )
     diagnosis = diagnostics.diagnose(
         draws.log_weights,
         named_values(draws),
-        draws.target.improper,
+        draws.improper,
         draws.title,
         draws.meta.get("missed", ()),
         axes_of(draws),
@@ -63,14 +72,14 @@ def _outside(draws: Draws) -> str:
 
 
 def where(draws: Draws) -> Where:
-    """Say where in the space of parameters the heaviest weights are.
+    """Say where in the space of parameters the heaviest weights are, and of which rows they are.
 
     Args:
         draws: Draws of a fit, not resampled.
     """
-    shared_alone("where", draws)
+    draws_wanted("where", draws)
     wanted("draws", draws, Draws, EXPECTED)
-    return diagnostics.where(draws.log_weights, named_values(draws), axes_of(draws))
+    return diagnostics.where(weights_of("where", draws), named_values(draws), axes_of(draws))
 
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
@@ -78,35 +87,51 @@ def named_values(draws: Draws) -> dict[str, np.ndarray]:
     return {**draws.values, **_coordinates(draws)}
 
 
-def axes_of(draws: Draws) -> dict[str, list[Sequence[Any] | None]]:
-    """The labels of every axis of these, as the user gave them; None without."""
-    dims, coords = draws.target.dims, draws.target.coords
+def axes_of(draws: Draws, rows: bool = True) -> dict[str, list[Sequence[Any] | None]]:
+    """The labels of every axis of these, as the user gave them; None without.
+
+    Args:
+        draws: The draws.
+        rows: Whether the axis of the rows is among them.
+    """
+    coords = draws.coords
+    lead: list[Sequence[Any] | None] = [coords.get(draws.plate)] if draws.by_row and rows else []
     axes: dict[str, list[Sequence[Any] | None]] = {
-        name: [coords.get(dim) for dim in own] for name, own in dims.items()
+        name: [*lead, *(coords.get(dim) for dim in own)] for name, own in draws.target.dims.items()
     }
     # Of a vector in R^n, coordinates are elements.
-    flat = {f"unconstrained {name}": labels for name, labels in axes.items() if len(labels) == 1}
-    return axes | flat
+    flat = {
+        f"unconstrained {name}": labels
+        for name, labels in axes.items()
+        if len(labels) == len(lead) + 1
+    }
+    alone = {f"unconstrained {name}": lead for name in axes if lead}
+    return axes | alone | flat
 
 
 def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 1000)) -> Bounds:
     """Importance-weighted bounds on the log evidence, with standard errors.
 
     Args:
-        draws: Draws of a fit, or log weights as an array.
+        draws: Draws of a fit, or log weights as an array. Of draws with rows, the bounds are
+            those on the evidence of all rows, and `rows` has those of each row.
         particles: Numbers of particles K. Where there are fewer draws than K
             the bound is NaN.
     """
-    shared_alone("bounds", draws)
+    draws_wanted("bounds", draws)
     if isinstance(draws, Draws):
-        check_proper(draws.target.improper)
+        check_proper(draws.improper)
         draws = draws.weighted or draws
     particles = particles if isinstance(particles, Iterable) else [particles]
-    log_weights = draws.log_weights if isinstance(draws, Draws) else _weights(draws)
+    log_weights = weights_of("bounds", draws) if isinstance(draws, Draws) else as_weights(draws)
+    if isinstance(draws, Draws) and draws.by_row:
+        diagnostics.check_weights(log_weights)
+        flat = log_weights.reshape(len(draws), -1)
+        return diagnostics.iw_bounds_of_rows(flat, particles)
     return diagnostics.iw_bounds(diagnostics.as_chains(log_weights).ravel(), particles)
 
 
-def _weights(given: ArrayLike) -> np.ndarray:
+def as_weights(given: ArrayLike) -> np.ndarray:
     """Log weights, as an array."""
     try:
         return np.asarray(given, dtype=np.float64)
@@ -144,7 +169,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
     trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
     weights = draws.weighted.log_weights
     found = diagnostics.evidence(weights, draws.log_p - draws.log_q, trusted=trusted)
-    proper = not draws.target.improper
+    proper = not draws.improper
     return replace(
         diagnosis,
         khat=found.khat,

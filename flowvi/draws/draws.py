@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
-from flowvi.diagnostics import Check, psis
+from flowvi.diagnostics import Check, Diagnosis, psis_of_rows
 from flowvi.guides.guide import Guide
 from flowvi.runtime.arguments import unknown
-from flowvi.targets import Batch, LocalTarget, Target
+from flowvi.targets import NOWHERE, Batch, LocalTarget, Target
 
 EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 
@@ -20,31 +21,40 @@ EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 class Draws:
     """Draws of one or several guides, independent, the chain axis is the guides; or of MCMC.
 
+    Draws of latents of rows have an axis for the rows behind that of the draws, and weights
+    for each row.
+
     Attributes:
-        z: Unconstrained draws, (chain, draw, D).
+        z: Unconstrained draws, (chain, draw, [row,] D).
         log_p: Log density of the target at z, Jacobian included; -inf where
-            it is zero or not a number. (chain, draw).
-        log_q: Log density of the guide at z, (chain, draw).
+            it is zero or not a number. (chain, draw[, row]).
+        log_q: Log density of the guide at z, (chain, draw[, row]).
         values: Latents, then deterministics, named and constrained as in the
-            model, each (chain, draw, *shape).
+            model, each (chain, draw, [row,] *shape).
         target: Where names, dims and data come from.
         meta: JSON-able facts about the fit.
         stats: Facts about each draw of MCMC, (chain, draw), by ArviZ's names.
         weighted: For draws of MCMC that a fit ended in, those of its guide, with their weights.
+        batch: The rows; None without a row axis.
+        guide: What drew the latents of the rows.
+        diagnosis: Of resampled draws, the verdict on the original ones.
     """
 
     z: np.ndarray
     log_p: np.ndarray
     log_q: np.ndarray
     values: dict[str, np.ndarray]
-    target: Target
+    target: Target | LocalTarget
     meta: dict[str, Any] = field(default_factory=dict)
     stats: dict[str, np.ndarray] = field(default_factory=dict)
     weighted: Draws | None = None
+    batch: Batch | None = None
+    guide: Guide | None = None
+    diagnosis: Diagnosis | None = None
 
     @property
     def log_weights(self) -> np.ndarray:
-        """Log p - log q, (chain, draw). Resampled draws and those of MCMC have none."""
+        """Log p - log q, (chain, draw[, row]). Resampled draws and those of MCMC have none."""
         if self.mcmc:
             raise ValueError(
                 "These draws are of Markov chains, not of the guide: they have no weights, and "
@@ -56,6 +66,57 @@ class Draws:
                 "weights were; the weights themselves are with the original draws."
             )
         return self.log_p - self.log_q
+
+    @property
+    def khat(self) -> np.ndarray:
+        """Pareto shape of the weights of all draws, (), or of those of each row, (row)."""
+        rows = self.log_p.shape[2:]
+        return psis_of_rows(self.log_weights.reshape(len(self), -1).T).khat.reshape(rows)
+
+    @property
+    def by_row(self) -> bool:
+        """Whether there is a row axis, with weights for each row."""
+        return self.log_p.ndim > 2
+
+    @property
+    def labels(self) -> list[Any]:
+        """What to call the rows: their coordinates, or their places in the data; none without."""
+        if self.batch is None:
+            return []
+        places = self.batch.places.tolist()
+        if NOWHERE in places:
+            return [*range(len(places))]
+        known = self.target.coords.get(self.plate)
+        return places if known is None else [known[i] for i in places]
+
+    @property
+    def plate(self) -> str:
+        """Name of the row axis."""
+        return str(getattr(self.target, "plate", ""))
+
+    @property
+    def dims(self) -> dict[str, tuple[str, ...]]:
+        """For each value, the names of its axes behind those of chains and draws."""
+        rows = (self.plate,) if self.by_row else ()
+        return {name: (*rows, *own) for name, own in self.target.dims.items()}
+
+    @property
+    def coords(self) -> dict[str, list[Any]]:
+        """Labels along these axes."""
+        rows = {self.plate: self.labels} if self.batch is not None else {}
+        return {**self.target.coords, **rows}
+
+    @property
+    def observed(self) -> dict[str, Tensor]:
+        """The data that the model observes, those of the rows where there is a row axis."""
+        if isinstance(self.target, LocalTarget):
+            return self.target.observations(self.batch)
+        return dict(self.target.observed)
+
+    @property
+    def improper(self) -> Sequence[str]:
+        """Sites whose prior has no integral, so that there is no evidence."""
+        return () if isinstance(self.target, LocalTarget) else self.target.improper
 
     @property
     def resampled(self) -> bool:
@@ -73,7 +134,12 @@ class Draws:
         if self.mcmc:
             where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
             return f"{self.target.name}: {' '.join(where.split())}"
-        words = {"guide": "{} guide", "objective": "{}", "steps": "{} steps"}
+        words = {
+            "guide": "{} guide",
+            "objective": "{}",
+            "steps": "{} steps",
+            "epochs": "{} epochs",
+        }
         parts = [word.format(self.meta[key]) for key, word in words.items() if key in self.meta]
         return f"{self.target.name}: {', '.join(parts)}" if parts else self.target.name
 
@@ -102,12 +168,14 @@ class Draws:
         return self.values[name]
 
     def __len__(self) -> int:
-        return self.log_p.size
+        """Number of draws, of each row where there is a row axis."""
+        return self.log_p.shape[0] * self.log_p.shape[1]
 
     def __str__(self) -> str:
-        chains, draws, dim = self.z.shape
+        chains, draws, *rows, dim = self.z.shape
         kind = "resampled draws" if self.resampled else "MCMC draws" if self.mcmc else "draws"
-        lines = [self.title, f"  {chains} x {draws} {kind} in {dim} dimensions"]
+        each = f" for each of {rows[0]} rows" if rows else ""
+        lines = [self.title, f"  {chains} x {draws} {kind}{each} in {dim} dimensions"]
         for name, value in self.values.items():
             row = f"  {name:<16} {value.shape[2:]!s:<10}"
             if value.ndim == 2:
@@ -121,51 +189,29 @@ def checked(meta: Mapping[str, Any]) -> Check | None:
     return Check(**meta["check"]) if meta.get("check") else None
 
 
-@dataclass(frozen=True, eq=False)
-class RowDraws:
-    """Draws of the latents of some rows.
+# What draws with a row axis were called before there was one table for both.
+RowDraws = Draws
 
-    Attributes:
-        z: Unconstrained draws, (1, draw, row, D).
-        log_p: Log density of rows and latents, (1, draw, row).
-        log_q: Log density of the guide, (1, draw, row).
-        values: Latents and deterministics as in the model, each (1, draw, row, *shape).
-        batch: The rows.
-        target: Where names and dims come from.
-        meta: JSON-able facts about the fit.
-        guide: What drew them.
+
+def weights_of(function: str, draws: Draws) -> np.ndarray:
+    """The log weights of draws, for a function that is named where there are none.
+
+    Raises:
+        ValueError: They are resampled, or of Markov chains.
     """
-
-    z: np.ndarray
-    log_p: np.ndarray
-    log_q: np.ndarray
-    values: dict[str, np.ndarray]
-    batch: Batch
-    target: LocalTarget
-    meta: dict[str, Any] = field(default_factory=dict)
-    guide: Guide | None = None
-
-    FOR_ROWS = (
-        "draws.khat says which rows to trust, flowvi.to_inference_data(draws) brings them to "
-        "ArviZ, and fit.iw_bound() has the evidence of each row"
+    if not draws.mcmc and not draws.resampled:
+        return draws.log_weights
+    came = "MCMC" if draws.mcmc else "resampled"
+    way = "pass those of the fit, fit.draw(4000)"
+    raise ValueError(
+        f"{function} needs weights, and got {came} draws, which have no weights: "
+        f"{'draws.weighted has those of the guide' if draws.weighted is not None else way}."
     )
 
-    @property
-    def log_weights(self) -> np.ndarray:
-        """Log p - log q, (1, draw, row)."""
-        return self.log_p - self.log_q
 
-    @property
-    def khat(self) -> np.ndarray:
-        """Pareto shape of the weights of each row, (row)."""
-        weights = self.log_weights.reshape(-1, self.log_weights.shape[-1])
-        return np.array([psis(weights[:, n]).khat for n in range(weights.shape[1])])
-
-    def __getitem__(self, name: str) -> np.ndarray:
-        if name not in self.values:
-            raise KeyError(unknown("value", name, self.values))
-        return self.values[name]
-
-    def __str__(self) -> str:
-        _, draws, rows, dim = self.z.shape
-        return f"{self.target.name}: {draws} draws for each of {rows} rows in {dim} dimensions"
+def scored(log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Both log densities of a table, in double; a draw that cannot be scored has weight zero."""
+    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
+    log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
+    log_q[~np.isfinite(log_q)] = 0.0
+    return log_p, log_q

@@ -7,10 +7,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from scipy.special import logsumexp
 
 from flowvi.draws.draws import EXPECTED, Draws
-from flowvi.runtime.arguments import unknown, wanted
+from flowvi.draws.row_sampling import pairs_of
+from flowvi.runtime.arguments import draws_wanted, unknown, wanted
+from flowvi.targets import LocalTarget
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -84,8 +87,9 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
     Sites that these arguments bring no data for are drawn given the latents,
     and so are observed ones: what is predicted are new data, not those passed.
     Data among the arguments are scored, given these draws. Of a nested fit, the latents of rows
-    are among what is drawn. Draws are taken as they are, with equal weights: see
-    `resample` for those of a guide that is not quite right.
+    are among what is drawn. Of latents for each row, the arguments hold other data of the same
+    rows, and without any those of the draws are meant. Draws are taken as they are, with equal
+    weights: see `resample` for those of a guide that is not quite right.
 
     Args:
         draws: Draws of a fit to a target from `from_pyro`.
@@ -97,12 +101,49 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
         ModelError: A latent has another shape with these arguments, as those of a plate of
             other rows have; or the target is a plain density.
     """
+    draws_wanted("predict", draws)
     wanted("draws", draws, Draws, EXPECTED)
     target, shape = draws.target, draws.log_p.shape
+    if isinstance(target, LocalTarget):
+        return _of_rows(draws, target, args, kwargs, seed)
     flat = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in target.sites}
-    found = target.rerun(flat, args, kwargs, seed)
+    try:
+        found = target.rerun(flat, args, kwargs, seed)
+    except TypeError as error:
+        if "argument" not in str(error):
+            raise
+        raise TypeError(
+            f"predict runs the model on arguments in place of those of the fit, and {error}."
+        ) from None
     values, scores = (
         {name: array.reshape(*shape, *array.shape[1:]) for name, array in arrays.items()}
         for arrays in found
     )
     return Prediction(values, scores)
+
+
+def _of_rows(
+    draws: Draws, target: LocalTarget, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+) -> Prediction:
+    """Data of rows given their latents, and the log likelihood of the data that came."""
+    rows = draws.batch
+    assert rows is not None
+    if args or kwargs:
+        came = target.as_batch(target.called(args, kwargs).data)
+        if len(came.places) != len(rows.places):
+            raise ValueError(
+                f"predict got {len(came.places)} rows, and draws of the latents of "
+                f"{len(rows.places)}: fit.draw(1000, data=rows) has those of other rows."
+            )
+        rows = came
+    z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device)
+    values = target.predictive(z, rows, seed=seed)
+    names = [*target.observations(rows)]
+    if len(names) != 1 or not target.has_parts:
+        # Of several sites, or of summed ones, the terms have no name.
+        return Prediction(values, {})
+    with torch.no_grad():
+        scores = pairs_of(target, rows).each(
+            lambda some, part: target.terms(some, part)[..., 0], z.flatten(0, 1), rows
+        )
+    return Prediction(values, {names[0]: scores.cpu().numpy().reshape(draws.log_p.shape)})

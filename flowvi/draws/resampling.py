@@ -1,14 +1,15 @@
 """Draws of equal weight, by stratified resampling."""
 
 import warnings
-from dataclasses import asdict
+from dataclasses import replace
 
 import numpy as np
 
 from flowvi import diagnostics
+from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.draws import EXPECTED, Draws
-from flowvi.runtime.arguments import given, shared_alone, wanted, whole
+from flowvi.draws.draws import EXPECTED, Draws, weights_of
+from flowvi.runtime.arguments import draws_wanted, given, wanted, whole
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
@@ -16,40 +17,61 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
 
     Stratified, with replacement. All chains are pooled into one, because
     their weights are on one scale: a guide that found little of the posterior
-    contributes little. The diagnosis of the original draws stays with the
+    contributes little. Draws of rows are resampled row by row: their posteriors
+    are independent. The diagnosis of the original draws stays with the
     result, and `diagnose` returns it.
 
     Args:
         draws: Draws of a fit, not resampled yet.
         seed: Seed of the resampling.
-        n: Draws wanted; as many as there are without it.
+        n: Draws wanted, of each row where there are rows; as many as there are without it.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
-    shared_alone("resample", draws)
+    draws_wanted("resample", draws)
     wanted("draws", draws, Draws, EXPECTED)
     given(whole, "n", n)
-    diagnosis = diagnose(draws)
+    log_w, diagnosis = weights_of("resample", draws), diagnose(draws)
     if diagnosis.khat >= diagnosis.khat_threshold and diagnosis.verdict != diagnostics.VERDICTS[1]:
-        warnings.warn(
-            f"Pareto k-hat {diagnosis.khat:.2f} is not below {diagnosis.khat_threshold:.2f}: the "
-            "resampled draws are no better than the guide.",
-            stacklevel=2,
-        )
-    weights = np.exp(diagnostics.psis(draws.log_weights.ravel()).log_weights)
-    rows = stratified(weights, n or len(draws), np.random.default_rng(seed))
+        warnings.warn(_poor(diagnosis), stacklevel=2)
+    log_w = log_w.reshape(len(draws), -1)
+    # Of a row without any weight its draws as they are: its verdict says what they are worth.
+    log_w = np.where(np.isfinite(log_w).any(0), log_w, 0.0)
+    weights = np.exp(diagnostics.psis_of_rows(log_w.T).log_weights)
+    rng = np.random.default_rng(seed)
+    places = np.stack([stratified(row, n or len(draws), rng) for row in weights], axis=1)
+    size = places.shape
 
     def pick(array: np.ndarray) -> np.ndarray:
-        return array.reshape(-1, *array.shape[2:])[rows][None]
+        lead = 3 if draws.by_row else 2
+        pooled = array.reshape(len(draws), size[1], *array.shape[lead:])
+        chosen = pooled[places, np.arange(size[1])]
+        return chosen.reshape(1, size[0], *array.shape[2:])
 
-    return Draws(
-        pick(draws.z),
-        pick(draws.log_p),
-        pick(draws.log_q),
-        {name: pick(value) for name, value in draws.values.items()},
-        draws.target,
-        {**draws.meta, "resampled": True, "diagnosis": asdict(diagnosis)},
+    return replace(
+        draws,
+        z=pick(draws.z),
+        log_p=pick(draws.log_p),
+        log_q=pick(draws.log_q),
+        values={name: pick(value) for name, value in draws.values.items()},
+        meta={**draws.meta, "resampled": True},
+        diagnosis=diagnosis,
+    )
+
+
+def _poor(diagnosis: Diagnosis) -> str:
+    """What to say of weights that nothing can be resampled by."""
+    limit = diagnosis.khat_threshold
+    if diagnosis.rows is None:
+        return (
+            f"Pareto k-hat {diagnosis.khat:.2f} is not below {limit:.2f}: the resampled draws are "
+            "no better than the guide."
+        )
+    many = int((diagnosis.rows.khat >= limit).sum())
+    return (
+        f"Pareto k-hat is not below {limit:.2f} for {many} of {len(diagnosis.rows)} rows: their "
+        "resampled draws are no better than the guide. diagnose(draws).rows says which."
     )
 
 

@@ -44,7 +44,7 @@ class RowBounds:
     elbo: np.ndarray = field(repr=False)
     particles: int
 
-    FOR_ROWS = ".mean and .se hold the bound of a row, and .minus(other) compares models row by row"
+    INSTEAD = ".mean and .se hold the bound of a row, and .minus(other) compares models row by row"
 
     @property
     def mean(self) -> float:

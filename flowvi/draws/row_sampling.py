@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.draws.draws import RowDraws
+from flowvi.draws.draws import Draws, scored
 from flowvi.draws.sampling import LOG_P, LOG_Q, POINT
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
@@ -31,7 +30,7 @@ def row_draws(
     n: int,
     seed: int,
     meta: dict[str, Any] | None = None,
-) -> RowDraws:
+) -> Draws:
     """Draw the latents of rows and evaluate the target there.
 
     Args:
@@ -65,9 +64,8 @@ def row_draws(
     table = {name: t.swapaxes(0, 1)[None] for name, t in columns.arrays.items()}
     z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
     named = {str(name): array for name, array in table.items()}
-    # A draw that cannot be scored has weight zero.
-    log_p = np.where(np.isfinite(log_p), log_p, -np.inf)
-    return RowDraws(z, log_p, log_q, named, batch, target, dict(meta or {}), guide)
+    facts = dict(meta or {})
+    return Draws(z, *scored(log_p, log_q), named, target, facts, batch=batch, guide=guide)
 
 
 class Pairs(NamedTuple):

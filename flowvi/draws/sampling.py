@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.draws.draws import Draws
+from flowvi.draws.draws import Draws, scored
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
 from flowvi.runtime.arguments import whole
@@ -72,10 +72,7 @@ def tabulate(
     }
     z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
     values = {str(name): column for name, column in table.items()}
-    log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
-    # A draw that cannot be scored has weight zero.
-    log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
-    log_q[~np.isfinite(log_q)] = 0.0
+    log_p, log_q = scored(log_p, log_q)
     return Draws(z, log_p, log_q, values, target, dict(meta or {}), dict(stats or {}))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.draws.draws import Draws, RowDraws
+from flowvi.draws.draws import Draws, scored
 from flowvi.draws.row_bounds import RowBounds, row_bounds
 from flowvi.draws.row_sampling import BOUNDS, DRAWING, row_draws
 from flowvi.draws.sampling import draw, in_pieces, tabulate
@@ -46,11 +47,6 @@ class RowFit:
     log: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
 
-    FOR_ROWS = (
-        "fit.iw_bound() has the evidence of each row and compares models row by row (.minus), "
-        "fit.draw() has draws with a k-hat for each row"
-    )
-
     def iw_bound(
         self,
         data: Any = None,
@@ -82,7 +78,7 @@ class RowFit:
         seed: int = 0,
         rows: Sequence[int] | None = None,
         max_memory: memory.MaxMemory = None,
-    ) -> RowDraws:
+    ) -> Draws:
         """Draw the latents of rows.
 
         Args:
@@ -138,11 +134,6 @@ class NestedFit:
     meta: dict[str, Any] = field(default_factory=dict)
     log: list[str] = field(default_factory=list)
 
-    FOR_ROWS = (
-        "fit.draw(1000) has draws of what the rows share, for diagnose, bounds, evidence, "
-        "resample and where; fit.predictive_bound(data) scores rows"
-    )
-
     def draw(self, n: int = 1000, particles: int | None = None, seed: int = 0) -> Draws:
         """Draw theta, and evaluate the bound of all rows there.
 
@@ -162,12 +153,13 @@ class NestedFit:
             theta, log_q = self.guide.sample((n,))
             log_p = target.shared.log_prob(theta) + self._rows(theta, target.batch(), bound).sum(-1)
             values = target.shared.constrain(theta)
+        shared = copy.copy(target.shared)
+        shared.observed = target.observations()
         return Draws(
             _array(theta)[None],
-            _array(log_p.double())[None],
-            _array(log_q.double())[None],
+            *scored(_array(log_p)[None], _array(log_q)[None]),
             {name: _array(value)[None] for name, value in values.items()},
-            target.shared,
+            shared,
             {**self.meta, "particles": particles or self.particles},
         )
 

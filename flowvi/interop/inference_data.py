@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
-from typing import TYPE_CHECKING, Any, overload
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,13 +16,13 @@ from flowvi._version import __version__
 from flowvi.compat.arviz_groups import make_groups
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.draws import EXPECTED, Draws, RowDraws
-from flowvi.draws.prediction import Prediction
+from flowvi.draws.draws import EXPECTED, Draws
+from flowvi.draws.prediction import Prediction, predict
 from flowvi.draws.row_bounds import row_bounds
 from flowvi.interop.labels import SAMPLE, Arrays, Labels, storable
-from flowvi.runtime.arguments import wanted
+from flowvi.runtime.arguments import draws_wanted, wanted
 from flowvi.runtime.columns import Columns
-from flowvi.targets import NOWHERE, ModelError, Target
+from flowvi.targets import LocalTarget, ModelError, Target
 
 if TYPE_CHECKING:
     import arviz as az
@@ -32,34 +32,8 @@ if TYPE_CHECKING:
 MAX_NUMBERS = 50_000_000
 
 
-@overload
 def to_inference_data(
     draws: Draws,
-    *,
-    prior: int = ...,
-    predictive: bool | int = ...,
-    log_likelihood: bool = ...,
-    predictions: Prediction | Mapping[str, ArrayLike] | None = ...,
-    dims: Mapping[str, Sequence[str]] | None = ...,
-    coords: Mapping[str, Sequence[Any]] | None = ...,
-    start: Draws | None = ...,
-    seed: int = ...,
-) -> az.InferenceData: ...
-
-
-@overload
-def to_inference_data(
-    draws: RowDraws,
-    *,
-    predictive: bool = ...,
-    log_likelihood: bool = ...,
-    particles: int = ...,
-    seed: int = ...,
-) -> az.InferenceData: ...
-
-
-def to_inference_data(
-    draws: Draws | RowDraws,
     *,
     prior: int = 0,
     predictive: bool | int = False,
@@ -76,7 +50,8 @@ def to_inference_data(
     posterior (latents and deterministics) and sample_stats always; observed
     and constant data, pointwise log likelihood where the model has them. Names
     that a file cannot hold are changed, and kept as the attribute
-    ``original_name``. Every group carries the verdict and its numbers.
+    ``original_name``. Every group carries the verdict and its numbers; where there are rows,
+    those of each are in a group of flowvi's own, ``row_diagnosis``.
 
     Args:
         draws: Draws of a fit, plain or resampled.
@@ -92,17 +67,9 @@ def to_inference_data(
         particles: For draws for rows, whose log likelihood is an importance-weighted bound on
             log p(x_n): its number of particles.
     """
-    if isinstance(draws, RowDraws):
-        if prior:
-            raise ValueError("Draws for rows come without the prior: use target.prior(n).")
-        return rows_to_inference_data(
-            draws,
-            predictive=bool(predictive),
-            log_likelihood=log_likelihood,
-            particles=particles,
-            seed=seed,
-        )
+    draws_wanted("to_inference_data", draws)
     wanted("draws", draws, Draws, EXPECTED)
+    _check_simulated(draws, prior, predictive)
     target = draws.target
     groups: dict[str, Arrays] = {"posterior": draws.values, "sample_stats": _stats(draws)}
     if predictive:
@@ -113,22 +80,48 @@ def to_inference_data(
     if start is not None:
         groups["gaussian_start"] = start.values
     if log_likelihood:
-        groups["log_likelihood"] = _log_likelihood(draws)
-    if prior:
+        groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
+    if prior and isinstance(target, Target):
         groups |= _prior(target, prior, seed)
-    data = {"observed_data": target.observed, "constant_data": target.constants}
-    for name, tensors in data.items():
-        groups[name] = _arrays(tensors)
+    data = {"observed_data": _arrays(draws.observed)}
+    if isinstance(target, Target):
+        data["constant_data"] = _arrays(target.constants)
+    groups |= data
+    attrs, rows = attributes(draws)
+    if rows is not None:
+        groups["row_diagnosis"] = rows
+        data["row_diagnosis"] = rows
 
     names = [name for arrays in groups.values() for name in arrays]
-    labels = Labels({**target.dims, **(dims or {})}, {**target.coords, **(coords or {})}, names)
-    attrs = attributes(draws)
+    own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
+    if draws.by_row:
+        own |= dict.fromkeys((*groups["sample_stats"], "row"), (draws.plate,))
+    labels = Labels({**own, **(dims or {})}, {**draws.coords, **(coords or {})}, names)
     datasets: dict[str, Any] = {
         group: labels.dataset(arrays, () if group in data else SAMPLE, attrs)
         for group, arrays in groups.items()
         if arrays
     }
     return make_groups(datasets)
+
+
+def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
+    """Refuse what cannot be drawn of latents of rows, or of those of a nested fit.
+
+    Raises:
+        ValueError: Names the argument and the way out.
+    """
+    if prior and draws.by_row:
+        raise ValueError(
+            "to_inference_data has no prior for draws with rows: draws.target.prior(n) draws new "
+            "rows."
+        )
+    if "inner" in draws.meta and (prior or predictive):
+        what = "prior" if prior else "predictive"
+        raise ValueError(
+            f"to_inference_data has no {what} for draws of a nested fit, which leave the latents "
+            "of rows out: predict(draws, *arguments) draws them, and data, given theta."
+        )
 
 
 def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> az.InferenceData:
@@ -139,19 +132,23 @@ def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> 
         start: Draws of the Gaussian that the fit began with.
         predicted: Draws of each chain for which data are simulated, if the model can.
     """
-    rows = sum(value.numel() for value in draws.target.observed.values())
-    some = predicted if 0 < predicted * rows <= MAX_NUMBERS else 0
-    made = partial(
-        to_inference_data, draws, log_likelihood=len(draws) * rows <= MAX_NUMBERS, start=start
-    )
+    rows = sum(value.numel() for value in draws.observed.values())
+    some = predicted if 0 < predicted * rows <= MAX_NUMBERS and "inner" not in draws.meta else 0
+    # That of rows takes draws of its own, and the weights tell the same.
+    scored = len(draws) * rows <= MAX_NUMBERS and not draws.by_row
+    made = partial(to_inference_data, draws, log_likelihood=scored, start=start)
     try:
         return made(predictive=some)
     except ModelError:  # a model that can be scored need not be one to draw data from
         return made()
 
 
-def attributes(draws: Draws) -> dict[str, str | int | float]:
-    """Attributes by ArviZ's conventions: who made the draws, how, and what they are worth."""
+def attributes(draws: Draws) -> tuple[dict[str, str | int | float], Arrays | None]:
+    """Attributes by ArviZ's conventions: who made the draws, how, and what they are worth.
+
+    Returns:
+        The attributes; and where there are rows, and enough draws, what each row is worth.
+    """
     facts: dict[str, Any] = {
         "created_at": datetime.now(UTC).isoformat(),
         "creation_library": "flowvi",
@@ -161,21 +158,35 @@ def attributes(draws: Draws) -> dict[str, str | int | float]:
         "inference_library_version": __version__,
         "modeling_interface": "flowvi",
         "model": draws.target.name,
-        "improper": list(draws.target.improper),
-        **{key: value for key, value in draws.meta.items() if key != "diagnosis"},
+        "improper": list(draws.improper),
+        **draws.meta,
     }
     if "seconds" in draws.meta:
         facts["sampling_time"] = draws.meta["seconds"]
+    rows: Arrays | None = None
     if draws.resampled or draws.log_p.shape[1] >= MIN_DRAWS:
-        facts |= asdict(diagnose(draws))
+        found = diagnose(draws)
+        numbers = asdict(replace(found, rows=None))
+        facts |= {key: value for key, value in numbers.items() if key != "rows"}
+        if found.rows is not None:
+            columns = vars(found.rows)
+            rows = {name: columns[name] for name in columns if name not in ("labels", "draws")}
     else:
         facts["verdict"] = f"not judged: fewer than {MIN_DRAWS} draws"
-    return {key: storable(value) for key, value in facts.items()}
+    return {key: storable(value) for key, value in facts.items()}, rows
 
 
-def _log_likelihood(draws: Draws) -> Arrays:
-    """Pointwise log likelihood of every observed site, (chain, draw, *rows)."""
+def _log_likelihood(draws: Draws, particles: int, seed: int) -> Arrays:
+    """Pointwise log likelihood of every observed site, (chain, draw, *rows).
+
+    Of rows, their importance-weighted bound on log p(x_n), in which z is integrated out.
+    """
     target = draws.target
+    if isinstance(target, LocalTarget):
+        if draws.guide is None or draws.batch is None:
+            raise ValueError("These draws know no guide to evaluate bounds with.")
+        found = row_bounds(target, draws.guide, draws.batch, particles, seed)
+        return {next(iter(draws.observed), "row"): found.values[None, None]}
     z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device).flatten(0, 1)
     with torch.no_grad():
         columns: Columns[str] = Columns(len(z))
@@ -195,6 +206,8 @@ def _prior(target: Target, n: int, seed: int) -> dict[str, Arrays]:
 
 def _predictive(draws: Draws, seed: int) -> Arrays:
     """Data simulated for every draw, (chain, draw, *shape)."""
+    if isinstance(draws.target, LocalTarget):
+        return predict(draws, seed=seed).values
     latents = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in draws.target.sites}
     return _by_chain(draws.target.predictive(latents, seed), draws)
 
@@ -225,57 +238,3 @@ def _by_chain(arrays: Arrays, draws: Draws) -> Arrays:
 
 def _arrays(tensors: Mapping[str, torch.Tensor]) -> Arrays:
     return {name: tensor.detach().cpu().numpy() for name, tensor in tensors.items()}
-
-
-def rows_to_inference_data(
-    draws: RowDraws,
-    *,
-    predictive: bool = False,
-    log_likelihood: bool = True,
-    particles: int = 1000,
-    seed: int = 0,
-) -> az.InferenceData:
-    """Bring draws for rows into ArviZ's groups.
-
-    posterior and sample_stats have an entry for each draw and row. log_likelihood
-    holds one number a row: its importance-weighted bound on log p(x_n), in which z is
-    integrated out, as leave-one-out needs it.
-
-    Args:
-        draws: Draws of a `RowFit`.
-        predictive: Whether to simulate the data of every draw.
-        log_likelihood: Whether to evaluate the bounds.
-        particles: Their number of particles.
-        seed: Seed of the predictive draws and the bounds.
-    """
-    target, plate = draws.target, draws.target.plate
-    dims = {name: (plate, *target.dims[name]) for name in target.dims}
-    stats = {"log_p": draws.log_p, "log_q": draws.log_q, "log_weight": draws.log_weights}
-    groups: dict[str, dict[str, np.ndarray]] = {"posterior": draws.values, "sample_stats": stats}
-    observed = {n: t.cpu().numpy() for n, t in target.observations(draws.batch).items()}
-    facts = {**draws.meta, "creation_library": "flowvi", "inference_library": "flowvi"}
-    facts["khat"] = [round(float(k), 4) for k in draws.khat] if draws.z.shape[1] > 20 else []
-    if predictive:
-        z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device)
-        groups["posterior_predictive"] = target.predictive(z, draws.batch, seed=seed)
-    if log_likelihood:
-        if draws.guide is None:
-            raise ValueError("These draws know no guide to evaluate bounds with.")
-        found = row_bounds(target, draws.guide, draws.batch, particles, seed)
-        name = next(iter(observed), "row")
-        groups["log_likelihood"] = {name: found.values[None, None]}
-        facts["particles"] = particles
-    names = [*(n for arrays in groups.values() for n in arrays), *observed]
-    places = draws.batch.places.cpu().numpy()
-    if (places == NOWHERE).any():
-        places = np.arange(len(places))
-    labels = Labels(
-        {**dims, **dict.fromkeys(stats, (plate,)), "row": (plate,)}, {plate: places.tolist()}, names
-    )
-    attrs = {key: storable(value) for key, value in facts.items()}
-    datasets: dict[str, Any] = {
-        group: labels.dataset(arrays, SAMPLE, attrs) for group, arrays in groups.items()
-    }
-    if observed:
-        datasets["observed_data"] = labels.dataset(observed, (), attrs)
-    return make_groups(datasets)

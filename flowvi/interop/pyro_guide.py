@@ -15,7 +15,7 @@ from torch import Size, Tensor
 from torch.distributions import Transform, biject_to, constraints
 from torch.utils._pytree import tree_leaves
 
-from flowvi.fitting.result import Fit, RowFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.pushforward import Pushforward
 from flowvi.interop.pyro_distribution import (
@@ -27,6 +27,7 @@ from flowvi.interop.pyro_distribution import (
     serve,
 )
 from flowvi.interop.pyro_row_guide import RowPyroGuide
+from flowvi.runtime.arguments import fit_wanted
 from flowvi.targets import ModelError, Target
 
 
@@ -59,12 +60,13 @@ def pyro_guide(fit: Fit | RowFit) -> PyroGuide | RowPyroGuide:
         # What the model and its guide share, as with a prior made of the guide, stays shared.
         kept = {id(p): p for p in fit.target.parameters()}
         return RowPyroGuide(fit.target, copy.deepcopy(fit.guide, kept))
-    if not isinstance(fit, Fit):
+    if isinstance(fit, NestedFit):
         raise ModelError(
-            f"pyro_guide needs a fit of one vector of latents, or of one for each row; got a "
-            f"{type(fit).__name__}. For others, use GuideDistribution in a guide of your own: "
-            "docs/pyro.md shows one."
+            "pyro_guide needs a fit of one vector of latents, or of one for each row; got a "
+            "NestedFit, which has both: use GuideDistribution in a guide of your own, which "
+            "docs/pyro.md shows."
         )
+    fit_wanted("pyro_guide", fit, Fit, "what flowvi.fit returned")
     if fit.chains is not None:
         warnings.warn(
             "The fit ended in NUTS because no guide was to be trusted; this is the best guide.",

@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, fields
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 
 from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset, xr_index
-from flowvi.diagnostics import Diagnosis, psis
+from flowvi.diagnostics import Diagnosis, Rows, psis
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import stratified
-from flowvi.targets import Target
+from flowvi.targets import Batch, Target
 
 if TYPE_CHECKING:
     import arviz as az
@@ -33,6 +34,7 @@ class Names:
         sites: None: the latents are among the values.
         slices: None: the unconstrained vector is not kept.
         deterministics: None.
+        plate: Name of the row axis, where there is one.
     """
 
     name: str
@@ -42,6 +44,7 @@ class Names:
     sites: dict[str, Any] = field(default_factory=dict)
     slices: dict[str, slice] = field(default_factory=dict)
     deterministics: tuple[str, ...] = ()
+    plate: str = ""
 
 
 def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
@@ -58,18 +61,23 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
         name = str(variable.attrs.get("original_name", key))
         values[name] = variable.values
         dims[name] = tuple(map(str, variable.dims[2:]))
+    shape = idata["sample_stats"]["log_p"].dims if has_group(idata, "sample_stats") else ()
+    rows = tuple(map(str, shape[2:]))
     names = Names(
         str(attrs.get("model", "")),
-        dims,
+        {name: own[len(rows) :] for name, own in dims.items()},
         {str(dim): list(posterior[dim].values) for dim in posterior.dims if dim in posterior},
         tuple(attrs.get("improper", ())),
+        plate="".join(rows),
     )
-    lead = (posterior.sizes["chain"], posterior.sizes["draw"])
+    lead = tuple(posterior.sizes[dim] for dim in ("chain", "draw", *rows))
     log_p, log_q = np.full(lead, np.nan), np.full(lead, np.nan)
     if group == "posterior":
         stats = idata["sample_stats"]
         log_p, log_q = stats["log_p"].values, stats["log_q"].values
-    return Draws(np.zeros((*lead, 0)), log_p, log_q, values, cast(Target, names), attrs)
+    batch = Batch(torch.arange(lead[-1]), ()) if rows else None
+    target = cast(Target, names)
+    return Draws(np.zeros((*lead, 0)), log_p, log_q, values, target, attrs, batch=batch)
 
 
 def resample_groups(
@@ -91,6 +99,11 @@ def resample_groups(
     if "log_weight" not in stats:
         raise ValueError("These draws have no weights: they are resampled already, or of NUTS.")
     log_w = stats["log_weight"].values
+    if log_w.ndim > 2:
+        raise ValueError(
+            "These draws have weights for each row (local=), and files of them are not resampled: "
+            "resample(draws) does it before they are written."
+        )
     weights = np.exp(psis(log_w.ravel()).log_weights)
     rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
     groups: dict[str, Any] = {}
@@ -126,7 +139,8 @@ def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
     attrs = facts(idata)
     if "khat" not in attrs:
         return None
-    known = {f.name: attrs[f.name] for f in fields(Diagnosis) if f.name in attrs}
+    names = [f.name for f in fields(Diagnosis) if f.name != "rows"]  # of a fit, their number
+    known = {name: attrs[name] for name in names if name in attrs}
     known["reasons"] = tuple(known.get("reasons", ()))
     known["distances"] = tuple(map(tuple, known.get("distances", ())))
     for key in ("draws", "divergences"):
@@ -134,6 +148,11 @@ def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
     for f in fields(Diagnosis):
         if f.type == "float" or f.type is float:
             known[f.name] = float(known.get(f.name, math.nan))
+    if has_group(idata, "row_diagnosis"):
+        table = idata["row_diagnosis"]
+        labels = tuple(str(label) for label in table[table["khat"].dims[0]].values)
+        columns = {str(table[n].attrs.get("original_name", n)): table[n].values for n in table}
+        known["rows"] = Rows(labels, **columns, draws=known["draws"])
     return Diagnosis(**known)
 
 

@@ -9,8 +9,10 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import as_chains, khat_threshold, log_evidence, psis
-from flowvi.draws.draws import Draws
+from flowvi.draws.diagnose import as_weights
+from flowvi.draws.draws import Draws, weights_of
 from flowvi.plots.theme import BLUE, GREY, ORANGE, new_axes, style
+from flowvi.runtime.arguments import draws_wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,11 +21,17 @@ if TYPE_CHECKING:
 def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
     """The largest weights, and the generalised Pareto tail that is fitted to them.
 
+    Of draws with rows, the k-hat of each row, in order of size.
+
     Args:
         draws: Draws of a fit, not resampled, or an array of log weights.
         ax: Axes to draw on; a new figure without them.
     """
-    log_w = as_chains(draws.log_weights if isinstance(draws, Draws) else draws).ravel()
+    draws_wanted("plot_khat", draws)
+    if isinstance(draws, Draws) and draws.by_row:
+        return _of_rows(draws, ax)
+    given = weights_of("plot_khat", draws) if isinstance(draws, Draws) else as_weights(draws)
+    log_w = as_chains(given).ravel()
     smooth, khat = psis(log_w)
     threshold = khat_threshold(len(log_w))
     order = np.argsort(log_w)[::-1][: np.isfinite(log_w).sum()]
@@ -52,4 +60,20 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
             axis.set_minor_formatter(lambda *_: "")
         ax.set(xlabel="rank of the draw", ylabel="weight / mean weight")
         ax.legend(loc="lower left")
+    return ax
+
+
+def _of_rows(draws: Draws, ax: Axes | None) -> Axes:
+    weights_of("plot_khat", draws)
+    khat = np.sort(np.clip(draws.khat, -1.0, 2.0))[::-1]
+    threshold = khat_threshold(len(draws))
+    above = khat >= threshold
+    with style():
+        ax = ax or new_axes((4.8, 3.6))
+        rank = np.arange(1, len(khat) + 1)
+        ax.plot(rank[~above], khat[~above], ".", ms=3, color=BLUE)
+        ax.plot(rank[above], khat[above], ".", ms=4, color=ORANGE)
+        ax.axhline(threshold, color=GREY, lw=0.7, ls=":")
+        ax.set_title(f"Pareto k-hat: {above.sum()} of {len(khat)} rows not below {threshold:.2f}")
+        ax.set(xlabel="rank of the row", ylabel="k-hat of its weights")
     return ax

@@ -10,7 +10,7 @@ import numpy as np
 from flowvi.draws.draws import Draws
 from flowvi.plots.pair import MAX_SCALARS, scalars
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
-from flowvi.runtime.arguments import wanted
+from flowvi.runtime.arguments import draws_wanted, wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,6 +33,7 @@ def plot_marginals(
     Returns:
         Axes, (rows, columns); those of empty panels are switched off.
     """
+    draws_wanted("plot_marginals", sets)
     if isinstance(sets, Draws):
         sets = {"draws": sets}
     wanted("sets", sets, Mapping, "the draws of a fit, or a dictionary of such draws by name")

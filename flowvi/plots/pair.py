@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowvi.draws.draws import Draws
+from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.plots.theme import BLUE, style
+from flowvi.runtime.arguments import draws_wanted, wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,6 +30,8 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
     Returns:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
+    draws_wanted("plot_pair", draws)
+    wanted("draws", draws, Draws, EXPECTED)
     columns = scalars(draws, names)
     labels, size = list(columns), len(columns)
     with style():
@@ -67,12 +70,12 @@ def scalars(
     columns: dict[str, np.ndarray] = {}
     for name in names:
         value = name if name in draws.values else name.partition("[")[0]
-        wanted = {
+        found = {
             label: x for index, label, x in elements(draws, value) if name in (value, index, label)
         }
-        if not wanted:
+        if not found:
             raise KeyError(f"'{value}' has shape {draws[value].shape[2:]}; it has no '{name}'.")
-        columns |= wanted
+        columns |= found
     if len(columns) > MAX_SCALARS:
         raise ValueError(
             f"The names stand for {len(columns)} scalars; a pair plot shows {MAX_SCALARS} at most. "
@@ -84,7 +87,7 @@ def scalars(
 def elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
     """Every scalar of a value: its name by index, its name by label, its draws."""
     value = draws[name]
-    axes = [draws.target.coords.get(dim) for dim in draws.target.dims.get(name, ())]
+    axes = [draws.coords.get(dim) for dim in draws.dims.get(name, ())]
     if value.ndim == 2:
         yield name, name, value.ravel()
         return

@@ -11,6 +11,7 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import axes_of, named_values, where
 from flowvi.draws.draws import Draws
 from flowvi.plots.theme import GREY, ORANGE, new_axes, style
+from flowvi.runtime.arguments import draws_wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -29,7 +30,13 @@ def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
         raise TypeError(
             "plot_where takes the draws themselves: plot_where(draws), not where(draws)."
         )
+    draws_wanted("plot_where", draws)
     found = where(draws)
+    if draws.by_row:
+        raise ValueError(
+            "plot_where shows draws that have one weight each, and draws with rows have one for "
+            f"each row: where(draws) names the rows, the first of them in {found.labels[0]}."
+        )
     if len(found.labels) < 2:
         raise ValueError("plot_where needs draws of at least two scalars; see where(draws).")
     log_w = draws.log_weights.ravel()

@@ -17,7 +17,7 @@ from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.fit_folder import read_record
 from flowvi.fitting.identity import latents
-from flowvi.fitting.result import Fit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.interop.inference_data import all_groups
 from flowvi.interop.read_draws import diagnosis_of, draws_of, facts
 from flowvi.runtime.files import CheckpointError
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 GUIDE = "guide.nc"
 PREDICTED = 200  # draws for which data are simulated
+MOST_ROWS = 1000  # rows whose latents are reported
 POSTERIOR, RESAMPLED = "posterior.nc", "resampled.nc"
 
 
@@ -113,14 +114,23 @@ def _read(folder: Path) -> Contents:
     )
 
 
-def of_fit(fit: Fit, n: int, seed: int) -> Contents:
-    """Draw from a fit and gather what there is to report."""
-    draws = fit.draw(n, seed)
+def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
+    """Draw from a fit and gather what there is to report.
+
+    Of latents of rows at most 1,000 rows are reported, evenly spaced.
+    """
+    if isinstance(fit, RowFit):
+        shown = min(fit.target.rows, MOST_ROWS)
+        places = np.linspace(0, fit.target.rows - 1, shown).astype(int)
+        draws = fit.draw(n, rows=[*map(int, places)], seed=seed)
+    else:
+        draws = fit.draw(n, seed=seed)
     diagnosis = diagnose(draws)
     kept = resample(draws, seed=seed) if diagnosis.verdict == VERDICTS[1] else draws
-    start = fit.draw_start(n, seed) if fit.start is not None else None
+    begun = isinstance(fit, Fit) and fit.start is not None
+    start = fit.draw_start(n, seed) if isinstance(fit, Fit) and begun else None
     plain = all_groups(draws, start, PREDICTED)
-    found = None if fit.target.improper else evidence(draws)
+    found = None if draws.improper else evidence(draws)
     return Contents(
         plain,
         kept,
@@ -130,7 +140,7 @@ def of_fit(fit: Fit, n: int, seed: int) -> Contents:
         found,
         fit.history,
         tuple(fit.log),
-        latents(fit.target),
+        latents(draws.target),
     )
 
 

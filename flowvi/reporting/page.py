@@ -17,19 +17,20 @@ import torch
 
 from flowvi._version import __version__
 from flowvi.compat import arviz_stats as stats
-from flowvi.diagnostics import VERDICTS
+from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
-from flowvi.fitting.result import Fit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
 from flowvi.reporting.pictures import pictures
-from flowvi.runtime.arguments import shared_alone, wanted
+from flowvi.runtime.arguments import fit_wanted
 from flowvi.runtime.files import write_whole
 from flowvi.runtime.rng import own_randomness
 
 REPORT = "report.html"
 ROWS = 200  # of the table of the posterior
+LEAST = 20  # rows of the data that are trusted least
 NO_RHAT = "–"
 TEMPLATE = "report.html.j2"
 TONES = dict(zip(VERDICTS, ("good", "care", "bad"), strict=True))
@@ -61,7 +62,7 @@ class Scalar(NamedTuple):
 
 
 def report(
-    source: Fit | str | os.PathLike[str],
+    source: Fit | RowFit | NestedFit | str | os.PathLike[str],
     out: str | os.PathLike[str] | None = None,
     *,
     draws: int = 4000,
@@ -72,7 +73,7 @@ def report(
     Args:
         source: A folder that ``flowvi fit`` wrote, of which only files are read; or a fit.
         out: The file to write. For a folder, report.html in it without.
-        draws: For a fit, draws from each guide.
+        draws: For a fit, draws from each guide; for one of rows, of each row.
         seed: For a fit, seed of the draws.
 
     Returns:
@@ -81,9 +82,10 @@ def report(
     Raises:
         ValueError: The folder holds no results, or a fit was given and no file.
     """
-    shared_alone("report", source)
-    wanted("source", source, (Fit, str, os.PathLike), "a fit, or a folder that flowvi fit wrote")
-    if isinstance(source, Fit):
+    kinds = (Fit, RowFit, NestedFit)
+    like = "a fit, or a folder that flowvi fit wrote"
+    fit_wanted("report", source, (*kinds, str, os.PathLike), like)
+    if isinstance(source, kinds):
         if out is None:
             raise ValueError('Say where the report goes: report(fit, "report.html").')
         contents, file = of_fit(source, draws, seed), Path(out)
@@ -118,6 +120,7 @@ def page(contents: Contents) -> str:
         sites=contents.sites,
         log=contents.log,
         rows=rows[:ROWS],
+        least=list(_least_trusted(diagnosis)),
         more=len(rows) > ROWS,
         compared=any(row.rhat != NO_RHAT for row in rows),
         restarts=len(_by_restart(contents).log_p) > 1,
@@ -157,6 +160,16 @@ def _numbers(c: Contents) -> Iterator[tuple[str, str, str]]:
         yield "KL(q || p)", f"{d.gap:.3g}", "nats"
 
 
+def _least_trusted(d: Diagnosis | None) -> Iterator[tuple[str, ...]]:
+    """A line for each of the rows that are trusted least."""
+    if d is None or d.rows is None:
+        return
+    r = d.rows
+    for i in r.worst(LEAST):
+        evidence = f"{r.log_evidence[i]:.3f} ± {r.log_evidence_se[i]:.2g}"
+        yield r.labels[i], r.verdict[i], f"{r.khat[i]:.2f}", f"{r.ess[i]:,.0f}", evidence
+
+
 def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
     f = c.facts
     columns = [site["columns"][1] for site in c.sites.values()]
@@ -165,7 +178,9 @@ def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
         "guide": "Guide",
         "objective": "Objective",
         "precision": "Precision",
+        "inner": "Guide of rows",
         "steps": "Steps",
+        "epochs": "Epochs",
         "particles": "Draws a step",
         "restarts": "Restarts",
     }
@@ -245,6 +260,7 @@ def _command(facts: Any) -> str:
     """What to type, or to call, for the same fit."""
     if "command" in facts:
         return str(facts["command"])
-    names = ("guide", "steps", "restarts", "seed")
+    names = ("guide", "inner", "steps", "epochs", "restarts", "seed")
+    function = "nested" if "inner" in facts else "fit"
     given = ", ".join(f"{name}={facts[name]!r}" for name in names if name in facts)
-    return f"flowvi.fit(target, {given})"
+    return f"flowvi.{function}(target, {given})"

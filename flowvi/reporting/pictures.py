@@ -15,6 +15,7 @@ import numpy as np
 from flowvi.compat.arviz_groups import has_group
 from flowvi.draws.diagnose import where
 from flowvi.plots import (
+    plot_epochs,
     plot_evidence,
     plot_khat,
     plot_loss,
@@ -83,15 +84,30 @@ def _all(c: Contents) -> Iterator[Drawing]:
             f"Ladder of bounds on the log evidence, the best estimate at {found.log_evidence:.3f}.",
             "Bars are two standard errors. Marks that point right are lower bounds.",
         )
+    yield from _training(c)
+
+
+def _training(c: Contents) -> Iterator[Drawing]:
     bound = np.asarray(c.history.get("bound", ()))
-    if np.isfinite(bound).any():
-        names = stage_names(c.history, c.facts.get("stages", ()))
+    if not np.isfinite(bound).any():
+        return
+    if "epoch" in c.history:
         yield (
             "training",
-            lambda: _figure(plot_loss({"bound": bound, "stage": names})),
-            f"The bound over {len(bound)} steps of training, with a line where each stage begins.",
-            "Linear within the noise of the end, logarithmic beyond.",
+            lambda: _figure(plot_epochs(c.history)),
+            f"The bound of a row over {len(bound)} epochs of training.",
+            "Of the rows that were trained on, and of those that were held out.",
         )
+        return
+    columns: dict[str, Any] = {"bound": bound}
+    if "stage" in c.history:
+        columns["stage"] = stage_names(c.history, c.facts.get("stages", ()))
+    yield (
+        "training",
+        lambda: _figure(plot_loss(columns)),
+        f"The bound over {len(bound)} steps of training, with a line where each stage begins.",
+        "Linear within the noise of the end, logarithmic beyond.",
+    )
 
 
 def _marginals(c: Contents) -> Iterator[Drawing]:
@@ -132,6 +148,14 @@ def _weights(c: Contents) -> Iterator[Drawing]:
     if not np.isfinite(draws.log_weights).any():
         return
     khat = c.diagnosis.khat if c.diagnosis else np.nan
+    if draws.by_row:
+        yield (
+            "weights",
+            lambda: _figure(plot_khat(draws)),
+            f"Pareto k-hat of the weights of each row; the largest is {khat:.2f}.",
+            "Above the line the draws of a row decide nothing: a few of them carry the weight.",
+        )
+        return
     yield (
         "weights",
         lambda: _figure(plot_khat(draws)),

@@ -13,6 +13,9 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
+# Draws that an example asks for.
+MANY = 4000
+
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -75,29 +78,54 @@ def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> 
         TypeError: The value has another type.
     """
     if not isinstance(value, kinds):
-        came = value.__name__ if isinstance(value, type) else type(value).__name__
-        article = "an" if came[0] in "aeiouAEIOU" else "a"
-        article = "the class" if isinstance(value, type) else article
-        raise TypeError(f"{name} must be {like}; got {article} {came}.")
+        raise TypeError(f"{name} must be {like}; got {_named(value)}.")
 
 
-def shared_alone(function: str, value: Any) -> None:
-    """Refuse fits and draws of row latents in a function of latents that all rows share.
+def _named(value: Any) -> str:
+    """The type of a thing, with an article."""
+    came = value.__name__ if isinstance(value, type) else type(value).__name__
+    article = "an" if came[0] in "aeiouAEIOU" else "a"
+    return f"{'the class' if isinstance(value, type) else article} {came}"
+
+
+def draws_wanted(function: str, value: Any) -> None:
+    """Refuse a fit where its draws are wanted.
 
     Args:
-        function: Name of the function, for the message.
-        value: The fit or draws. The class attribute `FOR_ROWS` of those with row latents says
-            what to do instead.
+        function: What was called.
+        value: What came; classes of other results say in `INSTEAD` what to do.
 
     Raises:
-        TypeError: The value has latents for each row.
+        TypeError: It is a fit, or another result of one.
     """
-    instead = getattr(type(value), "FOR_ROWS", "")
-    if instead:
+    came = type(value).__name__
+    if hasattr(value, "draw") and hasattr(value, "history"):
         raise TypeError(
-            f"{function} is for latents that all rows share, and got a {type(value).__name__}, "
-            f"with latents for each row (local=): {instead}."
+            f"{function} needs the draws of a fit, and got a {came}, the fit itself: "
+            f"{function}(fit.draw({MANY}))."
         )
+    instead = getattr(type(value), "INSTEAD", "")
+    if instead:
+        raise TypeError(f"{function} needs the draws of a fit, and got a {came}: {instead}.")
+
+
+def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
+    """Refuse what is no fit, such as its draws.
+
+    Args:
+        function: What was called.
+        value: What came.
+        kinds: What may come.
+        like: An example of what is expected.
+
+    Raises:
+        TypeError: It is of another kind.
+    """
+    if isinstance(value, kinds):
+        return
+    drawn = hasattr(value, "log_p") and hasattr(value, "meta")
+    way = ": pass the fit that made these draws" if drawn else ""
+    raise TypeError(f"{function} needs {like}; got {_named(value)}{way}.")
 
 
 def known(kind: str, name: str, choices: Iterable[str]) -> str:

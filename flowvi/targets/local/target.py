@@ -38,6 +38,7 @@ class LocalTarget(nn.Module):
         rows: Number of rows N.
         sites: Local latent sites, of one row.
         shared: The log density of the latents theta that all rows share, or None.
+        coords: Labels of the rows, by the name of the plate.
         messages: Pyro's record of each local latent site in one run of one row; empty for
             plain densities.
 
@@ -58,6 +59,7 @@ class LocalTarget(nn.Module):
         super().__init__()
         self.name, self.plate, self.sites = facts.name, facts.plate, facts.sites
         self.slices, self.dims = facts.slices, facts.dims
+        self.coords: dict[str, list[Any]] = {}
         self.deterministics, self.observed = facts.deterministics, facts.observed
         self.arguments, self.rows = facts.rows, facts.rows.size
         self.dim = max(s.stop for s in facts.slices.values())
@@ -210,6 +212,18 @@ class LocalTarget(nn.Module):
         """
         batch = self.batch(torch.arange(n) % self.rows)
         return self._simulated()(None, batch, theta, seed)
+
+    def label(self, coords: Mapping[str, Sequence[Any]]) -> LocalTarget:
+        """Give labels to the rows, by the name of their plate; returns the target itself."""
+        for dim, labels in coords.items():
+            if dim != self.plate:
+                raise ValueError(f"No dim named '{dim}'; the rows are in '{self.plate}'.")
+            if len(labels) != self.rows:
+                raise ValueError(
+                    f"dim '{dim}' has size {self.rows}; got {len(labels)} labels for it."
+                )
+            self.coords[dim] = list(labels)
+        return self
 
     def observations(self, batch: Any = None) -> dict[str, Tensor]:
         """Observed values of rows, by site: (B, *shape) each. Empty for a plain density."""
