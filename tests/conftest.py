@@ -8,6 +8,7 @@ import torch
 
 from flowvi.fitting import restart
 from flowvi.initialization import candidates as init
+from flowvi.initialization import modes, peaks
 from flowvi.training import trainer
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
@@ -44,20 +45,46 @@ def default(request: pytest.FixtureRequest) -> torch.dtype:
 
 
 def brief(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Start from one point, and judge and check by few draws: for what does not depend on them."""
+    """Search little for a start and for modes, and judge by few draws.
+
+    For what does not depend on them.
+    """
     candidates = init.candidates
     monkeypatch.setattr(init, "candidates", lambda *args: itertools.islice(candidates(*args), 1))
     monkeypatch.setattr(init, "TRY_ROUNDS", 2)
     monkeypatch.setattr(init, "REFINE_ROUNDS", 5)
     monkeypatch.setattr(init, "LBFGS_STEPS", 50)
+    monkeypatch.setattr(modes, "TRY_ROUNDS", 2)
+    monkeypatch.setattr(modes, "FIRST", 1)
+    monkeypatch.setattr(modes, "FEWEST", 1)
+    monkeypatch.setattr(modes, "MOST", 2)
+    monkeypatch.setattr(peaks, "STEPS", 5)
+    monkeypatch.setattr(peaks, "ROUNDS", 8)
     monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
     monkeypatch.setattr(restart, "CHECK_DRAWS", 500)
+
+
+def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Take whatever start comes first: for what has only to run and to be finite."""
+    brief(monkeypatch)
+    monkeypatch.setattr(init, "TRY_ROUNDS", 1)
+    monkeypatch.setattr(init, "REFINE_ROUNDS", 1)
+    monkeypatch.setattr(init, "LBFGS_STEPS", 20)
+    monkeypatch.setattr(init, "NEWTON_STEPS", 1)
+    monkeypatch.setattr(init, "PATH_POINTS", 1)
+    monkeypatch.setattr(peaks, "STEPS", 1)
 
 
 @pytest.fixture(name="brief")
 def brief_fits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every fit of a test is a brief one."""
     brief(monkeypatch)
+
+
+@pytest.fixture(name="hasty")
+def hasty_fits(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every fit of a test is a hasty one."""
+    hasty(monkeypatch)
 
 
 @pytest.fixture(scope="session")

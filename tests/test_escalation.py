@@ -220,14 +220,14 @@ def ended_in_chains():
         patch.setattr(restart, "MOST_STAGES", 1)
         patch.setattr(trainer, "LEAST_DECAY", 60)
         patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
-        patch.setattr(escalation, "PLANS", (Plan(),))
+        patch.setattr(escalation, "PLANS", (Plan(warmup=200, draws=500),))
         return flowvi.fit(heavy(), progress=False)
 
 
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 
-    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 1000
+    assert draws.mcmc and draws.z.shape[0] == 4 and draws.z.shape[1] == 500
     assert draws.weighted is not None and draws.weighted.z.shape == (1, 4000, 3)
     assert any(line.startswith("NUTS in the space of the flow") for line in ended_in_chains.log)
 
@@ -256,8 +256,8 @@ def test_few_draws_of_chains_are_judged_by_all_of_them(ended_in_chains):
 
     assert few.verdict == all_.verdict and few.draws == 400
     (reason,) = few.reasons
-    assert reason.startswith("These are 400 of 4000 draws of Markov chains")
-    assert reason.endswith("fit.draw(1000).")
+    assert reason.startswith("These are 400 of 2000 draws of Markov chains")
+    assert reason.endswith("fit.draw(500).")
 
 
 def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):

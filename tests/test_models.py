@@ -122,7 +122,7 @@ BOTH = [
 
 
 @pytest.mark.parametrize(("name", "default"), BOTH, indirect=["default"])
-def test_a_short_fit_has_a_finite_bound(name, arguments, brief, default):
+def test_a_short_fit_has_a_finite_bound(name, arguments, hasty, default):
     target = flowvi.from_pyro(load(name).model, *arguments(name))
 
     # A full-rank start of a thousand dimensions takes a while.

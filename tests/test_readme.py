@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from click.testing import CliRunner
+from conftest import hasty as hurry
 
 from flowvi.cli import main
 
@@ -19,8 +20,8 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 
 
 @pytest.fixture
-def few_steps(monkeypatch, brief) -> None:
-    """Fits that do not say how long they are to be take few steps."""
+def few_steps(monkeypatch, hasty) -> None:
+    """Fits that do not say how long they are to be take few steps, from whatever start."""
     monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "STEADY_STEPS", 30)
     monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "MOST_STAGES", 1)
     monkeypatch.setattr(sys.modules["flowvi.fitting.escalation"], "ATTEMPTS", ())
@@ -32,7 +33,9 @@ def fitted(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("docs")
     model, out = ROOT / "models/eight_schools.py", folder / "results/eight_schools"
     options = ["--steps", "30", "--draws", "400", "--quiet"]
-    done = CliRunner().invoke(main, ["fit", str(model), "--out", str(out), *options])
+    with pytest.MonkeyPatch.context() as patch:
+        hurry(patch)
+        done = CliRunner().invoke(main, ["fit", str(model), "--out", str(out), *options])
     assert done.exit_code in (0, 3), done.output
     return folder
 

@@ -137,7 +137,7 @@ def best_gaussian(
         settled(target, g, generator, judge, over, TRY_ROUNDS, diagonal=diagonal) for g in first
     ]
     best = max(tried, key=lambda g: g.elbo)
-    refined = settled(target, best, generator, judge, over, diagonal=diagonal)
+    refined = settled(target, best, generator, judge, over, REFINE_ROUNDS, diagonal=diagonal)
     say(f"start: {best.name}, the best of {len(tried)}")
     say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
@@ -228,7 +228,7 @@ def settled(
     generator: torch.Generator,
     judge: Tensor,
     over: Callable[[], bool],
-    rounds: int = REFINE_ROUNDS,
+    rounds: int,
     *,
     diagonal: bool = False,
 ) -> Gaussian:

@@ -14,6 +14,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.recording.products import merged
+from flowvi.targets.recording.simpler import simpler
 from flowvi.targets.recording.tape import record
 
 PROGRAMS_KEPT = 12
@@ -111,7 +112,9 @@ class Density(nn.Module):
             return log_p.detach(), gradient
 
         try:
-            return _no_grad(merged(record(value_and_gradient if gradient else value, [z, *inputs])))
+            inputs = [z, *inputs]
+            graph = merged(record(value_and_gradient if gradient else value, inputs))
+            return _no_grad(simpler(graph, inputs))
         except Exception as error:
             self.lowers = False
             warnings.warn(f"Keeping the slower evaluation of the density: {error}", stacklevel=5)
