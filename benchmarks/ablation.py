@@ -25,13 +25,14 @@ from evidence import ROOT, TARGETS
 from torch import Tensor
 
 import flowvi
-from flowvi.fitting import restart
+from flowvi.fitting import first_guide, starts
 from flowvi.initialization.candidates import Found, best_gaussian
 from flowvi.initialization.gaussian import Gaussian
-from flowvi.training import trainer
+from flowvi.training import schedule, stages
 from flowvi.training.guard import Guard
 from flowvi.training.learning_rate import constant
 from flowvi.training.records import Trial
+from flowvi.training.schedule import Schedule
 
 DRAWS = 20_000
 DEFAULT = ("eight_schools", "funnel", "brownian", "ionosphere")
@@ -71,18 +72,21 @@ def steady(step: int, steps: int, lr: float, warm: bool = True) -> float:
 LEFT_OUT: dict[str, list[tuple[Any, str, Any]]] = {
     "nothing": [],
     "the start": [
-        (restart, "best_gaussian", standard),
-        (restart, "check_integrable", lambda *a: ""),
+        (starts, "best_gaussian", standard),
+        (starts, "check_integrable", lambda *a: ""),
     ],
-    "full rank in the start": [(restart, "best_gaussian", diagonal)],
+    "full rank in the start": [(starts, "best_gaussian", diagonal)],
     "path gradients": [],
-    "the decay of the step": [(trainer, "decayed", steady)],
-    "averaging": [(trainer, "LAST_RATE", 0.0)],
+    "the decay of the step": [(stages, "decayed", steady)],
+    "averaging": [(stages, "LAST_RATE", 0.0)],
     "clipping (skips instead)": [(Guard, "admits", skipping)],
-    "later stages": [(restart, "MOST_STAGES", 1)],
-    "depth (4 couplings)": [(restart, "_depth", lambda gap: 4)],
+    "later stages": [(schedule, "DEFAULT", Schedule(most_stages=1))],
+    "depth (4 couplings)": [
+        (first_guide, "MANY_COUPLINGS", 4),
+        (first_guide, "FEW_COUPLINGS", 4),
+    ],
     "the search for a step size": [
-        (trainer.Trainer, "search", lambda self: Trial(trainer.RATES[1], -math.inf))
+        (stages.Stages, "search", lambda self: Trial(Schedule().middle_rate, -math.inf))
     ],
     "the flow": [],
 }

@@ -26,11 +26,10 @@ from torch import Tensor
 from torch.distributions import Normal
 
 import flowvi
-from flowvi.fitting import restart
 from flowvi.initialization import candidates
 from flowvi.runtime.files import CheckpointError
-from flowvi.training import resume as journal
-from flowvi.training import trainer
+from flowvi.training import checkpointer
+from flowvi.training.schedule import Schedule
 
 STEPS = 40
 Fault = Callable[[Path, np.random.Generator], bool]
@@ -61,6 +60,7 @@ def fit(folder: Path | None, resume: bool = False, stop: int = 0) -> flowvi.Fit:
         progress=False,
         checkpoint=folder,
         resume=resume,
+        schedule=Schedule(check_draws=400, evaluation_draws=400),
         callback=callback,
         compile=False,
     )
@@ -189,12 +189,11 @@ def main() -> None:
     given = parser.parse_args()
     torch.set_default_dtype(torch.float64)
     torch.set_num_threads(1)
-    journal.EVERY = journal.SPARED = 0.0
+    checkpointer.EVERY = checkpointer.SPARED = 0.0
     # A short search for a start and few draws to judge by: what is hurt are the files.
     candidates.TRY_ROUNDS = candidates.REFINE_ROUNDS = candidates.NEWTON_STEPS = (
         candidates.PATH_POINTS
     ) = 1
-    restart.CHECK_DRAWS = trainer.JUDGE_DRAWS = 400
     faults, rng = Faults(), np.random.default_rng(given.seed)
     rows: list[tuple[str, str, int, Fault]] = [
         ("`kill -9`", "at a random moment", given.kills, faults.killed(signal.SIGKILL)),

@@ -44,7 +44,7 @@ from flowvi.initialization.missed_modes import left_out
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.preflight import look
 from flowvi.targets import Target
-from flowvi.training.evaluation import judge
+from flowvi.training.evaluation import evaluate
 
 ROOT = Path(__file__).resolve().parents[1]
 Made = Callable[[], Target]
@@ -96,8 +96,8 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
         modes = further_modes(target, best, ends, seen.places, seed, lambda _: None)
         guide = make_guide(guide_name, target.dim).to(target.dtype)
         guide.start(best.loc, best.scale_tril)
-        judged = judge(flowvi.elbo(1), target.log_prob, guide, seed, DRAWS, DRAWS)
-        covered = judged.bound + (judged.gap if math.isfinite(judged.gap) else 0.0)
+        found = evaluate(flowvi.elbo(1), target.log_prob, guide, seed, DRAWS, DRAWS)
+        covered = found.bound + (found.gap if math.isfinite(found.gap) else 0.0)
         missed = left_out(target, guide, covered, modes, seed)
     finally:
         Target.log_prob = log_prob  # type: ignore[method-assign]

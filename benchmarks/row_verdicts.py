@@ -14,7 +14,9 @@ from flowvi.diagnostics import VERDICTS, diagnose_rows
 ROWS = 500
 
 
-def draws(rng: np.random.Generator, widths: np.ndarray, number: int, dim: int) -> tuple:
+def draws(
+    rng: np.random.Generator, widths: np.ndarray, number: int, dim: int
+) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     """Log weights (1, draw, row) and latents (1, draw, row, dim) of guides of such widths."""
     noise = rng.normal(size=(1, number, len(widths), dim))
     z = noise * widths[:, None]
@@ -37,7 +39,9 @@ def main() -> None:
             widths[:bad] = 0.3
             failed, verdicts = 0, []
             for _ in range(given.repeats):
-                found = diagnose_rows(*draws(rng, widths, number, given.dim), labels)
+                log_weights, values = draws(rng, widths, number, given.dim)
+                found = diagnose_rows(log_weights, values, labels)
+                assert found.rows is not None
                 verdicts.append(found.verdict)
                 failed += int((found.rows.verdict == VERDICTS[2]).sum())
             share = failed / (ROWS * given.repeats)

@@ -74,14 +74,14 @@ def run(model: Path, out: Path) -> dict[str, float]:
     torch.set_num_threads(1)
     from flowvi.cli import fit, main, results
     from flowvi.fitting import executors
-    from flowvi.fitting.restart import Run
+    from flowvi.fitting.restart import Restart
 
     lap("the rest of flowvi and its commands")
     timed(spent, "model file and capture", fit, "load_target")
     timed(spent, "fit", fit, "fit")
-    timed(spent, "look and start", Run, "_start")
-    timed(spent, "training", Run, "improve")
-    timed(spent, "checks", Run, "check")
+    timed(spent, "look and start", Restart, "_start")
+    timed(spent, "training", Restart, "train")
+    timed(spent, "checks", Restart, "check")
     timed(spent, "escalation beside these", executors, "escalate")
     for name in ("diagnose", "_report"):
         timed(spent, "draws, verdict and resampling", fit, name)

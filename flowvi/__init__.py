@@ -28,11 +28,13 @@ from flowvi.interop.pyro_elbo import IWELBO
 from flowvi.interop.pyro_guide import PyroGuide, pyro_guide
 from flowvi.interop.pyro_row_guide import RowPyroGuide
 from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
+from flowvi.objectives.nested import NestedTarget
 from flowvi.reporting import report
 from flowvi.targets import LocalTarget, ModelError, Site, Target, from_density, from_pyro
 from flowvi.training.epochs import Epoch
 from flowvi.training.minibatch import Minibatch
 from flowvi.training.records import Step
+from flowvi.training.schedule import Schedule
 
 __all__ = [
     "FLOWS",
@@ -56,6 +58,7 @@ __all__ = [
     "ModelError",
     "Multiplicative",
     "NestedFit",
+    "NestedTarget",
     "PerRow",
     "Prediction",
     "PyroGuide",
@@ -63,6 +66,7 @@ __all__ = [
     "RowDraws",
     "RowFit",
     "RowPyroGuide",
+    "Schedule",
     "Site",
     "Step",
     "Target",

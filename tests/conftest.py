@@ -5,11 +5,10 @@ from pathlib import Path
 import pyro
 import pytest
 import torch
+from quick import quick
 
-from flowvi.fitting import restart
 from flowvi.initialization import candidates as init
 from flowvi.initialization import modes, peaks
-from flowvi.training import trainer
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")
@@ -60,8 +59,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(modes, "MOST", 2)
     monkeypatch.setattr(peaks, "STEPS", 5)
     monkeypatch.setattr(peaks, "ROUNDS", 8)
-    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
-    monkeypatch.setattr(restart, "CHECK_DRAWS", 500)
+    quick(monkeypatch, evaluation_draws=500, check_draws=500)
 
 
 def hasty(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,8 +46,8 @@ def test_in_one_vector_steps_are_the_same():
 
     flat.release()
     assert all(torch.equal(p, q) for p, q in zip(apart, together, strict=True))
-    for name, held in first.state().items():
-        assert all(torch.equal(a, b) for a, b in zip(held, second.state()[name], strict=True))
+    for name, held in first.state_dict().items():
+        assert all(torch.equal(a, b) for a, b in zip(held, second.state_dict()[name], strict=True))
 
 
 @pytest.mark.parametrize("taken", [0, 4])
@@ -57,13 +57,13 @@ def test_a_state_is_gone_on_from(taken):
     first = Adam(whole)
     for gradient in gradients()[:taken]:
         first.step(gradient, 0.1)
-    kept, values = first.state(), [p.detach().clone() for p in whole]
+    kept, values = first.state_dict(), [p.detach().clone() for p in whole]
     before = copy.deepcopy(kept)
     for gradient in gradients()[taken:]:
         first.step(gradient, 0.1)
 
     second = Adam(cut)
-    second.restore(kept)
+    second.load_state_dict(kept)
     with torch.no_grad():
         for p, value in zip(cut, values, strict=True):
             p.copy_(value)

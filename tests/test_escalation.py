@@ -10,6 +10,7 @@ import pyro.distributions as dist
 import pytest
 import torch
 from click.testing import CliRunner
+from quick import quick
 
 import flowvi
 from flowvi.cli import fit as fitting
@@ -17,15 +18,15 @@ from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws.sampling import draw
 from flowvi.fitting import escalation, restart
-from flowvi.fitting.candidate import Kept
+from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.escalation import better, extend
 from flowvi.guides import make_guide
 from flowvi.initialization.gaussian import Gaussian
 from flowvi.runtime.clock import Clock
 from flowvi.samplers.nuts import Plan
-from flowvi.training import trainer
-from flowvi.training.records import Judged
-from flowvi.training.settings import Settings
+from flowvi.training import schedule
+from flowvi.training.records import Evaluation
+from flowvi.training.settings import Session, Settings
 
 TRUST, _, DISTRUST = VERDICTS
 
@@ -63,17 +64,17 @@ def heavy() -> flowvi.Target:
 @pytest.fixture
 def short(monkeypatch):
     """Stages and chains as short as they can be."""
-    monkeypatch.setattr(restart, "STEADY_STEPS", 60)
-    monkeypatch.setattr(restart, "MOST_STAGES", 1)
-    monkeypatch.setattr(trainer, "LEAST_DECAY", 60)
-    monkeypatch.setattr(escalation, "PLANS", (Plan(200, 400, 2),))
+    chains = (Plan(200, 400, 2),)
+    quick(monkeypatch, steady_steps=60, most_stages=1, least_decay=60, chains=chains)
 
 
-def judged(verdict: str, bound: float, khat: float) -> Kept:
+def judged(verdict: str, bound: float, khat: float) -> Candidate:
     draws = flowvi.diagnose(np.random.default_rng(0).normal(0, 0.1, 1000))
     diagnosis = dataclasses.replace(draws, verdict=verdict, khat=khat)
     guide = make_guide("meanfield", 2)
-    return Kept(guide, "meanfield", judged=Judged(bound, 0.01, 0.1), diagnosis=diagnosis)
+    return Candidate(
+        guide, "meanfield", evaluation=Evaluation(bound, 0.01, 0.1), diagnosis=diagnosis
+    )
 
 
 @pytest.mark.parametrize(
@@ -122,7 +123,7 @@ def test_nothing_is_tried_without_escalation(short):
 
 
 def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
-    def broken(run: restart.Run, kept: Kept) -> Kept:
+    def broken(run: restart.Restart, kept: Candidate) -> Candidate:
         raise RuntimeError("no luck")
 
     monkeypatch.setattr(escalation, "ATTEMPTS", (("Something that breaks", broken),))
@@ -134,7 +135,7 @@ def test_an_attempt_that_fails_loses_nothing(short, monkeypatch):
 
 
 def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
-    def pressed(run: restart.Run, kept: Kept) -> Kept:
+    def pressed(run: restart.Restart, kept: Candidate) -> Candidate:
         raise KeyboardInterrupt
 
     attempts = (("Ctrl-C", pressed), *escalation.ATTEMPTS)
@@ -147,8 +148,7 @@ def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
 
 def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
     """Two wells on each of four axes: sixteen modes, of which searches see a few."""
-    monkeypatch.setattr(restart, "MOST_STAGES", 1)
-    monkeypatch.setattr(restart, "STEADY_STEPS", 300)
+    quick(monkeypatch, most_stages=1, steady_steps=300)
     monkeypatch.setattr(escalation, "ATTEMPTS", (("Splines", escalation.tempered),))
     grid = torch.linspace(-4, 4, 8001)
     wells = (-(grid**4) + 6 * grid**2).exp()
@@ -168,34 +168,36 @@ def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
 
 def test_restarts_in_different_modes_are_joined(short):
     target = two_bumps(10.0)
-    settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, True, Clock())
-    runs = [restart.Run(target, settings, i, "auto", None) for i in range(2)]
+    settings = Settings(flowvi.elbo(), None, 1e-3, escalate=True, schedule=schedule.DEFAULT)
+    runs = [restart.Restart(target, settings, Session(), i, "auto", None) for i in range(2)]
     for one, side in zip(runs, (-5.0, 5.0), strict=True):
         guide = one.placed(make_guide("fullrank", 2))
         guide.start(torch.full((2,), side), torch.eye(2))
         one.best = Gaussian(torch.full((2,), side), torch.eye(2), "a side")
-        one.kept = Kept(guide, "fullrank", lr=1e-3, judged=one.trainer(guide).judge())
+        one.candidate = Candidate(
+            guide, "fullrank", lr=1e-3, evaluation=one.stages(guide).evaluate()
+        )
 
     whole = escalation.joined(runs)
 
     assert whole is not None and whole.sizes["parts"] == [{"name": "fullrank"}] * 2
     z = whole.guide.sample((2000,)).z
     assert 0.45 < (z[:, 0] > 0).double().mean() < 0.55
-    torch.testing.assert_close(whole.judged.bound, 0.0, atol=0.02, rtol=0.0)
+    torch.testing.assert_close(whole.evaluation.bound, 0.0, atol=0.02, rtol=0.0)
 
 
 def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
     """Of 4000 draws of a guide that is too wide in each of 85 dimensions, 290 are effective."""
     dim = 85
     normal = flowvi.from_density(lambda v: -v["x"].square().sum() / 2, {"x": flowvi.Site((dim,))})
-    settings = Settings(flowvi.elbo(), None, 1e-3, 64, 0, False, None, False, Clock())
-    one = restart.Run(normal, settings, 0, "auto", None)
+    settings = Settings(flowvi.elbo(), None, 1e-3)
+    one = restart.Restart(normal, settings, Session(), 0, "auto", None)
     guide = one.placed(make_guide("meanfield", dim))
     guide.start(torch.zeros(dim), 1.15 * torch.eye(dim))
     few = flowvi.diagnose(draw(normal, [guide], 4000))
     assert few.verdict == DISTRUST and few.khat < few.khat_threshold
 
-    kept = Kept(guide, "meanfield", judged=one.trainer(guide).judge())
+    kept = Candidate(guide, "meanfield", evaluation=one.stages(guide).evaluate())
     one.check(kept)
 
     assert kept.diagnosis is not None and kept.diagnosis.draws == 16_000
@@ -203,7 +205,7 @@ def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
 
 
 def test_restarts_that_agree_are_left_alone(short, monkeypatch):
-    monkeypatch.setattr(restart, "NOTHING_LEFT", math.inf)
+    quick(monkeypatch, nothing_left=math.inf)
     normal = flowvi.from_density(lambda v: -v["x"].square().sum(), {"x": flowvi.Site((2,))})
 
     fit = flowvi.fit(normal, restarts=2, progress=False)
@@ -215,12 +217,10 @@ def test_restarts_that_agree_are_left_alone(short, monkeypatch):
 def ended_in_chains():
     """A Gaussian fit of heavy tails whose last resort were chains."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(restart, "NOTHING_LEFT", math.inf)
-        patch.setattr(restart, "STEADY_STEPS", 30)
-        patch.setattr(restart, "MOST_STAGES", 1)
-        patch.setattr(trainer, "LEAST_DECAY", 60)
+        chains = (Plan(warmup=200, draws=500),)
+        numbers = {"steady_steps": 30, "most_stages": 1, "least_decay": 60, "chains": chains}
+        quick(patch, nothing_left=math.inf, **numbers)
         patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
-        patch.setattr(escalation, "PLANS", (Plan(warmup=200, draws=500),))
         return flowvi.fit(heavy(), progress=False)
 
 

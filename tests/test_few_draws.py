@@ -13,11 +13,13 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
-from flowvi.fitting.restart import CHECK_DRAWS, checked
+from flowvi.fitting.restart import checked
 from flowvi.guides import FullRank
+from flowvi.training.schedule import Schedule
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
 SEEDS = range(20)
+CHECK_DRAWS = Schedule().check_draws
 # A normal of this scale for the standard one has weights whose tail has the shape 1 - scale^2.
 NEAR = math.sqrt(1 - 0.66)
 
@@ -166,8 +168,8 @@ def test_a_check_takes_more_draws_near_a_limit(scale, times):
     guide = FullRank(1).to(target.dtype)
     guide.start(torch.zeros(1, dtype=target.dtype), torch.full((1, 1), scale, dtype=target.dtype))
 
-    assert checked(target, [guide], 0, lambda: False).draws == times * CHECK_DRAWS
-    assert checked(target, [guide], 0, lambda: True).draws == CHECK_DRAWS
+    assert checked(target, [guide], 0, lambda: False, Schedule()).draws == times * CHECK_DRAWS
+    assert checked(target, [guide], 0, lambda: True, Schedule()).draws == CHECK_DRAWS
 
 
 # Densities that are not everywhere.

@@ -7,13 +7,12 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from quick import quick
 
 import flowvi
-from flowvi.fitting import restart
 from flowvi.initialization import candidates
 from flowvi.initialization.gaussian import Gaussian, score
 from flowvi.initialization.preflight import look
-from flowvi.training import trainer
 
 
 def tables():
@@ -55,8 +54,7 @@ def correlations():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("model", [tables, corner, rates, correlations])
 def test_one_finite_point_is_enough_for_a_result(monkeypatch, dtype, model):
-    monkeypatch.setattr(restart, "CHECK_DRAWS", 500)
-    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
+    quick(monkeypatch, check_draws=500, evaluation_draws=500)
     monkeypatch.setattr(candidates, "REFINE_ROUNDS", 5)
     torch.set_default_dtype(dtype)
     target = flowvi.from_pyro(model)

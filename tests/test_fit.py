@@ -10,14 +10,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from quick import quick
 from torch.distributions import MultivariateNormal
 
 import flowvi
-from flowvi.fitting import restart
 from flowvi.guides import Guide
 from flowvi.initialization import candidates
 from flowvi.initialization import gaussian as gaussians
-from flowvi.training import trainer
+from flowvi.training import schedule, trainer
 from flowvi.training.averaging import Average
 from flowvi.training.guard import Guard
 from flowvi.training.learning_rate import decayed
@@ -110,13 +110,13 @@ def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
     assert fit.bounds[0] < 0
 
 
+SHORT = {"steady_steps": 20, "few_steps": 20, "most_stages": 1, "least_decay": 20}
+
+
 @pytest.mark.parametrize("further, expected", [(0.2, "skewed"), (1e3, "realnvp")])
 def test_skews_are_added_to_couplings_where_they_get_further(further, expected, brief, monkeypatch):
     """Student's t in every coordinate; and the same where the couplings are to be far behind."""
-    monkeypatch.setattr(restart, "STEADY_STEPS", 20)
-    monkeypatch.setattr(restart, "MOST_STAGES", 1)
-    monkeypatch.setattr(restart, "FURTHER", further)
-    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
+    quick(monkeypatch, steady_steps=20, most_stages=1, further=further, least_decay=20)
 
     def density(v):
         return -1.5 * (1 + v["x"].square() / 2).log().sum()
@@ -131,26 +131,21 @@ def test_skews_are_added_to_couplings_where_they_get_further(further, expected, 
 
 
 def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypatch):
-    for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
-        monkeypatch.setattr(restart, name, value)
-    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
+    quick(monkeypatch, **SHORT)
 
     fit = flowvi.fit(banana(), "realnvp", progress=False)
 
     (trials,) = (line for line in fit.log if line.startswith("step size"))
     (stage,) = (line for line in fit.log if line.startswith("stage 1"))
     tried = {float(lr): float(bound) for lr, bound in re.findall(r"([\d.]+): (-?[\d.]+)", trials)}
-    assert set(tried) == set(trainer.RATES)
+    assert set(tried) == set(schedule.DEFAULT.rates)
     assert float(re.search(r"start (-?[\d.]+)", stage)[1]) == max(tried.values())
     assert fit.meta["lr"] == [max(tried, key=lambda lr: tried[lr])]
 
 
 def test_trials_of_step_sizes_keep_to_their_share_of_the_budget(brief, monkeypatch):
     """Of none at all, each ends after its first step."""
-    for name, value in (("STEADY_STEPS", 20), ("FEW_STEPS", 20), ("MOST_STAGES", 1)):
-        monkeypatch.setattr(restart, name, value)
-    monkeypatch.setattr(trainer, "LEAST_DECAY", 20)
-    monkeypatch.setattr(trainer, "TRIAL_SHARE", 0.0)
+    quick(monkeypatch, **SHORT, trial_share=0.0)
     taken, step = [], trainer.Trainer._step
     monkeypatch.setattr(
         trainer.Trainer, "_step", lambda self, *args: taken.append(1) or step(self, *args)
@@ -158,7 +153,7 @@ def test_trials_of_step_sizes_keep_to_their_share_of_the_budget(brief, monkeypat
 
     fit = flowvi.fit(banana(), "realnvp", progress=False, budget=1000)
 
-    assert len(taken) - fit.meta["steps"] == len(trainer.RATES)
+    assert len(taken) - fit.meta["steps"] == len(schedule.DEFAULT.rates)
 
 
 @pytest.mark.parametrize("objective", ["elbo", "iwelbo", "renyi"])

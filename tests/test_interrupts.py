@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from quick import quick
 from torch.distributions import Normal
 
 import flowvi
 from flowvi.cli import main
 from flowvi.cli.fit import _executor
-from flowvi.fitting import restart
+from flowvi.fitting import restart, starts
 from flowvi.initialization import candidates, missed_modes
 from flowvi.runtime import files
 from flowvi.runtime.clock import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
-from flowvi.training import trainer as training
 from flowvi.training.compiling.background import Compilation
+from flowvi.training.trainer import Trainer
 
 JUDGED, CHECKED = 200, 400
 # What has to be known of the best so far: a score of each candidate from one start, bounds of the
@@ -62,11 +63,8 @@ class Counted:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Short stages, and few draws to judge and check by."""
-    monkeypatch.setattr(restart, "CHECK_DRAWS", CHECKED)
-    monkeypatch.setattr(training, "JUDGE_DRAWS", JUDGED)
-    monkeypatch.setattr(training, "LEAST_DECAY", 20)
-    for name in ("STEADY_STEPS", "FEW_STEPS"):
-        monkeypatch.setattr(restart, name, 30)
+    draws = {"check_draws": CHECKED, "evaluation_draws": JUDGED}
+    quick(monkeypatch, **draws, least_decay=20, steady_steps=30, few_steps=30)
 
 
 # In the search for a start, the trials of step sizes, and a stage.
@@ -94,7 +92,8 @@ def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         done.append(phase)
 
-    monkeypatch.setattr(restart, phase, long)
+    module = starts if phase == "further_modes" else restart
+    monkeypatch.setattr(module, phase, long)
     fit = flowvi.fit(target, progress=False)
 
     assert fit.meta["interrupted"] and not done
@@ -230,10 +229,10 @@ def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
 
     monkeypatch.setattr("flowvi.interop.inference_data._predictive", simulated)
 
-    def pressed(trainer: training.Trainer, row: object, *_: object) -> None:
+    def pressed(trainer: Trainer, told: object) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
-    monkeypatch.setattr(training.Trainer, "_ask", pressed)
+    monkeypatch.setattr(Trainer, "callback", pressed)
     done = CliRunner().invoke(main, COMMANDS["fit"])
 
     assert done.exit_code == 143

@@ -16,7 +16,7 @@ from flowvi.guides import FullRank, MeanField, make_guide
 from flowvi.runtime import memory
 from flowvi.runtime.clock import Clock
 from flowvi.runtime.columns import Columns
-from flowvi.training.gradients import Gradients
+from flowvi.training.draw_gradient import DrawGradient
 from flowvi.training.settings import Settings
 
 # A process that may allocate so much more, and no byte beyond, while it draws 10,000 times
@@ -208,9 +208,8 @@ def test_a_step_beyond_the_limit_is_made_in_parts():
 
 def test_the_gradient_of_a_step_in_parts_is_the_mean_of_theirs(target, monkeypatch):
     guide = FullRank(target.dim).to(target.dtype)
-    clock = Clock()
-    settings = Settings(flowvi.elbo(1), 1, 1e-3, 12, 0, False, None, False, clock, False)
-    gradients = Gradients(target, guide, settings, lambda line: None)
+    settings = Settings(flowvi.elbo(1), 1, 1e-3, 12, compile=False)
+    gradients = DrawGradient(target, guide, settings, Clock(), lambda line: None)
     monkeypatch.setattr(target, "at_once", lambda: 5)
     gradients.__dict__.pop("_fits", None)
     gradients.__dict__.pop("_unit", None)

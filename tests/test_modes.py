@@ -7,10 +7,10 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from quick import quick
 from random_models import random_model
 
 import flowvi
-from flowvi.fitting import restart
 from flowvi.guides import make_guide
 from flowvi.initialization.candidates import ascend
 from flowvi.initialization.gaussian import Gaussian
@@ -18,7 +18,6 @@ from flowvi.initialization.missed_modes import left_out, sentence
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.peaks import apart, finished, nearest
 from flowvi.initialization.symmetry import images, symmetries
-from flowvi.training import trainer
 
 Y = torch.tensor([-4.1, -3.7, -4.4, 0.1, 0.3, -0.2, 5.2, 4.9, 4.8])
 
@@ -132,9 +131,7 @@ def test_one_mode_takes_no_further_starts():
 
 
 def test_hills_that_a_sign_leads_to_are_all_covered(monkeypatch):
-    monkeypatch.setattr(restart, "FEW_STEPS", 60)
-    monkeypatch.setattr(restart, "STEADY_STEPS", 60)
-    monkeypatch.setattr(trainer, "JUDGE_DRAWS", 500)
+    quick(monkeypatch, few_steps=60, steady_steps=60, evaluation_draws=500)
     target = flowvi.from_density(hills, {"a": flowvi.Site(), "b": flowvi.Site()})
 
     fit = flowvi.fit(target, seed=3, progress=False)

@@ -14,7 +14,7 @@ from flowvi.draws.draws import Draws
 from flowvi.fitting.fit_nested import nested
 from flowvi.guides import MeanField
 from flowvi.objectives import Renyi
-from flowvi.objectives.nested import Nested
+from flowvi.objectives.nested import NestedTarget
 
 ROWS, NOISE = 30, 0.5
 
@@ -220,7 +220,7 @@ def test_a_model_without_shared_latents_is_refused(data):
 
 
 def test_the_inner_guide_is_a_module_of_the_density(fitted):
-    assert isinstance(fitted.density, Nested)
+    assert isinstance(fitted.density, NestedTarget)
     assert all(p.requires_grad for p in fitted.density.parameters())
 
 

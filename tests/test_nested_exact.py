@@ -161,5 +161,5 @@ def test_a_bound_that_collapses_is_told_from_a_noisy_one():
     assert not noisy.collapsed and not wild.collapsed and not wild.low
     assert falling.collapsed and falling.low
     again = Level()
-    again.restore(falling.state())
+    again.load_state_dict(falling.state_dict())
     assert (again.median, again.floor) == (falling.median, falling.floor)

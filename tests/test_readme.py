@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from conftest import hasty as hurry
+from quick import quick
 
 from flowvi.cli import main
 
@@ -22,8 +23,7 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 @pytest.fixture
 def few_steps(monkeypatch, hasty) -> None:
     """Fits that do not say how long they are to be take few steps, from whatever start."""
-    monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "STEADY_STEPS", 30)
-    monkeypatch.setattr(sys.modules["flowvi.fitting.restart"], "MOST_STAGES", 1)
+    quick(monkeypatch, steady_steps=30, most_stages=1)
     monkeypatch.setattr(sys.modules["flowvi.fitting.escalation"], "ATTEMPTS", ())
 
 

@@ -15,14 +15,14 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from quick import quick
 from torch.distributions import Normal
 
 import flowvi
-from flowvi.fitting import restart
 from flowvi.initialization import candidates
 from flowvi.runtime import checkpoint_folder
 from flowvi.runtime.files import CheckpointError
-from flowvi.training import resume, trainer
+from flowvi.training import checkpointer
 
 
 class CutOff(Exception):
@@ -91,7 +91,7 @@ def cut_at(step: int) -> Callable[[flowvi.Step], None]:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def quick() -> Iterator[None]:
+def few_draws() -> Iterator[None]:
     """A short search for a start, few draws to judge by, and no waiting for the disk."""
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(os, "fsync", lambda handle: None)
@@ -99,24 +99,21 @@ def quick() -> Iterator[None]:
         patched.setattr(candidates, "REFINE_ROUNDS", 1)
         patched.setattr(candidates, "NEWTON_STEPS", 1)
         patched.setattr(candidates, "PATH_POINTS", 1)
-        patched.setattr(restart, "CHECK_DRAWS", 400)
-        patched.setattr(trainer, "JUDGE_DRAWS", 400)
+        quick(patched, check_draws=400, evaluation_draws=400)
         yield
 
 
 @pytest.fixture
 def every_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """States are kept after every step."""
-    monkeypatch.setattr(resume, "EVERY", 0.0)
-    monkeypatch.setattr(resume, "SPARED", 0.0)
+    monkeypatch.setattr(checkpointer, "EVERY", 0.0)
+    monkeypatch.setattr(checkpointer, "SPARED", 0.0)
 
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small stages."""
-    for name, value in (("STEADY_STEPS", 30), ("FEW_STEPS", 30), ("MOST_STAGES", 2)):
-        monkeypatch.setattr(restart, name, value)
-    monkeypatch.setattr(trainer, "LEAST_DECAY", 30)
+    quick(monkeypatch, steady_steps=30, few_steps=30, most_stages=2, least_decay=30)
 
 
 def own_guide() -> flowvi.FlowGuide:
@@ -159,7 +156,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(tmp_path, every_step, name):
 
 def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
     """A training begins where the trials of its step size and guide have led."""
-    monkeypatch.setattr(restart, "RACE_STEPS", 10)
+    quick(monkeypatch, race_steps=10)
 
     def heavy() -> flowvi.Target:
         def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
@@ -181,7 +178,7 @@ def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
 def test_stages_and_attempts_go_on_too(tmp_path, every_step, short, monkeypatch):
     """Of two bumps: a Gaussian, then a mixture of two flows, each cut off, the first one twice."""
     options = {"seed": 1, "progress": False, "lr": 1e-2}
-    monkeypatch.setattr(restart, "NOTHING_LEFT", 10.0)
+    quick(monkeypatch, nothing_left=10.0)
     whole = flowvi.fit(bumps(), **options)
     assert whole.meta["guide"] == "mixture"
     steps = len(whole.history["bound"])
@@ -205,8 +202,8 @@ def cut_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, flowvi.Fit
     """A folder of a fit that was cut off, and what it would have come to."""
     folder = tmp_path_factory.mktemp("cut") / "run"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(resume, "EVERY", 0.0)
-        patched.setattr(resume, "SPARED", 0.0)
+        patched.setattr(checkpointer, "EVERY", 0.0)
+        patched.setattr(checkpointer, "SPARED", 0.0)
         whole = flowvi.fit(banana(), "fullrank", progress=False, **COUNTED)
         with pytest.raises(CutOff):
             _fit(folder, callback=cut_at(12))
@@ -390,8 +387,8 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 torch.set_default_dtype(torch.float64)
 sys.path.insert(0, {tests!r})
 import test_resume
-from flowvi.training import resume as journal
-journal.EVERY = journal.SPARED = 0.0
+from flowvi.training import checkpointer
+checkpointer.EVERY = checkpointer.SPARED = 0.0
 
 def callback(step):
     print(step.step, flush=True)

@@ -20,7 +20,7 @@ from flowvi.objectives import Renyi, WakeSleep
 from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
-from flowvi.training.epochs import RowTrainer
+from flowvi.training.row_gradient import RowGradient
 
 N, D, P = 40, 2, 3
 
@@ -433,20 +433,19 @@ def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
     """The mean of two processes' gradients is that of one with all rows, parts equal or not."""
     target, _ = normal
     guide = perturbed(exact_guide(), std=0.3)
-    settings = (flowvi.elbo(2000), flowvi.Minibatch(), torch.arange(N), None, 0, Clock())
-    trainer = RowTrainer(target, guide, *settings)
+    step = RowGradient(target, guide, flowvi.elbo(2000), flowvi.Minibatch(), Clock())
     batch = target.batch(range(rows))
 
     def gradient():
         found = []
         for _ in range(20):
-            bound, _ = trainer._gradient(batch, 1.0)
-            found.append(torch.cat([bound.reshape(1), trainer.flat.gradient]))
+            bound, flat = step(batch, 1.0)
+            found.append(torch.cat([bound.reshape(1), flat]))
         return torch.stack(found)
 
     whole = gradient()
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "averaged", lambda bound, gradient: (bound, gradient, []))
+    monkeypatch.setattr(distributed, "averaged", lambda b, g, told, dtype: (b, g, [*told]))
     parts = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

@@ -13,7 +13,7 @@ from flowvi.flows import Chain, Layer
 from flowvi.guides import FlowGuide
 from flowvi.runtime.clock import Clock
 from flowvi.targets import Target
-from flowvi.training.gradients import Gradients
+from flowvi.training.draw_gradient import DrawGradient
 from flowvi.training.settings import Settings
 
 # Far from zero, of very different widths, and correlated: what single precision could not hold.
@@ -105,8 +105,8 @@ def test_a_flow_that_single_precision_cannot_hold_is_trained_in_double(target):
 def test_what_is_trained_follows_and_is_left_in_double(target):
     guide = perturbed(make_guide("realnvp", 3), std=0.1).double()
     guide.start(LOC, TRIL)
-    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, 0, False, None, False, Clock(), False)
-    gradients = Gradients(target, guide, settings, lambda line: None)
+    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, compile=False)
+    gradients = DrawGradient(target, guide, settings, Clock(), lambda line: None)
     trained = list(guide.parameters())
     assert all(a is b for a, b in zip(gradients.trained, trained, strict=True))
     for _ in range(2):
@@ -135,9 +135,9 @@ def test_parameters_of_model_and_guide_alike_stay_what_they_are():
     guide.affine.params.value = nn.Parameter(torch.zeros(6, dtype=torch.float64))
     target = flowvi.from_density(lambda v: -((v["x"] - shared) ** 2).sum() / 2, {"x": Site((3,))})
     target.also = nn.ParameterList([guide.affine.params.value])
-    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, 0, False, None, False, Clock(), False)
+    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, compile=False)
 
-    gradients = Gradients(target, guide, settings, lambda line: None)
+    gradients = DrawGradient(target, guide, settings, Clock(), lambda line: None)
 
     bound, flat = gradients(8)
     assert math.isfinite(bound) and len(flat) == sum(p.numel() for p in gradients.trained)

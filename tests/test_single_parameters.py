@@ -17,8 +17,8 @@ from flowvi.guides import Draw, Guide, make_guide
 from flowvi.runtime.clock import Clock
 from flowvi.targets import from_pyro
 from flowvi.training.compiling.graph import trace
+from flowvi.training.draw_gradient import DrawGradient
 from flowvi.training.flat import Finest
-from flowvi.training.gradients import Gradients
 from flowvi.training.settings import Settings
 
 Y = [1.2, 0.4, 2.9, 1.7, 0.8]
@@ -214,8 +214,8 @@ def test_a_compiled_step_takes_the_values_that_are_trained():
     torch.set_default_dtype(torch.float32)
     target = from_pyro(network(), torch.tensor(Y))
     guide = make_guide("realnvp", 1).to(torch.float64)
-    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, 0, False, None, False, Clock(), False)
-    made = Gradients(target, guide, settings, lambda line: None)
+    settings = Settings(flowvi.elbo(1), 1, 1e-3, 8, compile=False)
+    made = DrawGradient(target, guide, settings, Clock(), lambda line: None)
     assert {t.dtype for t in made.trained} == {torch.float64}
     with torch.no_grad():
         made.trained[-1] += 0.25

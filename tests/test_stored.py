@@ -19,7 +19,7 @@ from torch.distributions import Normal
 import flowvi
 from flowvi.fitting import fit_folder
 from flowvi.runtime import checkpoint_folder
-from flowvi.training import resume
+from flowvi.training import checkpointer
 
 STORED = Path(__file__).parent / "stored"
 STEPS, CUT = 12, 8
@@ -121,7 +121,7 @@ def write(folder: Path) -> None:
 
 if __name__ == "__main__":
     torch.set_default_dtype(torch.float64)
-    resume.EVERY = resume.SPARED = 0.0
+    checkpointer.EVERY = checkpointer.SPARED = 0.0
     for name in (f"fit-{fit_folder.FORMAT}", f"checkpoint-{checkpoint_folder.FORMAT}"):
         shutil.rmtree(STORED / name, ignore_errors=True)
     fit().save(STORED / f"fit-{fit_folder.FORMAT}")

@@ -19,7 +19,7 @@ from flowvi.cli import main
 from flowvi.flows import FLOWS, Chain, Diagonal, Inverse
 from flowvi.guides import FlowGuide
 from flowvi.guides.amortized import Amortised
-from flowvi.training.epochs import RowTrainer
+from flowvi.training.epochs import Epochs
 from flowvi.vae.image_files import SPLITS
 from flowvi.vae.likelihoods import Gaussian
 from flowvi.vae.measures import great_circle
@@ -390,15 +390,15 @@ def test_the_command_writes_a_fit_its_bounds_and_pictures(tiny):
 
 def test_a_training_that_was_cut_off_is_gone_on_with(tiny, monkeypatch):
     whole = run("--out", "whole")
-    judge = RowTrainer._judge
+    validate = Epochs._validate
 
     def pressed(self, told):
-        judge(self, told)
+        validate(self, told)
         if told.epoch == 2:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(RowTrainer, "_judge", pressed)
+        patched.setattr(Epochs, "_validate", pressed)
         cut = run("--out", "out")
     done, nothing = run("--resume", "out"), run("--resume", "out")
 

@@ -23,12 +23,12 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
-from flowvi.fitting.executors import own_of
+from flowvi.fitting.executors import own_state_of
 from flowvi.fitting.fit import fit
 from flowvi.fitting.result import RowFit
 from flowvi.runtime.arguments import check_names, whole
 from flowvi.runtime.rng import stream
-from flowvi.targets import ModelError, Target, from_pyro, replicable
+from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicable
 
 Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
@@ -188,7 +188,7 @@ def _several(tasks: Sequence[_Task]) -> Iterator[Outcome]:
         yield _one(task, shared)
 
 
-def _shared(task: _Task) -> Target | None:
+def _shared(task: _Task) -> GlobalTarget | None:
     """The model with replaceable data, if it allows that."""
     try:
         target = replicable(task.common.model, *task.args)
@@ -197,7 +197,7 @@ def _shared(task: _Task) -> Target | None:
     return target if target.density.batched.how == "tape" else None
 
 
-def _one(task: _Task, shared: Target | None) -> Outcome:
+def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
     """Fit one simulated data set, and rank its truth."""
     common, seed = task.common, stream(task.common.seed, 1, task.number) % 2**32
     names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
@@ -209,12 +209,12 @@ def _one(task: _Task, shared: Target | None) -> Outcome:
         # Ranks need independent draws of one guide, whatever they are worth.
         settings = {"escalate": False, "compile": False, **common.settings}
         # Fits share the model's own parameters: each begins where the first did.
-        own = own_of(target)
+        own = own_state_of(target)
         try:
             fitted = fit(target, seed=seed, progress=False, **settings)
             drawn = fitted.draw(common.draws, seed=seed)
         finally:
-            target.give_own(own)
+            target.set_own_state(own)
         diagnosis = diagnose(drawn)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k-hat is in the verdict

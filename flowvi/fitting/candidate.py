@@ -12,13 +12,13 @@ from flowvi.draws.draws import Draws
 from flowvi.guides.guide import Guide
 from flowvi.initialization.gaussian import Gaussian
 from flowvi.initialization.missed_modes import sentence
-from flowvi.training.records import Judged
+from flowvi.training.records import Evaluation
 
-UNKNOWN = Judged(-math.inf)
+UNKNOWN = Evaluation(-math.inf)
 
 
 @dataclass
-class Kept:
+class Candidate:
     """A guide, how it is built, and what is known of it.
 
     Attributes:
@@ -26,7 +26,7 @@ class Kept:
         name: Row of `GUIDES` or `FLOWS`, or the class of a guide of the user's own.
         sizes: Arguments of `make_guide` beyond the dimensions.
         lr: Largest step size that it was trained with.
-        judged: Its bound and gap on fresh draws.
+        evaluation: Its bound and gap on fresh draws.
         missed: Gaussians of the search for a start that it leaves out.
         beyond: What annealing found beyond it, in a sentence; empty without.
         diagnosis: What its draws say.
@@ -37,32 +37,37 @@ class Kept:
     name: str
     sizes: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.0
-    judged: Judged = UNKNOWN
+    evaluation: Evaluation = UNKNOWN
     missed: Sequence[Gaussian] = ()
     beyond: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
 
     @property
-    def distrust(self) -> int:
-        """0, 1 or 2: the place of the verdict in `VERDICTS`."""
-        if self.diagnosis is None or self.words:
+    def trust_rank(self) -> int:
+        """0, 1 or 2: the place of its verdict in `VERDICTS`; the least is the best."""
+        if self.diagnosis is None or self.reasons:
             return len(VERDICTS) - 1
         return VERDICTS.index(self.diagnosis.verdict)
 
     @property
     def bound(self) -> float:
         """The bound on fresh draws."""
-        return self.judged.bound
+        return self.evaluation.bound
+
+    @property
+    def gap(self) -> float:
+        """How far the bound is below the log evidence; infinite where that is not known."""
+        gap = self.evaluation.gap
+        return gap if math.isfinite(gap) else math.inf
 
     @property
     def covered(self) -> float:
         """Log of the mass that it covers: its bound and what that is below, if it is known."""
-        gap = self.judged.gap
-        return self.bound + gap if math.isfinite(gap) else self.bound
+        return self.bound + self.gap if math.isfinite(self.gap) else self.bound
 
     @property
-    def words(self) -> list[str]:
+    def reasons(self) -> list[str]:
         """What is missed, for the reasons of the verdict."""
         seen = [sentence(self.missed, self.covered)] if self.missed else []
         return [*seen, self.beyond] if self.beyond else seen

@@ -15,8 +15,9 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
 from flowvi.draws.storage import put_up, taken_down
-from flowvi.fitting.candidate import Kept
-from flowvi.fitting.restart import CHECK_DRAWS, Run
+from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.first_guide import flow
+from flowvi.fitting.restart import Restart
 from flowvi.flows import Chain
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward
@@ -43,55 +44,55 @@ ANNEALED_DIM = 200
 ANNEALED_ROUNDS = 150
 # Chains that take longer are left to those who ask for them.
 CHAIN_SECONDS = 900.0
-# Longer chains follow where the first know too little.
-PLANS = (Plan(), Plan(draws=3000))
 # Nats by which a bound decides between two guides, and the same for k-hat.
 CLEARLY = 0.1
 THINNER = 0.05
 
-Attempt = Callable[[Run, Kept], Kept | None]
+Attempt = Callable[[Restart, Candidate], Candidate | None]
 
 
-def escalate(run: Run) -> None:
+def escalate(restart: Restart) -> None:
     """Try one thing after the other until the check passes or the budget is spent.
 
     Each is judged by the check on fresh draws, and dropped if it brought nothing.
     """
     for name, attempt in ATTEMPTS:
-        hopeless = run.interrupted or run.record.stopped or run.settings.clock.over(0.9)
-        if trusted(run.kept) or hopeless:
+        hopeless = restart.interrupted or restart.record.stopped or restart.session.clock.over(0.9)
+        if trusted(restart.candidate) or hopeless:
             return
         try:
             with droppable():
-                new = attempt(run, run.kept)
+                new = attempt(restart, restart.candidate)
                 if new is None:
                     continue
-                run.check(new)
+                restart.check(new)
         except (Interrupted, KeyboardInterrupt) as interrupt:
             if isinstance(interrupt, KeyboardInterrupt):
-                run.settings.clock.interrupt()
-            run.interrupted = True
-            run.record.log.append(f"{name}: interrupted")
+                restart.session.clock.interrupt()
+            restart.interrupted = True
+            restart.record.log.append(f"{name}: interrupted")
             return
         except (ValueError, RuntimeError) as error:
             # What there was before is a result all the same.
-            run.record.log.append(f"{name}: failed, {error}")
+            restart.record.log.append(f"{name}: failed, {error}")
             continue
-        taken = better(new, run.kept)
+        taken = better(new, restart.candidate)
         word = "kept" if taken else "dropped"
-        run.record.log.append(f"{name}: {words(run.kept)} before, {words(new)} after: {word}")
-        run.kept = new if taken else run.kept
+        restart.record.log.append(
+            f"{name}: {summary(restart.candidate)} before, {summary(new)} after: {word}"
+        )
+        restart.candidate = new if taken else restart.candidate
 
 
-def trusted(kept: Kept) -> bool:
+def trusted(candidate: Candidate) -> bool:
     """Whether some draws of the guide can be used."""
-    return kept.distrust < len(VERDICTS) - 1
+    return candidate.trust_rank < len(VERDICTS) - 1
 
 
-def better(new: Kept, old: Kept) -> bool:
+def better(new: Candidate, old: Candidate) -> bool:
     """Whether a guide is worth more than another: by verdict, bound, then tail of the weights."""
-    if new.distrust != old.distrust:
-        return new.distrust < old.distrust
+    if new.trust_rank != old.trust_rank:
+        return new.trust_rank < old.trust_rank
     if new.diagnosis is None or old.diagnosis is None:
         return new.bound > old.bound
     # A guide that covers more of the posterior has the larger mean weight, and not always the
@@ -104,68 +105,76 @@ def better(new: Kept, old: Kept) -> bool:
     return new.diagnosis.khat < old.diagnosis.khat - THINNER
 
 
-def words(kept: Kept) -> str:
+def summary(candidate: Candidate) -> str:
     """Bound and k-hat, for the log."""
-    khat = "" if kept.diagnosis is None else f", k-hat {kept.diagnosis.khat:.2f}"
-    return f"bound {kept.bound:.3f}{khat}"
+    khat = "" if candidate.diagnosis is None else f", k-hat {candidate.diagnosis.khat:.2f}"
+    return f"bound {candidate.bound:.3f}{khat}"
 
 
-def components(run: Run, kept: Kept) -> Kept | None:
+def components(restart: Restart, candidate: Candidate) -> Candidate | None:
     """A mixture with a component for each mode that was left out."""
-    if not 0 < len(kept.missed) < MOST_NORMALS:
+    if not 0 < len(candidate.missed) < MOST_NORMALS:
         return None
-    starts = [run.best, *kept.missed]
+    starts = [restart.best, *candidate.missed]
     sizes: dict[str, Any] = {"components": len(starts)}
     if len(starts) > MOST_COMPONENTS:
         sizes["component"] = "fullrank"
-    new = Kept(run.placed(make_guide("mixture", run.target.dim, **sizes)), "mixture", sizes)
+    new = Candidate(
+        restart.placed(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
+    )
     cast(MixtureGuide, new.guide).start_many([(g.loc, g.scale_tril) for g in starts])
-    run.improve(new, 0.7, "mixture")
+    restart.train(new, 0.7, "mixture")
     return new
 
 
-def tempered(run: Run, kept: Kept) -> Kept | None:
+def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
     """Splines of each coordinate, trained from a flat density to the full one."""
-    if not kept.words or run.target.dim > MOST_DIM:
+    if not candidate.reasons or restart.target.dim > MOST_DIM:
         return None
-    wide = run.wide()
-    new = Kept(run.placed(make_guide("marginals", run.target.dim)), "marginals", lr=SPLINE_RATE)
+    wide = restart.wide()
+    new = Candidate(
+        restart.placed(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
+    )
     new.guide.start(wide.loc, wide.scale_tril)
     couplings = cast(Chain, cast(FlowGuide, new.guide).flow).layers[0].parameters()
     # Couplings that learn from the start pull all draws into few modes.
     held = [p.requires_grad_(False) for p in couplings]
-    trainer, repeats = run.trainer(new.guide), run.settings.repeats
-    run.settings.journal.once(
+    stages, repeats = restart.stages(new.guide), restart.settings.repeats
+    restart.session.checkpointer.run_once(
         "tempered",
-        run.record,
-        lambda: trainer.cool(POWERS, COOLING_STEPS, repeats, SPLINE_RATE),
-        lambda _: trainer.vector(),
-        lambda vector: trainer.set(vector.to(run.target.device)),
+        restart.record,
+        lambda: stages.cool(POWERS, COOLING_STEPS, repeats, SPLINE_RATE),
+        lambda _: stages.vector(),
+        lambda vector: stages.set(vector.to(restart.target.device)),
     )
-    run.improve(new, 0.6, "splines")
+    restart.train(new, 0.6, "splines")
     for p in held:
         p.requires_grad_(True)
-    new.lr = (kept.lr or SPLINE_RATE) / 3
-    run.improve(new, 0.8, "couplings")
+    new.lr = (candidate.lr or SPLINE_RATE) / 3
+    restart.train(new, 0.8, "couplings")
     return new
 
 
-def richer(run: Run, kept: Kept) -> Kept | None:
+def richer(restart: Restart, candidate: Candidate) -> Candidate | None:
     """A deeper flow with heavier tails, trained on with more draws."""
-    if isinstance(kept.guide, MixtureGuide) or kept.words:
+    if isinstance(candidate.guide, MixtureGuide) or candidate.reasons:
         return None
-    if kept.name == "realnvp":
-        sizes = {**kept.sizes, "depth": kept.sizes["depth"] + MORE_COUPLINGS, "base": "student_t"}
-        new = run.flow(sizes)
-        extend(cast(FlowGuide, new.guide), cast(FlowGuide, kept.guide))
-    elif kept.name == "skewed":
-        new = run.flow({"depth": kept.sizes.get("depth", 0) + MORE_COUPLINGS}, "skewed")
-        extend(cast(SkewedNormal, new.guide), cast(SkewedNormal, kept.guide))
+    if candidate.name == "realnvp":
+        sizes = {
+            **candidate.sizes,
+            "depth": candidate.sizes["depth"] + MORE_COUPLINGS,
+            "base": "student_t",
+        }
+        new = flow(restart, sizes)
+        extend(cast(FlowGuide, new.guide), cast(FlowGuide, candidate.guide))
+    elif candidate.name == "skewed":
+        new = flow(restart, {"depth": candidate.sizes.get("depth", 0) + MORE_COUPLINGS}, "skewed")
+        extend(cast(SkewedNormal, new.guide), cast(SkewedNormal, candidate.guide))
     else:
-        new = run.flow({"depth": MORE_COUPLINGS, "base": "student_t"})
+        new = flow(restart, {"depth": MORE_COUPLINGS, "base": "student_t"})
     # Couplings have a step size of their own.
-    new.lr = 0.0 if kept.name == "skewed" and not kept.sizes else kept.lr / 2
-    run.improve(new, 0.7, "richer", MORE_DRAWS)
+    new.lr = 0.0 if candidate.name == "skewed" and not candidate.sizes else candidate.lr / 2
+    restart.train(new, 0.7, "richer", MORE_DRAWS)
     return new
 
 
@@ -184,86 +193,88 @@ def _extend(new: Chain, old: Chain) -> None:
             layer.load_state_dict(other.state_dict())
 
 
-def annealed(run: Run, kept: Kept) -> Kept | None:
+def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
     """Training on annealed draws, which go where the guide's own do not."""
-    if run.target.dim > ANNEALED_DIM or not isinstance(kept.guide, MixtureGuide | FlowGuide):
+    if restart.target.dim > ANNEALED_DIM or not isinstance(
+        candidate.guide, MixtureGuide | FlowGuide
+    ):
         return None
-    clock = run.settings.clock
-    new = Kept(copy.deepcopy(kept.guide), kept.name, kept.sizes, kept.lr)
-    run.settings.journal.once(
+    clock = restart.session.clock
+    new = Candidate(copy.deepcopy(candidate.guide), candidate.name, candidate.sizes, candidate.lr)
+    restart.session.checkpointer.run_once(
         "annealed",
-        run.record,
+        restart.record,
         lambda: refine_bootstrap(
-            run.target,
+            restart.target,
             new.guide,
             rounds=ANNEALED_ROUNDS,
-            seed=run.seed(ANNEAL),
-            say=run.record.log.append,
+            seed=restart.seed(ANNEAL),
+            say=restart.record.log.append,
             over=lambda: clock.over(0.8),
         ),
         lambda _: tensors_of(new.guide),
         lambda tensors: fill(new.guide, tensors, "The checkpoint"),
     )
-    new.judged = run.trainer(new.guide).judge()
+    new.evaluation = restart.stages(new.guide).evaluate()
     return new
 
 
-def sampled(run: Run, kept: Kept) -> Kept | None:
+def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
     """NUTS in the space of the flow."""
-    if not isinstance(kept.guide, Pushforward) or kept.words:
+    if not isinstance(candidate.guide, Pushforward) or candidate.reasons:
         return None
-    began, clock = run.settings.clock.seconds, run.settings.clock
+    began, clock = restart.session.clock.seconds, restart.session.clock
     found: Draws | None = None
-    for plan in PLANS:
+    for plan in restart.schedule.chains:
 
         def chains(plan: Plan = plan) -> Draws | None:
             return run_chains(
-                run.target,
-                kept.guide,
+                restart.target,
+                candidate.guide,
                 plan,
-                run.seed(CHAINS),
-                {"model": run.target.name, "guide": kept.name},
-                progress=run.settings.progress,
+                restart.seed(CHAINS),
+                {"model": restart.target.name, "guide": candidate.name},
+                progress=restart.session.progress,
                 over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
             )
 
-        longer = run.settings.journal.once(
+        longer = restart.session.checkpointer.run_once(
             "chains",
-            run.record,
+            restart.record,
             chains,
             lambda draws: None if draws is None else taken_down(draws),
-            lambda state: None if state is None else put_up(run.target, state),
+            lambda state: None if state is None else put_up(restart.target, state),
         )
         if longer is None:
-            run.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
+            restart.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
             break
         found = longer
         if diagnose(found).verdict == VERDICTS[0]:
             break
-    return None if found is None else replace(kept, chains=found)
+    return None if found is None else replace(candidate, chains=found)
 
 
-def joined(runs: Sequence[Run]) -> Kept | None:
+def joined(restarts: Sequence[Restart]) -> Candidate | None:
     """A mixture of the guides of restarts that found different parts of the posterior.
 
     Returns:
         The mixture, checked; None where the restarts agree, or it is no better than they are.
     """
-    first = max(runs, key=lambda run: run.kept.bound)
-    guides = [run.kept.guide for run in runs]
-    apart = diagnose(draw(first.target, guides, CHECK_DRAWS, first.seed(CHECK)))
-    if apart.verdict != VERDICTS[-1] or any(run.kept.chains for run in runs):
+    first = max(restarts, key=lambda r: r.candidate.bound)
+    guides = [r.candidate.guide for r in restarts]
+    apart = diagnose(draw(first.target, guides, first.schedule.check_draws, first.seed(CHECK)))
+    if apart.verdict != VERDICTS[-1] or any(r.candidate.chains for r in restarts):
         return None
-    best = sorted(runs, key=lambda run: -run.kept.bound)[:MOST_COMPONENTS]
-    parts = [run.kept for run in best]
+    best = sorted(restarts, key=lambda r: -r.candidate.bound)[:MOST_COMPONENTS]
+    parts = [r.candidate for r in best]
     if any(isinstance(part.guide, MixtureGuide) for part in parts):
         return None
     first.record.log.append(f"restarts differ ({apart.reasons[0]}): trying a mixture of them")
     bounds = torch.tensor([part.bound for part in parts])
     guide = MixtureGuide([part.guide for part in parts], bounds - bounds.max())
     sizes = {"parts": [{"name": part.name, **part.sizes} for part in parts]}
-    new = Kept(first.placed(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
-    first.improve(new, 1.0, "mixture of restarts")
+    new = Candidate(first.placed(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
+    first.train(new, 1.0, "mixture of restarts")
     first.check(new)
     return new if trusted(new) else None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,12 +16,12 @@ from torch.utils._pytree import tree_map
 
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.storage import put_up, taken_down
-from flowvi.fitting.candidate import Kept
+from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.escalation import escalate
-from flowvi.fitting.restart import Run
+from flowvi.fitting.first_guide import first_guide
+from flowvi.fitting.restart import Restart
 from flowvi.guides.guide import Guide
 from flowvi.guides.registry import make_guide
-from flowvi.initialization.gaussian import Gaussian
 from flowvi.runtime import memory
 from flowvi.runtime.checkpoint_folder import opened
 from flowvi.runtime.clock import Clock
@@ -28,87 +29,93 @@ from flowvi.runtime.rng import own_randomness
 from flowvi.runtime.tensors import fill, tensors_of
 from flowvi.targets import Target
 from flowvi.targets.precision import default_dtype
+from flowvi.training.checkpointer import Checkpointer
 from flowvi.training.evaluation import particles_of
-from flowvi.training.records import Judged, Record
-from flowvi.training.resume import Journal
-from flowvi.training.settings import Settings
+from flowvi.training.records import Evaluation, Record
+from flowvi.training.settings import Session, Settings
 from flowvi.training.threads import best_threads
 
-# Settings that the user gave, and that can be sent.
-ASKED = ("objective", "steps", "lr", "repeats", "seed", "escalate", "compile", "max_memory")
 
-
-class Task(NamedTuple):
-    """All that a restart needs, without anything that cannot be sent.
-
-    Attributes:
-        make: Makes the target: the same one wherever it is called.
-        restart: Number of the restart.
-        guide: Name of a guide, or one.
-        asked: Of the settings, what the user gave.
-        dtype: Precision that new tensors have by default.
-        about: What the fit is of, for its checkpoint.
-        folder: Where the fit keeps what it needs to go on, if it does.
-        resume: Whether to go on with what is there.
-        own: The model's own parameters where the fit begins, as arrays by name.
-    """
-
-    make: Callable[[], Target]
-    restart: int
-    asked: Mapping[str, Any]
-    dtype: torch.dtype
-    guide: str | Guide
-    about: Mapping[str, Any]
-    folder: Path | None
-    resume: bool
-    own: Mapping[str, np.ndarray]
-
-
-def go(run: Run) -> None:
-    """One restart from its beginning to its end, whatever others ran before in this process."""
-    run.target.density.begin()
-    run.go()
-    if run.settings.escalate:
-        escalate(run)
-    run.interrupted = run.interrupted or run.settings.clock.interrupted
-
-
-def begun(target: Target, settings: Settings, restart: int, guide: str | Guide) -> Run:
-    """A restart that is about to begin."""
-    if isinstance(guide, str):
-        return Run(target, settings, restart, guide, None)
-    return Run(target, settings, restart, "", copy.deepcopy(guide))
-
-
-def elsewhere(
-    target: Target,
-    settings: Settings,
-    restarts: int,
-    ask: Callable[..., Task],
-    executor: Executor,
-) -> list[Run]:
-    """Run restarts by an executor, each on a target of its own, and take up what came of them.
+@dataclass(frozen=True)
+class Plan:
+    """What all restarts of a fit have in common.
 
     Args:
         target: The log density.
-        settings: Of the fit.
-        restarts: Number of restarts.
-        ask: Makes a task of what makes the target, the number of the restart, settings, a
-            precision, and own=, the model's own parameters.
+        guide: Name of a guide, or one.
+        fresh: Whether that begins at the start that is found.
+        settings: What the user asked for.
+        about: The identity of the fit, for its checkpoint.
+        folder: Its checkpoint folder, if it has one.
+        resume: Whether to go on with the state in that folder.
+    """
+
+    target: Target
+    guide: str | Guide
+    fresh: bool
+    settings: Settings
+    about: Mapping[str, Any]
+    folder: Path | None
+    resume: bool
+
+    def restart(self, session: Session, number: int) -> Restart:
+        """A restart that is about to begin."""
+        given = self.guide
+        name, own = (given, None) if isinstance(given, str) else ("", copy.deepcopy(given))
+        return Restart(self.target, self.settings, session, number, name, own, self.fresh)
+
+
+@dataclass(frozen=True)
+class Task:
+    """All that a restart needs in another process: a plan, with what makes its target.
+
+    Args:
+        make: Makes the target: the same one wherever it is called.
+        plan: The plan, without its target.
+        number: Number of the restart.
+        budget: Seconds that it may take.
+        dtype: Precision that new tensors have by default.
+        own: The target's own state where the fit begins, as arrays by name.
+    """
+
+    make: Callable[[], Target]
+    plan: Plan
+    number: int
+    budget: float | None
+    dtype: torch.dtype
+    own: Mapping[str, np.ndarray]
+
+
+def run_restart(restart: Restart) -> None:
+    """One restart from its beginning to its end, whatever others ran before in this process."""
+    restart.target.begin()
+    restart.run(first_guide)
+    if restart.settings.escalate:
+        escalate(restart)
+    restart.interrupted = restart.interrupted or restart.session.clock.interrupted
+
+
+def run_in_executor(plan: Plan, session: Session, number: int, executor: Executor) -> list[Restart]:
+    """Run restarts by an executor, each on a target of its own, and take up their results.
+
+    Args:
+        plan: What they have in common.
+        session: Of the fit.
+        number: Number of restarts.
         executor: Runs them.
 
     Raises:
         ValueError: The model or an argument cannot be sent to another process.
     """
-    if settings.callback is not None:
+    target = plan.target
+    if session.callback is not None:
         raise ValueError("callback is called in this process: leave it out, or the executor.")
     if target.made is None:
         raise ValueError(f"{target.name} cannot be made again elsewhere: leave out the executor.")
-    asked = {name: getattr(settings, name) for name in ASKED} | {"budget": settings.clock.budget}
-    dtype = torch.get_default_dtype()
-    own = _arrays(own_of(target))
-    tasks = [ask(target.made, restart, asked, dtype, own=own) for restart in range(restarts)]
-    futures = [executor.submit(told, task) for task in tasks]
+    own, dtype = _arrays(own_state_of(target)), torch.get_default_dtype()
+    sent: Any = replace(plan, target=None)  # type: ignore[arg-type]
+    tasks = [Task(target.made, sent, i, session.clock.budget, dtype, own) for i in range(number)]
+    futures = [executor.submit(run_in_worker, task) for task in tasks]
     try:
         answers = [future.result() for future in futures]
     except Exception as error:
@@ -122,96 +129,90 @@ def elsewhere(
         for future in futures:
             future.cancel()
     with own_randomness():
-        return [_heard(target, settings, t, a) for t, a in zip(tasks, answers, strict=True)]
+        return [from_message(plan, session, i, answer) for i, answer in enumerate(answers)]
 
 
-def told(task: Task) -> dict[str, Any]:
-    """Run a restart; what came of it, as arrays, numbers and words."""
+def run_in_worker(task: Task) -> dict[str, Any]:
+    """Run a restart; its result as arrays, numbers and words."""
     # In another thread of this process, nobody else may draw random numbers meanwhile.
-    limit = memory.limited(task.asked["max_memory"])
+    limit = memory.limited(task.plan.settings.max_memory)
     with own_randomness(), default_dtype(task.dtype), limit:
-        return _arrays(_told(task, task.make()))
+        plan = replace(task.plan, target=task.make())
+        plan.target.set_own_state(_tensors(task.own))
+        return _arrays(to_message(_run(plan, task)))
 
 
-def _told(task: Task, target: Target) -> dict[str, Any]:
-    clock = Clock(task.asked["budget"])
-    settings = Settings(
-        **{name: value for name, value in task.asked.items() if name != "budget"},
-        progress=False,
-        callback=None,
-        clock=clock,
-        journal=Journal(clock, target.density),
-    )
-    target.give_own(_tensors(task.own))
-    folder = None if task.folder is None else task.folder / f"restart-{task.restart}"
+def _run(plan: Plan, task: Task) -> Restart:
+    clock, settings, target = Clock(task.budget), plan.settings, plan.target
+    session = Session(clock, Checkpointer(clock, target))
+    folder = None if plan.folder is None else plan.folder / f"restart-{task.number}"
     with (
         best_threads(target, settings.repeats * particles_of(settings.objective)),
-        opened(folder, task.about, task.resume) as settings.journal.shelf,
+        opened(folder, plan.about, plan.resume) as session.checkpointer.shelf,
     ):
-        settings.journal.parameters(target, Record())
-        run = begun(target, settings, task.restart, task.guide)
-        go(run)
-    kept = run.kept
+        session.checkpointer.own_state(target, Record())
+        restart = plan.restart(session, task.number)
+        run_restart(restart)
+    return restart
+
+
+def to_message(restart: Restart) -> dict[str, Any]:
+    """The result of a restart, with nothing that cannot be sent."""
+    found = restart.candidate
     return {
-        "kept": {
-            "name": kept.name,
-            "sizes": kept.sizes,
-            "lr": kept.lr,
-            "judged": Judged(*kept.judged),
-            "beyond": kept.beyond,
+        "candidate": {
+            "name": found.name,
+            "sizes": found.sizes,
+            "lr": found.lr,
+            "evaluation": list(found.evaluation),
+            "beyond": found.beyond,
         },
-        "guide": tensors_of(kept.guide),
-        "own": own_of(target),
-        "missed": [g.state() for g in kept.missed],
-        "chains": None if kept.chains is None else taken_down(kept.chains),
-        "best": run.best.state(),
-        "others": [g.state() for g in run.others],
-        "record": run.record.since((0, 0, 0, 0)),
-        "interrupted": run.interrupted,
-        "diagnosis": kept.diagnosis,
+        "guide": tensors_of(found.guide),
+        "own": own_state_of(restart.target),
+        "missed": [g.state() for g in found.missed],
+        "chains": None if found.chains is None else taken_down(found.chains),
+        "best": restart.best.state(),
+        "others": [g.state() for g in restart.others],
+        "record": restart.record.since((0, 0, 0, 0)),
+        "interrupted": restart.interrupted,
+        "diagnosis": found.diagnosis,
     }
 
 
-def _heard(target: Target, settings: Settings, task: Task, answer: dict[str, Any]) -> Run:
+def from_message(plan: Plan, session: Session, number: int, message: dict[str, Any]) -> Restart:
     """The restart, as if it had been run here."""
-    found = _tensors(answer)
+    found, target = _tensors(message), plan.target
     diagnosis: Diagnosis | None = found["diagnosis"]
-    run = begun(target, settings, task.restart, task.guide)
-    run.record = Record()
-    run.record.extend(found["record"])
-    run.best, run.interrupted = _gaussian(target, found["best"]), found["interrupted"]
-    run.others = [_gaussian(target, state) for state in found["others"]]
-    facts = found["kept"]
-    own = run.given
+    restart = plan.restart(session, number)
+    restart.record.extend(found["record"])
+    restart.best, restart.interrupted = restart.gaussian(found["best"]), found["interrupted"]
+    restart.others = [restart.gaussian(state) for state in found["others"]]
+    facts, own = found["candidate"], restart.given
     guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
-    guide = run.placed(guide)
+    guide = restart.placed(guide)
     fill(guide, found["guide"], "The restart")
     # The guide belongs to the parameters that it was trained with.
-    target.give_own(found["own"])
-    run.kept = Kept(
+    target.set_own_state(found["own"])
+    restart.candidate = Candidate(
         guide,
-        **{**facts, "judged": Judged(*facts["judged"])},
-        missed=[_gaussian(target, state) for state in found["missed"]],
+        **{**facts, "evaluation": Evaluation(*facts["evaluation"])},
+        missed=[restart.gaussian(state) for state in found["missed"]],
         diagnosis=diagnosis,
         chains=None if found["chains"] is None else put_up(target, found["chains"]),
     )
-    return run
+    return restart
 
 
-def own_of(target: Target) -> dict[str, Tensor]:
-    """The model's own parameters by name, as copies."""
-    return {name: p.detach().clone() for name, p in target.own_parameters().items()}
-
-
-def _gaussian(target: Target, state: Mapping[str, Any]) -> Gaussian:
-    moved: dict[str, Any] = {
-        n: v.to(target.device) if isinstance(v, Tensor) else v for n, v in state.items()
-    }
-    return Gaussian(**moved)
+def own_state_of(target: Target) -> dict[str, Tensor]:
+    """All that training changes of a target, as copies by name."""
+    return {name: held.detach().clone() for name, held in target.own_state().items()}
 
 
 def _arrays(tree: Any) -> Any:
-    return tree_map(lambda x: x.cpu().numpy() if isinstance(x, Tensor) else x, tree)
+    def array(x: Any) -> Any:
+        return x.detach().cpu().numpy() if isinstance(x, Tensor) else x
+
+    return tree_map(array, tree)
 
 
 def _tensors(tree: Any) -> Any:

@@ -8,11 +8,12 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from flowvi.draws.draws import Draws
 from flowvi.draws.storage import taken_down
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
@@ -20,10 +21,6 @@ from flowvi.runtime.files import CheckpointError, Seal, read_json, write_json, w
 from flowvi.runtime.files import folder as made
 from flowvi.runtime.tensors import packed, read_tensors, tensors_of
 from flowvi.targets import LocalTarget
-
-if TYPE_CHECKING:
-    from flowvi.fitting.result import Fit, NestedFit, RowFit
-
 
 FORMAT = 2
 # Files of the first format have no checksums, and names without a part of them.
@@ -36,59 +33,58 @@ FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": d
 NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
 
 
-def save_fit(fit: Fit, folder: str | os.PathLike[str]) -> Path:
+class Contents(NamedTuple):
+    """All that is written of a fit.
+
+    Attributes:
+        guides: Each in a file of its own.
+        own: Parameters of the model, by name.
+        history: Columns, one number a step or epoch.
+        latents: Latent sites, as JSON has them.
+        log: Decisions, a line each.
+        meta: JSON-able facts.
+        kind: Empty for latents that all rows share.
+        bounds: Of each guide.
+        chains: Draws of Markov chains, if the fit ended in them.
+    """
+
+    guides: Sequence[Guide]
+    own: Mapping[str, Tensor]
+    history: Mapping[str, Any]
+    latents: dict[str, Any]
+    log: list[str]
+    meta: dict[str, Any]
+    kind: str = ""
+    bounds: Sequence[float] = ()
+    chains: Draws | None = None
+
+
+def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
     """Write a fit to a folder.
 
     Args:
-        fit: The fit.
+        fit: Its contents.
         folder: Where to; it is made if it does not exist.
     """
     path = made(folder, "a fit")
-    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)}
+    parts: dict[str, Mapping[str, Tensor]] = {
+        f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)
+    }
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
-    own: dict[str, Tensor] = {**fit.target.own_parameters()}
-    if own:
-        parts[OWN] = own
+    if fit.own:
+        parts[OWN] = fit.own
     if fit.chains is not None:
         parts[CHAINS] = taken_down(fit.chains)["arrays"]
     manifest = {
-        "latents": latents(fit.target),
+        **({"kind": fit.kind} if fit.kind else {}),
+        "latents": fit.latents,
         "guides": len(fit.guides),
-        "bounds": fit.bounds,
+        "bounds": list(fit.bounds),
         "log": fit.log,
         "meta": fit.meta,
         "chains": None if fit.chains is None else fit.chains.meta,
     }
     return _save(path, parts, manifest)
-
-
-def save_rows(fit: RowFit, folder: str | os.PathLike[str]) -> Path:
-    """Write a fit of latents of rows to a folder."""
-    manifest = {"kind": ROWS, "latents": latents(fit.target), "log": fit.log, "meta": fit.meta}
-    return _save_rows(folder, [fit.guide], fit.history, fit.target, manifest)
-
-
-def save_nested(fit: NestedFit, folder: str | os.PathLike[str]) -> Path:
-    """Write a fit of latents of rows and of those that they share to a folder."""
-    target = fit.density.target
-    manifest = {"kind": NESTED, "latents": all_latents(target), "log": fit.log, "meta": fit.meta}
-    return _save_rows(folder, [fit.guide, fit.density.inner], fit.history, target, manifest)
-
-
-def _save_rows(
-    folder: str | os.PathLike[str],
-    guides: Sequence[Guide],
-    history: Mapping[str, Any],
-    target: LocalTarget,
-    manifest: dict[str, Any],
-) -> Path:
-    path = made(folder, "a fit")
-    parts = {f"guide_{i}": tensors_of(guide) for i, guide in enumerate(guides)}
-    parts[HISTORY] = {k: torch.as_tensor(v) for k, v in history.items()}
-    own: dict[str, Tensor] = dict(target.named_parameters())
-    if own:
-        parts[OWN] = own
-    return _save(path, parts, {**manifest, "guides": len(guides), "bounds": []})
 
 
 def all_latents(target: LocalTarget) -> dict[str, Any]:

@@ -4,128 +4,115 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import os
-from collections.abc import Callable
-from typing import Any
+import warnings
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from flowvi._version import __version__
+from flowvi.fitting.request import Request
 from flowvi.fitting.result import RowFit
 from flowvi.guides.amortized import PerRow
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.objectives.registry import OBJECTIVES, describe_rows
-from flowvi.objectives.renyi_bound import Renyi, elbo
-from flowvi.objectives.reweighted import WakeSleep
-from flowvi.runtime import distributed
-from flowvi.runtime.arguments import given, known, path
-from flowvi.runtime.checkpoint_folder import Shelf, opened
-from flowvi.runtime.clock import Clock
+from flowvi.objectives.renyi_bound import elbo
+from flowvi.runtime import distributed, memory
+from flowvi.runtime.arguments import known
+from flowvi.runtime.checkpoint_folder import opened, said
+from flowvi.runtime.clock import Clock, interruptible
 from flowvi.runtime.rng import own_randomness, stream
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.precision import spelled
-from flowvi.training.epochs import Epoch, RowTrainer
-from flowvi.training.minibatch import Minibatch, check_objective
+from flowvi.training.checkpointer import Checkpointer
+from flowvi.training.epochs import Epoch, Epochs
+from flowvi.training.minibatch import check_objective
+from flowvi.training.records import Record
+from flowvi.training.settings import Session
 
 SPLIT, BUILD = 2, 3
+# Folder of the best epoch so far in that of a checkpoint.
+BEST = "fit"
 
 
-def fit_rows(
-    target: LocalTarget,
-    guide: str | Guide = "auto",
-    objective: Renyi | WakeSleep | str | None = None,
-    *,
-    settings: Minibatch,
-    validation: Any = None,
-    seed: int = 0,
-    budget: float | None = None,
-    progress: bool = True,
-    callback: Callable[[Epoch], object] | None = None,
-    checkpoint: str | os.PathLike[str] | None = None,
-    resume: bool = False,
-) -> RowFit:
-    """Fit a guide to the local latents of a target, and the model's parameters with it.
-
-    `flowvi.fit` calls this for targets with `local=`.
-
-    Args:
-        target: From `from_pyro` or `from_density` with `local=`.
-        guide: A guide for rows, such as `Amortised(encoder, guide)`; or the name of a guide or
-            flow, which a perceptron over the row then conditions; "auto" is one with couplings.
-        objective: The ELBO by default.
-        settings: How to go through the rows.
-        validation: Rows to judge epochs by, or the share of the target's rows that are held
-            out for it; the epoch with the best bound is then kept.
-        seed: Of everything random.
-        budget: Seconds that the fit may take.
-        progress: Show a bar, if the error stream is a terminal.
-        callback: Called with an `Epoch` after each; a true answer stops the fit.
-        checkpoint: Folder in which the state after the last two epochs is kept.
-        resume: Go on with what an earlier fit of the same arguments left there.
-    """
-    wanted = _objective(objective)
-    check_objective(target, wanted, settings)
-    clock = Clock(budget)
+def fit_rows(request: Request) -> RowFit:
+    """Fit a guide to the latents of rows, and the model's parameters with it; see `flowvi.fit`."""
+    target, settings, seed = cast(LocalTarget, request.target), request.rows, request.seed
+    objective = _objective(request.objective)
+    check_objective(target, objective, settings)
+    clock = Clock(request.budget)
+    checkpointer = Checkpointer(clock, target)
+    session = Session(clock, checkpointer, request.progress, request.callback)
     facts = {k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"}
-    with own_randomness(stream(seed, BUILD)):
+    guide, record = cast(str | Guide, request.guide), Record()
+    with (
+        memory.limited(request.max_memory),
+        own_randomness(stream(seed, BUILD)),
+        interruptible(clock),
+    ):
+        target.begin()
         name, built = _guide(target, guide)
-        rows, held = _split(target, validation, seed)
+        rows, held = _split(target, request.validation, seed)
         if isinstance(built, PerRow) and held is not None:
             raise ValueError(
                 "validation needs a guide for rows that were not trained on; PerRow has none. "
                 "Leave validation out, or use Amortised."
             )
-        trainer = RowTrainer(
-            target, built, wanted, settings, rows, held, seed, clock, progress, callback
-        )
+        epochs = Epochs(target, built, objective, settings, rows, held, seed, session, record)
         about = {
             "model": target.name,
             "rows": len(rows),
             "guide": name,
-            "parameters": trainer.flat.vector.numel(),
-            "objective": describe_rows(wanted),
+            "parameters": epochs.gradient.flat.vector.numel(),
+            "objective": describe_rows(objective),
             "settings": facts,
             "seed": seed,
         }
-        with opened(given(path, "checkpoint", checkpoint), about, resume) as shelf:
-            _go_on(trainer, shelf)
-            state = trainer.run()
-    log = _log(trainer, held)
-    columns = list(zip(*state.epochs, strict=True)) or [()] * len(Epoch._fields)
+        specs = [{"name": name, "own": not isinstance(guide, str)}]
+        facts = {**facts, "specs": specs, "seed": seed, "guide": name}
+        folder = request.folder
+
+        def save() -> None:
+            if folder is not None:
+                with epochs.at_best():
+                    _result(epochs, built, facts, clock).save(folder / BEST)
+
+        checkpointer.saved = save
+        with opened(folder, about, request.resume) as checkpointer.shelf:
+            epochs.run()
+            if folder is not None and not distributed.rank():
+                with said(folder):
+                    save()
+    result = _result(epochs, built, facts, clock)
+    for failure in record.failures:
+        warnings.warn(failure, stacklevel=4)
+    return result
+
+
+def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -> RowFit:
+    """The fit as it is now."""
+    target, told, held = epochs.target, epochs.progress.epochs, epochs.validation
+    columns = list(zip(*told, strict=True)) or [()] * len(Epoch._fields)
     history = {n: np.array(c) for n, c in zip(Epoch._fields, columns, strict=True)}
     meta = {
         "model": target.name,
-        "guide": name,
-        "specs": [{"name": name, "own": not isinstance(guide, str)}],
-        "objective": describe_rows(wanted),
+        "objective": describe_rows(epochs.objective),
         "precision": spelled(target.dtype),
         **facts,
-        "epochs": len(state.epochs),
-        "rows": len(rows),
+        "epochs": len(told),
+        "rows": len(epochs.rows),
         "validation": 0 if held is None else len(held.places),
-        "seed": seed,
-        "seconds": clock.seconds,
-        "interrupted": state.interrupted,
-        "skipped": trainer.guard.skipped,
+        "seconds": clock.own_seconds,
+        "budget": clock.budget,
+        "interrupted": epochs.interrupted,
+        "skipped": epochs.skipped,
+        "failures": list(epochs.record.failures),
         "flowvi": __version__,
         "torch": str(torch.__version__),
     }
-    return RowFit(target, built, history, log, meta)
-
-
-def _go_on(trainer: RowTrainer, shelf: Shelf | None) -> None:
-    """Begin where an earlier fit was cut off, and keep the state after each epoch."""
-    if shelf is None:
-        return
-    states = (shelf.read(entry) for entry in shelf.states)
-    saved = next((state for state in states if state is not None), None)
-    if saved is not None:
-        trainer.restore(saved)
-    if distributed.rank() == 0:
-        trainer.save = lambda: shelf.put_state("epoch", 1, trainer.snapshot())
+    return RowFit(target, guide, history, [*_log(epochs, held), *epochs.record.log], meta)
 
 
 def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
@@ -173,24 +160,21 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
     return order[held:].sort().values, target.batch(order[:held].sort().values)
 
 
-def _log(trainer: RowTrainer, held: Batch | None) -> list[str]:
-    state, settings = trainer.state, trainer.settings
-    log = [
-        f"{len(trainer.rows)} rows in batches of {settings.batch_size}, {len(state.epochs)} epochs"
-    ]
-    if trainer.guard.skipped:
-        log.append(f"{trainer.guard.skipped} steps skipped by the gradient guard")
+def _log(epochs: Epochs, held: Batch | None) -> list[str]:
+    """What was done, and which epoch is kept."""
+    state, size = epochs.progress, epochs.settings.batch_size
+    log = [f"{len(epochs.rows)} rows in batches of {size}, {len(state.epochs)} epochs"]
     if held is not None and state.epochs:
         best = int(np.argmax([e.validation for e in state.epochs])) + 1
         log.append(
             f"kept epoch {best}, by the bound {state.best_bound:.4f} on {len(held.places)} rows"
         )
-    if state.interrupted:
+    if epochs.interrupted:
         log.append(f"interrupted after {len(state.epochs)} epochs")
     return log
 
 
-def _objective(objective: Renyi | WakeSleep | str | None) -> Any:
+def _objective(objective: Any) -> Any:
     if not isinstance(objective, str):
         return elbo(1) if objective is None else objective
     choices = [name for name in OBJECTIVES if name != "forward_kl"]

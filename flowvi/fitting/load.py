@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -24,14 +25,13 @@ from flowvi.fitting.fit_folder import (
     compare_latents,
     read_manifest,
 )
-from flowvi.fitting.fit_nested import inner_guide
 from flowvi.fitting.identity import latents
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
-from flowvi.objectives.nested import Nested
+from flowvi.objectives.nested import NestedTarget, inner_guide
 from flowvi.runtime.arguments import path as path_of
 from flowvi.runtime.files import CheckpointError, Seal, read_start
 from flowvi.runtime.rng import own_randomness
@@ -150,8 +150,13 @@ def _load_nested(
     read_module(file[0], rows, file[1])
     if files.has(OWN):
         _fill_own(target, *files.of(OWN))
-    density = Nested(target, rows, sees_theta)
-    return NestedFit(density, theta, particles, _history(files), meta, list(manifest["log"]))
+    density = NestedTarget(target, rows, particles, sees_theta, meta.get("batch_size"))
+    density.inner_name = str(of_rows.get("name"))
+    density.weighted = meta.get("outer", 1) > 1
+    log, history = list(manifest["log"]), _history(files)
+    # Earlier versions saved none.
+    bounds = list(manifest.get("bounds") or [math.nan])
+    return NestedFit(density, [theta], bounds, history, log, meta)
 
 
 def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import pyro.distributions as dist
 import torch
@@ -28,7 +28,7 @@ from flowvi.interop.pyro_distribution import (
 )
 from flowvi.interop.pyro_row_guide import RowPyroGuide
 from flowvi.runtime.arguments import fit_wanted
-from flowvi.targets import ModelError, Target
+from flowvi.targets import GlobalTarget, ModelError
 
 
 @overload
@@ -67,12 +67,13 @@ def pyro_guide(fit: Fit | RowFit) -> PyroGuide | RowPyroGuide:
             "docs/pyro.md shows."
         )
     fit_wanted("pyro_guide", fit, Fit, "what flowvi.fit returned")
+    target = cast(GlobalTarget, fit.target)
     if fit.chains is not None:
         warnings.warn(
             "The fit ended in NUTS because no guide was to be trusted; this is the best guide.",
             stacklevel=2,
         )
-    return PyroGuide(fit.target, copy.deepcopy(fit.guide))
+    return PyroGuide(target, copy.deepcopy(fit.guide))
 
 
 class PyroGuide(AutoContinuous):
@@ -83,7 +84,7 @@ class PyroGuide(AutoContinuous):
         guide: Density on R^D; it is trained in place.
     """
 
-    def __init__(self, target: Target, guide: Guide) -> None:
+    def __init__(self, target: GlobalTarget, guide: Guide) -> None:
         if not target.messages:
             raise ModelError(
                 f"{target.name} is a plain density and has no Pyro sites: use "
@@ -192,7 +193,7 @@ class Transport(Transform):
         return self.guide.flow.inverse(x)[0]
 
 
-def _maps_as_pyro(target: Target, name: str, message: Any) -> bool:
+def _maps_as_pyro(target: GlobalTarget, name: str, message: Any) -> bool:
     """Whether a site's columns of z are what Pyro makes of its value."""
     if any(
         n not in target.sites or m["value"].shape != target.sites[n].shape

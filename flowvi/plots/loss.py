@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, RowFit
 from flowvi.plots.theme import BLUE, GREY, new_axes, style
 from flowvi.runtime.arguments import wanted
 
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SHOWN = 400  # points of a smoothed curve
 
 
-def plot_loss(history: Mapping[str, ArrayLike] | Fit | NestedFit, ax: Axes | None = None) -> Axes:
+def plot_loss(history: Mapping[str, ArrayLike] | Fit, ax: Axes | None = None) -> Axes:
     """The bound over the steps: its running median, and the band of single steps.
 
     The scale is linear within the noise at the end and logarithmic beyond, so
@@ -73,10 +73,10 @@ def _columns(source: Any) -> Mapping[str, ArrayLike]:
     """The bound of every step, and its stage where there is one."""
     if isinstance(source, RowFit):
         raise TypeError("A fit of rows has a bound for every epoch: plot_epochs(fit.history).")
-    if isinstance(source, Fit):
+    if isinstance(source, Fit) and "stage" in source.history:
         names = stage_names(source.history, source.meta["stages"])
         return {"bound": source.history["bound"], "stage": names}
-    columns = source.history if isinstance(source, NestedFit) else source
+    columns = source.history if isinstance(source, Fit) else source
     wanted("history", columns, Mapping, "a fit, or its history, fit.history")
     if "bound" not in columns:
         raise ValueError(f"history has no column 'bound'; it has {', '.join(columns) or 'none'}.")

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.distributions import Transform
 
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.density import PlainRows
 from flowvi.targets.local.target import LocalTarget
 from flowvi.targets.precision import cast, default_dtype, mixed, runs
@@ -17,7 +18,6 @@ from flowvi.targets.pyro.bijections import bijection
 from flowvi.targets.recording.capture import Trial, capture
 from flowvi.targets.recording.program import Density
 from flowvi.targets.schema import Facts, Functions, ModelError, Site
-from flowvi.targets.target import Target
 from flowvi.targets.vectors import TRIES, finite_points, nearby, split
 
 
@@ -27,7 +27,7 @@ def from_density(
     sites: Mapping[str, Site],
     data: None = None,
     local: None = None,
-) -> Target: ...
+) -> GlobalTarget: ...
 
 
 @overload
@@ -41,7 +41,7 @@ def from_density(
     sites: Mapping[str, Site],
     data: Any = None,
     local: str | None = None,
-) -> Target | LocalTarget:
+) -> GlobalTarget | LocalTarget:
     """Make a target of a differentiable log density on named, constrained values.
 
     Args:
@@ -69,7 +69,9 @@ def from_density(
             "data and local belong together: data=x, local='row' gives each row of x a latent "
             f"vector; got local={local!r}{' and no data' if data is None else ''}."
         )
-    return PlainRows(plain, data, local).target()
+    rows = PlainRows(plain, data, local).target()
+    rows.made = partial(from_density, log_prob, sites, data, local)
+    return rows
 
 
 class _Plain:
@@ -116,14 +118,14 @@ class _Plain:
             if not any(runs(partial(self.density, z, *row)) for z in points):
                 self.precision = None
 
-    def target(self) -> Target:
+    def target(self) -> GlobalTarget:
         if torch.get_default_dtype() != torch.float64:
             self.in_precision(torch.float64)
         trial = Trial(self._points())
         batched = capture(self.density, trial, self.name, reads=True)
         facts = Facts(self.name, self.sites, self.slices, dims=self.dims())
         functions = Functions(self.values, self.inverse)
-        return Target(facts, Density(batched, frozen=True), functions, trial)
+        return GlobalTarget(facts, Density(batched, frozen=True), functions, trial)
 
     def density(self, z: Tensor, *row: Tensor) -> Tensor:
         """Log density at a point, Jacobian included; row is the data of one row, if any."""

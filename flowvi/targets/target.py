@@ -1,9 +1,9 @@
-"""A model as a log density on R^D, with the names, shapes and dims of its values."""
+"""The density p: what every part of flowvi may ask of a model, whatever its latents are."""
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -11,240 +11,115 @@ import torch
 from torch import Tensor, nn
 from torch.distributions.constraints import Constraint
 
-from flowvi.runtime import memory
-from flowvi.targets import subsampling
-from flowvi.targets.recording.batched import Batched
-from flowvi.targets.recording.capture import Trial, capture_values
-from flowvi.targets.recording.program import Density
-from flowvi.targets.schema import Facts, Functions, ModelError
+from flowvi.targets.schema import ModelError, Site
 
 
-class Target(nn.Module):
-    r"""A log density on R^D: the log joint plus the log Jacobian of the map to the supports.
+class Target(nn.Module, ABC):
+    r"""A log density with names, shapes and dims of its values. Abstract.
 
-    .. math:: \log p(x, \theta(z)) + \log|\det \partial \theta / \partial z|
+    One shape rule holds for all of them: ``log_prob`` maps ``(*S, *B, D)`` to ``(*S, *B)``.
 
-    Made by `from_pyro` and `from_density`. Parameters that the model itself
-    has (`pyro.param`, `pyro.module`) are parameters of the target and are
-    trained in a fit. Its precision is that of the model, whatever it is cast to.
+    - `GlobalTarget`: one latent vector, B = (): a density on R^D, Jacobians included.
+    - `LocalTarget`: a latent vector for each row of the data, B = (N).
+    - `NestedTarget`: one vector that all rows share; its density contains a bound over
+      the latents of the rows, and has the guide of a row among its parameters.
 
-    Args:
-        facts: Names and shapes.
-        density: The log density.
-        functions: Its values, their inverse, and so on.
-        trial: A few points of finite density, to check against.
-        own: Parameters of the model, by name; all functions take them behind z.
-        data: Observed values that `observing` may replace; all functions take them last.
+    Parameters of the target are trained in a fit, together with those of the guide.
+
+    Attributes:
+        name: Name of the model.
+        dim: Length D of a latent vector.
+        sites: Latent sites by name.
+        slices: Columns of z that belong to each site.
+        dims: A name for each axis of each value.
+        coords: Labels of dims.
+        made: Makes the target again, in another process; None where only this one has it.
     """
 
-    def __init__(
-        self,
-        facts: Facts,
-        density: Density,
-        functions: Functions,
-        trial: Trial,
-        own: Mapping[str, nn.Parameter] | None = None,
-        data: Mapping[str, Tensor] | None = None,
-    ) -> None:
+    name: str
+    dim: int
+    sites: dict[str, Site]
+    slices: dict[str, slice]
+    dims: dict[str, tuple[str, ...]]
+    coords: dict[str, list[Any]]
+    deterministics: tuple[str, ...] = ()
+    observed: Any
+    constants: dict[str, Tensor]
+    improper: tuple[str, ...] = ()
+    masked: Mapping[str, str]
+    subsampled: dict[str, tuple[int, int]]
+    messages: Mapping[str, Any]
+    # Whether an evaluation draws random numbers.
+    stochastic = False
+
+    def __init__(self) -> None:
         super().__init__()
-        self.name = facts.name
-        self.sites = facts.sites
-        self.slices = facts.slices
-        self.deterministics = facts.deterministics
-        self.observed = facts.observed
-        self.constants = facts.constants
-        self.dims = facts.dims
-        self.coords = {part.dim: part.labels({}) for part in facts.missing}
-        self.improper = facts.improper
-        self.masked = facts.masked
-        self.subsampled = facts.subsampled
-        self.dim = trial.points.shape[-1]
-        self.density = density
-        self._facts = facts
-        self._functions = functions
-        self._trial = trial
-        self._maps: dict[str, Batched] = {}
-        self._cost: memory.Cost | None = None
-        # Makes the target again in another process; None if that is not possible.
-        self.made: Callable[[], Target] | None = None
-        self._data = dict(data or {})
-        self._count = len(own or {})
-        for i, p in enumerate((own or {}).values()):
-            self.register_parameter(f"own_{i}", p)
+        self.coords, self.constants, self.masked, self.subsampled = {}, {}, {}, {}
+        self.messages = {}
+        self.made: Callable[[], Any] | None = None
+        self._supports: Mapping[str, Constraint] = {}
+        self._count = 0
 
     @property
+    @abstractmethod
     def dtype(self) -> torch.dtype:
         """Precision in which the density is evaluated."""
-        return self.density.batched.dtype
 
     @property
+    @abstractmethod
     def device(self) -> torch.device:
         """Where the density is evaluated."""
-        return self._trial.points.device
 
-    def log_prob(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
-        """Evaluate the log density, Jacobian included. (*S, D) -> (*S).
+    @abstractmethod
+    def log_prob(self, z: Tensor, batch: Any = None) -> Tensor:
+        """Evaluate the log density. (*S, *B, D) -> (*S, *B).
 
         Args:
-            z: Points of R^D.
-            batch: For models with subsampled plates, plate -> indices (B,), for
-                an unbiased estimate from those rows. Without it, all rows.
+            z: Latent vectors.
+            batch: Rows to evaluate; all of them without.
         """
-        self._check(z)
-        if not self.subsampled:
-            return self.density(z, *self._own).to(z.dtype)
-        if batch is not None:
-            return self.density(z, *self._own, *self._indices(batch)).to(z.dtype)
-        parts = [
-            weight * self.density(z, *self._own, *self._indices(batch))
-            for weight, batch in self.cover()
-        ]
-        total = torch.stack(parts).sum(0)
-        # Weights of both signs: minus infinity must not meet itself.
-        nowhere = torch.stack(parts).isinf().any(0)
-        return torch.where(nowhere, -torch.inf, total).to(z.dtype)
+
+    @abstractmethod
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Values of latent and deterministic sites. (*S, *B, D) -> (*S, *B, *shape)."""
+
+    @abstractmethod
+    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
+        """Latent vectors of values of the latent sites. Each (*S, *B, *shape) -> (*S, *B, D)."""
+
+    # Of one vector; rows answer by themselves, and refuse these.
+
+    def starts(self, generator: torch.Generator) -> Tensor:
+        """Points to start from, (P, D)."""
+        raise self._lacks("points to start from")
+
+    def chunk(self) -> int:
+        """How many points to evaluate at a time, with gradients, so that memory is limited."""
+        raise self._lacks("a density of one vector")
+
+    def at_once(self) -> int:
+        """How many draws a step of training may evaluate at a time, of the rows of one step."""
+        return self.chunk()
 
     def cover(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
         """Batches and weights whose weighted densities add up to that of all rows."""
-        return subsampling.cover(self.subsampled, self.device)
+        yield 1.0, {}
 
-    def constrain(self, z: Tensor) -> dict[str, Tensor]:
-        """Map points to the values of latent and deterministic sites. (*S, D) -> (*S, *shape)."""
-        self._check(z)
-        out: dict[str, Tensor] = self._map("values")(z, *self._inputs())
-        return out
-
-    def latents(self, z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Map points to the values of the latent sites, and the log Jacobians of these maps.
-
-        Returns:
-            Values (*S, *shape), and log|det d value / d z| (*S, *batch shape), by site.
-
-        Raises:
-            ModelError: The target is no Pyro model.
-        """
-        self._check(z)
-        if self._functions.latents is None:
-            raise ModelError(f"{self.name} is a plain density; it has no Pyro sites.")
-        values, ladjs = self._map("latents")(z, *self._inputs())
-        return values, ladjs
-
-    @property
-    def messages(self) -> Mapping[str, Any]:
-        """Pyro's record of each latent site in one run of the model; empty for plain densities."""
-        return self._functions.messages
-
-    @property
-    def parameters_of_model(self) -> dict[str, tuple[nn.Parameter, Constraint]]:
-        """Parameters of the model itself, unconstrained, with the constraints on their values."""
-        supports = self._facts.parameters
-        return {
-            name: (getattr(self, f"own_{i}"), constraint)
-            for i, (name, constraint) in enumerate(supports.items())
-        }
-
-    def own_parameters(self) -> dict[str, nn.Parameter]:
-        """Parameters of the model itself by the names that files have for them."""
-        return {f"own_{i}": getattr(self, f"own_{i}") for i in range(self._count)}
-
-    @torch.no_grad()
-    def give_own(self, values: Mapping[str, Tensor]) -> None:
-        """Set the model's own parameters in place, by name."""
-        for name, p in self.own_parameters().items():
-            p.copy_(values[name])
-
-    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
-        """Map values of the latent sites to points. Each (*S, *shape) -> (*S, D).
-
-        Raises:
-            ValueError: A site is missing or a shape does not fit.
-        """
-        columns: list[Tensor] = []
-        for name, site in self.sites.items():
-            if name not in values:
-                came = ", ".join(values) or "none"
-                raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
-            value = torch.as_tensor(values[name], device=self.device).to(self.dtype)
-            cut = value.dim() - len(site.shape)
-            if cut < 0 or tuple(value.shape[cut:]) != tuple(site.shape):
-                raise ValueError(
-                    f"Site '{name}' has shape {tuple(site.shape)}; got a value of shape "
-                    f"{tuple(value.shape)}, whose last axes should be that."
-                )
-            lead = tuple(value.shape[:cut])
-            if columns and lead != tuple(columns[0].shape[:-1]):
-                raise ValueError(
-                    f"All sites need the same leading shape; '{name}' has {lead}, those before "
-                    f"it {tuple(columns[0].shape[:-1])}."
-                )
-            columns.append(value.reshape(*lead, -1))
-        z: Tensor = self._map("inverse")(torch.cat(columns, -1), *self._inputs())
-        return z
+    def compared(self, z: Tensor) -> Tensor:
+        """The density by which guides are compared: the same noise for all. (*S, D) -> (*S)."""
+        return self.log_prob(z)
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
-        """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows).
-
-        Empty where the model has no observed sites, or sums out discrete ones
-        that several rows share.
-        """
-        self._check(z)
-        if self._functions.likelihood is None:
-            return {}
-        function = self._map("likelihood")
-        if not self.subsampled:
-            out: dict[str, Tensor] = function(z, *self._own)
-            return out
-        pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
-        return subsampling.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
-
-    def probabilities(self, z: Tensor) -> dict[str, Tensor]:
-        """Probabilities of the values of discrete sites, given the data and the latents.
-
-        What Pyro's `infer_discrete` draws from, for each site by itself: its values in the order
-        of `enumerate_support`. Over draws of the posterior their mean is P(value | data).
-
-        Args:
-            z: Points of R^D, (*S, D).
-
-        Returns:
-            Discrete site -> (*S, *shape of the site, K), which add up to 1 over the last axis;
-            empty where the model has no discrete sites.
-        """
-        self._check(z)
-        if self._functions.discrete is None:
-            return {}
-        function = self._map("discrete")
-        if not self.subsampled:
-            out: dict[str, Tensor] = function(z, *self._own)
-            return out
-        pieces = ((b, function(z, *self._own, *self._indices(b))) for _, b in self.cover())
-        return subsampling.assemble(pieces, self.subsampled, self._facts.discrete, z.dim() - 1)
-
-    def violation(self, z: Tensor) -> tuple[str, str]:
-        """The site a parameter of which leaves its constraint at a point (D), and a sentence on it.
-
-        Both are empty where there is none, and for plain densities.
-        """
-        return ("", "") if self._functions.violation is None else self._functions.violation(z)
+        """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows)."""
+        return {}
 
     def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
-        """Draw all sites from the prior: name -> (n, *shape).
-
-        Raises:
-            ModelError: The model has no proper prior to draw from.
-        """
-        if self._functions.simulate is None:
-            raise ModelError(f"{self.name} is a plain density; it has no prior to draw from.")
-        if self.improper:
-            raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
-        return self._functions.simulate(None, n, seed)
+        """Draw all sites from the prior: name -> (n, *shape)."""
+        raise self._lacks("a prior to draw from")
 
     def predictive(self, values: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Simulate the observed sites given latent values. (n, *shape) each -> (n, *shape)."""
-        if self._functions.simulate is None:
-            raise ModelError(f"{self.name} is a plain density; it cannot simulate data.")
-        given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.simulate(given, len(next(iter(given.values()))), seed)
+        raise self._lacks("one simulation for each draw")
 
     def rerun(
         self,
@@ -253,176 +128,60 @@ class Target(nn.Module):
         kwargs: dict[str, Any],
         seed: int,
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Run the model on other arguments, given latent values, (n, *shape) each.
+        """Run the model on other arguments, given latent values."""
+        raise self._lacks("arguments to change")
 
-        Args:
-            values: Of the latent sites.
-            args: Positional arguments of the model.
-            kwargs: Its keyword arguments.
-            seed: Of whatever is drawn.
+    def plain(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """The density as operations that autograd follows one by one. (*S, D) -> (*S)."""
+        return self.log_prob(z, batch)
 
-        Returns:
-            Draws of all other sites, (n, *shape) each, observed ones included; and the pointwise
-            log likelihood of the data that these arguments bring, (n, *rows) each.
+    def latents(self, z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Values of the latent sites, and the log Jacobians of the maps to them."""
+        raise self._lacks("one map for all draws")
 
-        Raises:
-            ModelError: A latent has another shape with these arguments.
-        """
-        if self._functions.rerun is None:
-            raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
-        given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.rerun(given, args, kwargs, seed)
+    def violation(self, z: Tensor) -> tuple[str, str]:
+        """The site a parameter of which leaves its constraint at a point (D), and a sentence."""
+        return "", ""
 
-    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse arguments with which the latents of the model have other shapes.
+    def begin(self, uses: Any = ()) -> None:
+        """Count evaluations anew, so that what came before makes no difference to rounding."""
 
-        Raises:
-            ModelError: Names the site, its plate and the sizes.
-        """
-        if self._functions.met is None:
-            return
-        for name, node in self._functions.met(args, kwargs).items():
-            shape, came = tuple(self.messages[name]["value"].shape), tuple(node["value"].shape)
-            if came != shape:
-                plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
-                where = f" in plate '{plates[-1]}'" if plates else ""
-                raise ModelError(
-                    f"Site '{name}'{where} has shape {shape} in the fit and {came} with these "
-                    "arguments: the guide is one of the rows that were fitted. Call it with those, "
-                    "fit again, or fit with local= for a guide that reads its rows."
-                )
+    def uses(self) -> Any:
+        """How often each size was evaluated, for `begin` to go on from."""
+        return []
 
-    def observing(self, data: Mapping[str, Any]) -> Target:
-        """The same target with other data, sharing what was captured; one made by `replicable`.
+    # Parameters of the model itself.
 
-        Args:
-            data: Observed site -> values, of the shape and type that it has.
-        """
-        missing = set(self._data) ^ set(data)
-        if missing or not data:
-            raise ValueError(
-                f"observing needs values for {', '.join(self._data) or 'no site'}; got "
-                f"{', '.join(data) or 'none'}."
-            )
-        new = copy.copy(self)
-        new.made = None
-        new._data = {name: torch.as_tensor(data[name]).to(t) for name, t in self._data.items()}
-        for name, like in self._data.items():
-            if new._data[name].shape != like.shape:
-                raise ValueError(
-                    f"Site '{name}' observes values of shape {tuple(like.shape)}; got "
-                    f"{tuple(new._data[name].shape)}."
-                )
-        new.observed = {**self.observed, **new._data}
-        new.coords = dict(self.coords)
-        return new
-
-    def label(self, coords: Mapping[str, Sequence[Any]]) -> Target:
-        """Give labels to dims; returns the target itself."""
-        sizes = self._dim_sizes()
-        for dim, labels in coords.items():
-            if dim not in sizes:
-                raise ValueError(f"No dim named '{dim}'; {self.name} has {', '.join(sizes)}.")
-            if len(labels) != sizes[dim]:
-                raise ValueError(
-                    f"dim '{dim}' has size {sizes[dim]}; got {len(labels)} labels for it."
-                )
-            self.coords[dim] = list(labels)
-        for part in self._facts.missing:
-            if part.dim not in coords:
-                self.coords[part.dim] = part.labels(self.coords)
-        return self
-
-    def starts(self, generator: torch.Generator) -> Tensor:
-        """Points to start from: draws from the prior where there are any, zero, random ones.
-
-        Returns:
-            Points of R^D, (P, D).
-        """
-        some = torch.randn(2, self.dim, generator=generator, dtype=self.dtype, device=self.device)
-        return torch.cat([self._trial.points.to(self.dtype)[:2], 0 * some[:1], 0.5 * some])
-
-    def chunk(self) -> int:
-        """How many points to evaluate at a time, with gradients, so that memory is limited.
-
-        The memory of a point is measured at the first call. The limit is `max_memory` of the
-        function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
-        """
-        fixed, each = self._measured()
-        return memory.Cost(fixed, each * len(list(self.cover()))).fits(memory.evaluated())
-
-    def at_once(self) -> int:
-        """How many draws a step of training may evaluate at a time, of the rows of one step."""
-        return self._measured().fits(memory.evaluated(), memory.ANY)
-
-    def _measured(self) -> memory.Cost:
-        if self._cost is None:
-            self._cost = memory.cost(self._value_and_score)
-        return self._cost
-
-    def __repr__(self) -> str:
-        return f"Target({self.name}: D = {self.dim}; {self._facts.sizes()})"
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Target:
-        if self._count:
-            raise TypeError(
-                f"{self.name} has parameters of its own, which it shares with the model: a copy "
-                "would not follow them. Capture the model again with from_pyro."
-            )
-        new = copy.copy(self)
-        new.coords = dict(self.coords)
-        return new
-
-    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # A recorded graph has its precision written into it: only the device may change.
-        def move(t: Tensor) -> Tensor:
-            return t.to(fn(t.new_empty(0)).device)
-
-        return super()._apply(move, recurse)
+    def register_own(
+        self, parameters: Mapping[str, nn.Parameter] | None, supports: Mapping[str, Constraint]
+    ) -> None:
+        """Take the model's parameters, by name, with the constraints on their values."""
+        self._supports, self._count = supports, len(parameters or {})
+        for i, p in enumerate((parameters or {}).values()):
+            self.register_parameter(f"own_{i}", p)
 
     @property
-    def _own(self) -> list[Tensor]:
-        """The model's own parameters, or their replacements, and data that are inputs."""
-        return [*(getattr(self, f"own_{i}") for i in range(self._count)), *self._data.values()]
+    def model_parameters(self) -> list[Tensor]:
+        """The model's parameters, or what stands in for them while a step is compiled."""
+        return [getattr(self, f"own_{i}") for i in range(self._count)]
 
-    def _map(self, which: str) -> Batched:
-        """The batched form of one of the target's functions, made when first asked for."""
-        if which not in self._maps:
-            function, points = getattr(self._functions, which), self._trial.points
-            if which == "inverse":
-                values = self.constrain(points)
-                columns = [values[name].reshape(len(points), -1) for name in self.sites]
-                points = torch.cat([c.to(points.dtype) for c in columns], -1)
-            trial = Trial(points, self._trial.inputs, self._trial.others)
-            self._maps[which] = capture_values(function, trial, self.density.batched)
-        return self._maps[which]
+    @property
+    def parameters_of_model(self) -> dict[str, tuple[nn.Parameter, Constraint]]:
+        """Parameters of the model itself, unconstrained, with the constraints on their values."""
+        return {
+            name: (getattr(self, f"own_{i}"), constraint)
+            for i, (name, constraint) in enumerate(self._supports.items())
+        }
 
-    def _inputs(self) -> list[Tensor]:
-        """Arguments of the functions after z; rows are the first ones of subsampled plates."""
-        first = self._indices(next(self.cover())[1]) if self.subsampled else []
-        return [*self._own, *first]
+    def own_state(self) -> dict[str, Tensor]:
+        """All that training changes, by the names that files have for it."""
+        return {f"own_{i}": getattr(self, f"own_{i}") for i in range(self._count)}
 
-    def _indices(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
-        for name, (_, size) in self.subsampled.items():
-            if name not in batch or len(batch[name]) != size:
-                raise ValueError(f"batch needs {size} indices for plate '{name}'.")
-        return [batch[name] for name in self.subsampled]
+    @torch.no_grad()
+    def set_own_state(self, values: Mapping[str, Tensor]) -> None:
+        """Be as where `own_state` was taken, by name."""
+        for name, held in self.own_state().items():
+            held.copy_(values[name])
 
-    def _dim_sizes(self) -> dict[str, int]:
-        values = self.constrain(self._trial.points[0]) | self.observed | self.constants
-        shapes = [(self.dims[name], value.shape) for name, value in values.items()]
-        return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
-
-    def _value_and_score(self, n: int) -> object:
-        """Evaluate some points without recording a program."""
-        z = self._trial.points[:1].to(self.dtype).expand(n, -1).clone().requires_grad_()
-        with torch.enable_grad():
-            log_p = self.density.batched(z, *self._inputs())
-            return log_p, torch.autograd.grad(log_p.sum(), z, allow_unused=True)
-
-    def _check(self, z: Tensor) -> None:
-        if z.shape[-1] != self.dim:
-            raise ValueError(
-                f"z has {z.shape[-1]} columns but {self.name} has D = {self.dim} "
-                f"({self._facts.sizes()})."
-            )
+    def _lacks(self, what: str) -> ModelError:
+        return ModelError(f"{self.name} has latents for each row (local=), and not {what}.")

@@ -72,12 +72,12 @@ class Adam:
             maximize=False,
         )
 
-    def state(self) -> dict[str, list[Tensor]]:
+    def state_dict(self) -> dict[str, list[Tensor]]:
         """A copy of all that later steps depend on, beside the parameters."""
         copies = {name: [t.clone() for t in held] for name, held in self._held().items()}
         return {**copies, "steps": [self._step.clone() for _ in self.parameters]}
 
-    def restore(self, state: Mapping[str, Sequence[Tensor]]) -> None:
+    def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
         """Be as when a state was taken."""
         for name, held in self._held().items():
             for mine, kept in zip(held, state[name], strict=True):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -13,30 +12,29 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
 from flowvi.guides.guide import Guide
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed
-from flowvi.runtime.clock import Clock
+from flowvi.runtime.checkpoint_folder import said
+from flowvi.runtime.clock import Interrupted
 from flowvi.runtime.rng import own_randomness, stream
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.local.rows import pieces
-from flowvi.training.adam import Adam
-from flowvi.training.flat import Finest, Flat
-from flowvi.training.guard import Guard
 from flowvi.training.minibatch import Minibatch
-from flowvi.training.records import JUDGE, TRAIN, TRIAL
+from flowvi.training.records import EVALUATE, TRAIN, TRIAL, Record
+from flowvi.training.row_gradient import RowGradient
+from flowvi.training.settings import Session
+from flowvi.training.state import TrainState
+from flowvi.training.trainer import Phase, Taken, Trainer
 
 ORDER = TRIAL
-# Evaluations after which a density of rows is recorded.
-RECORDED = 2
 
 
 class Epoch(NamedTuple):
-    """What is told after every epoch.
+    """What a callback is told after every epoch.
 
     Attributes:
         epoch: Number of the epoch, from 1.
@@ -60,23 +58,39 @@ class Epoch(NamedTuple):
 
 
 @dataclass
-class RowState:
-    """Where a training is: all that a continuation needs.
+class EpochState:
+    """Where a training is among the epochs, beside the state of the steps.
 
     Attributes:
-        epochs: What was told so far.
+        epochs: The epochs so far.
         best: Parameters with the best validation bound, and that bound.
         since: Epochs since then.
+        bounds: Bounds of the steps of the present epoch.
+        divergences: Divergences of these.
+        skipped: Steps skipped before it.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
     best: Tensor | None = None
     best_bound: float = -math.inf
     since: int = 0
-    interrupted: bool = False
+    bounds: list[float] = field(default_factory=list)
+    divergences: list[float] = field(default_factory=list)
+    skipped: int = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, as `write_state` takes it."""
+        return {**vars(self), "epochs": [list(epoch) for epoch in self.epochs]}
+
+    def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
+        """Be as where a state was taken."""
+        for name in vars(self):
+            setattr(self, name, state[name])
+        self.epochs = [Epoch(*epoch) for epoch in state["epochs"]]
+        self.best = None if self.best is None else self.best.to(like)
 
 
-class RowTrainer:
+class Epochs:
     """Trains a guide for rows, and the target's own parameters with it.
 
     Args:
@@ -87,9 +101,8 @@ class RowTrainer:
         rows: Places of the rows to train on.
         validation: Rows that are not trained on.
         seed: Of everything random.
-        clock: The time that is left.
-        progress: Whether to show a bar.
-        callback: Told of every epoch; a true answer stops.
+        session: Clock, checkpointer and callback of the fit.
+        record: Where decisions are written.
     """
 
     def __init__(
@@ -101,189 +114,164 @@ class RowTrainer:
         rows: Tensor,
         validation: Batch | None,
         seed: int,
-        clock: Clock,
-        progress: bool = False,
-        callback: Callable[[Epoch], object] | None = None,
+        session: Session,
+        record: Record,
     ) -> None:
         self.target, self.guide, self.objective = target, guide, objective
         self.settings, self.rows, self.validation = settings, rows, validation
-        self.seed, self.clock, self.progress, self.callback = seed, clock, progress, callback
-        self.guard = Guard()
-        self.state = RowState()
-        learned = {id(p): p for m in (guide, target) for p in m.parameters() if p.requires_grad}
-        self.finest = Finest(list(learned.values()))
-        self.flat = Flat(self.finest.tensors)
-        self.optimiser = Adam([self.flat.vector])
-        self.save: Callable[[], None] = lambda: None
+        self.seed, self.session, self.record = seed, session, record
+        self.gradient = RowGradient(target, guide, objective, settings, session.clock)
+        self.trainer = Trainer(self.gradient, session, record, target.name)
+        self.progress = EpochState()
+        self.interrupted = False
+        self.skipped = 0
+        self._batches: Iterator[Batch] = iter(())
+        self._beta = 1.0
 
     @property
     def steps(self) -> int:
         """Steps of an epoch."""
         return math.ceil(len(self.rows) / self.settings.batch_size)
 
-    def run(self) -> RowState:
-        """Train until the last epoch, or for as long as it pays."""
-        state, settings = self.state, self.settings
-        first = len(state.epochs)
-        total = settings.epochs * self.steps
-        self._record()
-        with self._bar(total, first * self.steps) as bar:
-            try:
-                for epoch in range(first, settings.epochs):
-                    told = self._epoch(epoch, bar)
-                    state.epochs.append(told)
-                    self._judge(told)
-                    self.save()
-                    stop = self.callback is not None and bool(self.callback(told))
-                    if distributed.agreed(stop) or self._tired() or self.clock.over():
-                        break
-            except KeyboardInterrupt:
-                state.interrupted = True
-        if state.best is not None:
-            self._set(state.best)
-        self.flat.release()
-        return state
+    @property
+    def total(self) -> int:
+        """Steps of all epochs."""
+        return self.settings.epochs * self.steps
 
-    def snapshot(self) -> dict[str, Any]:
-        """All that a continuation after the last epoch needs, as numbers and tensors."""
-        state = self.state
-        return {
-            "vector": self.flat.copy(),
-            "adam": self.optimiser.state(),
-            "buffers": {name: b.clone() for name, b in self.guide.named_buffers()},
-            "epochs": [list(told) for told in state.epochs],
-            "best": state.best,
-            "best_bound": state.best_bound,
-            "since": state.since,
-            "norms": list(self.guard.norms),
-            "skipped": self.guard.skipped,
-        }
+    def run(self) -> EpochState:
+        """Train until the last epoch, or for as long as it pays; an interrupt keeps the best."""
+        checkpointer = self.session.checkpointer
+        checkpointer.begin("epochs")
+        state = self.trainer.begin()
+        self.gradient.measure()
+        saved = checkpointer.latest_state()
+        if saved is not None:
+            state.load_state_dict(saved["training"])
+            self.progress.load_state_dict(saved["epochs"], state.start)
+            if state.step % self.steps:
+                self._batches = self._order(state.step)
+        self.record.stages.append("epochs")
 
-    def restore(self, saved: Mapping[str, Any]) -> None:
-        """Go on from a snapshot."""
-        self._set(saved["vector"])
-        self.optimiser.restore(saved["adam"])
-        buffers = dict(self.guide.named_buffers())
-        for name, value in saved["buffers"].items():
-            buffers[name].copy_(value)
-        self.state = RowState(
-            [Epoch(*told) for told in saved["epochs"]],
-            None if saved["best"] is None else saved["best"].to(self.flat.vector),
-            saved["best_bound"],
-            saved["since"],
+        def whole() -> dict[str, Any]:
+            return {"training": state.state_dict(), "epochs": self.progress.state_dict()}
+
+        phase = Phase(
+            self.total,
+            self._rate,
+            self._gradient,
+            lambda taken: self._after(taken, state, whole),
+            # With a weight of the prior that rises, the bound may fall for good reasons.
+            levels=not self.settings.warmup_epochs,
+            state=whole,
+            # Processes share one file; each goes on with noise of its own at the next epoch.
+            sparse=distributed.size() > 1,
         )
-        self.guard.norms.extend(saved["norms"])
-        self.guard.skipped = saved["skipped"]
+        try:
+            self.trainer.take(phase, state)
+        except (Interrupted, KeyboardInterrupt):
+            self.interrupted = True
+        if self.progress.best is not None:
+            self.gradient.set(self.progress.best)
+        self.gradient.release()
+        self.skipped = state.guard.skipped
+        return self.progress
+
+    @contextmanager
+    def at_best(self) -> Iterator[None]:
+        """Have the parameters of the best epoch meanwhile, where epochs are validated."""
+        now = self.gradient.vector()
+        if self.progress.best is not None:
+            self.gradient.set(self.progress.best)
+        try:
+            yield
+        finally:
+            self.gradient.set(now)
 
     def bound_of(self, batch: Batch) -> float:
         """Mean bound of rows on fresh draws, the same noise at every call."""
-        with own_randomness(stream(self.seed, JUDGE)), torch.no_grad():
+        with own_randomness(stream(self.seed, EVALUATE)), torch.no_grad():
             total = 0.0
             for part in pieces(batch, self.settings.batch_size):
                 found = row_step(self.target, self.guide, self.objective, part)
                 total += float(found.bound) * len(part.places)
         return total / len(batch.places)
 
-    def _record(self) -> None:
-        """Have the densities of all sizes recorded now, in this run as in one that goes on later.
-
-        A recorded density may differ from one row by row in the last bits.
-        """
-        parts = list(self.rows.tensor_split(self.steps))
-        if distributed.size() > 1:
-            parts = [places[distributed.rank() :: distributed.size()] for places in parts]
-        batches = {len(p): self.target.batch(p) for p in parts if len(p)}
-        if self.validation is not None:
-            held = pieces(self.validation, self.settings.batch_size)
-            batches |= {len(piece.places): piece for piece in held}
-        with own_randomness(stream(self.seed, JUDGE)), torch.no_grad():
-            for batch in batches.values():
-                for _ in range(RECORDED):
-                    row_step(self.target, self.guide, self.objective, batch)
-
-    def _epoch(self, epoch: int, bar: tqdm[Any]) -> Epoch:
-        settings = self.settings
-        # Processes go through the same rows in the same order, and take noise of their own.
-        torch.manual_seed(stream(self.seed, TRAIN, epoch, distributed.rank()))
-        skipped, bounds, divergences, lr, beta = self.guard.skipped, [], [], settings.lr, 1.0
-        for i, batch in enumerate(self._batches(epoch)):
-            lr = settings.rate(epoch * self.steps + i, settings.epochs * self.steps)
-            beta = settings.beta(epoch + i / self.steps)
-            bound, divergence = self._step(settings.transformed(batch), lr, beta)
-            bounds.append(bound)
-            divergences.append(divergence)
-            bar.update()
-            if i % 20 == 0:
-                bar.set_postfix_str(f"bound {np.mean(bounds[-100:]):.3f}")
-        seen = np.array(bounds)[np.isfinite(bounds)]
-        return Epoch(
-            epoch + 1,
-            float(seen.mean()) if len(seen) else math.nan,
-            math.nan if self.validation is None else self.bound_of(self.validation),
-            float(np.mean(divergences)),
-            lr,
-            beta,
-            self.guard.skipped - skipped,
-            self.clock.seconds,
+    def _rate(self, step: int) -> float:
+        """Size of a step; where time runs short, it falls with the time."""
+        clock = self.session.clock
+        late = 0.0 if clock.budget is None else clock.seconds / clock.budget
+        return self.settings.rate(
+            max(step, min(int(late * self.total), self.total - 1)), self.total
         )
 
-    def _step(self, batch: Batch, lr: float, beta: float) -> tuple[float, float]:
-        bound, divergence = self._gradient(batch, beta)
-        admitted, _ = self.guard.admits(float(bound), self.flat.gradient)
-        if admitted:
-            self.optimiser.step(self.flat.gradient, lr)
-            self.finest.follow()
-        return float(bound), float(divergence)
+    def _gradient(self, step: int) -> tuple[Tensor, Tensor]:
+        epoch, i = divmod(step, self.steps)
+        if i == 0:
+            self._batches = self._order(step)
+            # Processes go through the same rows in the same order, and take noise of their own.
+            torch.manual_seed(stream(self.seed, TRAIN, epoch, distributed.rank()))
+        self._beta = self.settings.beta(epoch + i / self.steps)
+        batch = self.settings.transformed(next(self._batches))
+        return self.gradient(batch, self._beta)
 
-    def _gradient(self, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
-        """Bound and divergence of a batch; its gradient is left in the flat vector.
+    def _after(self, taken: Taken, state: TrainState, whole: Callable[[], Any]) -> bool:
+        """Hear of a step; at the end of an epoch, validate, save, and tell the callback."""
+        progress, clock = self.progress, self.session.clock
+        progress.bounds.append(taken.bound)
+        progress.divergences.append(self.gradient.divergence)
+        late = clock.spent()
+        if (taken.number + 1) % self.steps and not late:
+            return False
+        epoch = self._epoch(taken, state)
+        progress.epochs.append(epoch)
+        progress.bounds, progress.divergences = [], []
+        progress.skipped = state.guard.skipped
+        self._validate(epoch)
+        self.skipped = state.guard.skipped
+        self.session.checkpointer.save(whole)
+        if self.session.checkpointer.shelf is not None and not distributed.rank():
+            with said(self.session.checkpointer.shelf.folder):
+                self.session.checkpointer.saved()
+        stop = self.session.callback is not None and bool(self.session.callback(epoch))
+        return bool(distributed.agreed(stop)) or self._tired() or late
 
-        Of several processes each takes its part of the rows.
-        """
-        count, processes = len(batch.places), distributed.size()
-        if processes > 1:
-            part = slice(distributed.rank(), None, processes)
-            batch = Batch(batch.places[part], tuple(t[part] for t in batch.data))
-        self.flat.zero()
-        bound = divergence = self.flat.gradient.new_zeros(())
-        if len(batch.places):
-            with self._precision():
-                found = row_step(
-                    self.target, self.guide, self.objective, batch, beta, self.settings.free_bits
-                )
-            # Parts need not be equal: their means over all processes make that of the batch.
-            share = len(batch.places) * processes / count
-            (-share * found.objective).backward()
-            self.finest.gather()
-            bound, divergence = share * found.bound, found.divergence
-        if processes > 1:
-            bound, averaged, _ = distributed.averaged(bound, self.flat.gradient)
-            self.flat.gradient.copy_(averaged)
-        return bound, divergence
+    def _epoch(self, taken: Taken, state: TrainState) -> Epoch:
+        progress = self.progress
+        bounds = np.array(progress.bounds)
+        seen = bounds[np.isfinite(bounds)]
+        return Epoch(
+            len(progress.epochs) + 1,
+            float(seen.mean()) if len(seen) else math.nan,
+            math.nan if self.validation is None else self.bound_of(self.validation),
+            float(np.mean(progress.divergences)),
+            taken.rate,
+            self._beta,
+            state.guard.skipped - progress.skipped,
+            self.session.clock.seconds,
+        )
 
-    def _set(self, vector: Tensor) -> None:
-        """Give all parameters the values of a vector."""
-        self.flat.set(vector)
-        self.finest.follow()
-
-    def _judge(self, told: Epoch) -> None:
-        state = self.state
+    def _validate(self, epoch: Epoch) -> None:
+        """Keep the parameters of the epoch with the best validation bound."""
+        progress = self.progress
         if self.validation is None:
             return
-        if told.validation > state.best_bound:
-            state.best, state.best_bound, state.since = self.flat.copy(), told.validation, 0
+        if epoch.validation > progress.best_bound:
+            progress.best, progress.best_bound = self.gradient.vector(), epoch.validation
+            progress.since = 0
         else:
-            state.since += 1
+            progress.since += 1
 
     def _tired(self) -> bool:
         patience = self.settings.patience
-        return patience is not None and self.state.since >= patience
+        return patience is not None and self.progress.since >= patience
 
-    def _batches(self, epoch: int) -> Iterator[Batch]:
+    def _order(self, step: int) -> Iterator[Batch]:
+        """The batches of an epoch from a step on."""
+        epoch, done = divmod(step, self.steps)
         generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
         order = self.rows[torch.randperm(len(self.rows), generator=generator)]
         # As equal as can be: a last batch of a few rows would take as long a step as a whole one.
-        parts = order.tensor_split(self.steps)
+        parts = order.tensor_split(self.steps)[done:]
         arguments = self.target.arguments
         items = arguments.items()
         if items is None or not self.settings.workers:
@@ -299,22 +287,6 @@ class RowTrainer:
         )
         for batch in loader:
             yield batch.to(self.target.device)
-
-    def _precision(self) -> AbstractContextManager[Any]:
-        if not self.settings.amp or self.target.device.type != "cuda":
-            return nullcontext()
-        return torch.autocast("cuda", torch.bfloat16)
-
-    def _bar(self, total: int, done: int) -> tqdm[Any]:
-        hidden = distributed.rank() > 0 or not self.progress or not sys.stderr.isatty()
-        return tqdm(
-            total=total,
-            initial=done,
-            desc=self.target.name,
-            unit="step",
-            disable=hidden,
-            dynamic_ncols=True,
-        )
 
 
 class _Numbered(Dataset[Any]):

@@ -1,4 +1,4 @@
-"""What is known of a guide by fresh draws, and which of several is the best."""
+"""Evaluate a guide on fresh draws, and find the best of several."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from flowvi.objectives.estimate import Estimate
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.registry import Objective
 from flowvi.objectives.renyi_bound import Renyi
-from flowvi.training.records import Judged
+from flowvi.training.records import Evaluation
 
 # Gaps below this are known better than bounds.
 NARROW = 0.1
 
 
-def judge(
+def evaluate(
     objective: Objective, log_p: LogDensity, guide: Guide, seed: int, draws: int, at_once: int
-) -> Judged:
+) -> Evaluation:
     """Bound and gap on fresh draws; random numbers go on as if none had been taken.
 
     Args:
@@ -50,7 +50,7 @@ def judge(
     known = isinstance(objective, Renyi) and np.isfinite(weights).all()
     values = torch.cat(bounds).double()
     bound = float(values.mean())
-    return Judged(
+    return Evaluation(
         # Infinite densities are the rounding of draws far out.
         bound if math.isfinite(bound) else -math.inf,
         float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
@@ -59,7 +59,7 @@ def judge(
     )
 
 
-def best_of(found: Mapping[str, Judged]) -> str:
+def best_of(found: Mapping[str, Evaluation]) -> str:
     """The name of the best: by the bound and, where noise hides a difference, by the gap.
 
     Near the target the gap has far less noise than the bound. Alone it would favour a

@@ -76,11 +76,11 @@ class Level:
             low, self.best, high = statistics.quantiles(self.values, n=4)
             self.spread = high - low
 
-    def state(self) -> Tensor:
+    def state_dict(self) -> Tensor:
         """All of it, (2 + steps)."""
         return torch.tensor([self.best, self.spread, *self.values], dtype=torch.float64)
 
-    def restore(self, state: Tensor) -> None:
+    def load_state_dict(self, state: Tensor) -> None:
         """Be as when a state was taken."""
         self.best, self.spread, *values = state.tolist()
         self.values.extend(values)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -15,7 +15,7 @@ from flowvi.targets.outside import movable, observed, values
 from flowvi.targets.vectors import label
 
 
-def blamed(
+def explain_nonfinite(
     target: Target,
     guide: Guide,
     bound: Tensor,
@@ -76,14 +76,12 @@ def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor]
 
 def _operation(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:
     """The operation whose backward pass returned the first NaN, if one did."""
-    rows: Sequence[Tensor] = [] if batch is None else list(batch.values())
-    own = [p for name, p in target.named_parameters() if name.startswith("own_")]
     point = z.detach()[None].requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
             with torch.autograd.detect_anomaly(check_nan=True):
-                value = target.density.batched(point, *own, *rows).sum()
+                value = target.plain(point, batch).sum()
                 torch.autograd.grad(value, point, allow_unused=True)
         except RuntimeError as error:
             found = re.search(r"Function '(\w+)' returned nan", str(error))

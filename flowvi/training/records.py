@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 # What is random in a restart; each has a stream of its own.
-BUILD, TRIAL, TRAIN, JUDGE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
+BUILD, TRIAL, TRAIN, EVALUATE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
 
 
 class Step(NamedTuple):
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One step in the history of a fit."""
+    """One step in the history of a fit of latents that all rows share."""
 
     bound: float
     grad_norm: float
@@ -46,7 +46,7 @@ class Row(NamedTuple):
     stage: int
 
 
-class Judged(NamedTuple):
+class Evaluation(NamedTuple):
     """A guide on fresh draws.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""How far a stage of training has come: all that its next step depends on."""
+"""The state of a training: all that its next step depends on."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from flowvi.training.records import Record
 
 GOOD_EVERY = 50
 MOST_HALVINGS = 3
-# What a state has of a course as it is.
+# What a checkpoint has of a state as it is.
 PLAIN = ("falling", "ended", "step", "steady", "began", "rate", "halvings")
 
 
 @dataclass
-class Course:
-    """Where a stage is, and the parameters with it.
+class TrainState:
+    """Where a training is, and the parameters with it: for checkpoint, rollback and resume.
 
     Args:
         guide: What is trained.
@@ -72,53 +72,53 @@ class Course:
         self.marks = self.record.marks()
         self._good = self._here()
 
-    def fall(self, now: float) -> None:
+    def start_decay(self, now: float) -> None:
         """Go over to steps of falling size."""
         self.falling, self.ended = True, False
         self.steady, self.step, self.began, self.rate = self.step, 0, now, 0.0
         self.guard = Guard()
 
     @property
-    def lost(self) -> bool:
+    def exhausted(self) -> bool:
         """Whether no smaller step is left to try."""
         return self.halvings > MOST_HALVINGS
 
-    def note(self) -> None:
+    def snapshot(self) -> None:
         """Take the present state for a good one now and then, where no step has just failed."""
         if self.step % GOOD_EVERY == 0 and not self.guard.failing and not self.level.low:
             self._good = self._here()
 
-    def back(self) -> None:
+    def rollback(self) -> None:
         """Return to the last good state, with half the step."""
         vector, optimiser = self._good
         self._set(vector)
-        self.optimiser.restore(optimiser)
+        self.optimiser.load_state_dict(optimiser)
         self.guard.forget()
         self.level.values.clear()
         self.halvings += 1
 
-    def state(self) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """All of it, as `write_state` takes it."""
         good, optimiser = self._good
         return {
             "guide": tensors_of(self.guide),
             "parameters": self.vector(),
-            "optimiser": self.optimiser.state(),
+            "optimiser": self.optimiser.state_dict(),
             "good": [good, optimiser],
             "start": self.start,
             "record": self.record.since(self.marks),
             "plain": {name: getattr(self, name) for name in PLAIN},
             "plateau": [self.plateau.values, self.plateau.in_a_row],
             "guard": [list(self.guard.norms), list(self.guard.failures), self.guard.skipped],
-            "level": self.level.state(),
+            "level": self.level.state_dict(),
             "average": [self.average.mean, self.average.count],
         }
 
-    def restore(self, state: Mapping[str, Any]) -> None:
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Be where a state was taken."""
         fill(self.guide, state["guide"], "The checkpoint")
         self._set(state["parameters"])
-        self.optimiser.restore(state["optimiser"])
+        self.optimiser.load_state_dict(state["optimiser"])
         self.start = state["start"].to(self.start)
         good, optimiser = state["good"]
         self._good = (good.to(self.start), optimiser)
@@ -130,7 +130,7 @@ class Course:
         self.guard.norms.extend(norms)
         self.guard.failures.extend(failures)
         if "level" in state:  # states of earlier versions have none
-            self.level.restore(state["level"])
+            self.level.load_state_dict(state["level"])
         mean, self.average.count = state["average"]
         self.average.mean = None if mean is None else mean.to(self.start)
 
@@ -142,4 +142,4 @@ class Course:
         self.give(vector.to(self.start))
 
     def _here(self) -> tuple[Tensor, dict[str, Any]]:
-        return self.vector(), self.optimiser.state()
+        return self.vector(), self.optimiser.state_dict()

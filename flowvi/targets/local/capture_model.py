@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime.rng import own_randomness
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.row_checks import check_rows
 from flowvi.targets.local.row_functions import RowFunctionsOfModel, only_row
 from flowvi.targets.local.rows import Batch
@@ -22,12 +23,11 @@ from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.recording.capture import Trial, capture, capture_values
 from flowvi.targets.schema import ModelError
-from flowvi.targets.target import Target
 from flowvi.targets.vectors import finite_points, nearby
 
 
 def from_local_model(
-    runner: Runner, name: str, plate: str, again: Callable[[str, Runner], Target]
+    runner: Runner, name: str, plate: str, again: Callable[[str, Runner], GlobalTarget]
 ) -> LocalTarget:
     """Capture a model whose sites in a plate are local.
 
@@ -53,7 +53,7 @@ class _LocalCapture:
     """One model with local latents on its way to a target."""
 
     def __init__(
-        self, rows: Rows, name: str, plate: str, again: Callable[[Runner], Target]
+        self, rows: Rows, name: str, plate: str, again: Callable[[Runner], GlobalTarget]
     ) -> None:
         self.rows, self.name, self.again = rows, name, again
         self.sites = RowSites(rows, name, plate)

@@ -86,6 +86,10 @@ class RowPrograms:
         """Drop all records, such as after a change of device."""
         self.programs.clear()
 
+    def begin(self, seen: Sequence[int] = ()) -> None:
+        """Record anew, as after evaluations of these numbers of rows."""
+        self.programs = OrderedDict((int(number), None) for number in seen)
+
     def _recorded(
         self,
         flat: Tensor,

@@ -9,6 +9,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.row_functions import RowFunctionsOfModel, both, only_row
 from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.handlers import FromVector, ToVector
@@ -18,7 +19,6 @@ from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.recording.capture import Trial, capture
 from flowvi.targets.recording.program import Density
 from flowvi.targets.schema import Facts, Functions
-from flowvi.targets.target import Target
 from flowvi.targets.vectors import split
 
 
@@ -62,8 +62,8 @@ class SharedPrior:
         return handler.ladj
 
     def target(
-        self, name: str, thetas: Sequence[Tensor], capture_again: Callable[[Runner], Target]
-    ) -> Target:
+        self, name: str, thetas: Sequence[Tensor], capture_again: Callable[[Runner], GlobalTarget]
+    ) -> GlobalTarget:
         """The prior as a target.
 
         Args:
@@ -88,7 +88,7 @@ class SharedPrior:
         rerun = rerunner(runner, self.layout, capture_again)
         functions = Functions(self.values, self.inverse, rerun=rerun)
         density = Density(batched, frozen=not own)
-        return Target(facts, density, functions, trial, runner.parameters.leaves)
+        return GlobalTarget(facts, density, functions, trial, runner.parameters.leaves)
 
     def _from_theta(self, theta: Tensor) -> FromVector:
         layout = self.layout

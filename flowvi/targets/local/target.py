@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.distributions.constraints import Constraint
 from torch.utils._pytree import tree_map
 
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.mapping import mapped
 from flowvi.targets.local.program import RowPrograms
 from flowvi.targets.local.rows import NOWHERE, Batch, Call
@@ -21,7 +21,7 @@ from flowvi.targets.schema import ModelError
 from flowvi.targets.target import Target
 
 
-class LocalTarget(nn.Module):
+class LocalTarget(Target):
     r"""The log densities of the rows of a plate, each with a latent vector z_n of its own.
 
     .. math:: \log p(x_n, z_n \mid \theta) + \log|\det \partial / \partial z_n|
@@ -53,7 +53,7 @@ class LocalTarget(nn.Module):
         self,
         facts: LocalFacts,
         functions: RowFunctions,
-        shared: Target | None = None,
+        shared: GlobalTarget | None = None,
         own: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         super().__init__()
@@ -65,15 +65,12 @@ class LocalTarget(nn.Module):
         self.dim = max(s.stop for s in facts.slices.values())
         self.has_parts = facts.parts
         self.columns, self.messages = facts.columns, facts.messages
-        self._parameters_of_model = facts.parameters
         self.shared = shared
         self._functions = functions
         self._terms = functions.terms
         together = functions.together
         self._programs = None if together is None else RowPrograms(together)
-        self._count = len(own or {})
-        for i, p in enumerate((own or {}).values()):
-            self.register_parameter(f"own_{i}", p)
+        self.register_own(own, facts.parameters)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -83,8 +80,15 @@ class LocalTarget(nn.Module):
     @property
     def device(self) -> torch.device:
         """Where the densities are evaluated."""
-        held = [*self._own, *self._terms.buffers()]
+        held = [*self.model_parameters, *self._terms.buffers()]
         return held[0].device if held else torch.device("cpu")
+
+    def begin(self, uses: Any = ()) -> None:
+        if self._programs is not None:
+            self._programs.begin(uses)
+
+    def uses(self) -> Any:
+        return [] if self._programs is None else list(self._programs.programs)
 
     def batch(self, index: Tensor | Sequence[int] | None = None) -> Batch:
         """Rows of the data that the model was captured with; all of them by default."""
@@ -178,14 +182,6 @@ class LocalTarget(nn.Module):
             raise ModelError(f"{self.name} is a plain density; it is not called.")
         return self._functions.called(args, kwargs)
 
-    @property
-    def parameters_of_model(self) -> dict[str, tuple[nn.Parameter, Constraint]]:
-        """Parameters of the model itself, unconstrained, with the constraints on their values."""
-        return {
-            name: (getattr(self, f"own_{i}"), constraint)
-            for i, (name, constraint) in enumerate(self._parameters_of_model.items())
-        }
-
     def unconstrain(
         self, values: Mapping[str, Any], batch: Any = None, theta: Tensor | None = None
     ) -> Tensor:
@@ -247,7 +243,7 @@ class LocalTarget(nn.Module):
             data[self.columns[name]] = torch.as_tensor(values[name]).to(old)
         return Batch(batch.places, tuple(data))
 
-    def predictive(
+    def predictive(  # type: ignore[override]
         self, z: Tensor, batch: Any = None, theta: Tensor | None = None, seed: int = 0
     ) -> dict[str, np.ndarray]:
         """Simulate the data of rows given their latent vectors. (*S, B, D) -> (*S, B, *shape)."""
@@ -265,10 +261,6 @@ class LocalTarget(nn.Module):
         shared = "" if self.shared is None else f"; shared: {self.shared.dim}"
         what = f"D = {self.dim} for each of {self.rows} rows; {sizes}{shared}"
         return f"LocalTarget({self.name}: {what})"
-
-    @property
-    def _own(self) -> list[Tensor]:
-        return [getattr(self, f"own_{i}") for i in range(self._count)]
 
     def _simulated(self) -> RowSimulator:
         if self._functions.simulate is None:
@@ -299,8 +291,10 @@ class LocalTarget(nn.Module):
         z = z.reshape(many, common.numel(), *z.shape[-2:]).to(function.dtype)
         shared = [] if theta is None else [theta.reshape(-1, theta.shape[-1]).to(function.dtype)]
         cast = [t.to(function.dtype) if t.is_floating_point() else t for t in rows.data]
-        alone = partial(mapped, function, z, shared, self._own, cast)
-        out = alone() if programs is None else programs(alone, z, shared, self._own, cast)
+        alone = partial(mapped, function, z, shared, self.model_parameters, cast)
+        out = (
+            alone() if programs is None else programs(alone, z, shared, self.model_parameters, cast)
+        )
 
         def shaped(t: Tensor) -> Tensor:
             return t.reshape(*lead, *t.shape[2:])

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from flowvi.runtime.rng import own_randomness
 from flowvi.targets import subsampling
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.pyro import checks, data_checks
 from flowvi.targets.pyro.bijections import bijection_of
 from flowvi.targets.pyro.handlers import FromVector, ToVector, observes, store_aside
@@ -28,7 +29,6 @@ from flowvi.targets.pyro.violations import violation
 from flowvi.targets.recording.capture import Trial, agree, capture
 from flowvi.targets.recording.program import Density
 from flowvi.targets.schema import Facts, Functions, ModelError, Simulator
-from flowvi.targets.target import Target
 from flowvi.targets.vectors import TRIES, finite_points, nearby, split
 
 RUNS = 3
@@ -56,7 +56,7 @@ class PyroCapture:
         self.summation = self._summation()
         self.reported = [*self.layout.sites, *self._deterministics()]
 
-    def target(self, replace: bool = False) -> Target:
+    def target(self, replace: bool = False) -> GlobalTarget:
         """Find points, capture the density and put the target together.
 
         Args:
@@ -75,7 +75,7 @@ class PyroCapture:
         likelihood = self._log_likelihood if self._has_rows(trial) else None
         discrete = self._probabilities if self.summation else None
         again = rerunner(self.runner, self.layout, partial(capture_runner, self.name))
-        return Target(
+        return GlobalTarget(
             facts,
             Density(batched, frozen=not self.parameters),
             Functions(
@@ -348,7 +348,7 @@ class PyroCapture:
         return torch.cat([u.reshape(-1) for u in self.layout.latent(found).values()])
 
 
-def capture_runner(name: str, runner: Runner) -> Target:
+def capture_runner(name: str, runner: Runner) -> GlobalTarget:
     """A model on other arguments than those of a fit."""
     with own_randomness(0):
         return PyroCapture(runner, name).target()

@@ -9,6 +9,7 @@ from typing import Any, overload
 import torch
 
 from flowvi.runtime.rng import own_randomness
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.capture_model import from_local_model
 from flowvi.targets.local.target import LocalTarget
 from flowvi.targets.pyro import checks
@@ -16,13 +17,12 @@ from flowvi.targets.pyro.capture_model import PyroCapture, capture_runner
 from flowvi.targets.pyro.naming import name_of
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.schema import ModelError
-from flowvi.targets.target import Target
 
 
 @overload
 def from_pyro(
     model: Callable[..., Any], *args: Any, local: None = None, **kwargs: Any
-) -> Target: ...
+) -> GlobalTarget: ...
 
 
 @overload
@@ -31,7 +31,7 @@ def from_pyro(model: Callable[..., Any], *args: Any, local: str, **kwargs: Any) 
 
 def from_pyro(
     model: Callable[..., Any], *args: Any, local: str | None = None, **kwargs: Any
-) -> Target | LocalTarget:
+) -> GlobalTarget | LocalTarget:
     """Capture a Pyro model as a log density on R^D.
 
     The model runs a few times now and never again while a guide is fitted:
@@ -58,14 +58,16 @@ def from_pyro(
     with own_randomness(0):
         runner = Runner(model, args, kwargs)
         if local is not None:
-            return from_local_model(runner, name_of(model), local, capture_runner)
+            rows = from_local_model(runner, name_of(model), local, capture_runner)
+            rows.made = partial(from_pyro, model, *args, local=local, **kwargs)
+            return rows
         target = PyroCapture(runner.in_precision(torch.float64), name_of(model)).target()
     target.made = partial(from_pyro, model, *args, **kwargs)
     return target
 
 
-def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> Target:
-    """Capture a Pyro model once for many data sets: `Target.observing` replaces the data.
+def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> GlobalTarget:
+    """Capture a Pyro model once for many data sets: `GlobalTarget.observing` replaces the data.
 
     The observed values are inputs of what is recorded. What the model derives from its
     arguments by itself stays as it is.

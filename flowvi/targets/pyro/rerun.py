@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowvi.runtime.rng import own_randomness
 from flowvi.targets import subsampling
+from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.imputed import Missing, missing_of
 from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.handlers import is_deterministic, observes
@@ -20,7 +21,6 @@ from flowvi.targets.pyro.layout import Layout, dims_of
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.pyro.simulate import CHUNK, ManyRuns
 from flowvi.targets.schema import ModelError, Rerun
-from flowvi.targets.target import Target
 
 # Numbers of all sites' values that are held at a time.
 NUMBERS = 5_000_000
@@ -28,8 +28,8 @@ NUMBERS = 5_000_000
 Arrays = dict[str, np.ndarray]
 
 
-def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], Target]) -> Rerun:
-    """A function that runs a model on other arguments; see `Target.rerun`.
+def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], GlobalTarget]) -> Rerun:
+    """A function that runs a model on other arguments; see `GlobalTarget.rerun`.
 
     Args:
         runner: The model with the arguments that it was fitted to.
@@ -120,7 +120,7 @@ def _drawn(
     return {n: v.cpu().numpy() for n, v in out.items() if n not in missing or v.shape[1]}
 
 
-def _scores(target: Target, values: dict[str, Tensor]) -> Arrays:
+def _scores(target: GlobalTarget, values: dict[str, Tensor]) -> Arrays:
     """Pointwise log likelihood of the data, in chunks."""
     with torch.no_grad():
         z = target.unconstrain(values)

@@ -2,71 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowvi.guides.guide import Guide, LogDensity
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
+from flowvi.runtime.clock import Clock
 from flowvi.runtime.memory import ANY
-from flowvi.runtime.rng import random_state, set_random_state
+from flowvi.runtime.rng import own_randomness, random_state, set_random_state, stream
 from flowvi.targets import Target
 from flowvi.training.compiling import Accelerator, Compile
 from flowvi.training.evaluation import estimate
-from flowvi.training.flat import Finest, Flat
-from flowvi.training.nonfinite import blamed
+from flowvi.training.flat import Flat
+from flowvi.training.gradient import Gradient, Say, trained
+from flowvi.training.nonfinite import explain_nonfinite
 from flowvi.training.settings import Settings
 
 
-class Gradients:
-    """Bounds on fresh draws, and the gradient of minus the bound.
+class DrawGradient(Gradient):
+    """Bounds over draws of the guide, and the gradient of minus the bound.
+
+    Called with the number of independent estimates of the objective.
 
     Args:
         target: The log density.
         guide: The guide.
         settings: What the user asked for.
-        say: Takes a sentence about what is compiled.
+        clock: Of the fit.
+        say: Takes a line of the log.
 
     Attributes:
         log_density: What the guide is fitted to; a density of another temperature can take the
             target's place.
         fast: The compiled gradient, once there is one.
-        trained: Parameters of the guide and the target's own, in the order of the gradient and
-            in the finest precision among them; see `follow`.
-        answer: What the callback of this process said to the last step, for the others to hear.
-        stopped: Whether that of the first process has said to stop, as the last step told.
     """
 
     def __init__(
-        self, target: Target, guide: Guide, settings: Settings, say: Callable[[str], None]
+        self, target: Target, guide: Guide, settings: Settings, clock: Clock, say: Say
     ) -> None:
-        self.target, self.guide, self.settings = target, guide, settings
+        super().__init__(target, guide, clock)
+        self.settings = settings
         self.log_density: LogDensity = target.log_prob
-        self._finest = Finest(_trained(guide, target))
-        self.trained = self._finest.tensors
         self.say = say
         # Every step is taken in it; bounds that are reported are of the guide itself.
         single = guide.in_single()
-        alike = single and len(_trained(single, target)) == len(self.trained)
+        alike = single and len(trained(single, target)) == len(self.trained)
         self._worker = single if single and alike else guide
-        self.fast = self._accelerator(_compiled(settings))
+        self.fast = self._accelerator(_compiled(settings, target))
         self._before = random_state()
-        self.answer = self.stopped = False
+        self._repeats = 1
+
+    @property
+    def whole(self) -> Tensor | None:
+        return self.fast.whole
 
     def _accelerator(self, compile: Compile) -> Accelerator:
         modules = [self._worker, self.target]
         return Accelerator(modules, self.trained, self._bound, self._unit, compile, self.say)
 
-    def follow(self) -> None:
-        """Give parameters of a coarser precision the values of `trained`, which stand for them."""
-        self._finest.follow()
-
     def in_double(self) -> None:
-        """Do everything in the precision of the guide from now on."""
         if self._worker is self.guide:
             return
         self.say("from here in double precision")
@@ -80,7 +79,15 @@ class Gradients:
 
         Each skips the random numbers of the others.
         """
-        self._before = random_state()
+        self._before, self._repeats = random_state(), repeats
+        if self.target.stochastic and distributed.size() > 1:
+            bound, flat = self._with_own_noise(repeats)
+        else:
+            bound, flat = self._with_one_noise(repeats)
+        return self.averaged(bound, flat, None if self._worker is self.guide else torch.float32)
+
+    def _with_one_noise(self, repeats: int) -> tuple[Tensor, Tensor]:
+        """Each process takes its part of one stream of random numbers, and skips the others'."""
         objective = self.settings.objective
         for process in range(distributed.size()):
             rows = self._rows()
@@ -89,13 +96,13 @@ class Gradients:
             elif isinstance(objective, Renyi):
                 for part in self.parts(repeats):
                     self._worker.skip((objective.particles, part))
-        single = None if self._worker is self.guide else torch.float32
-        told = *self.settings.clock.told(), self.answer
-        bound, flat, heard = distributed.averaged(bound, flat, told, single)
-        if distributed.size() > 1:
-            self.settings.clock.hear(*heard[:2])
-            self.stopped = bool(heard[2])
         return bound, flat
+
+    def _with_own_noise(self, repeats: int) -> tuple[Tensor, Tensor]:
+        """Each process has a stream of its own, where the density draws random numbers too."""
+        seed = int(torch.randint(2**62, ()))
+        with own_randomness(stream(seed, distributed.rank())):
+            return self._whole(repeats, self._rows())
 
     def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Bound and gradient of all draws, in one part if it fits memory."""
@@ -141,9 +148,11 @@ class Gradients:
         ]
 
     def in_parts(self, z: Tensor) -> Tensor:
-        """The log density of many points, in parts that fit memory. (*S, D) -> (*S)."""
+        """The log density by which guides are compared, in parts that fit memory."""
+        plain = self.log_density == self.target.log_prob
+        density = self.target.compared if plain else self.log_density
         parts = z.reshape(-1, z.shape[-1]).split(self.target.chunk())
-        return torch.cat([self.log_density(part) for part in parts]).reshape(z.shape[:-1])
+        return torch.cat([density(part) for part in parts]).reshape(z.shape[:-1])
 
     @contextmanager
     def together(self) -> Iterator[None]:
@@ -167,9 +176,9 @@ class Gradients:
             torch.arange(batch, device=self.target.device)
             for _, batch in self.target.subsampled.values()
         ]
-        self.fast.consider(seconds, rows, self.settings.clock.asked_alone)
+        self.fast.consider(seconds, rows, self.clock.asked_alone)
 
-    def blamed(self, repeats: int) -> str:
+    def explain_nonfinite(self) -> str:
         """What was not finite in the step before, which is evaluated again."""
         after, seen = random_state(), []
         set_random_state(self._before)
@@ -179,21 +188,17 @@ class Gradients:
             seen.append(z)
             return self.target.log_prob(z, batch) if batch else self.log_density(z)
 
-        for part in self.parts(repeats):
+        for part in self.parts(self._repeats):
             bound = estimate(self.settings.objective, log_p, self.guide, part).bound.mean()
             if not bound.isfinite():
                 break
-        words = blamed(self.target, self.guide, bound, seen[-1], batch)
+        words = explain_nonfinite(self.target, self.guide, bound, seen[-1], batch)
         set_random_state(after)
         return words
 
 
-def _trained(*modules: nn.Module) -> list[Tensor]:
-    return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
-
-
-def _compiled(settings: Settings) -> Compile:
+def _compiled(settings: Settings, target: Target) -> Compile:
     """Several processes would compile the same on processors that they need."""
-    if not isinstance(settings.objective, Renyi):
+    if not isinstance(settings.objective, Renyi) or target.stochastic:
         return False
     return False if distributed.size() > 1 and settings.compile == "auto" else settings.compile

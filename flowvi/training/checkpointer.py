@@ -1,4 +1,4 @@
-"""The pieces of a fit: done once, and read when the fit goes on after it was cut off."""
+"""Checkpoints: what a fit saves on its way, and reads when it goes on after it was cut off."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flowvi.runtime import distributed
 from flowvi.runtime.checkpoint_folder import Shelf, said
 from flowvi.runtime.clock import Clock, droppable
 from flowvi.runtime.rng import random_state, set_random_state
-from flowvi.targets.recording.program import Density
+from flowvi.targets import Target
 
 if TYPE_CHECKING:
     from flowvi.training.records import Record
@@ -25,32 +25,33 @@ EVERY, SPARED = 10.0, 100.0
 T = TypeVar("T")
 
 
-class Journal:
-    """Pieces of a fit, each of which depends on the seed and on those before it alone.
+class Checkpointer:
+    """Saves the state of a fit, and takes it up again after the fit was cut off.
 
-    What came of a piece is kept on a shelf. When the same fit begins again, it is
-    read instead of done. A piece that takes long keeps states on its way and
-    goes on from the newest that is whole. Without a shelf nothing is kept.
+    A fit consists of pieces, each of which depends on the seed and on the pieces before it
+    alone. The result of a piece is saved in a checkpoint folder. When the same fit begins again,
+    it is read instead of computed. A long piece saves states on its way, and goes on from the
+    newest that is whole. Without a folder nothing is saved.
 
     Args:
         clock: Of the fit; it goes on from where it was.
-        density: What is evaluated; likewise.
-        shelf: Where states are kept.
-        kept: Called whenever a piece was kept.
+        target: The density; its count of evaluations goes on likewise.
+        shelf: The checkpoint folder.
+        saved: Called whenever a result was saved.
     """
 
     def __init__(
         self,
         clock: Clock,
-        density: Density | None = None,
+        target: Target | None = None,
         shelf: Shelf | None = None,
-        kept: Callable[[], object] = lambda: None,
+        saved: Callable[[], object] = lambda: None,
     ) -> None:
-        self.clock, self.density, self.shelf, self.kept = clock, density, shelf, kept
+        self.clock, self.target, self.shelf, self.saved = clock, target, shelf, saved
         self._place, self._what = 0, ""
         self._last, self._pause = time.perf_counter(), EVERY
 
-    def once(
+    def run_once(
         self,
         what: str,
         record: Record,
@@ -58,16 +59,16 @@ class Journal:
         pack: Callable[[T], Any],
         unpack: Callable[[Any], T],
     ) -> T:
-        """Do a piece of the fit, or read what came of it.
+        """Compute a piece of the fit, or read its result.
 
         Args:
             what: A name for it.
             record: To which it adds.
-            work: Does it.
-            pack: Its result, as `write_state` takes it.
-            unpack: The result again, with all that `work` changed beside it.
+            work: Computes it.
+            pack: From its result to a state, as `write_state` takes it.
+            unpack: From a state to the result, with all that `work` changed beside it.
         """
-        self._place, self._what = self._place + 1, what
+        self.begin(what)
         found = self._found()
         if found is not None:
             record.extend(found["record"])
@@ -84,36 +85,42 @@ class Journal:
             with droppable(False):
                 self.shelf.put_piece(what, self._place, state)
                 with said(self.shelf.folder):
-                    self.kept()
+                    self.saved()
         return result
 
-    def parameters(self, of: nn.Module, record: Record) -> None:
-        """Have parameters that are not made here begin as they did."""
+    def begin(self, what: str) -> None:
+        """Begin the next piece, which saves states alone."""
+        self._place, self._what = self._place + 1, what
+
+    def own_state(self, target: Target, record: Record) -> None:
+        """Have parameters that the fit did not make begin as they did."""
 
         def begin(values: Sequence[Tensor]) -> None:
             with torch.no_grad():
-                for p, value in zip(of.parameters(), values, strict=True):
-                    p.copy_(value)
+                for held, value in zip(target.own_state().values(), values, strict=True):
+                    held.copy_(value)
 
-        if list(of.parameters()):
-            self.once("own", record, lambda: None, lambda _: [*of.parameters()], begin)
+        if target.own_state():
+            self.run_once(
+                "own", record, lambda: None, lambda _: [*target.own_state().values()], begin
+            )
 
-    def standing(self) -> Any:
+    def latest_state(self) -> Any:
         """The newest whole state of the present piece; None if it has to begin."""
         for entry in list(self.shelf.states) if self.shelf else []:
             state = self.shelf.read(entry) if self.shelf and entry.place == self._place else None
-            if state is not None:
+            if isinstance(state, dict) and "state" in state:
                 self._go_on(state)
                 return state["state"]
         return None
 
-    def offer(self, make: Callable[[], Any]) -> None:
-        """Keep a state of the present piece, unless the last one is recent."""
+    def save_if_due(self, make: Callable[[], Any]) -> None:
+        """Save a state of the present piece, unless the last one is recent."""
         if self.shelf is not None and time.perf_counter() - self._last >= self._pause:
-            self.keep(make)
+            self.save(make)
 
-    def keep(self, make: Callable[[], Any]) -> None:
-        """Keep a state of the present piece."""
+    def save(self, make: Callable[[], Any]) -> None:
+        """Save a state of the present piece."""
         if self.shelf is None or distributed.rank():
             return
         began = time.perf_counter()
@@ -127,14 +134,14 @@ class Journal:
         return {
             "random": random_state(),
             "seconds": self.clock.own_seconds,
-            "uses": [] if self.density is None else self.density.uses(),
+            "uses": [] if self.target is None else self.target.uses(),
         }
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
         set_random_state(state["random"])
         self.clock.set(state["seconds"])
-        if self.density is not None:
-            self.density.begin(state["uses"])
+        if self.target is not None:
+            self.target.begin(state["uses"])
 
     def _found(self) -> Any:
         shelf, place = self.shelf, self._place

@@ -1,0 +1,107 @@
+"""The first guide of a restart: the one asked for, or a flow for what the Gaussian leaves over."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.restart import Restart
+from flowvi.guides.guide import FULL_RANK_DIM, Guide
+from flowvi.guides.registry import make_guide
+from flowvi.guides.skewed import HELD_DIM
+from flowvi.objectives.nested import NestedTarget
+from flowvi.runtime.clock import Interrupted
+from flowvi.runtime.tensors import fill, tensors_of
+
+AUTO = "auto"
+# Couplings for a gap of more than a nat, and for a smaller one.
+WIDE_GAP, MANY_COUPLINGS, FEW_COUPLINGS = 1.0, 12, 8
+# Largest D for which a nested fit has correlations between all shared latents by default.
+NESTED_DIM = 500
+
+
+def first_guide(restart: Restart) -> Candidate:
+    """The guide that a restart begins with, at the start that it found."""
+    target, guide = restart.target, restart.given
+    if guide is not None:
+        return restart.session.checkpointer.run_once(
+            "guide",
+            restart.record,
+            lambda: restart.started(_own(guide)) if restart.fresh else _placed(restart, guide),
+            lambda candidate: tensors_of(candidate.guide),
+            lambda tensors: _given(restart, guide, tensors),
+        )
+    if restart.name != AUTO:
+        return restart.started(Candidate(make_guide(restart.name, target.dim), restart.name))
+    if isinstance(target, NestedTarget):
+        name = "fullrank" if target.dim <= NESTED_DIM else "meanfield"
+        return restart.started(Candidate(make_guide(name, target.dim), name))
+    return _by_the_gap(restart)
+
+
+def flow(restart: Restart, sizes: dict[str, Any], name: str = "realnvp") -> Candidate:
+    """A fresh flow on top of the best Gaussian."""
+    guide = make_guide(name, restart.target.dim, **sizes)
+    words = ", ".join(f"{key} {value}" for key, value in sizes.items())
+    title = f"{name} ({words})" if words else name
+    restart.record.log.append(f"guide: {title} on top of the Gaussian")
+    return restart.started(Candidate(guide, name, sizes))
+
+
+def _by_the_gap(restart: Restart) -> Candidate:
+    """The Gaussian where it leaves next to nothing; otherwise couplings, or couplings and skews."""
+    target, settings, schedule = restart.target, restart.settings, restart.schedule
+    name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
+    gaussian = restart.started(Candidate(make_guide(name, target.dim), name))
+    gap = restart.stages(gaussian.guide).evaluate().gap
+    restart.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
+    if gap < schedule.nothing_left or restart.session.clock.interrupted:
+        return gaussian
+    if target.dim > HELD_DIM:
+        return flow(restart, {}, "skewed")
+    plain = flow(restart, {"depth": MANY_COUPLINGS if gap > WIDE_GAP else FEW_COUPLINGS})
+    asked = settings.steps is not None or settings.lr is not None
+    much = gap > schedule.much and restart.searches(gap)
+    # Parameters of the model belong to the guide that they were trained with.
+    alike = not target.subsampled and not list(target.parameters())
+    return _raced(restart, plain) if much and alike and not asked else plain
+
+
+def _raced(restart: Restart, plain: Candidate) -> Candidate:
+    """Couplings, or couplings and skews, if those get clearly further in as many steps."""
+    schedule = restart.schedule
+    racers = (plain, flow(restart, plain.sizes, "skewed"))
+    try:
+        stages = [restart.stages(candidate.guide) for candidate in racers]
+        found = [restart.tried(one) for one in stages]
+        if found[1].bound > found[0].bound + schedule.ahead:
+            pairs = zip(stages, found, strict=True)
+            found = [restart.tried(one, trial.lr) for one, trial in pairs]
+    except Interrupted:
+        return plain
+    best = found[1].bound > found[0].bound + schedule.further
+    candidate, trial = racers[best], found[best]
+    candidate.lr = trial.lr
+    restart.record.log.append(f"the guide is {candidate.name}, by these trials")
+    return candidate
+
+
+def _given(restart: Restart, guide: Guide, tensors: Mapping[str, Tensor]) -> Candidate:
+    """The user's own guide, as it was when the fit began."""
+    fill(restart.placed(guide), tensors, "The checkpoint")
+    return _own(guide)
+
+
+def _placed(restart: Restart, guide: Guide) -> Candidate:
+    """A guide that goes on from where it is."""
+    return _own(restart.placed(guide))
+
+
+def _own(guide: Guide) -> Candidate:
+    """A guide of the user's own, with the sizes that build it again, where they are known."""
+    if guide.spec is not None:
+        return Candidate(guide, guide.kind, guide.spec)
+    return Candidate(guide, type(guide).__name__)

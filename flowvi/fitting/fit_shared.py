@@ -1,0 +1,200 @@
+"""Fit latents that all rows share: restarts, one after the other or by an executor."""
+
+from __future__ import annotations
+
+import warnings
+from contextlib import suppress
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from flowvi._version import __version__
+from flowvi.diagnostics import Check
+from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.escalation import joined
+from flowvi.fitting.executors import Plan, run_in_executor, run_restart
+from flowvi.fitting.identity import guide_words, latents, log_density
+from flowvi.fitting.request import PARTICLES, Request
+from flowvi.fitting.restart import Restart, checked
+from flowvi.fitting.result import Fit, NestedFit
+from flowvi.guides.guide import Guide
+from flowvi.objectives.nested import NestedTarget
+from flowvi.objectives.registry import describe
+from flowvi.objectives.renyi_bound import Renyi
+from flowvi.runtime import distributed, memory
+from flowvi.runtime.checkpoint_folder import opened, said
+from flowvi.runtime.clock import Clock, Interrupted, droppable, interruptible
+from flowvi.runtime.rng import own_randomness, stream
+from flowvi.targets import Target
+from flowvi.targets.precision import spelled
+from flowvi.training.checkpointer import Checkpointer
+from flowvi.training.evaluation import particles_of
+from flowvi.training.records import CHECK, Record, Row
+from flowvi.training.schedule import Schedule
+from flowvi.training.settings import Session, Settings
+from flowvi.training.threads import best_threads
+
+# Folder of the best guide so far in that of a checkpoint.
+BEST = "fit"
+
+
+def fit_shared(request: Request) -> Fit:
+    """Run the restarts of a fit, and put their guides together; see `flowvi.fit`."""
+    target, settings = request.target, request.settings()
+    if isinstance(target, NestedTarget):
+        target.weighted = isinstance(settings.objective, Renyi) and settings.objective.alpha < 1
+    clock, folder = Clock(request.budget), request.folder
+    checkpointer = Checkpointer(clock, target)
+    session = Session(clock, checkpointer, request.progress, request.callback)
+    guide = cast(str | Guide, request.guide)
+    about = _about(target, guide, settings, request.restarts)
+    plan = Plan(target, guide, request.fresh, settings, about, folder, request.resume)
+    restarts: list[Restart] = []
+
+    def save() -> None:
+        ready = [r for r in restarts if r.record.stages]
+        if folder is not None and ready:
+            result = _result(target, ready, settings, clock, [r.candidate for r in ready])
+            result.save(folder / BEST)
+
+    checkpointer.saved = save
+    if request.executor is not None:
+        restarts += run_in_executor(plan, session, request.restarts, request.executor)
+    with (
+        own_randomness(),
+        memory.limited(settings.max_memory),
+        best_threads(target, request.particles or PARTICLES),
+        opened(folder, about, request.resume) as checkpointer.shelf,
+        interruptible(clock),
+    ):
+        target.begin()
+        if request.executor is None:
+            checkpointer.own_state(target, Record())
+        for number in range(len(restarts), request.restarts):
+            restarts.append(plan.restart(session, number))
+            run_restart(restarts[-1])
+            if restarts[-1].interrupted:
+                break
+        result = _finished(target, restarts, settings, clock)
+        if folder is not None and not distributed.rank():
+            with said(folder):
+                result.save(folder / BEST)
+    for failure in result.meta["failures"]:
+        warnings.warn(failure, stacklevel=4)
+    return result
+
+
+def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int) -> dict[str, Any]:
+    """The identity of a fit: a checkpoint is gone on with by the same one alone."""
+    about = {
+        "model": target.name,
+        "site": latents(target),
+        "log density": log_density(target),
+        "guide": guide_words(guide),
+        "objective": describe(settings.objective),
+        "steps": settings.steps,
+        "lr": settings.lr,
+        "repeats": settings.repeats,
+        "restarts": restarts,
+        "seed": settings.seed,
+        "escalate": settings.escalate,
+    }
+    if isinstance(target, NestedTarget):
+        about["rows"] = target.facts()
+    if settings.schedule != Schedule():
+        about["schedule"] = {k: v for k, v in asdict(settings.schedule).items() if k != "chains"}
+    return about
+
+
+def _finished(target: Target, restarts: list[Restart], settings: Settings, clock: Clock) -> Fit:
+    """The result of all restarts, with what their last check found."""
+    union = None
+    if settings.escalate and len(restarts) > 1:
+        with suppress(Interrupted), droppable():
+            union = joined(restarts)
+    candidates = [union] if union else [r.candidate for r in restarts]
+    result = _result(target, restarts, settings, clock, candidates)
+    result.meta["check"] = _check_of(target, candidates, settings, clock)
+    if result.chains is not None:
+        # Fewer of their draws are judged by all of them.
+        found = max(candidates, key=lambda c: c.bound).diagnosis
+        result.chains.meta["check"] = found and Check(found.verdict, None, found.draws)._asdict()
+    return result
+
+
+def _result(
+    target: Target,
+    restarts: list[Restart],
+    settings: Settings,
+    clock: Clock,
+    candidates: list[Candidate],
+) -> Fit:
+    rows = [row for r in restarts for row in r.record.rows]
+    columns = list(zip(*rows, strict=True)) or [()] * len(Row._fields)
+    history = {n: np.array(c) for n, c in zip(Row._fields, columns, strict=True)}
+    lengths = [len(r.record.rows) for r in restarts]
+    history["restart"] = np.repeat([r.number for r in restarts], lengths)
+    many = len(restarts) > 1
+    log = [
+        f"restart {r.number}: {line}" if many else line for r in restarts for line in r.record.log
+    ]
+    failures = [failure for r in restarts for failure in r.record.failures]
+    best = max(candidates, key=lambda c: c.bound)
+    meta: dict[str, Any] = {
+        "model": target.name,
+        "guide": best.name,
+        "specs": [{"name": c.name, "sizes": c.sizes} for c in candidates],
+        "objective": describe(settings.objective),
+        "precision": spelled(target.dtype),
+        "steps": len(rows),
+        "stages": [r.record.stages for r in restarts],
+        "particles": settings.repeats * particles_of(settings.objective),
+        "lr": [c.lr for c in candidates],
+        "seed": settings.seed,
+        "restarts": len(restarts),
+        "seconds": clock.own_seconds,
+        "budget": clock.budget,
+        "interrupted": any(r.interrupted for r in restarts),
+        "skipped": int(history["skipped"].sum()),
+        "failures": failures,
+        "missed": _missed(candidates),
+        "flowvi": __version__,
+        "torch": str(torch.__version__),
+    }
+    guides, bounds = [c.guide for c in candidates], [c.bound for c in candidates]
+    chosen = int(np.argmax(bounds)) if len(candidates) == len(restarts) else 0
+    start = restarts[chosen].best
+    if isinstance(target, NestedTarget):
+        meta |= {
+            **target.facts(),
+            "specs": [*meta["specs"], target.spec()],
+            "outer": particles_of(settings.objective) if target.weighted else 1,
+            # Of draws of such a fit nothing is known but that their training failed.
+            "missed": failures,
+        }
+        return NestedFit(target, guides, bounds, history, log, meta, None, start)
+    chains = best.chains
+    if chains is not None:
+        chains = replace(chains, meta={**meta, **chains.meta})
+    return Fit(target, guides, bounds, history, log, meta, chains, start)
+
+
+def _check_of(
+    target: Target, candidates: list[Candidate], settings: Settings, clock: Clock
+) -> dict[str, Any] | None:
+    """What the last check of the guides found, for the verdict on draws that are made later."""
+    if len(candidates) == 1:
+        found = None if candidates[0].chains else candidates[0].diagnosis
+    elif clock.over():
+        found = None
+    else:
+        seed, guides = stream(settings.seed, 0, CHECK), [c.guide for c in candidates]
+        found = checked(target, guides, seed, clock.over, settings.schedule)
+    return None if found is None else Check(found.verdict, found.khat, found.draws)._asdict()
+
+
+def _missed(candidates: list[Candidate]) -> list[str]:
+    """What no restart covers; with several, each may cover what another leaves out."""
+    return candidates[0].reasons if all(c.missed for c in candidates) else []

@@ -1,0 +1,213 @@
+"""What a user asks of a fit, checked and completed."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from flowvi.fitting.first_guide import AUTO
+from flowvi.guides.guide import Guide
+from flowvi.guides.recipes import Blocks, Multiplicative
+from flowvi.guides.registry import guide_names
+from flowvi.initialization.preflight import check_size
+from flowvi.objectives.forward_kl import ForwardKL
+from flowvi.objectives.nested import NestedTarget, check_outer
+from flowvi.objectives.registry import OBJECTIVES, Objective, describe
+from flowvi.objectives.renyi_bound import Renyi, elbo
+from flowvi.objectives.reweighted import WakeSleep
+from flowvi.runtime import memory
+from flowvi.runtime.arguments import given, known, path, positive, wanted, whole
+from flowvi.targets import LocalTarget, Target
+from flowvi.training import schedule as schedules
+from flowvi.training.compiling import Compile, asked
+from flowvi.training.evaluation import particles_of
+from flowvi.training.minibatch import Minibatch
+from flowvi.training.schedule import Schedule
+from flowvi.training.settings import Settings
+
+PARTICLES = 64
+# Names of guides that have to know the shapes of sites.
+RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
+# Arguments that have no meaning for the other kind of target; None where they were not given.
+FOR_ROWS = ("epochs", "batch_size", "validation", "minibatch")
+NOT_FOR_ROWS = ("steps", "particles", "restarts", "executor", "schedule")
+
+
+@dataclass
+class Request:
+    """The arguments of `fit`, each checked; see there.
+
+    Attributes:
+        fresh: Whether the guide begins at the start that is found.
+    """
+
+    target: Target
+    guide: str | Guide | Blocks | Multiplicative
+    objective: Objective | WakeSleep | str | None
+    steps: int | None
+    lr: float | None
+    particles: int | None
+    restarts: int
+    seed: int
+    budget: float | None
+    escalate: bool
+    compile: Compile
+    progress: bool
+    callback: Callable[[Any], object] | None
+    epochs: int | None
+    batch_size: int | None
+    validation: Any
+    minibatch: Minibatch | None
+    schedule: Schedule | None
+    checkpoint: str | os.PathLike[str] | None
+    resume: bool
+    executor: Executor | None
+    max_memory: memory.MaxMemory
+    fresh: bool = True
+
+    def __post_init__(self) -> None:
+        wanted("target", self.target, Target, "what from_pyro or from_density returned")
+        kinds = (str, Guide, Blocks, Multiplicative)
+        wanted("guide", self.guide, kinds, "a name, a guide such as MeanField(D), or Blocks")
+        for name in ("steps", "particles", "epochs", "batch_size"):
+            setattr(self, name, given(whole, name, getattr(self, name)))
+        self.restarts, self.seed = whole("restarts", self.restarts), whole("seed", self.seed, 0)
+        self.lr = given(positive, "lr", self.lr)
+        self.budget = given(positive, "budget", self.budget, "number of seconds")
+        given(wanted, "executor", self.executor, Executor, "a ProcessPoolExecutor")
+        given(wanted, "schedule", self.schedule, Schedule, "such as Schedule(most_stages=1)")
+        if self.callback is not None and not callable(self.callback):
+            raise TypeError(f"callback must be a function of a step; got {self.callback!r}.")
+        if self.resume and self.checkpoint is None:
+            raise ValueError("resume=True goes on with a checkpoint: name its folder, checkpoint=.")
+        self._refuse_the_other_kind()
+        self._build_recipe()
+
+    @property
+    def folder(self) -> Path | None:
+        """The checkpoint folder."""
+        return given(path, "checkpoint", self.checkpoint)
+
+    @property
+    def rows(self) -> Minibatch:
+        """How to go through the rows, with the arguments beside it."""
+        beside: dict[str, Any] = {
+            "epochs": self.epochs,
+            "batch_size": self.batch_size,
+            "lr": self.lr,
+        }
+        if self.minibatch is not None:
+            wanted("minibatch", self.minibatch, Minibatch, "such as Minibatch(epochs=40)")
+        return replace(
+            self.minibatch or Minibatch(), **{k: v for k, v in beside.items() if v is not None}
+        )
+
+    def settings(self) -> Settings:
+        """What the restarts need to know, for latents that all rows share.
+
+        Raises:
+            ValueError: The objective is no bound for this target, or the guide is not for it.
+        """
+        target, objective = self.target, _objective(self.objective, self.particles)
+        _check(target, objective, self.restarts)
+        if isinstance(self.guide, str):
+            known("guide", self.guide, [AUTO, *sorted({*guide_names(), *RECIPES})])
+            check_size(target.dim, self.guide)
+        if isinstance(self.guide, Guide) and self.guide.dim != target.dim:
+            whose = f" but {target.name} has"
+            if isinstance(target, NestedTarget):
+                whose = f", but the latents that all rows of {target.name} share have"
+            raise ValueError(f"The guide has D = {self.guide.dim}{whose} D = {target.dim}.")
+        return Settings(
+            objective,
+            self.steps,
+            self.lr,
+            max(1, (self.particles or PARTICLES) // particles_of(objective)),
+            self.seed,
+            # Someone who counts the steps does not want them doubled; and the model's own
+            # parameters belong to the guide that they were trained with.
+            self.escalate
+            and self.guide == AUTO
+            and self.steps is None
+            and not list(target.parameters()),
+            asked(self.compile),
+            memory.limit() if self.max_memory is None else memory.parse(self.max_memory),
+            self.schedule or _schedule(target, objective),
+        )
+
+    def _refuse_the_other_kind(self) -> None:
+        rows = isinstance(self.target, LocalTarget)
+        why = "has latents for each row" if rows else "has no latents for each row (local=)"
+        for name in NOT_FOR_ROWS if rows else FOR_ROWS:
+            value = getattr(self, name)
+            if value is not None and not (name == "restarts" and value == 1):
+                raise ValueError(f"The target {why}: {name} has no meaning for it; got {value}.")
+
+    def _build_recipe(self) -> None:
+        if isinstance(self.guide, str) and self.guide in RECIPES:
+            self.guide = RECIPES[self.guide]()
+        if isinstance(self.guide, Blocks | Multiplicative):
+            if isinstance(self.target, LocalTarget):
+                raise ValueError(
+                    f"{type(self.guide).__name__} is for latents that all rows share; give rows a "
+                    "name or guide."
+                )
+            self.guide = self.guide.build(self.target)
+        elif isinstance(self.guide, Guide):
+            # The guide of rows was trained together with one of theta.
+            self.fresh = not isinstance(self.target, NestedTarget)
+
+
+def _objective(objective: Objective | WakeSleep | str | None, particles: int | None) -> Objective:
+    """The objective that is asked for, by name or as one."""
+    if objective is None:
+        return elbo(PARTICLES if particles is None else particles)
+    if isinstance(objective, str):
+        known("objective", objective, OBJECTIVES)
+        if objective == "forward_kl":
+            raise ValueError(
+                "forward_kl needs draws to fit to: pass objective=OBJECTIVES['forward_kl'](z)."
+            )
+        objective = OBJECTIVES[objective]()
+    if isinstance(objective, WakeSleep):
+        raise ValueError(
+            "wake_sleep is for latents of rows (local=); for others use elbo() or iwelbo(16)."
+        )
+    return objective
+
+
+def _schedule(target: Target, objective: Objective) -> Schedule:
+    """How long to train where the user does not say."""
+    if not isinstance(target, NestedTarget):
+        return schedules.DEFAULT
+    return replace(
+        schedules.NESTED,
+        evaluation_draws=target.evaluation_draws(particles_of(objective)),
+        check_draws=target.check_draws(),
+    )
+
+
+def _check(target: Target, objective: Objective, restarts: int) -> None:
+    """Refuse fits that are not possible for a target of latents that all rows share."""
+    if restarts > 1 and list(target.parameters()):
+        raise ValueError(
+            f"{target.name} has parameters of its own, which every restart would train anew: "
+            f"restarts must be 1, got {restarts}. Capture the model once for each fit instead."
+        )
+    if not isinstance(objective, Renyi | ForwardKL):
+        raise ValueError(
+            f"objective must be one such as elbo() or iwelbo(16); got {type(objective).__name__}."
+        )
+    if isinstance(target, NestedTarget):
+        weighted = isinstance(objective, Renyi) and objective.alpha < 1
+        check_outer(target, particles_of(objective) if weighted else 1)
+    if target.subsampled and isinstance(objective, Renyi) and objective.alpha < 1:
+        plate = next(iter(target.subsampled))
+        raise ValueError(
+            f"{describe(objective)} over global latents needs every row in each weight, but plate "
+            f"'{plate}' is subsampled: it would not be a bound. Use the ELBO, or the full plate."
+        )

@@ -1,0 +1,83 @@
+"""Where a restart begins: Gaussians, of which the best is the start of its guide."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import suppress
+
+import torch
+
+from flowvi.initialization.candidates import Say, best_gaussian
+from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.modes import further_modes
+from flowvi.initialization.nested import start
+from flowvi.initialization.preflight import check_integrable, look
+from flowvi.objectives.nested import NestedTarget
+from flowvi.runtime.clock import Clock, Interrupted, droppable
+from flowvi.targets import Target
+from flowvi.training.records import BUILD, LOOK, MODES
+
+# Largest D for which a normal of shared latents and those of rows is looked for.
+JOINT_DIM = 500
+# Standard deviations of a start that was not looked for, or not found.
+START_WIDTH = 0.3
+
+
+def global_start(
+    target: Target,
+    seed: Callable[[int], int],
+    clock: Clock,
+    say: Say,
+    diagonal: bool,
+    share: float,
+) -> list[Gaussian]:
+    """The best Gaussian, then further modes, then the ends of other ways to one.
+
+    Args:
+        target: The log density.
+        seed: Purpose -> seed.
+        clock: Of the fit.
+        say: Takes a line of the log.
+        diagonal: Whether the guide has no correlations.
+        share: Share of a time budget for the search.
+
+    Raises:
+        ModelError: The density is finite nowhere, or has no integral.
+    """
+    seen = look(target, seed(LOOK))
+    say(str(seen))
+    best, others, ends = best_gaussian(
+        target,
+        seed(BUILD),
+        diagonal,
+        say,
+        lambda: clock.over(share),
+        seen.median,
+        seen.places,
+    )
+    modes: list[Gaussian] = []
+    with suppress(Interrupted), droppable():
+        say(check_integrable(target, best))
+        modes = further_modes(
+            target, best, ends, seen.places, seed(MODES), say, lambda: clock.over(2 * share)
+        )
+    return [best, *modes, *others]
+
+
+def nested_start(target: NestedTarget, seed: int, say: Say) -> list[Gaussian]:
+    """A normal of theta from some rows, at which a fresh guide of rows begins too.
+
+    Args:
+        target: The density over theta; its guide of rows is changed in place, if it is fresh.
+        seed: Of the rows, points and draws.
+        say: Takes a line of the log.
+    """
+    found = start(target.target, seed) if target.dim <= JOINT_DIM else None
+    if found is None:
+        zero = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
+        say(f"start: a normal of width {START_WIDTH} around zero")
+        return [Gaussian(zero, torch.full_like(zero, START_WIDTH), "zero")]
+    if target.inner_name != "own":
+        found.begin(target.inner, target.sees_theta)
+    say("start: a normal of the shared latents and those of some rows together")
+    return [Gaussian(found.loc, found.scale_tril, "theta and some rows")]

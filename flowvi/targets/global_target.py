@@ -1,0 +1,410 @@
+"""A model captured as a log density on R^D, with the names, shapes and dims of its values."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from flowvi.runtime import memory
+from flowvi.targets import subsampling
+from flowvi.targets.recording.batched import Batched
+from flowvi.targets.recording.capture import Trial, capture_values
+from flowvi.targets.recording.program import Density
+from flowvi.targets.schema import Facts, Functions, ModelError
+from flowvi.targets.target import Target
+
+
+class GlobalTarget(Target):
+    r"""A log density on R^D: the log joint plus the log Jacobian of the map to the supports.
+
+    .. math:: \log p(x, \theta(z)) + \log|\det \partial \theta / \partial z|
+
+    Made by `from_pyro` and `from_density`. Parameters that the model itself
+    has (`pyro.param`, `pyro.module`) are parameters of the target and are
+    trained in a fit. Its precision is that of the model, whatever it is cast to.
+
+    Args:
+        facts: Names and shapes.
+        density: The log density.
+        functions: Its values, their inverse, and so on.
+        trial: A few points of finite density, to check against.
+        own: Parameters of the model, by name; all functions take them behind z.
+        data: Observed values that `observing` may replace; all functions take them last.
+    """
+
+    def __init__(
+        self,
+        facts: Facts,
+        density: Density,
+        functions: Functions,
+        trial: Trial,
+        own: Mapping[str, nn.Parameter] | None = None,
+        data: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        self.name = facts.name
+        self.sites = facts.sites
+        self.slices = facts.slices
+        self.deterministics = facts.deterministics
+        self.observed = facts.observed
+        self.constants = facts.constants
+        self.dims = facts.dims
+        self.coords = {part.dim: part.labels({}) for part in facts.missing}
+        self.improper = facts.improper
+        self.masked = facts.masked
+        self.subsampled = facts.subsampled
+        self.dim = trial.points.shape[-1]
+        self.density = density
+        self._facts = facts
+        self.messages = functions.messages
+        self._functions = functions
+        self._trial = trial
+        self._maps: dict[str, Batched] = {}
+        self._cost: memory.Cost | None = None
+        self._data = dict(data or {})
+        self.register_own(own, facts.parameters)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Precision in which the density is evaluated."""
+        return self.density.batched.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the density is evaluated."""
+        return self._trial.points.device
+
+    def log_prob(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        """Evaluate the log density, Jacobian included. (*S, D) -> (*S).
+
+        Args:
+            z: Points of R^D.
+            batch: For models with subsampled plates, plate -> indices (B,), for
+                an unbiased estimate from those rows. Without it, all rows.
+        """
+        self._check(z)
+        if not self.subsampled:
+            return self.density(z, *self._behind).to(z.dtype)
+        if batch is not None:
+            return self.density(z, *self._behind, *self._indices(batch)).to(z.dtype)
+        parts = [
+            weight * self.density(z, *self._behind, *self._indices(batch))
+            for weight, batch in self.cover()
+        ]
+        total = torch.stack(parts).sum(0)
+        # Weights of both signs: minus infinity must not meet itself.
+        nowhere = torch.stack(parts).isinf().any(0)
+        return torch.where(nowhere, -torch.inf, total).to(z.dtype)
+
+    def plain(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
+        rows = [] if batch is None else self._indices(batch)
+        return self.density.batched(z, *self._behind, *rows)
+
+    def cover(self) -> Iterator[tuple[float, dict[str, Tensor]]]:
+        """Batches and weights whose weighted densities add up to that of all rows."""
+        return subsampling.cover(self.subsampled, self.device)
+
+    def constrain(self, z: Tensor) -> dict[str, Tensor]:
+        """Map points to the values of latent and deterministic sites. (*S, D) -> (*S, *shape)."""
+        self._check(z)
+        out: dict[str, Tensor] = self._map("values")(z, *self._inputs())
+        return out
+
+    def latents(self, z: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Map points to the values of the latent sites, and the log Jacobians of these maps.
+
+        Returns:
+            Values (*S, *shape), and log|det d value / d z| (*S, *batch shape), by site.
+
+        Raises:
+            ModelError: The target is no Pyro model.
+        """
+        self._check(z)
+        if self._functions.latents is None:
+            raise ModelError(f"{self.name} is a plain density; it has no Pyro sites.")
+        values, ladjs = self._map("latents")(z, *self._inputs())
+        return values, ladjs
+
+    def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
+        """Map values of the latent sites to points. Each (*S, *shape) -> (*S, D).
+
+        Raises:
+            ValueError: A site is missing or a shape does not fit.
+        """
+        columns: list[Tensor] = []
+        for name, site in self.sites.items():
+            if name not in values:
+                came = ", ".join(values) or "none"
+                raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
+            value = torch.as_tensor(values[name], device=self.device).to(self.dtype)
+            cut = value.dim() - len(site.shape)
+            if cut < 0 or tuple(value.shape[cut:]) != tuple(site.shape):
+                raise ValueError(
+                    f"Site '{name}' has shape {tuple(site.shape)}; got a value of shape "
+                    f"{tuple(value.shape)}, whose last axes should be that."
+                )
+            lead = tuple(value.shape[:cut])
+            if columns and lead != tuple(columns[0].shape[:-1]):
+                raise ValueError(
+                    f"All sites need the same leading shape; '{name}' has {lead}, those before "
+                    f"it {tuple(columns[0].shape[:-1])}."
+                )
+            columns.append(value.reshape(*lead, -1))
+        z: Tensor = self._map("inverse")(torch.cat(columns, -1), *self._inputs())
+        return z
+
+    def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
+        """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows).
+
+        Empty where the model has no observed sites, or sums out discrete ones
+        that several rows share.
+        """
+        self._check(z)
+        if self._functions.likelihood is None:
+            return {}
+        function = self._map("likelihood")
+        if not self.subsampled:
+            out: dict[str, Tensor] = function(z, *self._behind)
+            return out
+        pieces = ((b, function(z, *self._behind, *self._indices(b))) for _, b in self.cover())
+        return subsampling.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
+
+    def probabilities(self, z: Tensor) -> dict[str, Tensor]:
+        """Probabilities of the values of discrete sites, given the data and the latents.
+
+        What Pyro's `infer_discrete` draws from, for each site by itself: its values in the order
+        of `enumerate_support`. Over draws of the posterior their mean is P(value | data).
+
+        Args:
+            z: Points of R^D, (*S, D).
+
+        Returns:
+            Discrete site -> (*S, *shape of the site, K), which add up to 1 over the last axis;
+            empty where the model has no discrete sites.
+        """
+        self._check(z)
+        if self._functions.discrete is None:
+            return {}
+        function = self._map("discrete")
+        if not self.subsampled:
+            out: dict[str, Tensor] = function(z, *self._behind)
+            return out
+        pieces = ((b, function(z, *self._behind, *self._indices(b))) for _, b in self.cover())
+        return subsampling.assemble(pieces, self.subsampled, self._facts.discrete, z.dim() - 1)
+
+    def violation(self, z: Tensor) -> tuple[str, str]:
+        """The site a parameter of which leaves its constraint at a point (D), and a sentence on it.
+
+        Both are empty where there is none, and for plain densities.
+        """
+        return ("", "") if self._functions.violation is None else self._functions.violation(z)
+
+    def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
+        """Draw all sites from the prior: name -> (n, *shape).
+
+        Raises:
+            ModelError: The model has no proper prior to draw from.
+        """
+        if self._functions.simulate is None:
+            raise ModelError(f"{self.name} is a plain density; it has no prior to draw from.")
+        if self.improper:
+            raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
+        return self._functions.simulate(None, n, seed)
+
+    def predictive(self, values: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
+        """Simulate the observed sites given latent values. (n, *shape) each -> (n, *shape)."""
+        if self._functions.simulate is None:
+            raise ModelError(f"{self.name} is a plain density; it cannot simulate data.")
+        given = {name: np.asarray(values[name]) for name in self.sites}
+        return self._functions.simulate(given, len(next(iter(given.values()))), seed)
+
+    def rerun(
+        self,
+        values: Mapping[str, np.ndarray],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seed: int,
+    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+        """Run the model on other arguments, given latent values, (n, *shape) each.
+
+        Args:
+            values: Of the latent sites.
+            args: Positional arguments of the model.
+            kwargs: Its keyword arguments.
+            seed: Of whatever is drawn.
+
+        Returns:
+            Draws of all other sites, (n, *shape) each, observed ones included; and the pointwise
+            log likelihood of the data that these arguments bring, (n, *rows) each.
+
+        Raises:
+            ModelError: A latent has another shape with these arguments.
+        """
+        if self._functions.rerun is None:
+            raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
+        given = {name: np.asarray(values[name]) for name in self.sites}
+        return self._functions.rerun(given, args, kwargs, seed)
+
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse arguments with which the latents of the model have other shapes.
+
+        Raises:
+            ModelError: Names the site, its plate and the sizes.
+        """
+        if self._functions.met is None:
+            return
+        for name, node in self._functions.met(args, kwargs).items():
+            shape, came = tuple(self.messages[name]["value"].shape), tuple(node["value"].shape)
+            if came != shape:
+                plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
+                where = f" in plate '{plates[-1]}'" if plates else ""
+                raise ModelError(
+                    f"Site '{name}'{where} has shape {shape} in the fit and {came} with these "
+                    "arguments: the guide is one of the rows that were fitted. Call it with those, "
+                    "fit again, or fit with local= for a guide that reads its rows."
+                )
+
+    def observing(self, data: Mapping[str, Any]) -> GlobalTarget:
+        """The same target with other data, sharing what was captured; one made by `replicable`.
+
+        Args:
+            data: Observed site -> values, of the shape and type that it has.
+        """
+        missing = set(self._data) ^ set(data)
+        if missing or not data:
+            raise ValueError(
+                f"observing needs values for {', '.join(self._data) or 'no site'}; got "
+                f"{', '.join(data) or 'none'}."
+            )
+        new = copy.copy(self)
+        new.made = None
+        new._data = {name: torch.as_tensor(data[name]).to(t) for name, t in self._data.items()}
+        for name, like in self._data.items():
+            if new._data[name].shape != like.shape:
+                raise ValueError(
+                    f"Site '{name}' observes values of shape {tuple(like.shape)}; got "
+                    f"{tuple(new._data[name].shape)}."
+                )
+        new.observed = {**self.observed, **new._data}
+        new.coords = dict(self.coords)
+        return new
+
+    def label(self, coords: Mapping[str, Sequence[Any]]) -> GlobalTarget:
+        """Give labels to dims; returns the target itself."""
+        sizes = self._dim_sizes()
+        for dim, labels in coords.items():
+            if dim not in sizes:
+                raise ValueError(f"No dim named '{dim}'; {self.name} has {', '.join(sizes)}.")
+            if len(labels) != sizes[dim]:
+                raise ValueError(
+                    f"dim '{dim}' has size {sizes[dim]}; got {len(labels)} labels for it."
+                )
+            self.coords[dim] = list(labels)
+        for part in self._facts.missing:
+            if part.dim not in coords:
+                self.coords[part.dim] = part.labels(self.coords)
+        return self
+
+    def starts(self, generator: torch.Generator) -> Tensor:
+        """Points to start from: draws from the prior where there are any, zero, random ones.
+
+        Returns:
+            Points of R^D, (P, D).
+        """
+        some = torch.randn(2, self.dim, generator=generator, dtype=self.dtype, device=self.device)
+        return torch.cat([self._trial.points.to(self.dtype)[:2], 0 * some[:1], 0.5 * some])
+
+    def begin(self, uses: Any = ()) -> None:
+        self.density.begin(uses)
+
+    def uses(self) -> Any:
+        return self.density.uses()
+
+    def chunk(self) -> int:
+        """How many points to evaluate at a time, with gradients, so that memory is limited.
+
+        The memory of a point is measured at the first call. The limit is `max_memory` of the
+        function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
+        """
+        fixed, each = self._measured()
+        return memory.Cost(fixed, each * len(list(self.cover()))).fits(memory.evaluated())
+
+    def at_once(self) -> int:
+        return self._measured().fits(memory.evaluated(), memory.ANY)
+
+    def _measured(self) -> memory.Cost:
+        if self._cost is None:
+            self._cost = memory.cost(self._value_and_score)
+        return self._cost
+
+    def __repr__(self) -> str:
+        return f"Target({self.name}: D = {self.dim}; {self._facts.sizes()})"
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> GlobalTarget:
+        if self._count:
+            raise TypeError(
+                f"{self.name} has parameters of its own, which it shares with the model: a copy "
+                "would not follow them. Capture the model again with from_pyro."
+            )
+        new = copy.copy(self)
+        new.coords = dict(self.coords)
+        return new
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        # A recorded graph has its precision written into it: only the device may change.
+        def move(t: Tensor) -> Tensor:
+            return t.to(fn(t.new_empty(0)).device)
+
+        return super()._apply(move, recurse)
+
+    @property
+    def _behind(self) -> list[Tensor]:
+        """The model's own parameters, or their replacements, and data that are inputs."""
+        return [*self.model_parameters, *self._data.values()]
+
+    def _map(self, which: str) -> Batched:
+        """The batched form of one of the target's functions, made when first asked for."""
+        if which not in self._maps:
+            function, points = getattr(self._functions, which), self._trial.points
+            if which == "inverse":
+                values = self.constrain(points)
+                columns = [values[name].reshape(len(points), -1) for name in self.sites]
+                points = torch.cat([c.to(points.dtype) for c in columns], -1)
+            trial = Trial(points, self._trial.inputs, self._trial.others)
+            self._maps[which] = capture_values(function, trial, self.density.batched)
+        return self._maps[which]
+
+    def _inputs(self) -> list[Tensor]:
+        """Arguments of the functions after z; rows are the first ones of subsampled plates."""
+        first = self._indices(next(self.cover())[1]) if self.subsampled else []
+        return [*self._behind, *first]
+
+    def _indices(self, batch: Mapping[str, Tensor]) -> list[Tensor]:
+        for name, (_, size) in self.subsampled.items():
+            if name not in batch or len(batch[name]) != size:
+                raise ValueError(f"batch needs {size} indices for plate '{name}'.")
+        return [batch[name] for name in self.subsampled]
+
+    def _dim_sizes(self) -> dict[str, int]:
+        values = self.constrain(self._trial.points[0]) | self.observed | self.constants
+        shapes = [(self.dims[name], value.shape) for name, value in values.items()]
+        return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
+
+    def _value_and_score(self, n: int) -> object:
+        """Evaluate some points without recording a program."""
+        z = self._trial.points[:1].to(self.dtype).expand(n, -1).clone().requires_grad_()
+        with torch.enable_grad():
+            log_p = self.density.batched(z, *self._inputs())
+            return log_p, torch.autograd.grad(log_p.sum(), z, allow_unused=True)
+
+    def _check(self, z: Tensor) -> None:
+        if z.shape[-1] != self.dim:
+            raise ValueError(
+                f"z has {z.shape[-1]} columns but {self.name} has D = {self.dim} "
+                f"({self._facts.sizes()})."
+            )

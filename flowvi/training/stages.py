@@ -1,0 +1,353 @@
+"""Training in stages: step sizes on trial, steps until a plateau, and the best iterate of each."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property, partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flowvi.draws.sampling import piece, sampler
+from flowvi.guides.guide import Guide
+from flowvi.runtime import distributed
+from flowvi.runtime.clock import Interrupted, droppable
+from flowvi.runtime.rng import stream
+from flowvi.runtime.tensors import fill, tensors_of
+from flowvi.targets import Target
+from flowvi.training.averaging import Average
+from flowvi.training.draw_gradient import DrawGradient
+from flowvi.training.evaluation import best_of, evaluate, particles_of
+from flowvi.training.learning_rate import Level, constant, decayed, warmed
+from flowvi.training.records import (
+    EVALUATE,
+    TRAIN,
+    TRIAL,
+    Evaluation,
+    Record,
+    Row,
+    Stage,
+    Step,
+    Trial,
+)
+from flowvi.training.settings import Session, Settings
+from flowvi.training.state import TrainState
+from flowvi.training.trainer import Phase, Taken, Trainer
+
+# Steps between two looks for a compiled step.
+POLL = 20
+# Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
+LAST_RATE = 0.1
+# Share of a time budget, before the end of a stage, at which its decay begins.
+STEADY_SHARE = 0.7
+
+
+class Stages:
+    """Trains one guide in stages, and the target's own parameters with it.
+
+    Args:
+        target: The log density; one of another temperature can take its place.
+        guide: The guide, changed in place.
+        settings: What the user asked for.
+        session: What the running fit has at hand.
+        restart: Number of the restart.
+        record: Where steps and decisions are written.
+
+    Attributes:
+        halvings: How many times the step was halved in the last stage, after it failed.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        guide: Guide,
+        settings: Settings,
+        session: Session,
+        restart: int,
+        record: Record,
+    ) -> None:
+        self.target, self.guide, self.settings, self.session = target, guide, settings, session
+        self.restart, self.record = restart, record
+        self.gradient = DrawGradient(target, guide, settings, session.clock, record.log.append)
+        self.trainer = Trainer(self.gradient, session, record, target.name)
+        self.halvings = 0
+
+    @property
+    def trained(self) -> Sequence[Tensor]:
+        """Parameters of the guide and the target's own."""
+        return self.gradient.trained
+
+    def seed(self, place: int) -> int:
+        """The seed of one of the places where this restart is random."""
+        return stream(self.settings.seed, 1 + self.restart, place)
+
+    def search(self) -> Trial:
+        """Try step sizes briefly from the same start, on the same noise; stay where the best led.
+
+        Each rises and falls within its trial, as it will in a stage: the noise of a large one
+        hides its progress until it falls.
+        """
+        schedule = self.settings.schedule
+        start, tried, best = self.vector(), {}, Trial(schedule.rates[-1], -math.inf)
+        place, top = start, self.evaluate()
+        try:
+            with droppable():
+                for lr in schedule.rates:
+                    self.set(start)
+                    found = self._briefly(lr, schedule.trial_steps)
+                    tried[lr] = bound = found.bound
+                    if math.isfinite(bound) and bound > best.bound:
+                        best = Trial(lr, bound)
+                    if bound > top.bound:
+                        place, top = self.vector(), found
+        except Interrupted as interrupt:
+            raise Interrupted(top) from interrupt
+        finally:
+            self.set(place)
+        words = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in tried.items())
+        self.record.log.append(
+            f"step size {best.lr:g}, by the bound after {schedule.trial_steps} steps ({words})"
+        )
+        return best
+
+    def briefly(self, lr: float, steps: int) -> float:
+        """Take steps that are no stage of their own, and return the bound to which they led."""
+        return self._briefly(lr, steps).bound
+
+    def _briefly(self, lr: float, steps: int) -> Evaluation:
+        torch.manual_seed(self.seed(TRIAL))
+        clock, share = self.session.clock, self.settings.schedule.trial_share
+        phase = Phase(
+            steps,
+            partial(decayed, steps=steps, lr=lr),
+            lambda i: self.gradient(self.settings.repeats),
+            lambda taken: clock.spent(share),
+        )
+        self.trainer.try_out(phase, self.trainer.begin())
+        return self.evaluate()
+
+    def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
+        """Train on the target to one power after the other, the last of them below one.
+
+        Args:
+            powers: Rising powers of the density.
+            steps: Steps at each.
+            repeats: Estimates of the objective a step.
+            lr: Step size.
+        """
+        torch.manual_seed(self.seed(TRAIN))
+        state = self.trainer.begin()
+        self.record.stages.append("tempered")
+        for power in powers:
+            self.gradient.log_density = partial(_to_power, self.target, power)
+            stage = Stage("tempered", steps, None, repeats, lr)
+            self._take(stage, constant(lr), steps, state)
+            if self.record.stopped or state.exhausted:
+                break
+            # Each power has a level of its own.
+            state.step, state.ended, state.level = 0, False, Level()
+        self.gradient.log_density = self.target.log_prob
+
+    def run(self, stage: Stage) -> Evaluation:
+        """Train for one stage and keep the best of its start, its last iterate and the average.
+
+        Raises:
+            Interrupted: The stage was interrupted; the best so far is kept.
+        """
+        return self.session.checkpointer.run_once(
+            stage.name or "stage",
+            self.record,
+            lambda: self._run(stage),
+            self.state,
+            lambda state: Evaluation(*self.restore(state)),
+        )
+
+    def _run(self, stage: Stage) -> Evaluation:
+        # A guide of the user's own may have been made differently in every process.
+        self.set(distributed.shared(self.vector()))
+        before, number = len(self.record.rows), len(self.record.stages)
+        state = self.trainer.begin()
+        torch.manual_seed(self.seed(TRAIN) + number + 1)
+        saved = self.session.checkpointer.latest_state()
+        if saved is None:
+            self.record.stages.append(stage.name)
+        else:
+            state.load_state_dict(saved)
+            if state.halvings:
+                self.gradient.in_double()
+        interrupted = False
+        try:
+            self._train(stage, state)
+        except (Interrupted, KeyboardInterrupt) as interrupt:
+            if isinstance(interrupt, KeyboardInterrupt):
+                self.session.clock.interrupt()
+            interrupted, state.average = True, Average()
+        self.halvings = state.halvings
+        steps = len(self.record.rows) - before
+        found = self._choose(stage, steps, state.start, state.average.mean)
+        if interrupted:
+            raise Interrupted(found)
+        return found
+
+    def state(self, found: Sequence[float]) -> dict[str, Any]:
+        """The result of a piece of the training, and the guide with it, for a checkpoint."""
+        return {
+            "guide": tensors_of(self.guide),
+            "parameters": self.vector(),
+            "found": list(found),
+        }
+
+    def restore(self, state: Mapping[str, Any]) -> list[float]:
+        """Be where a state was taken, and read the result of that piece."""
+        fill(self.guide, state["guide"], "The checkpoint")
+        self.set(state["parameters"].to(self.trained[0]))
+        return list(state["found"])
+
+    def evaluate(self) -> Evaluation:
+        """Bound and gap on fresh draws, the same noise for all guides that are compared."""
+        draws, density = self.settings.schedule.evaluation_draws, self.gradient.in_parts
+        # The same noise for all restarts, whose bounds are compared.
+        seed = stream(self.settings.seed, 0, EVALUATE)
+        return evaluate(
+            self.settings.objective, density, self.guide, seed, draws, self._draws_at_once
+        )
+
+    @cached_property
+    def _draws_at_once(self) -> int:
+        return piece(sampler(self.guide))
+
+    def vector(self) -> Tensor:
+        """All parameters in one vector, a copy."""
+        return self.gradient.vector()
+
+    def set(self, vector: Tensor) -> None:
+        """Give the parameters the values of a vector."""
+        self.gradient.set(vector)
+
+    def _train(self, stage: Stage, state: TrainState) -> None:
+        clock = self.session.clock
+        if not state.falling:
+            if stage.steady:
+
+                def end(taken: Taken) -> bool:
+                    # The decay takes about a third of the time.
+                    late = clock.spent(STEADY_SHARE * stage.share)
+                    return state.plateau.add(taken.bound) or late
+
+                self._take(stage, lambda i: warmed(i, stage.lr), stage.steady, state, end)
+            if self.record.stopped or state.exhausted:
+                return
+            state.start_decay(clock.seconds)
+        least = self.settings.schedule.least_decay
+        self._decay(stage, stage.decay or max(least, state.steady // 2), state)
+
+    def _decay(self, stage: Stage, steps: int, state: TrainState) -> None:
+        clock, warm, before = self.session.clock, stage.steady == 0, state.rate
+
+        def rate(i: int) -> float:
+            # Where time runs short, the step size falls with the time.
+            limit = (clock.budget or math.inf) * stage.share
+            spent = clock.seconds - state.began if limit < math.inf else 0.0
+            late = spent / max(limit - state.began, 1e-9)
+            return decayed(max(i, min(int(late * steps), steps - 1)), steps, stage.lr, warm)
+
+        def end(taken: Taken) -> bool:
+            nonlocal before
+            if before >= taken.rate and taken.rate <= LAST_RATE * stage.lr:
+                state.average.add(self.vector())
+            before = taken.rate
+            return clock.spent(stage.share)
+
+        self._take(stage, rate, steps, state, end)
+
+    def _take(
+        self,
+        stage: Stage,
+        rate: Callable[[int], float],
+        steps: int,
+        state: TrainState,
+        end: Callable[[Taken], bool] = lambda taken: False,
+    ) -> None:
+        """Take the steps of a stage, and compile the step if enough of them are ahead."""
+        first, began = state.step, time.perf_counter()
+        draws = stage.repeats * particles_of(self.settings.objective)
+        place = len(self.record.stages) - 1
+
+        def gradient(i: int) -> tuple[Tensor, Tensor]:
+            if self.gradient.fast.pending and i % POLL == POLL - 1 and i > first:
+                self._accelerate(stage, steps, (time.perf_counter() - began) / (i - first))
+            return self.gradient(stage.repeats)
+
+        def after(taken: Taken) -> bool:
+            row = Row(taken.bound, taken.norm, taken.rate, taken.skipped, draws, place)
+            self.record.rows.append(row)
+            return end(taken)
+
+        phase = Phase(
+            steps,
+            rate,
+            gradient,
+            after,
+            lambda taken: self._tell(steps, state),
+            self.record.stages[-1] if self.record.stages else "",
+        )
+        self.trainer.take(phase, state)
+
+    def _tell(self, steps: int, state: TrainState) -> None:
+        """Tell the callback of a step, and stop if it says so."""
+        step, row = len(self.record.rows), self.record.rows[-1]
+        most = self.settings.steps or max(steps, step)
+        self.trainer.callback(Step(step, most, *row[:3], state.guard.skipped, self.restart))
+        if self.gradient.agrees():
+            self.record.log.append(f"stopped by the callback after {step} steps")
+            self.record.stopped = True
+
+    def _accelerate(self, stage: Stage, steps: int, seconds: float) -> None:
+        """Compile the step if enough of them are ahead.
+
+        Args:
+            stage: What is trained.
+            steps: Its steps, at most.
+            seconds: Time of one step.
+        """
+        if self.settings.steps is None:
+            # The decay, and a stage of twice the draws.
+            steps = steps + steps // 2 if stage.steady else steps
+            steps *= 3
+        self.gradient.consider(min(steps * seconds, self.session.clock.left))
+
+    def _choose(
+        self, stage: Stage, steps: int, start: Tensor, average: Tensor | None
+    ) -> Evaluation:
+        """Keep the best of the start, the last iterate and the average of the last ones."""
+        vectors = {"start": start, "last": self.vector()}
+        if average is not None:
+            vectors["average"] = average
+        found = {}
+        for name, vector in vectors.items():
+            self.set(vector)
+            found[name] = self.evaluate()
+        best = best_of(found)
+        self.set(vectors[best])
+        tried = ", ".join(f"{name} {e.bound:.3f}" for name, e in found.items())
+        gained = found[best].bound - found["start"].bound
+        draws = stage.repeats * particles_of(self.settings.objective)
+        by = self.settings.schedule.evaluation_draws
+        self.record.log.append(
+            f"{stage.name}: {steps} steps of {draws} draws at {stage.lr:g} brought {gained:.3g}; "
+            f"kept the {best} iterate, by the bound on {by} draws ({tried})" + _known(found[best])
+        )
+        return found[best]
+
+
+def _known(found: Evaluation) -> str:
+    if math.isnan(found.gap):
+        return ""
+    return f"; KL(q || p) about {found.gap:.2g}, k-hat {found.khat:.2f}"
+
+
+def _to_power(target: Target, power: float, z: Tensor) -> Tensor:
+    return power * target.log_prob(z)
