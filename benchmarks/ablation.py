@@ -26,8 +26,8 @@ from torch import Tensor
 
 import flowvi
 from flowvi.fitting import first_guide, starts
-from flowvi.initialization.candidates import Found, best_gaussian
-from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.candidates import StartSearch, best_gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.training import schedule, stages
 from flowvi.training.guard import Guard
 from flowvi.training.learning_rate import constant
@@ -38,13 +38,15 @@ DRAWS = 20_000
 DEFAULT = ("eight_schools", "funnel", "brownian", "ionosphere")
 
 
-def standard(target: flowvi.Target, *rest: Any) -> Found:
+def standard(target: flowvi.Target, *rest: Any) -> StartSearch:
     """No start at all: the standard normal."""
     identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
-    return Found(Gaussian(0 * identity[0], identity, "standard normal"), [], 0 * identity[:1])
+    return StartSearch(
+        GaussianApproximation(0 * identity[0], identity, "standard normal"), [], 0 * identity[:1]
+    )
 
 
-def diagonal(target: flowvi.Target, seed: int, _: bool, *rest: Any) -> Found:
+def diagonal(target: flowvi.Target, seed: int, _: bool, *rest: Any) -> StartSearch:
     """A mean-field start."""
     return best_gaussian(target, seed, True, *rest)
 

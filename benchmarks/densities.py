@@ -108,7 +108,7 @@ def _spread(count: int) -> Guide:
     guide = mixture(2, components=count)
     angle = 2 * math.pi * (torch.arange(count) + 0.5) / count
     centres = 2 * torch.stack([angle.cos(), angle.sin()], dim=-1)
-    guide.start_many([(centre, torch.eye(2)) for centre in centres])
+    guide.start_components([(centre, torch.eye(2)) for centre in centres])
     return guide
 
 

@@ -4,7 +4,8 @@
 
 A step is the ELBO of K draws with its STL gradient, by autograd, on one thread. Seconds are of
 the processor, medians; bytes are the most that tensors hold at the same time
-(`flowvi.runtime.memory.peak`) beside the parameters. Slopes are of a line through the logarithms at
+(`flowvi.runtime.memory.peak_bytes`) beside the parameters. Slopes are of a line through the
+logarithms at
 sizes within a factor of 100 of the largest. D: a normal density, K = 16. K: the same with D = 10.
 N: logistic regression on ten covariates, all rows in each step, K = 16. The last two rows of the
 table are `draw` with a limit of 64 MB: K draws scored by 1,000 rows, and 100 draws by N.
@@ -93,7 +94,7 @@ def regression(rows: int) -> flowvi.Target:
 def measured(size: int, work: Callable[[], object]) -> Cell:
     """Median time of a call, and the most bytes that it holds."""
     work()
-    held, times = memory.peak(work), list[float]()
+    held, times = memory.peak_bytes(work), list[float]()
     while sum(times) < ENOUGH or len(times) < FEWEST:
         began = time.process_time()
         work()
@@ -130,7 +131,7 @@ def of_evaluations(what: str) -> Iterator[Cell]:
         def work(
             draws: int = draws, target: flowvi.Target = target, guide: Guide = guide
         ) -> object:
-            with memory.limited("64MB"):
+            with memory.memory_limit("64MB"):
                 return draw(target, [guide], draws).z
 
         yield measured(size, work)

@@ -40,9 +40,9 @@ from zoo.exact import EXACT
 import flowvi
 from flowvi.guides import make_guide
 from flowvi.initialization.candidates import best_gaussian
-from flowvi.initialization.missed_modes import left_out
+from flowvi.initialization.missed_modes import missed_modes
 from flowvi.initialization.modes import further_modes
-from flowvi.initialization.preflight import look
+from flowvi.initialization.preflight import preflight
 from flowvi.targets import Target
 from flowvi.training.evaluation import evaluate
 
@@ -89,7 +89,7 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
 
     Target.log_prob = counting  # type: ignore[method-assign]
     try:
-        seen, flat = look(target, seed), guide_name == "meanfield"
+        seen, flat = preflight(target, seed), guide_name == "meanfield"
         best, _, ends = best_gaussian(
             target, seed, flat, lambda _: None, median=seen.median, places=seen.places
         )
@@ -98,7 +98,7 @@ def search(target: Target, guide_name: str, seed: int) -> Row:
         guide.start(best.loc, best.scale_tril)
         found = evaluate(flowvi.elbo(1), target.log_prob, guide, seed, DRAWS, DRAWS)
         covered = found.bound + (found.gap if math.isfinite(found.gap) else 0.0)
-        missed = left_out(target, guide, covered, modes, seed)
+        missed = missed_modes(target, guide, covered, modes, seed)
     finally:
         Target.log_prob = log_prob  # type: ignore[method-assign]
     return Row(target.dim, 1 + len(modes), len(missed), spent, time.perf_counter() - began)

@@ -8,8 +8,7 @@ import torch
 import flowvi
 from flowvi.flows import realnvp
 from flowvi.guides import FlowGuide, FullRank, MixtureGuide
-from flowvi.samplers.ais import anneal
-from flowvi.targets import Target
+from flowvi.samplers.ais import annealed_importance_sampling
 
 LOC = [1.0, -0.5, 0.3]
 LOG_Z = 3.0
@@ -69,7 +68,9 @@ def test_the_mean_weight_is_the_integral_of_the_path(power, temperatures, name):
     guide = GUIDES[name]()
     loc = torch.tensor(LOC) - (torch.tensor([0.2, 0, 0]) if name == "flow" else 0)
 
-    found = anneal(gaussian(), guide, 4000, power=power, temperatures=temperatures)
+    found = annealed_importance_sampling(
+        gaussian(), guide, 4000, power=power, temperatures=temperatures
+    )
     value, error = log_mean(found.log_w)
 
     assert error < 0.1
@@ -78,7 +79,9 @@ def test_the_mean_weight_is_the_integral_of_the_path(power, temperatures, name):
 
 def test_draws_end_at_the_last_density():
     """With enough rungs the draws themselves, not only their weights, are those of p."""
-    found = anneal(gaussian(0.6), started(FullRank(3), [0.0, 0.0, 0.0], 1.0), 2000, power=1.0)
+    found = annealed_importance_sampling(
+        gaussian(0.6), started(FullRank(3), [0.0, 0.0, 0.0], 1.0), 2000, power=1.0
+    )
     w = torch.softmax(found.log_w, 0)
     error = 0.6 * w.square().sum().sqrt()
 
@@ -93,7 +96,7 @@ def test_draws_end_at_the_last_density():
 def test_weights_are_constant_where_the_guide_is_the_target(power, parts):
     guide = FullRank(3) if parts == 1 else MixtureGuide([FullRank(3), FullRank(3)])
 
-    found = anneal(gaussian(), started(guide, LOC, 1.0), 50, power=power)
+    found = annealed_importance_sampling(gaussian(), started(guide, LOC, 1.0), 50, power=power)
 
     torch.testing.assert_close(found.log_w, torch.full((50,), power * LOG_Z))
 
@@ -102,7 +105,7 @@ def test_weights_are_constant_where_the_guide_is_the_target(power, parts):
 def test_densities_are_those_at_the_draws(name):
     guide, target = GUIDES[name](), gaussian()
 
-    found = anneal(target, guide, 20, temperatures=2)
+    found = annealed_importance_sampling(target, guide, 20, temperatures=2)
 
     torch.testing.assert_close(found.log_p, target.log_prob(found.z))
     torch.testing.assert_close(found.log_q, guide.log_prob(found.z).detach())
@@ -112,8 +115,12 @@ def test_densities_are_those_at_the_draws(name):
 def test_annealing_finds_the_mode_that_plain_weights_miss():
     target, guide = two_modes(), started(FullRank(2), [-2.0, -2.0], 1.5)
 
-    plain, small = log_mean(anneal(target, guide, 2000, power=1.0, temperatures=0).log_w)
-    value, error = log_mean(anneal(target, guide, 2000, power=1.0, temperatures=40).log_w)
+    plain, small = log_mean(
+        annealed_importance_sampling(target, guide, 2000, power=1.0, temperatures=0).log_w
+    )
+    value, error = log_mean(
+        annealed_importance_sampling(target, guide, 2000, power=1.0, temperatures=40).log_w
+    )
 
     assert plain + 4 * small < -0.3, "it has half of the mass, and its error does not tell"
     assert abs(value) < 3 * error
@@ -124,7 +131,7 @@ def test_beyond_the_target_the_weight_is_where_the_guide_is_short():
     target, guide = two_modes(), started(FullRank(2), [-2.0, -2.0], 1.5)
 
     def share(power):
-        found = anneal(target, guide, 1000, power=power, temperatures=16)
+        found = annealed_importance_sampling(target, guide, 1000, power=power, temperatures=16)
         return float(torch.softmax(found.log_w, 0)[found.z[:, 0] > 0].sum())
 
     assert share(1.0) < 0.8
@@ -136,8 +143,11 @@ def test_resampling_keeps_the_evidence_and_spreads_the_weights():
     target, guide = two_modes(), started(FullRank(2), [-2.0, -2.0], 1.5)
     options = {"power": 1.0, "temperatures": 20}
 
-    plain = anneal(target, guide, 1000, **options)
-    found = [anneal(target, guide, 1000, **options, resample=True, seed=s) for s in range(6)]
+    plain = annealed_importance_sampling(target, guide, 1000, **options)
+    found = [
+        annealed_importance_sampling(target, guide, 1000, **options, resample=True, seed=s)
+        for s in range(6)
+    ]
     z = torch.tensor([math.exp(log_mean(f.log_w)[0]) for f in found])
 
     assert abs(z.mean() - 1) < 4 * z.std() / len(z) ** 0.5
@@ -156,7 +166,7 @@ def half_line():
 
 
 def test_points_without_a_density_are_rejected_and_weigh_nothing():
-    found = anneal(half_line(), FullRank(1), 4000, power=1.0)
+    found = annealed_importance_sampling(half_line(), FullRank(1), 4000, power=1.0)
     value, error = log_mean(found.log_w)
 
     assert abs(value) < 4 * error
@@ -166,7 +176,9 @@ def test_points_without_a_density_are_rejected_and_weigh_nothing():
 
 def test_a_seed_gives_the_same_draws_and_leaves_the_generators_alone():
     state = torch.get_rng_state()
-    first, second, other = (anneal(gaussian(), FullRank(3), 10, seed=s).z for s in (1, 1, 2))
+    first, second, other = (
+        annealed_importance_sampling(gaussian(), FullRank(3), 10, seed=s).z for s in (1, 1, 2)
+    )
 
     assert torch.equal(first, second)
     assert not torch.equal(first, other)
@@ -176,10 +188,10 @@ def test_a_seed_gives_the_same_draws_and_leaves_the_generators_alone():
 def test_pieces_are_no_larger_than_the_target_asks_for(monkeypatch):
     target, sizes = gaussian(), []
     inner = target.density.forward
-    monkeypatch.setattr(Target, "chunk", lambda self: 30)
+    monkeypatch.setattr(type(target), "chunk", lambda self: 30)
     monkeypatch.setattr(target.density, "forward", lambda z: sizes.append(len(z)) or inner(z))
 
-    found = anneal(target, FullRank(3), 100)
+    found = annealed_importance_sampling(target, FullRank(3), 100)
 
     assert len(found.z) == len(found.log_w) == 100
     assert max(sizes) == 30
@@ -196,4 +208,4 @@ def test_pieces_are_no_larger_than_the_target_asks_for(monkeypatch):
 )
 def test_settings_out_of_range_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
-        anneal(gaussian(), FullRank(3), **{"n": 10, **options})
+        annealed_importance_sampling(gaussian(), FullRank(3), **{"n": 10, **options})

@@ -13,7 +13,7 @@ from torch.testing import assert_close
 import flowvi
 from flowvi.flows import Kronecker
 from flowvi.guides import BlockGuide, Blocks, FullRank, MeanField
-from flowvi.guides.blocks import Part
+from flowvi.guides.blocks import Block
 from flowvi.guides.registry import block_guide, mixture
 
 CHAIN = [
@@ -42,7 +42,7 @@ def gaussian(dim):
 
 def test_independent_blocks_multiply():
     parts = [perturbed(make_guide(name, 2)) for name in ("realnvp", "fullrank")]
-    guide = BlockGuide([Part(parts[0], (2, 0)), Part(parts[1], (1, 3))])
+    guide = BlockGuide([Block(parts[0], (2, 0)), Block(parts[1], (1, 3))])
     z = torch.randn(5, 4)
 
     expected = parts[0].log_prob(z[:, [2, 0]]) + parts[1].log_prob(z[:, [1, 3]])
@@ -53,7 +53,7 @@ def test_independent_blocks_multiply():
 def test_dependent_blocks_see_the_others():
     """The density is that of the second block given the first, by its own context."""
     first, second = perturbed(FullRank(2)), perturbed(make_guide("realnvp", 2, 2))
-    guide = BlockGuide([Part(first, (0, 3)), Part(second, (1, 2), (0,))])
+    guide = BlockGuide([Block(first, (0, 3)), Block(second, (1, 2), (0,))])
     z = torch.randn(5, 4)
 
     expected = first.log_prob(z[:, [0, 3]]) + second.log_prob(z[:, [1, 2]], z[:, [0, 3]])
@@ -65,7 +65,7 @@ def test_scores_are_the_gradients_of_the_density():
     guide = perturbed(block_guide(5, blocks=CHAIN))
     guide.start(torch.ones(5), gaussian(5).scale_tril)
 
-    z, log_q, _, score = guide.scored((7,))
+    z, log_q, _, score = guide.sample_with_score((7,))
     fixed = z.detach().requires_grad_()
     (expected,) = torch.autograd.grad(guide.log_prob(fixed).sum(), fixed)
 
@@ -79,9 +79,9 @@ def test_draws_and_scored_draws_are_the_same():
     torch.manual_seed(3)
     plain = guide.sample((4,)).z
     torch.manual_seed(3)
-    scored = guide.scored((4,)).z
+    scored = guide.sample_with_score((4,)).z
     torch.manual_seed(3)
-    guide.skip((4,))
+    guide.advance_rng((4,))
     after = torch.randn(2)
     torch.manual_seed(3)
     guide.sample((4,))
@@ -104,7 +104,7 @@ def test_a_chain_of_gaussians_starts_exactly():
 def test_independent_blocks_start_at_the_nearest_gaussian():
     """Nearest in KL(q || p): the divergence has no slope in a block's scales and means."""
     wanted = gaussian(3)
-    guide = BlockGuide([Part(FullRank(2), (0, 2)), Part(MeanField(1), (1,))])
+    guide = BlockGuide([Block(FullRank(2), (0, 2)), Block(MeanField(1), (1,))])
     guide.start(wanted.loc, wanted.scale_tril)
 
     def divergence(move):
@@ -196,8 +196,8 @@ def test_patterns_that_do_not_fit_are_named(target, blocks, message):
 
 def test_parts_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match=r"cover the columns 0 \.\.\. 1, each once"):
-        BlockGuide([Part(MeanField(1), (0,)), Part(MeanField(1), (0,))])
+        BlockGuide([Block(MeanField(1), (0,)), Block(MeanField(1), (0,))])
     with pytest.raises(ValueError, match="A mixture cannot be a block"):
-        BlockGuide([Part(mixture(2), (0, 1))])
+        BlockGuide([Block(mixture(2), (0, 1))])
     with pytest.raises(ValueError, match="can only be given blocks before it"):
-        BlockGuide([Part(MeanField(1, 1), (0,), (1,)), Part(MeanField(1), (1,))])
+        BlockGuide([Block(MeanField(1, 1), (0,), (1,)), Block(MeanField(1), (1,))])

@@ -11,8 +11,8 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.sampling import draw
 from flowvi.flows import Chain, realnvp
 from flowvi.guides import FlowGuide, FullRank, Guide, MixtureGuide
-from flowvi.samplers.ais import Annealed, anneal
-from flowvi.training.fab import Buffer, refine_bootstrap
+from flowvi.samplers.ais import AnnealedDraws, annealed_importance_sampling
+from flowvi.training.fab import Buffer, refine_fab
 
 PLACES = [-2.0, -2.0]
 
@@ -20,7 +20,7 @@ PLACES = [-2.0, -2.0]
 def narrow_mixture():
     """Two components, one at a mode and one on the way to the other."""
     guide = MixtureGuide([FullRank(2), FullRank(2)])
-    guide.start_many(
+    guide.start_components(
         [(torch.tensor(loc), s * torch.eye(2)) for loc, s in ((PLACES, 1.0), ([0.0, 0.0], 1.5))]
     )
     return guide
@@ -37,7 +37,7 @@ def test_a_guide_comes_to_cover_both_modes(name):
     target, guide = two_modes(), GUIDES[name]()
     before = diagnose(draw(target, [guide], 2000, seed=1))
 
-    refine_bootstrap(target, guide, rounds=60, batch=128, lr=1e-2, temperatures=4)
+    refine_fab(target, guide, rounds=60, batch=128, lr=1e-2, temperatures=4)
     after = diagnose(draw(target, [guide], 2000, seed=1))
 
     assert after.ess > 3 * before.ess
@@ -50,8 +50,8 @@ def test_a_guide_comes_to_cover_both_modes(name):
 def test_a_gaussian_guide_becomes_the_gaussian_target(power):
     target, guide = gaussian(0.7), started(FullRank(3), [0.0, 0.0, 0.0], 1.0)
 
-    refine_bootstrap(target, guide, rounds=80, batch=128, lr=2e-2, power=power)
-    log_w = anneal(target, guide, 1000, power=1.0, temperatures=0).log_w
+    refine_fab(target, guide, rounds=80, batch=128, lr=2e-2, power=power)
+    log_w = annealed_importance_sampling(target, guide, 1000, power=1.0, temperatures=0).log_w
 
     assert abs(float(log_w.mean()) - 3.0) < 0.02
     assert log_w.std() < 0.2
@@ -61,8 +61,8 @@ def test_the_gradient_has_no_mean_where_the_guide_is_the_target():
     """Small steps around the target stay there: what they move by averages out."""
     target, guide = gaussian(), started(FullRank(3), LOC, 1.0)
 
-    refine_bootstrap(target, guide, rounds=50, batch=256, lr=1e-3)
-    log_w = anneal(target, guide, 1000, power=1.0, temperatures=0).log_w
+    refine_fab(target, guide, rounds=50, batch=256, lr=1e-3)
+    log_w = annealed_importance_sampling(target, guide, 1000, power=1.0, temperatures=0).log_w
 
     assert log_w.std() < 0.05
 
@@ -77,7 +77,7 @@ def test_a_seed_gives_the_same_guide_and_leaves_the_generators_alone():
     found = []
     for seed in (1, 1, 2):
         new = copy.deepcopy(guide)
-        refine_bootstrap(target, new, rounds=5, batch=20, seed=seed)
+        refine_fab(target, new, rounds=5, batch=20, seed=seed)
         found.append(vector(new))
 
     assert torch.equal(found[0], found[1])
@@ -94,7 +94,7 @@ def test_it_stops_when_told_that_it_is_over():
         asked.append(None)
         return len(asked) > 3
 
-    refine_bootstrap(target, guide, rounds=100, batch=20, say=said.append, over=over)
+    refine_fab(target, guide, rounds=100, batch=20, say=said.append, over=over)
 
     assert len(asked) == 4
     assert said == ["bootstrap: 3 rounds of 20 annealed draws, 0 steps skipped"]
@@ -104,7 +104,7 @@ def test_it_stops_when_told_that_it_is_over():
 def annealed(log_w, log_q=0.0):
     n = len(log_w)
     z = torch.arange(float(n))[:, None]
-    return Annealed(z, torch.tensor(log_w), z[:, 0], torch.full((n,), log_q), torch.zeros(0))
+    return AnnealedDraws(z, torch.tensor(log_w), z[:, 0], torch.full((n,), log_q), torch.zeros(0))
 
 
 def test_the_buffer_keeps_the_latest_draws_that_have_weight():
@@ -149,6 +149,6 @@ def test_what_cannot_be_trained_is_refused():
     fixed = FlowGuide(3, Chain([])).requires_grad_(False)
 
     with pytest.raises(ValueError, match="no parameters to train"):
-        refine_bootstrap(gaussian(), fixed)
+        refine_fab(gaussian(), fixed)
     with pytest.raises(ValueError, match="rounds must be at least 1"):
-        refine_bootstrap(gaussian(), Guide(), rounds=0)
+        refine_fab(gaussian(), Guide(), rounds=0)

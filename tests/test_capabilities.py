@@ -350,7 +350,7 @@ def test_memory_limit(name, trained, monkeypatch):
     few = kind.fit(target, COUNT, max_memory="32MB")
     for limit in ("32MB", "64GB"):
         drawn(limit)
-    least, most = (memory.peak(lambda limit=limit: drawn(limit)) for limit in found)
+    least, most = (memory.peak_bytes(lambda limit=limit: drawn(limit)) for limit in found)
 
     agrees(kind, few, target)
     # Tables of rows are the larger part.
@@ -389,7 +389,7 @@ from kinds import KINDS, bits, checksum, estimate, own, prepared
 from flowvi.runtime import distributed
 prepared()
 facts = {{}}
-with distributed.launched():
+with distributed.join_process_group():
     for name, kind in KINDS.items():
         target = kind.target()
         fit = kind.fit(target, {count})

@@ -12,7 +12,7 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi.cli import main
-from flowvi.cli.output import plain
+from flowvi.cli.output import to_json
 from flowvi.compat.arviz_groups import read_groups
 
 FEW = ["--guide", "fullrank", "--steps", "3", "--draws", "1000"]
@@ -255,7 +255,7 @@ def test_the_shell_can_complete_commands():
 def test_json_has_null_where_a_number_is_not_finite():
     record = {"a": math.nan, "b": np.float64(1.5), "c": [np.inf, Path("x")], "d": np.arange(2)}
 
-    assert json.loads(json.dumps(plain(record), allow_nan=False)) == {
+    assert json.loads(json.dumps(to_json(record), allow_nan=False)) == {
         "a": None,
         "b": 1.5,
         "c": [None, "x"],

@@ -380,7 +380,7 @@ def _link(file: Path, to: Path) -> Path:
 def test_a_folder_that_cannot_be_is_refused_before_the_fit(tmp_path, monkeypatch, place):
     where = PLACES[place](tmp_path)
     target = flowvi.from_density(lambda v: -v["x"].square(), {"x": flowvi.Site()})
-    monkeypatch.setattr("flowvi.fitting.restart.look", None)
+    monkeypatch.setattr("flowvi.fitting.starts.preflight", None)
 
     with pytest.raises(ValueError, match=r"path of a folder|cannot hold"):
         flowvi.fit(target, checkpoint=where, progress=False)

@@ -14,7 +14,7 @@ from flowvi.draws.diagnose import bounds, diagnose, where
 from flowvi.draws.resampling import resample
 from flowvi.draws.sampling import draw
 from flowvi.guides import Draw, MeanField
-from flowvi.runtime.rng import stream
+from flowvi.runtime.rng import derive_seed
 from flowvi.targets import Site, from_density
 
 LOG_EVIDENCE = 0.7
@@ -77,10 +77,10 @@ def test_fewer_draws_are_evenly_spaced_rows_of_the_table(target):
 
 def test_every_purpose_has_a_seed_of_its_own():
     purposes = [(), (0,), (1,), (0, 0), (0, 1), (1, 0)]
-    seeds = [stream(seed, *purpose) for seed in (0, 1) for purpose in purposes]
+    seeds = [derive_seed(seed, *purpose) for seed in (0, 1) for purpose in purposes]
 
     assert len(set(seeds)) == len(seeds)
-    assert seeds[0] == stream(0)
+    assert seeds[0] == derive_seed(0)
 
 
 def test_restarts_are_trained_by_numbers_of_their_own():

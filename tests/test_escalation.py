@@ -21,9 +21,9 @@ from flowvi.fitting import escalation, restart
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.escalation import better, extend
 from flowvi.guides import make_guide
-from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.runtime.clock import Clock
-from flowvi.samplers.nuts import Plan
+from flowvi.samplers.nuts import NutsSettings
 from flowvi.training import schedule
 from flowvi.training.records import Evaluation
 from flowvi.training.settings import Session, Settings
@@ -64,7 +64,7 @@ def heavy() -> flowvi.Target:
 @pytest.fixture
 def short(monkeypatch):
     """Stages and chains as short as they can be."""
-    chains = (Plan(200, 400, 2),)
+    chains = (NutsSettings(200, 400, 2),)
     quick(monkeypatch, steady_steps=60, most_stages=1, least_decay=60, chains=chains)
 
 
@@ -173,7 +173,7 @@ def test_restarts_in_different_modes_are_joined(short):
     for one, side in zip(runs, (-5.0, 5.0), strict=True):
         guide = one.placed(make_guide("fullrank", 2))
         guide.start(torch.full((2,), side), torch.eye(2))
-        one.best = Gaussian(torch.full((2,), side), torch.eye(2), "a side")
+        one.best = GaussianApproximation(torch.full((2,), side), torch.eye(2), "a side")
         one.candidate = Candidate(
             guide, "fullrank", lr=1e-3, evaluation=one.stages(guide).evaluate()
         )
@@ -217,7 +217,7 @@ def test_restarts_that_agree_are_left_alone(short, monkeypatch):
 def ended_in_chains():
     """A Gaussian fit of heavy tails whose last resort were chains."""
     with pytest.MonkeyPatch.context() as patch:
-        chains = (Plan(warmup=200, draws=500),)
+        chains = (NutsSettings(warmup=200, draws=500),)
         numbers = {"steady_steps": 30, "most_stages": 1, "least_decay": 60, "chains": chains}
         quick(patch, nothing_left=math.inf, **numbers)
         patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
@@ -304,7 +304,7 @@ def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
         return evaluate(z, batch)
 
     monkeypatch.setattr(target, "log_prob", counted)
-    monkeypatch.setattr(Clock, "own_seconds", property(lambda clock: len(calls) / 20))
+    monkeypatch.setattr(Clock, "local_seconds", property(lambda clock: len(calls) / 20))
 
     fit = flowvi.fit(target, budget=budget, progress=False)
 

@@ -17,15 +17,15 @@ from torch import nn
 
 from flowvi.runtime import files
 from flowvi.runtime import tensors as states
-from flowvi.runtime.files import CheckpointError, Seal
+from flowvi.runtime.files import CheckpointError, Checksum
 
 
 def test_what_was_written_is_read(tmp_path):
     file = tmp_path / "a"
 
-    seal = files.write_whole(file, b"first")
-    assert files.read_whole(file, seal) == b"first"
-    assert files.read_whole(file, files.write_whole(file, b"second")) == b"second"
+    seal = files.write_atomic(file, b"first")
+    assert files.read_checked(file, seal) == b"first"
+    assert files.read_checked(file, files.write_atomic(file, b"second")) == b"second"
     assert os.listdir(tmp_path) == ["a"]
 
 
@@ -35,8 +35,8 @@ def test_the_mode_of_a_file_and_the_users_mask_are_kept(tmp_path):
     old.chmod(0o640)
     mask = os.umask(0o027)
     try:
-        files.write_whole(old, b"2")
-        files.write_whole(new, b"2")
+        files.write_atomic(old, b"2")
+        files.write_atomic(new, b"2")
     finally:
         os.umask(mask)
 
@@ -50,7 +50,7 @@ def test_a_link_stays_a_link(tmp_path):
     real.write_bytes(b"old")
     link.symlink_to(real)
 
-    files.write_whole(link, b"new")
+    files.write_atomic(link, b"new")
 
     assert link.is_symlink()
     assert real.read_bytes() == b"new"
@@ -61,15 +61,15 @@ def test_what_is_no_file_is_neither_written_nor_read(tmp_path, make):
     make(tmp_path / "odd")
 
     with pytest.raises(OSError, match="no regular file"):
-        files.write_whole(tmp_path / "odd", b"1")
+        files.write_atomic(tmp_path / "odd", b"1")
     with pytest.raises(CheckpointError, match="no regular file"):
-        files.read_whole(tmp_path / "odd")
+        files.read_checked(tmp_path / "odd")
 
 
 @pytest.mark.parametrize("call", ["fsync", "replace"])
 def test_a_failure_at_any_point_leaves_the_old_file(tmp_path, monkeypatch, call):
     file = tmp_path / "a"
-    files.write_whole(file, b"old")
+    files.write_atomic(file, b"old")
 
     def fails(*_: object) -> None:
         raise OSError(28, "No space left on device")
@@ -77,7 +77,7 @@ def test_a_failure_at_any_point_leaves_the_old_file(tmp_path, monkeypatch, call)
     with monkeypatch.context() as patched:
         patched.setattr(os, call, fails)
         with pytest.raises(OSError, match="No space"):
-            files.write_whole(file, b"new")
+            files.write_atomic(file, b"new")
 
     assert file.read_bytes() == b"old"
     assert os.listdir(tmp_path) == ["a"]
@@ -85,12 +85,12 @@ def test_a_failure_at_any_point_leaves_the_old_file(tmp_path, monkeypatch, call)
 
 def test_a_disk_that_is_full_leaves_the_old_file(tmp_path):
     file = tmp_path / "a"
-    files.write_whole(file, b"old")
+    files.write_atomic(file, b"old")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(OSError, match="too large"):
-            files.write_whole(file, bytes(10_000))
+            files.write_atomic(file, bytes(10_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -146,7 +146,7 @@ def test_a_module_is_filled_with_what_fits_it(tmp_path):
     one, other = nn.BatchNorm1d(3), nn.BatchNorm1d(3)
     one(torch.randn(5, 3))
     file = tmp_path / "module"
-    seal = files.write_whole(file, states.packed(states.tensors_of(one)))
+    seal = files.write_atomic(file, states.serialize(states.cpu_state_dict(one)))
 
     states.read_module(file, other, seal)
 
@@ -156,7 +156,7 @@ def test_a_module_is_filled_with_what_fits_it(tmp_path):
     with pytest.raises(CheckpointError, match=r"'bias' is .* but the guide's is absent"):
         states.read_module(file, nn.BatchNorm1d(3, affine=False), seal)
     with pytest.raises(CheckpointError, match="'running_mean' is absent"):
-        states.fill(other, {"weight": torch.ones(3), "bias": torch.ones(3)}, file)
+        states.load_tensors(other, {"weight": torch.ones(3), "bias": torch.ones(3)}, file)
 
 
 def test_every_flipped_bit_is_seen(tmp_path):
@@ -243,7 +243,7 @@ def test_a_file_with_a_hole_of_a_terabyte_is_not_read(tmp_path):
     with pytest.raises(CheckpointError, match=r"'weight' is \(1000000000,\)"):
         states.read_module(file, nn.Linear(2, 1, bias=False))
     with pytest.raises(CheckpointError, match="1099511627776 bytes where 80 were"):
-        states.read_tensors(file, Seal(80, ""))
+        states.read_tensors(file, Checksum(80, ""))
     with pytest.raises(CheckpointError, match="longer than any"):
         files.read_json(file)
 
@@ -252,8 +252,8 @@ def test_a_file_with_a_hole_of_a_terabyte_is_not_read(tmp_path):
 
 HOLD = """
 import pathlib, sys
-from flowvi.runtime.files import locked
-with locked(pathlib.Path(sys.argv[1])):
+from flowvi.runtime.files import lock_folder
+with lock_folder(pathlib.Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
 """
@@ -267,13 +267,13 @@ def test_a_folder_belongs_to_one_run_until_that_dies(tmp_path):
         assert owner.stdout.readline() == b"held\n"
         with (
             pytest.raises(CheckpointError, match=f"in use by .*process {owner.pid} on "),
-            files.locked(tmp_path),
+            files.lock_folder(tmp_path),
         ):
             pass
         owner.kill()
         owner.wait()
 
-    with files.locked(tmp_path):
+    with files.lock_folder(tmp_path):
         assert sorted(os.listdir(tmp_path)) == [".mine", "lock"]
 
 
@@ -284,7 +284,7 @@ def test_a_lock_that_points_elsewhere_is_not_followed(tmp_path):
 
     with (
         pytest.raises(CheckpointError, match="cannot be locked"),
-        files.locked(tmp_path / "run"),
+        files.lock_folder(tmp_path / "run"),
     ):
         pass
 

@@ -11,8 +11,8 @@ from quick import quick
 
 import flowvi
 from flowvi.initialization import candidates
-from flowvi.initialization.gaussian import Gaussian, score
-from flowvi.initialization.preflight import look
+from flowvi.initialization.gaussian import GaussianApproximation, with_elbo
+from flowvi.initialization.preflight import preflight
 
 
 def tables():
@@ -89,10 +89,10 @@ def test_a_start_without_density_is_replaced_by_a_place_with_one():
         pyro.factor("f", torch.where(x.square().sum() > 16.0, 0.0, -torch.inf))
 
     target = flowvi.from_pyro(model)
-    seen = look(target, 1)
+    seen = preflight(target, 1)
     generator = torch.Generator().manual_seed(0)
 
-    starts = candidates._finite(target, target.starts(generator), seen.median, seen.places)
+    starts = candidates._finite_starts(target, target.starts(generator), seen.median, seen.places)
 
     assert target.log_prob(seen.median[None]).isinf().all()
     assert target.log_prob(starts).isfinite().all()
@@ -104,7 +104,9 @@ def test_a_density_that_is_infinite_by_rounding_is_no_bound():
         {"x": flowvi.Site()},
     )
     eps = torch.linspace(-3, 3, 7, dtype=target.dtype)[:, None]
-    g = Gaussian(torch.zeros(1, dtype=target.dtype), torch.eye(1, dtype=target.dtype), "wide")
+    g = GaussianApproximation(
+        torch.zeros(1, dtype=target.dtype), torch.eye(1, dtype=target.dtype), "wide"
+    )
 
-    assert score(target, g, eps).elbo == -math.inf
-    assert math.isfinite(score(target, g, eps / 2).elbo)
+    assert with_elbo(target, g, eps).elbo == -math.inf
+    assert math.isfinite(with_elbo(target, g, eps / 2).elbo)

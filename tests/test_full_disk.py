@@ -161,7 +161,7 @@ def test_what_a_crash_left_is_swept(folder):
     (folder / f".draws.zarr.{'0' * 8}.part").mkdir()
     (folder / ".mine").touch()
 
-    with files.locked(folder):
+    with files.lock_folder(folder):
         assert hidden(folder) == [".mine"]
 
 
@@ -231,13 +231,13 @@ def test_all_that_fits_is_written_and_the_rest_later(folder):
 
 
 def test_results_are_written_into_a_folder_that_vanished(folder, monkeypatch):
-    whole = results.judged
+    whole = results.recommended_draws
 
-    def vanish(*arguments: object) -> results.Judged:
+    def vanish(*arguments: object) -> results.RecommendedDraws:
         shutil.rmtree("out")
         return whole(*arguments)
 
-    monkeypatch.setattr(results, "judged", vanish)
+    monkeypatch.setattr(results, "recommended_draws", vanish)
 
     done = run("fit", "m.py", "--out", "out", *QUICK)
 

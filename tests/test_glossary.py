@@ -32,6 +32,7 @@ def exists(term: str) -> bool:
     fields = (
         {f.name for f in dataclasses.fields(owner)} if dataclasses.is_dataclass(owner) else set()
     )
+    fields |= set(getattr(owner, "__annotations__", ()))
     return not member or hasattr(owner, member) or member in fields or attribute(owner, member)
 
 

@@ -20,7 +20,14 @@ from flowvi.cli.fit import _executor
 from flowvi.fitting import restart, starts
 from flowvi.initialization import candidates, missed_modes
 from flowvi.runtime import files
-from flowvi.runtime.clock import HEARD, Clock, Interrupted, droppable, interruptible, up_to_now
+from flowvi.runtime.clock import (
+    INTERRUPT_NOTICE,
+    Clock,
+    Interrupted,
+    abort_on_interrupt,
+    interruptible,
+    until_interrupted,
+)
 from flowvi.training.compiling.background import Compilation
 from flowvi.training.trainer import Trainer
 
@@ -77,11 +84,11 @@ def test_hardly_anything_is_evaluated_after_an_interrupt(at, small, monkeypatch,
     assert fit.meta["interrupted"]
     assert counted.after <= MOST
     assert bool(torch.as_tensor(fit.bounds).isfinite().all())
-    assert capsys.readouterr().err.count(HEARD) == 1
+    assert capsys.readouterr().err.count(INTERRUPT_NOTICE) == 1
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-@pytest.mark.parametrize("phase", ["further_modes", "diagnose", "found_beyond"])
+@pytest.mark.parametrize("phase", ["further_modes", "diagnose", "mass_beyond_guide"])
 def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
     def log_prob(v: dict[str, torch.Tensor]) -> torch.Tensor:
         return Normal(0.0, 1.0).log_prob(v["x"]).sum()
@@ -105,19 +112,19 @@ def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
 def test_what_can_be_dropped_ends_at_once(capsys):
     clock, done = Clock(), []
     with interruptible(clock):
-        with pytest.raises(Interrupted), droppable():
-            with droppable(False):
+        with pytest.raises(Interrupted), abort_on_interrupt():
+            with abort_on_interrupt(False):
                 os.kill(os.getpid(), signal.SIGINT)
                 done.append("to its end")
-            with droppable():
+            with abort_on_interrupt():
                 done.append("never")
-        with pytest.raises(Interrupted), droppable():
+        with pytest.raises(Interrupted), abort_on_interrupt():
             done.append("never")
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
 
     assert done == ["to its end"]
-    with droppable():
+    with abort_on_interrupt():
         done.append("another fit")
 
 
@@ -129,8 +136,8 @@ def test_an_item_that_is_being_made_is_dropped(capsys):
             yield i
 
     with interruptible(Clock()):
-        assert list(up_to_now(items())) == [0, 1]
-    assert list(up_to_now(iter([0, 1]))) == [0, 1]
+        assert list(until_interrupted(items())) == [0, 1]
+    assert list(until_interrupted(iter([0, 1]))) == [0, 1]
 
 
 def test_nobody_waits_for_the_compiler_after_an_interrupt():
@@ -200,10 +207,10 @@ def test_a_folder_in_which_another_run_is_busy_is_left_alone(folder, name):
         assert "remove" not in done.stderr
         return " ".join(done.stderr.split())
 
-    with files.locked(folder / "out/checkpoint"):
+    with files.lock_folder(folder / "out/checkpoint"):
         assert f"'out' is in use by another run (process {os.getpid()}" in refused()
     # While its results are written.
-    with files.kept(folder / "out"):
+    with files.hold_folder(folder / "out"):
         assert "'out' is in use by another run (another command)" in refused()
 
 
@@ -212,9 +219,9 @@ def test_a_folder_is_free_again_after_a_command(folder):
         done = CliRunner().invoke(main, COMMANDS["fit"])
         assert "has a fit that was cut off" in " ".join(done.stderr.split())
 
-    with files.kept(folder / "out") as free:
+    with files.hold_folder(folder / "out") as free:
         assert free
-    assert files.owner(folder / "out/checkpoint") == ""
+    assert files.lock_owner(folder / "out/checkpoint") == ""
 
 
 def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
@@ -236,7 +243,7 @@ def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
     done = CliRunner().invoke(main, COMMANDS["fit"])
 
     assert done.exit_code == 143
-    assert HEARD in done.stderr
+    assert INTERRUPT_NOTICE in done.stderr
     assert "Writing the results of the steps so far to out" in done.stderr
     assert "flowvi report out writes a report" in done.stderr
     assert Path("out/posterior.nc").exists() and not seen

@@ -10,9 +10,9 @@ from torch.distributions import constraints
 
 import flowvi
 from flowvi.initialization import candidates
-from flowvi.initialization.gaussian import Gaussian
-from flowvi.initialization.preflight import check_integrable, check_size, fall, look
-from flowvi.initialization.unbounded import collapse
+from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.preflight import check_integrable, check_size, density_drop, preflight
+from flowvi.initialization.unbounded import find_collapse
 from flowvi.targets import ModelError
 
 Y = torch.tensor([1.3, 0.2, 0.9, 1.8, 0.4])
@@ -57,7 +57,7 @@ def long_axes() -> None:
         pyro.sample("y", dist.Normal(mean, 1.0), obs=Y)
 
 
-def start(target: flowvi.Target) -> candidates.Gaussian:
+def start(target: flowvi.Target) -> candidates.GaussianApproximation:
     return candidates.best_gaussian(target, 0, False, lambda line: None)[0]
 
 
@@ -151,7 +151,7 @@ def test_separated_data_are_named():
 
 def test_a_density_that_rises_is_not_said_to_fall():
     target = flowvi.from_density(lambda v: 0.001 * v["x"], {"x": flowvi.Site()})
-    far = Gaussian(torch.zeros(1), torch.ones(1, 1), "given")
+    far = GaussianApproximation(torch.zeros(1), torch.ones(1, 1), "given")
 
     with pytest.raises(ModelError, match=r"along 'x' its log density rises by 10 nats over 1e\+04"):
         check_integrable(target, far)
@@ -183,7 +183,7 @@ def test_a_funnel_has_a_bound_though_its_density_has_none():
     loc = torch.tensor([-12.0, *[0.0] * len(Y)])
     widths = torch.tensor([1.0, *[math.exp(-12.0)] * len(Y)])
 
-    assert collapse(target, Gaussian(loc, torch.diag(widths), "given")) == ""
+    assert find_collapse(target, GaussianApproximation(loc, torch.diag(widths), "given")) == ""
 
 
 def test_a_fit_of_an_improper_posterior_stops_at_the_start():
@@ -196,7 +196,7 @@ def test_the_look_says_where_the_density_is_not_finite():
         x = values["x"]
         return torch.where(x > 0, -x, -torch.inf)
 
-    found = look(flowvi.from_density(log_density, {"x": flowvi.Site()}), 0)
+    found = preflight(flowvi.from_density(log_density, {"x": flowvi.Site()}), 0)
 
     assert not found.of_prior and found.points == 200
     assert abs(found.finite - 0.5) < 4 * math.sqrt(0.25 / 200)
@@ -204,7 +204,7 @@ def test_the_look_says_where_the_density_is_not_finite():
 
 
 def test_the_look_uses_the_prior_where_there_is_one():
-    found = look(flowvi.from_pyro(cauchy), 0)
+    found = preflight(flowvi.from_pyro(cauchy), 0)
 
     assert found.of_prior and found.finite == found.smooth == 1.0
 
@@ -226,4 +226,4 @@ def test_an_infinite_density_far_out_is_no_rise():
 
     target = flowvi.from_density(normal_until_rounding, {"x": flowvi.Site()})
 
-    assert fall(target, torch.zeros(1), torch.ones(1)) == math.inf
+    assert density_drop(target, torch.zeros(1), torch.ones(1)) == math.inf

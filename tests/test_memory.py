@@ -37,7 +37,7 @@ draw(target, [guide], 100)
 held = next(int(line.split()[1]) for line in open("/proc/self/status") if "VmData" in line)
 most = 1024 * held + int(sys.argv[2])
 resource.setrlimit(resource.RLIMIT_DATA, (most, most))
-with flowvi.runtime.memory.limited(sys.argv[1]):
+with flowvi.runtime.memory.memory_limit(sys.argv[1]):
     print(draw(target, [guide], 10_000).z.shape)
 """
 
@@ -78,7 +78,7 @@ def test_draws_do_not_depend_on_the_limit(target, name, monkeypatch):
     whole = draw(target, [guide, guide], 500, seed=3)
     monkeypatch.setattr(memory, "EVALUATED", 1e-3)
     monkeypatch.setattr(memory, "TABLED", 1e-3)
-    with memory.limited("32MB"):
+    with memory.memory_limit("32MB"):
         assert 1 < target.chunk() < 100
         parts = draw(target, [guide, guide], 500, seed=3)
 
@@ -97,7 +97,7 @@ def test_a_point_costs_what_its_tensors_hold():
         x = torch.ones(n, 1000) + fixed[:1000]
         return x.exp()
 
-    fixed, each = memory.cost(function)
+    fixed, each = memory.measure_cost(function)
 
     assert each == pytest.approx(2 * 8 * 1000, rel=0.01)
     assert fixed == pytest.approx(8 * 10_000, rel=0.3)
@@ -108,7 +108,9 @@ def test_a_gradient_keeps_what_it_will_need():
         z = torch.ones(n, 1000).requires_grad_(gradient)
         return z.exp().exp().exp().exp().exp().sum()
 
-    plain, kept = (memory.cost(lambda n, g=g: function(n, g)).each for g in (False, True))
+    plain, kept = (
+        memory.measure_cost(lambda n, g=g: function(n, g)).per_point for g in (False, True)
+    )
 
     assert plain == pytest.approx(2 * 8 * 1000, rel=0.51)
     assert kept >= 6 * 8 * 1000
@@ -117,17 +119,17 @@ def test_a_gradient_keeps_what_it_will_need():
 def test_a_dense_scale_is_no_cost_of_a_draw():
     """Two guides of one D, one with a matrix that is the same for all draws."""
     narrow, dense = (
-        memory.cost(lambda n, g=g: g.sample((n,))) for g in (MeanField(500), FullRank(500))
+        memory.measure_cost(lambda n, g=g: g.sample((n,))) for g in (MeanField(500), FullRank(500))
     )
 
     assert dense.fixed > 500 * 500 * 4
-    assert dense.each < 3 * narrow.each
+    assert dense.per_point < 3 * narrow.per_point
 
 
 def test_costs_say_how_many_points_fit():
-    assert memory.Cost(100.0, 10.0).fits(1000) == 90
-    assert memory.Cost(100.0, 10.0).fits(50) == 1
-    assert memory.Cost(0.0, 10.0).fits(10**9) == memory.MOST
+    assert memory.Cost(100.0, 10.0).points_within(1000) == 90
+    assert memory.Cost(100.0, 10.0).points_within(50) == 1
+    assert memory.Cost(0.0, 10.0).points_within(10**9) == memory.MOST
 
 
 @pytest.mark.parametrize(
@@ -135,9 +137,9 @@ def test_costs_say_how_many_points_fit():
     [("2GB", 2 * 10**9), ("1.5 GiB", 3 * 2**29), ("500mb", 5 * 10**8), (64_000_000, 64 * 10**6)],
 )
 def test_sizes_have_units(words, size):
-    with memory.limited(words):
+    with memory.memory_limit(words):
         assert memory.limit() == size
-        with memory.limited(None):
+        with memory.memory_limit(None):
             assert memory.limit() == size
     assert memory.limit() == memory.DEFAULT
 
@@ -145,7 +147,7 @@ def test_sizes_have_units(words, size):
 @pytest.mark.parametrize("words", ["much", "2 XB", "1kB", "", -5, "1.2.3GB", "1e9"])
 def test_sizes_without_meaning_are_refused(words):
     with pytest.raises(ValueError, match="max_memory must be a number of bytes or a size such as"):
-        memory.parse(words)
+        memory.parse_size(words)
 
 
 def test_the_variable_sets_the_default(monkeypatch):
@@ -194,7 +196,7 @@ def test_a_step_beyond_the_limit_is_made_in_parts():
         options = {"particles": 256, "steps": 30, "lr": 1e-2, "compile": False, "progress": False}
         return target, flowvi.fit(target, "fullrank", **options, **limit)
 
-    with memory.limited("32MB"):
+    with memory.memory_limit("32MB"):
         target, part = fitted()
         assert target.at_once() < 256
     _, whole = fitted(max_memory="4GB")

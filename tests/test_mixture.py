@@ -20,7 +20,7 @@ CONTEXT = 2
 def gaussians(locs, scale=1.0, logits=None):
     """A mixture of Gaussians of equal scale."""
     guide = MixtureGuide([FullRank(len(loc)) for loc in locs], logits)
-    guide.start_many([(torch.tensor(loc), scale * torch.eye(len(loc))) for loc in locs])
+    guide.start_components([(torch.tensor(loc), scale * torch.eye(len(loc))) for loc in locs])
     return guide
 
 
@@ -193,7 +193,9 @@ def test_the_usual_mixture_is_of_flows():
 
 def test_starts_must_match_the_components():
     with pytest.raises(ValueError, match="2 components needs as many starts; got 1"):
-        mixture(2, components=2, component="fullrank").start_many([(torch.zeros(2), torch.eye(2))])
+        mixture(2, components=2, component="fullrank").start_components(
+            [(torch.zeros(2), torch.eye(2))]
+        )
 
 
 def test_components_must_agree_on_their_length():

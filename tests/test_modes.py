@@ -13,10 +13,10 @@ from random_models import random_model
 import flowvi
 from flowvi.guides import make_guide
 from flowvi.initialization.candidates import ascend
-from flowvi.initialization.gaussian import Gaussian
-from flowvi.initialization.missed_modes import left_out, sentence
+from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.missed_modes import describe_missed_modes, missed_modes
 from flowvi.initialization.modes import further_modes
-from flowvi.initialization.peaks import apart, finished, nearest
+from flowvi.initialization.peaks import are_separate, connected_place, converged_peak
 from flowvi.initialization.symmetry import images, symmetries
 
 Y = torch.tensor([-4.1, -3.7, -4.4, 0.1, 0.3, -0.2, 5.2, 4.9, 4.8])
@@ -88,7 +88,7 @@ def test_symmetries_are_those_of_the_density(model, words):
 
     found = symmetries(target, places(target))
 
-    assert [symmetry.words for symmetry in found] == words
+    assert [symmetry.description for symmetry in found] == words
 
 
 def test_images_of_a_point_have_its_density_and_are_all_there_are():
@@ -107,7 +107,9 @@ def test_images_of_a_point_have_its_density_and_are_all_there_are():
 def test_further_starts_find_what_the_first_have_not():
     target = flowvi.from_density(hills, {"a": flowvi.Site(), "b": flowvi.Site()})
     scale = 0.4 * torch.eye(2, dtype=target.dtype)
-    home = Gaussian(torch.tensor([3.0, 3.0], dtype=target.dtype), scale, "one", elbo=-0.1)
+    home = GaussianApproximation(
+        torch.tensor([3.0, 3.0], dtype=target.dtype), scale, "one", elbo=-0.1
+    )
     starts = torch.randn(40, 2, generator=torch.Generator().manual_seed(0), dtype=target.dtype)
     log = []
 
@@ -122,7 +124,7 @@ def test_further_starts_find_what_the_first_have_not():
 def test_one_mode_takes_no_further_starts():
     target = flowvi.from_pyro(line)
     scale = torch.eye(2, dtype=target.dtype)
-    home = Gaussian(torch.ones(2, dtype=target.dtype), scale, "one", elbo=-2.0)
+    home = GaussianApproximation(torch.ones(2, dtype=target.dtype), scale, "one", elbo=-2.0)
     log = []
 
     found = further_modes(target, home, places(target)[:5], places(target), 1, log.append)
@@ -176,7 +178,9 @@ def test_models_made_at_random_have_one_mode(seed):
     _, model, args = random_model(seed)
     target = flowvi.from_pyro(model, *args)
     points = places(target)
-    home = Gaussian(points[0], torch.eye(target.dim, dtype=target.dtype), "home", elbo=-1e3)
+    home = GaussianApproximation(
+        points[0], torch.eye(target.dim, dtype=target.dtype), "home", elbo=-1e3
+    )
     ends = torch.stack([ascend(target, z)[-1] for z in points[:4]])
 
     assert further_modes(target, home, ends, points, 1, lambda words: None) == []
@@ -193,7 +197,7 @@ def test_a_density_without_bound_has_no_mode():
     start = torch.cat([torch.ones(20), torch.zeros(1)]).to(target.dtype)
     path = ascend(target, start)
 
-    assert all(finished(target, z) is None for z in [start, path[len(path) // 2], path[-1]])
+    assert all(converged_peak(target, z) is None for z in [start, path[len(path) // 2], path[-1]])
 
 
 def double_well(v):
@@ -204,7 +208,7 @@ def double_well(v):
 def test_a_saddle_is_left_for_a_mode():
     target = flowvi.from_density(double_well, {"x": flowvi.Site((2,))})
 
-    peak = finished(target, torch.zeros(2, dtype=target.dtype))
+    peak = converged_peak(target, torch.zeros(2, dtype=target.dtype))
 
     assert peak is not None
     wanted = torch.tensor([3.0**0.5, 0.0], dtype=target.dtype)
@@ -234,8 +238,8 @@ def test_a_path_may_bend():
     up, down = torch.tensor([[0.0, 2.0], [0.0, -2.0]], dtype=one.dtype)
     scale = torch.diag(torch.tensor([0.1, 0.1], dtype=one.dtype))
 
-    assert nearest(one, left, [right]) is None and not apart(one, left, right, scale)
-    assert apart(two, up, down, scale)
+    assert connected_place(one, left, [right]) is None and not are_separate(one, left, right, scale)
+    assert are_separate(two, up, down, scale)
 
 
 def test_a_mode_has_a_mass_with_its_error():
@@ -247,36 +251,42 @@ def test_a_mode_has_a_mass_with_its_error():
         return sum(parts).log()
 
     target = flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
-    home = Gaussian(torch.full((2,), -4.0, dtype=target.dtype), torch.eye(2).to(target.dtype), "")
+    home = GaussianApproximation(
+        torch.full((2,), -4.0, dtype=target.dtype), torch.eye(2).to(target.dtype), ""
+    )
     home = dataclasses.replace(home, elbo=math.log(0.7))
     log = []
 
     (mode,) = further_modes(target, home, -home.loc[None], home.loc[None][:0], 1, log.append)
 
     assert abs(mode.mass - math.log(0.3)) < 4 * mode.mass_se + 1e-6 and mode.mass_se < 0.05
-    words = sentence([mode], math.log(0.7))
+    words = describe_missed_modes([mode], math.log(0.7))
     assert "found another mode that the guide leaves out, with about 0.4" in words
     assert "standard error" in words
     guide = make_guide("fullrank", 2).to(target.dtype)
     guide.start(home.loc, home.scale_tril)
-    assert left_out(target, guide, math.log(0.7), [mode], 1) == [mode]
+    assert missed_modes(target, guide, math.log(0.7), [mode], 1) == [mode]
     guide.start(mode.loc, mode.scale_tril)
-    assert left_out(target, guide, math.log(0.3), [mode], 1) == []
+    assert missed_modes(target, guide, math.log(0.3), [mode], 1) == []
     tiny = dataclasses.replace(mode, mass=math.log(0.7) - 5.0)
     guide.start(home.loc, home.scale_tril)
-    assert left_out(target, guide, math.log(0.7), [tiny], 1) == []
+    assert missed_modes(target, guide, math.log(0.7), [tiny], 1) == []
 
 
 def test_the_masses_of_missed_modes_add_up_with_their_errors():
     """Of e^c times 2 +- 2 * 0.3 and 1 +- 1 * 0.8, beside e^c that is covered."""
     covered, place = -7.0, torch.zeros(1)
     modes = [
-        Gaussian(place, torch.eye(1), "a mode", mass=covered + math.log(share), mass_se=error)
+        GaussianApproximation(
+            place, torch.eye(1), "a mode", mass=covered + math.log(share), mass_se=error
+        )
         for share, error in [(2.0, 0.3), (1.0, 0.8)]
     ]
 
-    words = sentence(modes, covered)
+    words = describe_missed_modes(modes, covered)
 
     assert "2 other modes" in words
     assert "about 3 times the mass that it covers (standard error 1)" in words
-    assert "1 times the mass that it covers (standard error 0.8)" in sentence(modes[1:], covered)
+    assert "1 times the mass that it covers (standard error 0.8)" in describe_missed_modes(
+        modes[1:], covered
+    )

@@ -15,7 +15,7 @@ from torch.testing import assert_close
 
 import flowvi
 from flowvi.guides import BlockGuide, MixtureGuide, Multiplicative, make_guide, multiplicative
-from flowvi.guides.blocks import Part
+from flowvi.guides.blocks import Block
 from flowvi.guides.registry import multiplicative_guide
 from flowvi.objectives import Renyi, elbo
 
@@ -42,9 +42,9 @@ def test_units_are_inputs_and_filters():
 
 
 def test_draws_are_normals_scaled_by_the_multipliers():
-    """Given t, z is normal; both together have the density that `scored` hands on."""
+    """Given t, z is normal; both together have the density that `sample_with_score` hands on."""
     guide = built()
-    both, log_q, _, _ = guide.scored((5,))
+    both, log_q, _, _ = guide.sample_with_score((5,))
     z, t = both.split([DIM, UNITS], -1)
     factors = torch.cat([1 + guide.spread * t, torch.ones(5, 1)], -1)[:, guide.units]
     mean = factors * (guide.origin + guide.width * guide.shift)
@@ -56,7 +56,7 @@ def test_draws_are_normals_scaled_by_the_multipliers():
 
 def test_the_score_is_the_gradient_of_the_joint_density():
     guide = built()
-    both, log_q, _, score = guide.scored((4,))
+    both, log_q, _, score = guide.sample_with_score((4,))
 
     def joint(both):
         z, t = both.split([DIM, UNITS], -1)
@@ -78,7 +78,8 @@ def test_draws_and_scored_draws_are_the_same():
         return call(), torch.randn(2)
 
     (drawn, a), (scored, b), (_, c) = (
-        after(lambda m=method: m((4,))) for method in (guide.sample, guide.scored, guide.skip)
+        after(lambda m=method: m((4,)))
+        for method in (guide.sample, guide.sample_with_score, guide.advance_rng)
     )
 
     assert torch.equal(a, b) and torch.equal(a, c)
@@ -141,7 +142,7 @@ def test_dreg_lands(alpha):
         mean, scale = fixed._normal(t)
         return fixed.outer.log_prob(t) + dist.Normal(mean, scale).log_prob(z).sum(-1)
 
-    guide.lifted = lambda log_p: joint
+    guide.joint_density = lambda log_p: joint
     bound, _ = Renyi(alpha, particles=3)(lambda z: z.sum(-1), guide, repeats=(2,))
     learned = [guide.shift, guide.log_scale, *guide.outer.parameters()]
 
@@ -286,7 +287,7 @@ def test_what_cannot_be_is_refused(brief):
     with pytest.raises(ValueError, match="takes no context; got context_dim=2"):
         make_guide("multiplicative", 3, 2)
     with pytest.raises(ValueError, match="A multiplicative guide cannot be a block"):
-        BlockGuide([Part(two(), (0, 1))])
+        BlockGuide([Block(two(), (0, 1))])
     with pytest.raises(ValueError, match="cannot be part of a mixture"):
         MixtureGuide([two(), two()])
     with pytest.raises(ValueError, match="z has 3 columns but the guide has D = 2"):

@@ -11,7 +11,7 @@ from torch.distributions import MultivariateNormal
 
 import flowvi
 from flowvi.initialization.nested import start
-from flowvi.training.learning_rate import Level
+from flowvi.training.learning_rate import BoundLevel
 from models import linear_gaussian_joint
 
 NOISE = 0.5
@@ -151,7 +151,7 @@ def test_a_bound_that_is_infinite_is_in_the_verdict():
 
 def test_a_bound_that_collapses_is_told_from_a_noisy_one():
     noise = np.random.default_rng(0).normal(0, 3, 200)
-    noisy, falling, wild = Level(), Level(), Level()
+    noisy, falling, wild = BoundLevel(), BoundLevel(), BoundLevel()
 
     for i, e in enumerate(noise):
         noisy.add(-10 + e)
@@ -160,6 +160,6 @@ def test_a_bound_that_collapses_is_told_from_a_noisy_one():
 
     assert not noisy.collapsed and not wild.collapsed and not wild.low
     assert falling.collapsed and falling.low
-    again = Level()
+    again = BoundLevel()
     again.load_state_dict(falling.state_dict())
     assert (again.median, again.floor) == (falling.median, falling.floor)

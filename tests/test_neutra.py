@@ -110,7 +110,7 @@ def test_chains_go_to_arviz_with_their_statistics(schools, tmp_path):
 
 
 def test_chains_have_no_weights(schools):
-    with pytest.raises(ValueError, match="of Markov chains, not of the guide"):
+    with pytest.raises(ValueError, match="got MCMC draws, which have no weights"):
         flowvi.resample(schools[1])
     with pytest.raises(ValueError, match="MCMC draws, which have no weights"):
         flowvi.evidence(schools[1])

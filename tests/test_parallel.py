@@ -27,7 +27,7 @@ from test_parallel import NAMES, fitted, somewhere
 from test_compiling import schools
 import flowvi
 from flowvi.runtime import distributed as parallel
-with parallel.launched(), MonkeyPatch.context() as patch:
+with parallel.join_process_group(), MonkeyPatch.context() as patch:
     brief(patch)
     rank, same, ends = parallel.rank(), {{}}, []
     for name in NAMES:
@@ -92,7 +92,7 @@ def test_two_processes_are_one_with_twice_the_draws(name, two_processes, brief):
     assert first == second
     assert first[0] == 2
     # Sums of the draws of one and of two, in the precision of the steps.
-    rounding = 1e-8 if alone.guide.in_single() is None else 1e-5
+    rounding = 1e-8 if alone.guide.mixed_precision_copy() is None else 1e-5
     np.testing.assert_allclose(first[1], alone.history["bound"], rtol=rounding)
     np.testing.assert_allclose(first[2], somewhere(alone), rtol=rounding)
 
@@ -122,19 +122,19 @@ def test_outside_a_group_nothing_is_shared():
     bound, gradient = torch.tensor(1.0), torch.arange(3.0)
 
     assert (distributed.size(), distributed.rank()) == (1, 0)
-    assert distributed.averaged(bound, gradient, [1.0, 0.5]) == (bound, gradient, [1.0, 0.5])
-    assert distributed.agreed(2.5) == 2.5
-    assert distributed.shared(gradient) is gradient
+    assert distributed.all_reduce_mean(bound, gradient, [1.0, 0.5]) == (bound, gradient, [1.0, 0.5])
+    assert distributed.broadcast_number(2.5) == 2.5
+    assert distributed.broadcast(gradient) is gradient
 
 
 @pytest.mark.parametrize("name", ["realnvp", "nsf_coupling", *sorted(GUIDES)])
 def test_skipping_takes_the_random_numbers_of_a_step(name):
     guide = make_guide(name, 5)
     state = torch.get_rng_state()
-    guide.scored((16, 1))
+    guide.sample_with_score((16, 1))
     after = torch.get_rng_state()
 
     torch.set_rng_state(state)
-    guide.skip((16, 1))
+    guide.advance_rng((16, 1))
 
     assert torch.equal(torch.get_rng_state(), after)

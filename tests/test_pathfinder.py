@@ -6,7 +6,7 @@ from torch.distributions import MultivariateNormal
 
 import flowvi
 from flowvi.initialization import candidates
-from flowvi.initialization.pathfinder import estimates, inverse_hessian, updated
+from flowvi.initialization.pathfinder import inverse_hessian, normals_along_path, update_diagonal
 
 DIM = 5
 
@@ -45,7 +45,7 @@ def test_the_diagonal_learns_the_scales_of_independent_coordinates():
 
     for _ in range(200):
         s = torch.randn(DIM) * scales
-        diagonal = updated(diagonal, s, s / scales**2)
+        diagonal = update_diagonal(diagonal, s, s / scales**2)
 
     torch.testing.assert_close(diagonal.log(), 2 * scales.log(), atol=0.3, rtol=0.0)
 
@@ -58,7 +58,7 @@ def test_a_path_over_a_normal_ends_at_its_mean_and_in_its_covariance(precision):
         points.append(points[-1] + (1 + torch.rand(())) * direction)
     points = torch.stack(points)
 
-    last = list(estimates(points, -points @ precision))[-1]
+    last = list(normals_along_path(points, -points @ precision))[-1]
 
     torch.testing.assert_close(last.inverse.dense(), torch.linalg.inv(precision))
     torch.testing.assert_close(last.loc, torch.zeros(DIM), atol=1e-8, rtol=0.0)
@@ -67,7 +67,7 @@ def test_a_path_over_a_normal_ends_at_its_mean_and_in_its_covariance(precision):
 def test_steps_without_curvature_are_passed_over():
     walk = torch.randn(4, DIM)
 
-    assert not list(estimates(walk, walk))
+    assert not list(normals_along_path(walk, walk))
 
 
 def test_pathfinder_competes_among_the_candidates(precision):
@@ -79,6 +79,8 @@ def test_pathfinder_competes_among_the_candidates(precision):
     group = next(iter(candidates.candidates(target, generator)))
 
     found = [
-        candidates.score(target, g, judge) for g in group.normals if g.name.startswith("Pathfinder")
+        candidates.with_elbo(target, g, judge)
+        for g in group.normals
+        if g.name.startswith("Pathfinder")
     ]
     assert max(g.elbo for g in found) > -0.3

@@ -259,7 +259,7 @@ def test_a_mixture_trains_by_the_score():
     """Weights of components have no path through the draws: their gradient is the score's."""
     target = flowvi.from_pyro(learned, DATA)
     guide = flowvi.PyroGuide(target, mixture(1, components=2, component="meanfield"))
-    guide.density.start_many(
+    guide.density.start_components(
         [(torch.tensor([-0.5]), torch.eye(1)), (torch.tensor([1.0]), torch.eye(1))]
     )
     elbo = Trace_ELBO(300, vectorize_particles=True, max_plate_nesting=1)
@@ -315,7 +315,7 @@ def test_parameters_of_another_training_are_refused():
 
 
 def test_what_is_no_fit_is_refused(fit):
-    with pytest.raises(flowvi.ModelError, match=r"needs a fit of one vector.*got a FlowGuide"):
+    with pytest.raises(TypeError, match=r"needs what flowvi.fit returned; got a FlowGuide"):
         flowvi.pyro_guide(fit.guide)
 
 

@@ -302,7 +302,7 @@ def test_names_in_a_manifest_never_become_paths(cut):
     folder, _ = cut
     for name in ("manifest.json", "manifest.previous.json"):
         text = (folder / name).read_text().replace("piece-0001.safetensors", "../piece-0001")
-        (folder / name).write_text(json.dumps(checkpoint_folder.sealed(json.loads(text))))
+        (folder / name).write_text(json.dumps(checkpoint_folder.with_checksum(json.loads(text))))
 
     with pytest.raises(CheckpointError, match=r"'\.\./piece-0001' is no name"):
         _fit(folder, resume=True)
@@ -315,7 +315,7 @@ def test_a_full_disk_leaves_what_was_written(cut, monkeypatch):
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patched:
-        patched.setattr("flowvi.runtime.tensors.write_whole", full)
+        patched.setattr("flowvi.runtime.tensors.write_atomic", full)
         with pytest.warns(UserWarning, match="could not be written .*No space"):
             found = _fit(folder, resume=True)
     again = _fit(folder, resume=True)

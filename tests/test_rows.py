@@ -445,7 +445,7 @@ def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
 
     whole = gradient()
     monkeypatch.setattr(distributed, "size", lambda: 2)
-    monkeypatch.setattr(distributed, "averaged", lambda b, g, told, dtype: (b, g, [*told]))
+    monkeypatch.setattr(distributed, "all_reduce_mean", lambda b, g, told, dtype: (b, g, [*told]))
     parts = []
     for rank in range(2):
         monkeypatch.setattr(distributed, "rank", lambda rank=rank: rank)

@@ -39,7 +39,7 @@ def test_both_precisions_have_the_same_gradients(name, target):
     guide = perturbed(make_guide(name, 3), std=0.1).double()
     guide.start(LOC, TRIL)
 
-    single = guide.in_single()
+    single = guide.mixed_precision_copy()
 
     if single is None:
         inner = getattr(guide, "flow", None)

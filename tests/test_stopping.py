@@ -78,12 +78,12 @@ def test_a_trace_without_noise_ends_as_soon_as_two_checks_have_seen_it():
 
 
 def test_a_clock_without_a_budget_never_ends():
-    assert not Clock().over()
+    assert not Clock().out_of_time()
 
 
 def test_a_clock_keeps_its_budget():
     clock = Clock(10.0)
     clock.began -= 6.0
 
-    assert clock.over(0.5) and not clock.over()
+    assert clock.out_of_time(0.5) and not clock.out_of_time()
     assert clock.seconds == pytest.approx(6.0, abs=1.0)

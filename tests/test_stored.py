@@ -111,7 +111,7 @@ def write(folder: Path) -> None:
     manifest = json.loads((folder / checkpoint_folder.MANIFEST).read_text())
     manifest["software"]["machine"] = "another one"
     (folder / checkpoint_folder.MANIFEST).write_text(
-        json.dumps(checkpoint_folder.sealed(manifest), indent=1)
+        json.dumps(checkpoint_folder.with_checksum(manifest), indent=1)
     )
     named = {entry["name"] for entry in [*manifest["pieces"], *manifest["states"]]}
     for file in folder.glob("*.safetensors"):

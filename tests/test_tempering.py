@@ -10,8 +10,8 @@ from pyro import distributions as dist
 import flowvi
 from flowvi.draws.sampling import draw
 from flowvi.guides import FullRank
-from flowvi.initialization.gaussian import Gaussian
-from flowvi.samplers.tempering import Tempered, found_beyond, wide_gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.samplers.tempering import Tempered, mass_beyond_guide, wide_gaussian
 
 
 def bumps(*places: float) -> flowvi.Target:
@@ -25,8 +25,8 @@ def bumps(*places: float) -> flowvi.Target:
     return flowvi.from_density(log_prob, {"x": flowvi.Site((2,))})
 
 
-def at(place: float) -> Gaussian:
-    return Gaussian(torch.full((2,), place), torch.eye(2), "a mode")
+def at(place: float) -> GaussianApproximation:
+    return GaussianApproximation(torch.full((2,), place), torch.eye(2), "a mode")
 
 
 def diagnosis_of(target: flowvi.Target, place: float) -> flowvi.diagnostics.Diagnosis:
@@ -45,7 +45,9 @@ def test_a_wide_normal_covers_both_modes():
 def test_a_mode_that_is_left_out_is_found(seed):
     target = bumps(-4.0, 4.0)
 
-    said = found_beyond(target, diagnosis_of(target, 4.0), wide_gaussian(target, [], seed), seed)
+    said = mass_beyond_guide(
+        target, diagnosis_of(target, 4.0), wide_gaussian(target, [], seed), seed
+    )
 
     share = re.search(r"finds about ([\d.]+) times the mass that the guide covers", said)
     assert share is not None
@@ -57,7 +59,9 @@ def test_a_mode_that_is_left_out_is_found(seed):
 def test_nothing_is_found_where_nothing_is_missing(seed):
     target = bumps(4.0)
 
-    said = found_beyond(target, diagnosis_of(target, 4.0), wide_gaussian(target, [], seed), seed)
+    said = mass_beyond_guide(
+        target, diagnosis_of(target, 4.0), wide_gaussian(target, [], seed), seed
+    )
 
     assert said == ""
 

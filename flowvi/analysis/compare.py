@@ -17,7 +17,7 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import draws_wanted, spelt, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted, suggest_spelling
 from flowvi.targets import NOWHERE
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ class ModelComparison:
         return f"Largest evidence: {first.name}, probability {first.probability:.3g}{judged}"
 
 
-@spelt
+@suggest_spelling
 def compare(
     models: Mapping[str, Draws | az.InferenceData], *, var_name: str | None = None
 ) -> ModelComparison:
@@ -108,7 +108,7 @@ def compare(
     Raises:
         ValueError: Fewer than two models, or models of different data.
     """
-    wanted("models", models, Mapping, "a dictionary of draws by name")
+    check_type("models", models, Mapping, "a dictionary of draws by name")
     if len(models) < 2:
         raise ValueError(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."

@@ -13,7 +13,7 @@ from flowvi.compat.arviz_stats import loo_record
 from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import draws_wanted, known
+from flowvi.runtime.arguments import check_choice, draws_wanted
 
 if TYPE_CHECKING:
     import arviz as az
@@ -138,4 +138,4 @@ def _site(idata: az.InferenceData, var_name: str | None) -> str:
     names = [str(name) for name in idata["log_likelihood"].data_vars]
     if var_name is None and len(names) > 1:
         raise ValueError(f"There are several observed sites, {', '.join(names)}: name one.")
-    return names[0] if var_name is None else known("observed site", var_name, names)
+    return names[0] if var_name is None else check_choice("observed site", var_name, names)

@@ -6,11 +6,11 @@ from typing import cast
 
 from flowvi.draws.draws import Draws
 from flowvi.fitting.result import Fit, NestedFit, RowFit
-from flowvi.runtime.arguments import fit_wanted, spelt, whole
-from flowvi.samplers.nuts import Plan, check_map, run_chains
+from flowvi.runtime.arguments import check_integer, fit_wanted, suggest_spelling
+from flowvi.samplers.nuts import NutsSettings, check_has_map, run_nuts
 
 
-@spelt
+@suggest_spelling
 def neutra(
     fit: Fit,
     warmup: int = 300,
@@ -25,7 +25,7 @@ def neutra(
 
     The result does not depend on the guide's quality, only the time does:
     `diagnose` judges it by R-hat, effective draws and divergences. See
-    `flowvi.samplers.nuts.run_chains` for the density that is sampled.
+    `flowvi.samplers.nuts.run_nuts` for the density that is sampled.
 
     Args:
         fit: A fit whose best guide pushes noise through a map: a flow, full rank, mean field.
@@ -50,17 +50,17 @@ def neutra(
             "capture the model without local=, which puts all latents into one vector."
         )
     fit_wanted("neutra", fit, Fit, "what flowvi.fit returned")
-    check_map(fit.guide)
+    check_has_map(fit.guide)
     _check({"warmup": warmup, "draws": draws}, chains, target_accept)
-    plan = Plan(warmup, draws, chains, target_accept)
-    found = run_chains(fit.target, fit.guide, plan, seed, fit.meta, progress=progress)
+    plan = NutsSettings(warmup, draws, chains, target_accept)
+    found = run_nuts(fit.target, fit.guide, plan, seed, fit.meta, progress=progress)
     return cast(Draws, found)
 
 
 def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
     for name, count in counts.items():
-        whole(name, count, 100)
+        check_integer(name, count, 100)
     # R-hat compares chains.
-    whole("chains", chains, 2)
+    check_integer("chains", chains, 2)
     if not 0 < target_accept < 1:
         raise ValueError(f"target_accept must lie between 0 and 1; got {target_accept}.")

@@ -26,8 +26,8 @@ from flowvi.draws.resampling import resample
 from flowvi.fitting.executors import own_state_of
 from flowvi.fitting.fit import fit
 from flowvi.fitting.result import RowFit
-from flowvi.runtime.arguments import check_names, whole
-from flowvi.runtime.rng import stream
+from flowvi.runtime.arguments import check_integer, check_keywords
+from flowvi.runtime.rng import derive_seed
 from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicable
 
 Truth = Mapping[str, np.ndarray]
@@ -86,11 +86,13 @@ def sbc(
             f"sbc needs the model, to fit it to many data sets, or a fit of rows (local=), which "
             f"serves them all; got a {type(model).__name__}: use sbc(model, *arguments)."
         )
-    if whole("fits", fits, 2) and whole("levels", levels) > whole("draws", draws, MIN_DRAWS):
+    if check_integer("fits", fits, 2) and check_integer("levels", levels) > check_integer(
+        "draws", draws, MIN_DRAWS
+    ):
         raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
     if isinstance(model, RowFit):
         return _of_rows(model, fits, draws, levels, seed)
-    check_names("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
+    check_keywords("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
     common = _Common(model, draws, levels, seed, settings)
     tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
     key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
@@ -133,7 +135,7 @@ def _own(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]:
     """Data that the model itself simulates."""
     target = from_pyro(common.model, *args)
     _check(target)
-    values = target.prior(fits, stream(common.seed, 0))
+    values = target.prior(fits, derive_seed(common.seed, 0))
     truth = {name: v for name, v in values.items() if name not in target.observed}
     data = {
         name: torch.as_tensor(values[name], dtype=like.dtype)
@@ -199,7 +201,7 @@ def _shared(task: _Task) -> GlobalTarget | None:
 
 def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
     """Fit one simulated data set, and rank its truth."""
-    common, seed = task.common, stream(task.common.seed, 1, task.number) % 2**32
+    common, seed = task.common, derive_seed(task.common.seed, 1, task.number) % 2**32
     names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
         if shared is not None:
@@ -242,7 +244,7 @@ def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Cali
     parameters that were trained.
     """
     target = fit.target
-    simulated = target.prior(fits, stream(seed, 0) % 2**32)
+    simulated = target.prior(fits, derive_seed(seed, 0) % 2**32)
     rows = target.replaced(target.batch(torch.arange(fits) % target.rows), simulated)
     truth = {name: simulated[name] for name in target.sites}
     rng = np.random.default_rng(seed)
@@ -250,10 +252,10 @@ def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Cali
     verdicts: list[str] = []
     for start in range(0, fits, AT_ONCE):
         data = tuple(t[start : start + AT_ONCE] for t in rows.data)
-        drawn = fit.draw(draws, data, stream(seed, 1, start) % 2**32)
+        drawn = fit.draw(draws, data, derive_seed(seed, 1, start) % 2**32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k-hat is in the verdict
-            weighed = resample(drawn, seed=stream(seed, 2, start) % 2**32, n=levels)
+            weighed = resample(drawn, seed=derive_seed(seed, 2, start) % 2**32, n=levels)
         assert weighed.diagnosis is not None and weighed.diagnosis.rows is not None
         verdicts += weighed.diagnosis.rows.verdict.tolist()
         for i in range(len(data[0])):

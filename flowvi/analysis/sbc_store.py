@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from flowvi.diagnostics.calibration import Calibration
-from flowvi.runtime.files import replaced, why
+from flowvi.runtime.files import atomic_replace, error_reason
 
 
 class Outcome(NamedTuple):
@@ -51,11 +51,12 @@ class Store:
         }
         columns["labels"] = np.array(outcome.labels)
         try:
-            with replaced(self.file) as part, part.open("wb") as opened:
+            with atomic_replace(self.file) as part, part.open("wb") as opened:
                 np.savez(opened, key=np.array(self.key), **columns)
         except OSError as error:
             warnings.warn(
-                f"{self.file} could not be written ({why(error)}). The calibration goes on; these "
+                f"{self.file} could not be written ({error_reason(error)}). The calibration "
+                "goes on; these "
                 "fits are written with the next one.",
                 stacklevel=3,
             )

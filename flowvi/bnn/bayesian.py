@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from flowvi.bnn.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.bnn.priors import PRIORS, Prior, weight_of
-from flowvi.runtime.arguments import known, spelt, wanted, whole
+from flowvi.runtime.arguments import check_choice, check_integer, check_type, suggest_spelling
 from flowvi.targets import ModelError
 
 Inputs = Tensor | tuple[Tensor, ...]
@@ -111,7 +111,7 @@ class Bayesian:
         return fn.to_event(len(fn.batch_shape) - 1)
 
 
-@spelt
+@suggest_spelling
 def bayesian(
     module: nn.Module,
     prior: str | Prior | Mapping[str, str | Prior] = "normal",
@@ -139,7 +139,7 @@ def bayesian(
     Raises:
         ModelError: A layer couples the rows, or a pattern fits no parameter.
     """
-    wanted("module", module, nn.Module, "a network")
+    check_type("module", module, nn.Module, "a network")
     _check_rows_apart(module)
     patterns = prior if isinstance(prior, Mapping) else {"*": prior}
     names = [name for name, _ in module.named_parameters()]
@@ -155,16 +155,16 @@ def bayesian(
         if any(fnmatchcase(name, pattern) for pattern in patterns)
     }
     if isinstance(likelihood, str):
-        likelihood = LIKELIHOODS[known("likelihood", likelihood, LIKELIHOODS)]
+        likelihood = LIKELIHOODS[check_choice("likelihood", likelihood, LIKELIHOODS)]
     if batch is not None:
-        batch = whole("batch", batch)
+        batch = check_integer("batch", batch)
     return Bayesian(module, found, likelihood, batch)
 
 
 def _named(prior: str | Prior) -> Prior:
     if not isinstance(prior, str):
         return prior
-    return PRIORS[known("prior", prior, PRIORS)]()
+    return PRIORS[check_choice("prior", prior, PRIORS)]()
 
 
 def _check_rows_apart(module: nn.Module) -> None:

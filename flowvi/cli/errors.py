@@ -14,7 +14,7 @@ from click.core import ParameterSource
 DISTRUSTED, INTERRUPTED, TERMINATED = 3, 130, 143
 
 
-def as_typed(ctx: click.Context) -> str:
+def command_line(ctx: click.Context) -> str:
     """The command with the options that were given, for the record."""
     words = ["flowvi", str(ctx.info_name)]
     for parameter in ctx.command.params:
@@ -32,7 +32,7 @@ def as_typed(ctx: click.Context) -> str:
 
 
 @contextmanager
-def said_plainly() -> Iterator[None]:
+def errors_without_traceback() -> Iterator[None]:
     """Show errors that flowvi raises as their message, without a traceback."""
     try:
         yield
@@ -46,7 +46,7 @@ def said_plainly() -> Iterator[None]:
 
 
 @contextmanager
-def plain_warnings() -> Iterator[None]:
+def one_line_warnings() -> Iterator[None]:
     """Show a warning as one line, without the place in flowvi that raised it."""
     with warnings.catch_warnings():
         warnings.showwarning = lambda message, *_: click.echo(f"Warning: {message}", err=True)

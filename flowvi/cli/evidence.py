@@ -9,8 +9,8 @@ import click
 
 from flowvi.analysis.evidence import evidence
 from flowvi.cli import results
-from flowvi.cli.errors import DISTRUSTED, plain_warnings, said_plainly
-from flowvi.cli.output import answer, json_option
+from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
+from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.arviz_groups import as_written, read_groups
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_jso
     if (folder / "guide.nc").exists():
         # The fit ended in Markov chains.
         draws, mcmc = folder / "guide.nc", mcmc or draws
-    with plain_warnings(), said_plainly(), as_written(folder):
+    with one_line_warnings(), errors_without_traceback(), as_written(folder):
         found = evidence(_read(draws), None if mcmc is None else _read(mcmc))
     import matplotlib as mpl
 
@@ -64,9 +64,9 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_jso
     from flowvi.plots import plot_evidence
 
     picture = folder / PICTURE
-    results.whole(picture, lambda file: results.save(plot_evidence(found).figure, file))
+    results.write_atomic(picture, lambda file: results.save(plot_evidence(found).figure, file))
     where = f"In {folder}:\n  {PICTURE:<13} the bounds and estimates as a picture"
-    answer(as_json, {"evidence": found, "picture": picture}, f"{found}\n\n{where}")
+    print_answer(as_json, {"evidence": found, "picture": picture}, f"{found}\n\n{where}")
     if not found.reliable:
         ctx.exit(DISTRUSTED)
 

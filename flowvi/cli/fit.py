@@ -10,11 +10,23 @@ from pathlib import Path
 import click
 
 from flowvi.cli import results
-from flowvi.cli.errors import DISTRUSTED, as_typed, interruptible, plain_warnings, said_plainly
+from flowvi.cli.errors import (
+    DISTRUSTED,
+    command_line,
+    errors_without_traceback,
+    interruptible,
+    one_line_warnings,
+)
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.options import guide_name, memory_option, objective_call
-from flowvi.cli.output import answer, json_option
-from flowvi.cli.resume import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
+from flowvi.cli.output import json_option, print_answer
+from flowvi.cli.resume import (
+    CHECKPOINT,
+    announce_writing,
+    explain_resume,
+    results_folder,
+    resume_option,
+)
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws.diagnose import diagnose
 from flowvi.fitting.fit import fit
@@ -151,10 +163,10 @@ def fit_command(
     result is printed first.
     """
     check_path(model)
-    folder = folder_of(out, resume)
-    with distributed.launched(), plain_warnings(), interruptible() as stop:
+    folder = results_folder(out, resume)
+    with distributed.join_process_group(), one_line_warnings(), interruptible() as stop:
         target = load_target(model, data)
-        with said_plainly(), _executor(processes) as executor:
+        with errors_without_traceback(), _executor(processes) as executor:
             fitted = fit(
                 target,
                 guide,
@@ -172,15 +184,15 @@ def fit_command(
             )
         if distributed.rank():
             return  # the first process writes and speaks
-        fitted.meta["command"] = as_typed(ctx)
+        fitted.meta["command"] = command_line(ctx)
         if fitted.meta["interrupted"]:
-            say_writing("steps", folder)
+            announce_writing("steps", folder)
         verdict, written, failed = _report(fitted, draws, seed, folder, quiet, as_json)
     if failed:
         there = (folder / CHECKPOINT).is_dir()
-        raise click.ClickException(results.sum_up(failed, bool(written), folder, there))
+        raise click.ClickException(results.describe_failures(failed, bool(written), folder, there))
     if fitted.meta["interrupted"]:
-        say_cut_off("steps", folder)
+        explain_resume("steps", folder)
         click.echo(f"flowvi report {folder} writes a report on them.", err=True)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
@@ -209,17 +221,17 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
 
 def _report(
     fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
-) -> tuple[str, list[results.File], list[results.NotWritten]]:
+) -> tuple[str, list[results.ResultFile], list[results.WriteFailure]]:
     """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
     draws = fitted.draw(n, seed=seed)
     try:
-        with said_plainly():
+        with errors_without_traceback():
             diagnosis = diagnose(draws)
     except click.ClickException:
-        with results.writing(out / results.FIT):
+        with results.naming_file(out / results.FIT):
             fitted.save(out / results.FIT)
         raise
-    kept = results.judged(draws, diagnosis, seed)
+    kept = results.recommended_draws(draws, diagnosis, seed)
     numbers = results.summary(kept)
     try:
         # All files before the first word: whoever reads the output may hang up early.
@@ -230,7 +242,7 @@ def _report(
     names = {file.name: file.what for file in written if file.name != f"{results.FIT}/"}
     if as_json:
         facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
-        answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
+        print_answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
     elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
         # The folder of the fit is the last to be named.

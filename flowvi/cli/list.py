@@ -9,7 +9,7 @@ from typing import Any
 import click
 
 from flowvi.cli.options import BOUNDS
-from flowvi.cli.output import answer, json_option
+from flowvi.cli.output import json_option, print_answer
 from flowvi.flows import FLOWS
 from flowvi.guides.registry import GUIDES, JOINT_GUIDES
 
@@ -47,7 +47,7 @@ def list_command(kind: str, folder: Path, as_json: bool) -> None:
     """List what there is to choose from. Model files are read, not run."""
     rows = list(_models(folder) if kind == "models" else _registry(kind))
     if as_json:
-        answer(True, [{"name": name, "what": line} for name, line in rows], "")
+        print_answer(True, [{"name": name, "what": line} for name, line in rows], "")
         return
     width = max((len(name) for name, _ in rows), default=0)
     for name, line in rows:

@@ -28,7 +28,7 @@ def load_target(path: Path, data: Path | None) -> Target:
         data: What its `data` reads, if it reads a file.
     """
     run, arguments, coords = _parts(path, data)
-    with _blaming(path):
+    with _errors_at_model_line(path):
         target = from_pyro(run, *arguments)
         target.name = path.stem
         target.made = partial(load_target, path, data)
@@ -86,7 +86,7 @@ def _run(path: Path) -> ModuleType:
     spec = importlib.util.spec_from_file_location(f"flowvi_model_{path.stem}", path.resolve())
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
-    with _blaming(path):
+    with _errors_at_model_line(path):
         spec.loader.exec_module(module)
     return module
 
@@ -103,7 +103,7 @@ def _arguments(module: ModuleType, path: Path, data: Path | None, option: str) -
             f"{path} cannot read {data}, the file of {option}: its data() takes no path. Write "
             "data(path=None), which reads the file where it is given a path."
         )
-    with _blaming(path, f" (reading {data})" if data else ""):
+    with _errors_at_model_line(path, f" (reading {data})" if data else ""):
         arguments = module.data(str(data)) if data else module.data()
     if not isinstance(arguments, tuple):
         raise ModelFileError(
@@ -124,7 +124,7 @@ def _check_call(module: ModuleType, path: Path, arguments: tuple[Any, ...]) -> N
 
 
 @contextmanager
-def _blaming(path: Path, doing: str = "") -> Iterator[None]:
+def _errors_at_model_line(path: Path, doing: str = "") -> Iterator[None]:
     """Show an error of the model file with the line of that file."""
     try:
         yield

@@ -11,12 +11,12 @@ import click
 from flowvi.analysis.neutra import neutra
 from flowvi.analysis.sbc import sbc
 from flowvi.cli import results
-from flowvi.cli.errors import DISTRUSTED, interruptible, plain_warnings, said_plainly
+from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
 from flowvi.cli.fit import MAX_SEED
 from flowvi.cli.model_file import check_path, load_arguments, load_target
 from flowvi.cli.options import guide_name
-from flowvi.cli.output import answer, json_option
-from flowvi.cli.resume import keep
+from flowvi.cli.output import json_option, print_answer
+from flowvi.cli.resume import lock_results
 from flowvi.compat.netcdf import write_groups
 from flowvi.diagnostics.calibration import LEVEL
 from flowvi.draws.diagnose import diagnose
@@ -78,14 +78,14 @@ def neutra_command(
 ) -> None:
     """Sample the posterior of MODEL.py by NUTS, with the fit in DIR, into DIR/mcmc.nc."""
     check_path(model)
-    keep(folder, "'DIR'")
-    with plain_warnings(), interruptible(), said_plainly():
-        fit = loaded(model, folder, data)
+    lock_results(folder, "'DIR'")
+    with one_line_warnings(), interruptible(), errors_without_traceback():
+        fit = load_fit(model, folder, data)
         found = neutra(fit, warmup, draws, chains, seed, progress=not quiet)
         diagnosis = diagnose(found)
         groups = all_groups(found)
-        file, failed = results.somewhere(folder / "mcmc.nc", partial(write_groups, groups))
-    answer(as_json, {"file": file, "diagnosis": diagnosis}, f"{diagnosis}\n\nIn {file}")
+        file, failed = results.write_or_fallback(folder / "mcmc.nc", partial(write_groups, groups))
+    print_answer(as_json, {"file": file, "diagnosis": diagnosis}, f"{diagnosis}\n\nIn {file}")
     if failed is not None:
         raise click.ClickException(f"{failed.message} The draws are in {file} instead.")
     if diagnosis.verdict == results.DISTRUST:
@@ -137,11 +137,11 @@ def sbc_command(
     """
     check_path(model)
     results.check_folder(out)
-    keep(out, "'--out'")
+    lock_results(out, "'--out'")
     settings: dict[str, Any] = (
         {"guide": guide} if steps is None else {"guide": guide, "steps": steps}
     )
-    with plain_warnings(), interruptible(), said_plainly():
+    with one_line_warnings(), interruptible(), errors_without_traceback():
         run, arguments = load_arguments(model, data)
         found = sbc(
             run,
@@ -159,13 +159,13 @@ def sbc_command(
     from flowvi.plots import plot_sbc
 
     picture = out / "sbc.png"
-    results.whole(picture, lambda file: results.save(plot_sbc(found).flat[0].figure, file))
+    results.write_atomic(picture, lambda file: results.save(plot_sbc(found).flat[0].figure, file))
     record = {"picture": picture, "calibration": found, "enough": found.enough}
-    answer(as_json, record, f"{found}\n\nIn {picture}")
+    print_answer(as_json, record, f"{found}\n\nIn {picture}")
     if max(found.uniform.values()) < LEVEL:
         ctx.exit(DISTRUSTED)
 
 
-def loaded(model: Path, folder: Path, data: Path | None) -> Fit:
+def load_fit(model: Path, folder: Path, data: Path | None) -> Fit:
     """The fit in a folder of results, to the model of a file."""
     return load(folder / results.FIT, load_target(model, data))

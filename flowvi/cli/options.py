@@ -10,7 +10,7 @@ from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.registry import OBJECTIVES
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import known, unknown
+from flowvi.runtime.arguments import check_choice, unknown_choice
 
 AUTO = "auto"
 # The forward KL needs draws of the posterior, which the command line does not have.
@@ -22,7 +22,7 @@ WHOLE = re.compile(r"[+-]?\d+")
 def limit_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Keep evaluations of the whole command within a limit."""
     try:
-        ctx.with_resource(memory.limited(value))
+        ctx.with_resource(memory.memory_limit(value))
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -41,7 +41,7 @@ def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
 
     def checked(ctx: click.Context, param: click.Parameter, value: str) -> str:
         if value not in choices:
-            raise click.BadParameter(unknown(kind, value, sorted(choices)))
+            raise click.BadParameter(unknown_choice(kind, value, sorted(choices)))
         return value
 
     return checked
@@ -51,7 +51,7 @@ def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A guide, a flow, or "auto"."""
     choices = [AUTO, *sorted(guide_names())]
     if value not in choices:
-        raise click.BadParameter(unknown("guide", value, choices))
+        raise click.BadParameter(unknown_choice("guide", value, choices))
     return value
 
 
@@ -75,7 +75,7 @@ def objective(text: str) -> Renyi:
             f"'{text}' is no objective; write a name such as elbo, or a call such as iwelbo(16)."
         )
     name = call["name"]
-    known("objective", name, BOUNDS)
+    check_choice("objective", name, BOUNDS)
     given = (call["arguments"] or "").strip()
     arguments = [_plain(word.strip()) for word in given.split(",")] if given else []
     try:

@@ -23,23 +23,23 @@ def json_option(command: Command) -> Command:
     return option(command)
 
 
-def answer(as_json: bool, record: Any, text: str) -> None:
+def print_answer(as_json: bool, record: Any, text: str) -> None:
     """Print a record as JSON, or a text in its place."""
-    click.echo(json.dumps(plain(record)) if as_json else text)
+    click.echo(json.dumps(to_json(record)) if as_json else text)
 
 
-def plain(value: Any) -> Any:
+def to_json(value: Any) -> Any:
     """Convert to types of JSON: records to objects, numbers that are not finite to null."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: to_json(getattr(value, f.name)) for f in dataclasses.fields(value)}
     if isinstance(value, tuple) and hasattr(value, "_asdict"):
-        return plain(value._asdict())
+        return to_json(value._asdict())
     if isinstance(value, Mapping):
-        return {str(key): plain(part) for key, part in value.items()}
+        return {str(key): to_json(part) for key, part in value.items()}
     if isinstance(value, np.ndarray):
-        return plain(value.tolist())
+        return to_json(value.tolist())
     if isinstance(value, list | tuple):
-        return [plain(part) for part in value]
+        return [to_json(part) for part in value]
     if isinstance(value, np.generic):
         value = value.item()
     if isinstance(value, float):

@@ -5,10 +5,10 @@ from pathlib import Path
 import click
 
 from flowvi.cli import results
-from flowvi.cli.errors import DISTRUSTED, interruptible, plain_warnings, said_plainly
+from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
 from flowvi.cli.model_file import check_path, load_arguments
-from flowvi.cli.neutra_sbc import DATA, FOLDER, MODEL, SEED, loaded
-from flowvi.cli.output import answer, json_option
+from flowvi.cli.neutra_sbc import DATA, FOLDER, MODEL, SEED, load_fit
+from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.netcdf import write_groups
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.prediction import predict
@@ -59,21 +59,21 @@ def predict_command(
     New data at observed sites are scored; new values are drawn there as well.
     """
     check_path(model)
-    with plain_warnings(), interruptible(), said_plainly():
-        fit = loaded(model, folder, data)
+    with one_line_warnings(), interruptible(), errors_without_traceback():
+        fit = load_fit(model, folder, data)
         table = fit.draw(max(draws, 1000), seed)
         verdict = diagnose(table).verdict
         kept = resample(table, seed, draws) if verdict == results.RESAMPLE else table.thinned(draws)
         found = predict(kept, *load_arguments(model, new, "--new")[1], seed=seed)
         groups = to_inference_data(kept, log_likelihood=False, predictions=found)
         file = folder / "predictions.nc"
-        with results.writing(file):
+        with results.naming_file(file):
             write_groups(groups, file)
     shapes = {name: list(value.shape) for name, value in found.values.items()}
     densities = {name: found.log_density(name) for name in found.log_likelihood}
     scores = {k: {"sum": float(v.sum()), "rows": v.size} for k, v in densities.items()}
     record = {"file": file, "verdict": verdict, "shapes": shapes, "log_density": scores}
-    answer(as_json, record, f"{found}\n\nIn {file}")
+    print_answer(as_json, record, f"{found}\n\nIn {file}")
     if verdict == results.DISTRUST:
         click.echo("The fit is not to be trusted, so its predictions are not either.", err=True)
         ctx.exit(DISTRUSTED)

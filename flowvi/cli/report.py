@@ -4,7 +4,7 @@ from pathlib import Path
 
 import click
 
-from flowvi.cli.errors import plain_warnings, said_plainly
+from flowvi.cli.errors import errors_without_traceback, one_line_warnings
 
 
 @click.command(
@@ -38,7 +38,7 @@ def report_command(folder: Path, out: Path | None) -> None:
     """
     from flowvi.reporting import report
 
-    with plain_warnings(), said_plainly():
+    with one_line_warnings(), errors_without_traceback():
         try:
             file = report(folder, out)
         except OSError as error:

@@ -8,9 +8,9 @@ import click
 
 from flowvi.analysis.compare import compare
 from flowvi.cli import results
-from flowvi.cli.errors import DISTRUSTED, plain_warnings, said_plainly
+from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
 from flowvi.cli.fit import MAX_SEED
-from flowvi.cli.output import answer, json_option
+from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.arviz_groups import as_written, read_groups
 from flowvi.compat.netcdf import write_groups
 from flowvi.interop.read_draws import diagnosis_of, resample_groups
@@ -46,11 +46,11 @@ def resample_command(
     The result is one chain of draws that weigh the same. The model file is not needed.
     """
     guide = folder / "guide.nc"
-    with plain_warnings(), said_plainly(), as_written(folder):
+    with one_line_warnings(), errors_without_traceback(), as_written(folder):
         found = read_groups(guide if guide.exists() else folder / "posterior.nc")
         new = resample_groups(found, seed, draws)
         diagnosis = diagnosis_of(found)
-    with results.writing(folder / "resampled.nc"):
+    with results.naming_file(folder / "resampled.nc"):
         write_groups(new, folder / "resampled.nc")
     good = diagnosis is not None and (
         diagnosis.khat < diagnosis.khat_threshold and diagnosis.verdict != results.DISTRUST
@@ -58,7 +58,7 @@ def resample_command(
     size = new["posterior"].sizes["draw"]
     word = "" if diagnosis is None else f"; Pareto k-hat {diagnosis.khat:.2f}"
     record = {"file": folder / "resampled.nc", "draws": size, "diagnosis": diagnosis}
-    answer(as_json, record, f"{size} draws in {folder / 'resampled.nc'}{word}")
+    print_answer(as_json, record, f"{size} draws in {folder / 'resampled.nc'}{word}")
     if not good:
         click.echo("The weights cannot be trusted, so these draws cannot be either.", err=True)
         ctx.exit(DISTRUSTED)
@@ -89,7 +89,7 @@ def compare_command(folders: tuple[Path, ...], site: str | None, as_json: bool) 
     names = [folder.name for folder in folders]
     if len(set(names)) < len(names):
         names = [str(folder) for folder in folders]
-    with plain_warnings(), said_plainly():
+    with one_line_warnings(), errors_without_traceback():
         if len(set(names)) < 2:
             raise click.UsageError("Name at least two different folders.")
         models = {}
@@ -99,4 +99,4 @@ def compare_command(folders: tuple[Path, ...], site: str | None, as_json: bool) 
         found = compare(models, var_name=site)
     table = None if found.loo is None else found.loo.reset_index(names="name").to_dict("records")
     record = {"models": found.models, "loo": table, "notes": found.notes}
-    answer(as_json, record, str(found))
+    print_answer(as_json, record, str(found))

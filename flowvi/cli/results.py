@@ -18,7 +18,7 @@ from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.result import Fit
 from flowvi.interop.inference_data import all_groups, to_inference_data
-from flowvi.runtime.files import CheckpointError, replaced, why
+from flowvi.runtime.files import CheckpointError, atomic_replace, error_reason
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -32,7 +32,7 @@ TABLE_ROWS = 20
 PREDICTED, STARTED = 400, 2000
 
 
-class Judged(NamedTuple):
+class RecommendedDraws(NamedTuple):
     """The draws that the verdict recommends, and their name in the summary."""
 
     draws: Draws
@@ -58,15 +58,15 @@ def _refused(message: str) -> click.BadParameter:
     return click.BadParameter(message, param_hint="'--out'")
 
 
-def judged(draws: Draws, diagnosis: Diagnosis, seed: int) -> Judged:
+def recommended_draws(draws: Draws, diagnosis: Diagnosis, seed: int) -> RecommendedDraws:
     """Choose between the draws as they are and the resampled ones."""
     if diagnosis.verdict == RESAMPLE:
-        return Judged(resample(draws, seed=seed), "resampled")
+        return RecommendedDraws(resample(draws, seed=seed), "resampled")
     word = "MCMC" if draws.mcmc else "plain"
-    return Judged(draws, word if diagnosis.verdict == TRUST else "untrusted")
+    return RecommendedDraws(draws, word if diagnosis.verdict == TRUST else "untrusted")
 
 
-def summary(kept: Judged) -> pd.DataFrame:
+def summary(kept: RecommendedDraws) -> pd.DataFrame:
     """Mean, sd and quantiles of every scalar, and which draws they are of."""
     posterior = to_inference_data(kept.draws, log_likelihood=False)
     numbers = arviz_stats.summary(posterior)
@@ -87,7 +87,7 @@ def table(numbers: pd.DataFrame) -> str:
     return "\n".join(lines)
 
 
-class File(NamedTuple):
+class ResultFile(NamedTuple):
     """A file of the results.
 
     Attributes:
@@ -101,7 +101,7 @@ class File(NamedTuple):
     write: Callable[[Path], object]
 
 
-class NotWritten(click.ClickException):
+class WriteFailure(click.ClickException):
     """A file of the results could not be written; the exit code is 1.
 
     Attributes:
@@ -114,9 +114,11 @@ class NotWritten(click.ClickException):
         self.path, self.reason = path, reason
 
 
-def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterator[File]:
+def files(
+    fit: Fit, draws: Draws, kept: RecommendedDraws, numbers: pd.DataFrame
+) -> Iterator[ResultFile]:
     """Every file of the results but the report, which is made of the others."""
-    yield File(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
+    yield ResultFile(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
     # After an interrupt the user waits: no data are simulated, and no start is drawn.
     hurried = bool(fit.meta["interrupted"])
     start = None if fit.start is None or hurried else fit.draw_start(STARTED)
@@ -126,25 +128,27 @@ def files(fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame) -> Iterat
         if draws.weighted is not None
         else "the guide's draws with their log weights, for ArviZ"
     )
-    yield File(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
+    yield ResultFile(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
     if draws.weighted is not None:
         guides = draws.weighted
         what = "the guide's own draws with their log weights, for the evidence"
-        yield File(GUIDES, what, lambda file: _netcdf(guides, file))
+        yield ResultFile(GUIDES, what, lambda file: _netcdf(guides, file))
     if kept.draws.resampled:
         what = "the draws to use: resampled by those weights, for ArviZ"
-        yield File(RESAMPLED, what, lambda file: _netcdf(kept.draws, file))
+        yield ResultFile(RESAMPLED, what, lambda file: _netcdf(kept.draws, file))
     what = f"mean, sd and quantiles of the {kept.word} draws"
-    yield File("summary.csv", what, part_by_part(numbers.to_csv))
+    yield ResultFile("summary.csv", what, atomically(numbers.to_csv))
     if np.isfinite(fit.history["bound"]).any():
-        yield File("loss.png", "the bound over the steps", part_by_part(lambda f: _loss(fit, f)))
+        yield ResultFile(
+            "loss.png", "the bound over the steps", atomically(lambda f: _loss(fit, f))
+        )
     what = f"marginals and pairs of the {kept.word} draws"
-    yield File("pair.png", what, part_by_part(lambda f: _pair(kept.draws, f)))
+    yield ResultFile("pair.png", what, atomically(lambda f: _pair(kept.draws, f)))
 
 
 def write(
-    fit: Fit, draws: Draws, kept: Judged, numbers: pd.DataFrame, folder: Path
-) -> tuple[list[File], list[NotWritten]]:
+    fit: Fit, draws: Draws, kept: RecommendedDraws, numbers: pd.DataFrame, folder: Path
+) -> tuple[list[ResultFile], list[WriteFailure]]:
     """Write every file of the results that there is room for; no report if it was interrupted.
 
     Returns:
@@ -164,38 +168,42 @@ def write(
     lacking = {error.path.name for error in failed} & {DRAWS, GUIDES, RESAMPLED}
     if lacking:
         # The file of an earlier fit may still be there.
-        failed.append(NotWritten(folder / REPORT, f"it is made of {sorted(lacking)[0]}"))
+        failed.append(WriteFailure(folder / REPORT, f"it is made of {sorted(lacking)[0]}"))
         return written, failed
     more, worse = write_files([_report(folder)], folder)
     return written + more, failed + worse
 
 
-def _report(folder: Path) -> File:
+def _report(folder: Path) -> ResultFile:
     from flowvi.reporting import report
 
     what = "all of this on one page, to read and to pass on"
-    return File(REPORT, what, lambda file: report(folder, file))
+    return ResultFile(REPORT, what, lambda file: report(folder, file))
 
 
-def write_files(files: Iterable[File], folder: Path) -> tuple[list[File], list[NotWritten]]:
+def write_files(
+    files: Iterable[ResultFile], folder: Path
+) -> tuple[list[ResultFile], list[WriteFailure]]:
     """Write files to a folder; a file that cannot be written does not stop the next ones.
 
     Returns:
         What was written, and what could not be.
     """
-    written: list[File] = []
-    failed: list[NotWritten] = []
+    written: list[ResultFile] = []
+    failed: list[WriteFailure] = []
     for file in files:
         try:
-            with writing(folder / file.name):
+            with naming_file(folder / file.name):
                 file.write(folder / file.name)
             written.append(file)
-        except NotWritten as error:
+        except WriteFailure as error:
             failed.append(error)
     return written, failed
 
 
-def sum_up(failed: Sequence[NotWritten], some: bool, folder: Path, resume: bool) -> str:
+def describe_failures(
+    failed: Sequence[WriteFailure], some: bool, folder: Path, resume: bool
+) -> str:
     """Message on files that could not be written.
 
     Args:
@@ -219,17 +227,19 @@ def sum_up(failed: Sequence[NotWritten], some: bool, folder: Path, resume: bool)
 
 
 @contextmanager
-def writing(path: Path) -> Iterator[None]:
+def naming_file(path: Path) -> Iterator[None]:
     """Add the name of a file to operating system errors."""
     try:
         yield
     except CheckpointError as error:
-        raise NotWritten(path, str(error).rstrip(".")) from error
+        raise WriteFailure(path, str(error).rstrip(".")) from error
     except OSError as error:
-        raise NotWritten(path, why(error)) from error
+        raise WriteFailure(path, error_reason(error)) from error
 
 
-def somewhere(path: Path, write: Callable[[Path], object]) -> tuple[Path, NotWritten | None]:
+def write_or_fallback(
+    path: Path, write: Callable[[Path], object]
+) -> tuple[Path, WriteFailure | None]:
     """Write a file that took long to make; where that fails, to a folder for temporary files.
 
     Returns:
@@ -239,10 +249,10 @@ def somewhere(path: Path, write: Callable[[Path], object]) -> tuple[Path, NotWri
         NotWritten: It can be written to neither place.
     """
     try:
-        with writing(path):
+        with naming_file(path):
             write(path)
         return path, None
-    except NotWritten as error:
+    except WriteFailure as error:
         try:
             other = Path(tempfile.mkdtemp(prefix="flowvi-")) / path.name
             write(other)
@@ -251,24 +261,24 @@ def somewhere(path: Path, write: Callable[[Path], object]) -> tuple[Path, NotWri
         return other, error
 
 
-def part_by_part(write: Callable[[Path], object]) -> Callable[[Path], None]:
+def atomically(write: Callable[[Path], object]) -> Callable[[Path], None]:
     """Make a function that writes a file in parts write it completely or not at all."""
 
     def whole_file(path: Path) -> None:
-        with replaced(path) as part:
+        with atomic_replace(path) as part:
             write(part)
 
     return whole_file
 
 
-def whole(path: Path, write: Callable[[Path], object]) -> None:
+def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
     """Write a file completely or not at all.
 
     Raises:
         NotWritten: The file cannot be written, such as on a full disk.
     """
-    with writing(path):
-        part_by_part(write)(path)
+    with naming_file(path):
+        atomically(write)(path)
 
 
 def _netcdf(draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0) -> None:

@@ -22,7 +22,7 @@ resume_option = click.option(
 )
 
 
-def folder_of(out: Path | None, resume: Path | None, names: Iterable[str] = FILES) -> Path:
+def results_folder(out: Path | None, resume: Path | None, names: Iterable[str] = FILES) -> Path:
     """The folder of the results, which also contains the checkpoint.
 
     Args:
@@ -35,7 +35,7 @@ def folder_of(out: Path | None, resume: Path | None, names: Iterable[str] = FILE
     folder = out or resume
     assert folder is not None
     check_folder(folder, names)
-    keep(folder, "'--out'" if resume is None else "'--resume'")
+    lock_results(folder, "'--out'" if resume is None else "'--resume'")
     there = (folder / CHECKPOINT).exists()
     if out is not None and there:
         raise click.BadParameter(
@@ -50,7 +50,7 @@ def folder_of(out: Path | None, resume: Path | None, names: Iterable[str] = FILE
     return folder
 
 
-def keep(folder: Path, hint: str) -> None:
+def lock_results(folder: Path, hint: str) -> None:
     """Keep a folder of results until the command ends, and remove what crashes left there.
 
     Args:
@@ -62,17 +62,17 @@ def keep(folder: Path, hint: str) -> None:
     """
     if int(os.environ.get("RANK", "0")):
         return  # of several processes the first one keeps it
-    free = click.get_current_context().with_resource(files.kept(folder))
-    busy = files.owner(folder / CHECKPOINT) or ("" if free else "another command")
+    free = click.get_current_context().with_resource(files.hold_folder(folder))
+    busy = files.lock_owner(folder / CHECKPOINT) or ("" if free else "another command")
     if busy:
         raise click.BadParameter(
             f"'{folder}' is in use by another run ({busy}); wait for it, or name another folder.",
             param_hint=hint,
         )
-    files.sweep(folder)
+    files.remove_partial_files(folder)
 
 
-def say_writing(what: str, folder: Path) -> None:
+def announce_writing(what: str, folder: Path) -> None:
     """Say that the results of an interrupted fit are being written, which may take a while."""
     click.echo(
         f"Writing the results of the {what} so far to {folder}; interrupted again, it stops at "
@@ -81,7 +81,7 @@ def say_writing(what: str, folder: Path) -> None:
     )
 
 
-def say_cut_off(what: str, folder: Path) -> None:
+def explain_resume(what: str, folder: Path) -> None:
     """Say that results are of an interrupted fit, and how to go on."""
     click.echo(
         f"Interrupted: these are the results of the {what} until then. The same command with "

@@ -10,11 +10,17 @@ from typing import Any
 import click
 
 from flowvi.cli import vae_results as results
-from flowvi.cli.errors import interruptible, plain_warnings, said_plainly
+from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
 from flowvi.cli.fit import MAX_SEED
 from flowvi.cli.options import memory_option, objective_call, one_of
-from flowvi.cli.results import sum_up
-from flowvi.cli.resume import CHECKPOINT, folder_of, resume_option, say_cut_off, say_writing
+from flowvi.cli.results import describe_failures
+from flowvi.cli.resume import (
+    CHECKPOINT,
+    announce_writing,
+    explain_resume,
+    results_folder,
+    resume_option,
+)
 from flowvi.fitting.fit import fit
 from flowvi.objectives.renyi_bound import Renyi, elbo
 from flowvi.targets import from_pyro
@@ -171,11 +177,15 @@ def vae_command(
     The bounds are those of test images: the ELBO, and the importance-weighted
     bound of K draws, with standard errors over images.
     """
-    folder = folder_of(out, resume, results.FILES)
+    folder = results_folder(out, resume, results.FILES)
     usual = SMALL if data is None else LARGE
-    with plain_warnings(), interruptible() as stop, said_plainly():
+    with one_line_warnings(), interruptible() as stop, errors_without_traceback():
         images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
-        other = None if against is None else results.read(against, images, particles, test_images)
+        other = (
+            None
+            if against is None
+            else results.read_bounds(against, images, particles, test_images)
+        )
         made = build(
             images.example,
             latent or _latent(net, images, usual["latent"]),
@@ -205,15 +215,15 @@ def vae_command(
             resume=resume is not None,
         )
         if fitted.meta["interrupted"]:
-            say_writing("epochs", folder)
+            announce_writing("epochs", folder)
         facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
-        run = results.Run(images, made.generator, fitted, facts, particles, test_images, seed)
+        run = results.VaeRun(images, made.generator, fitted, facts, particles, test_images, seed)
         written, failed = results.report(run, other, folder, quiet)
     if failed:
         there = (folder / CHECKPOINT).is_dir()
-        raise click.ClickException(sum_up(failed, written, folder, there))
+        raise click.ClickException(describe_failures(failed, written, folder, there))
     if fitted.meta["interrupted"]:
-        say_cut_off("epochs", folder)
+        explain_resume("epochs", folder)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
 

@@ -14,7 +14,7 @@ import click
 import numpy as np
 import torch
 
-from flowvi.cli.results import FIT, File, NotWritten, part_by_part, save, write_files
+from flowvi.cli.results import FIT, ResultFile, WriteFailure, atomically, save, write_files
 from flowvi.draws.row_bounds import RowBounds
 from flowvi.fitting.result import RowFit
 from flowvi.vae import (
@@ -42,7 +42,7 @@ MAPPED = 1000
 
 
 @dataclass(frozen=True)
-class Run:
+class VaeRun:
     """A trained autoencoder, and settings of its measurements.
 
     Attributes:
@@ -65,8 +65,8 @@ class Run:
 
 
 def report(
-    run: Run, other: RowBounds | None, out: Path, quiet: bool
-) -> tuple[bool, list[NotWritten]]:
+    run: VaeRun, other: RowBounds | None, out: Path, quiet: bool
+) -> tuple[bool, list[WriteFailure]]:
     """Measure, write and print.
 
     Returns:
@@ -85,20 +85,22 @@ def report(
     return bool(written), failed
 
 
-def _files(run: Run, found: RowBounds, rows: list[tuple[str, float, float]]) -> Iterator[File]:
+def _files(
+    run: VaeRun, found: RowBounds, rows: list[tuple[str, float, float]]
+) -> Iterator[ResultFile]:
     """Every file of the results, the most important first."""
-    yield File(f"{FIT}/", "the fit, for flowvi.load", run.fit.save)
+    yield ResultFile(f"{FIT}/", "the fit, for flowvi.load", run.fit.save)
     facts = json.dumps(run.facts, indent=1)
     for name, what, write in (
         (PARTS, "the data and parts, by name", lambda file: file.write_text(facts)),
         (BOUNDS, "the bounds of every test image", partial(_write_bounds, found)),
         (TABLE, "the table above", partial(_write_table, rows)),
     ):
-        yield File(name, what, part_by_part(write))
+        yield ResultFile(name, what, atomically(write))
     yield from draw_pictures(run)
 
 
-def read(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
+def read_bounds(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
     """The test bounds of another run, if they are of the same images.
 
     Raises:
@@ -124,7 +126,7 @@ def read(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
 
 
 def _rows(
-    run: Run, found: RowBounds, other: RowBounds | None
+    run: VaeRun, found: RowBounds, other: RowBounds | None
 ) -> Iterator[tuple[str, float, float]]:
     """Name, value and standard error of every line of the table."""
     yield "-ELBO, nats an image", -found.elbo_mean, found.elbo_se
@@ -167,7 +169,7 @@ def _write_bounds(found: RowBounds, path: Path) -> None:
         writer.writerows((i, *pair, found.particles) for i, pair in enumerate(pairs))
 
 
-def draw_pictures(run: Run) -> Iterator[File]:
+def draw_pictures(run: VaeRun) -> Iterator[ResultFile]:
     """Every picture that the run allows."""
     import matplotlib as mpl
 
@@ -195,7 +197,7 @@ def draw_pictures(run: Run) -> Iterator[File]:
         known = None if labels is None else labels[: len(mean)]
         drawn["map.png"] = lambda: plots.plot_latent_map(mean, known)
     for name, picture in drawn.items():
-        yield File(name, PICTURES[name], part_by_part(partial(_draw, picture)))
+        yield ResultFile(name, PICTURES[name], atomically(partial(_draw, picture)))
 
 
 def _traversal(mean: torch.Tensor, model: Generator) -> Any:

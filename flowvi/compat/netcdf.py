@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from flowvi.compat.arviz_groups import ENGINE, ZARR, check_zarr
 from flowvi.runtime import memory
-from flowvi.runtime.files import replaced, why
+from flowvi.runtime.files import atomic_replace, error_reason
 
 if TYPE_CHECKING:
     import arviz as az
@@ -47,7 +47,7 @@ def write_groups(idata: az.InferenceData, path: Path) -> None:
         tree.to_zarr(str(part), zarr_format=2)
         part.replace(path)
     except OSError as error:
-        raise OSError(error.errno or errno.EIO, why(error), str(path)) from error
+        raise OSError(error.errno or errno.EIO, error_reason(error), str(path)) from error
     finally:
         shutil.rmtree(part, ignore_errors=True)
 
@@ -61,8 +61,8 @@ def write(idata: az.InferenceData, path: Path) -> None:
     Raises:
         OSError: There is not enough room, or the file cannot be written; the old one stays.
     """
-    with replaced(path) as part:
-        if _size(idata) <= memory.evaluated():
+    with atomic_replace(path) as part:
+        if _size(idata) <= memory.evaluation_bytes():
             with image(idata) as content:
                 part.write_bytes(content)
         else:

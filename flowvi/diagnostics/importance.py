@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics.pareto import PRIOR, log_sum, psislw, tail_size
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 
 MIN_DRAWS = 100
 # The limit of k-hat for many draws.
@@ -312,7 +312,7 @@ def iw_bounds_of_rows(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
         log_w: Log weights, (S, R).
         particles: Numbers of particles K.
     """
-    rows = tuple(_iw_bound(log_w, whole("particles", count)) for count in particles)
+    rows = tuple(_iw_bound(log_w, check_integer("particles", count)) for count in particles)
     sums = Bounds(
         Bound(k, float(bound.sum()), float(np.sqrt((se**2).sum()))) for k, bound, se in rows
     )

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
 from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
-from flowvi.runtime.arguments import draws_wanted, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted
 from flowvi.targets import Target, outside
 
 
@@ -68,7 +68,7 @@ def _outside(draws: Draws) -> str:
         return ""
     pieces = (draws.z[~inside][: outside.TRIED], draws.z[inside][:1])
     z, good = (torch.as_tensor(x, device=draws.target.device) for x in pieces)
-    return outside.explained(draws.target, z, good)
+    return outside.explain_zero_density(draws.target, z, good)
 
 
 def where(draws: Draws) -> Where:
@@ -78,7 +78,7 @@ def where(draws: Draws) -> Where:
         draws: Draws of a fit, not resampled.
     """
     draws_wanted("where", draws)
-    wanted("draws", draws, Draws, EXPECTED)
+    check_type("draws", draws, Draws, EXPECTED)
     return diagnostics.where(weights_of("where", draws), named_values(draws), axes_of(draws))
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowvi.diagnostics import Check, Diagnosis, psis_of_rows
 from flowvi.guides.guide import Guide
-from flowvi.runtime.arguments import unknown
+from flowvi.runtime.arguments import unknown_choice
 from flowvi.targets import NOWHERE, Batch, LocalTarget, Target
 
 EXPECTED = "the draws of a fit, such as fit.draw(4000)"
@@ -164,7 +164,7 @@ class Draws:
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.values:
-            raise KeyError(unknown("value", name, self.values))
+            raise KeyError(unknown_choice("value", name, self.values))
         return self.values[name]
 
     def __len__(self) -> int:

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.row_sampling import pairs_of
-from flowvi.runtime.arguments import draws_wanted, unknown, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted, unknown_choice
 from flowvi.targets import LocalTarget
 
 Arrays = Mapping[str, np.ndarray]
@@ -77,7 +77,7 @@ class Prediction:
 
     def _named(self, arrays: Arrays, name: str) -> np.ndarray:
         if name not in arrays:
-            raise KeyError(unknown("prediction", name, arrays))
+            raise KeyError(unknown_choice("prediction", name, arrays))
         return arrays[name]
 
 
@@ -102,7 +102,7 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
             other rows have; or the target is a plain density.
     """
     draws_wanted("predict", draws)
-    wanted("draws", draws, Draws, EXPECTED)
+    check_type("draws", draws, Draws, EXPECTED)
     target, shape = draws.target, draws.log_p.shape
     if isinstance(target, LocalTarget):
         return _of_rows(draws, target, args, kwargs, seed)

@@ -9,7 +9,7 @@ from flowvi import diagnostics
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import EXPECTED, Draws, weights_of
-from flowvi.runtime.arguments import draws_wanted, given, wanted, whole
+from flowvi.runtime.arguments import check_integer, check_type, draws_wanted, optional
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
@@ -30,8 +30,8 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
     draws_wanted("resample", draws)
-    wanted("draws", draws, Draws, EXPECTED)
-    given(whole, "n", n)
+    check_type("draws", draws, Draws, EXPECTED)
+    optional(check_integer, "n", n)
     log_w, diagnosis = weights_of("resample", draws), diagnose(draws)
     if diagnosis.khat >= diagnosis.khat_threshold and diagnosis.verdict != diagnostics.VERDICTS[1]:
         warnings.warn(_poor(diagnosis), stacklevel=2)

@@ -15,10 +15,10 @@ from tqdm import tqdm
 from flowvi.draws.row_sampling import Pairs, pairs_of, sample_rows
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import whole
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.arguments import check_integer
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget
-from flowvi.targets.local.rows import pieces
+from flowvi.targets.local.rows import split_batch
 
 
 class Difference(NamedTuple):
@@ -101,16 +101,18 @@ def row_bounds(
         seed: Seed of the draws.
         progress: Whether to show a bar.
     """
-    particles = whole("particles", particles)
-    with torch.no_grad(), own_randomness():
+    particles = check_integer("particles", particles)
+    with torch.no_grad(), isolated_rng():
         drawing = Pairs.measured(lambda k, part: sample_rows(guide, k, part), batch)
     size, draws = drawing.fit(memory.PIECE, len(batch.places), particles)
     scored = pairs_of(target, batch)
     values: list[Tensor] = []
     elbos: list[Tensor] = []
     hidden = not progress or not sys.stderr.isatty()
-    parts = tqdm(list(pieces(batch, size)), desc=f"L_{particles}", unit="piece", disable=hidden)
-    with torch.no_grad(), own_randomness(seed):
+    parts = tqdm(
+        list(split_batch(batch, size)), desc=f"L_{particles}", unit="piece", disable=hidden
+    )
+    with torch.no_grad(), isolated_rng(seed):
         for part in parts:
             total = torch.zeros(len(part.places), dtype=torch.float64)
             log_sum = torch.full_like(total, -math.inf)

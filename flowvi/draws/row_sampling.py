@@ -12,11 +12,11 @@ from flowvi.draws.draws import Draws, scored
 from flowvi.draws.sampling import LOG_P, LOG_Q, POINT
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 from flowvi.runtime.columns import Columns
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget
-from flowvi.targets.local.rows import pieces
+from flowvi.targets.local.rows import split_batch
 
 # Most pairs of a draw and a row at a time.
 MOST = 100_000
@@ -41,7 +41,7 @@ def row_draws(
         seed: Seed of the draws.
         meta: JSON-able facts about the fit, kept with the draws.
     """
-    n = whole("n", n)
+    n = check_integer("n", n)
 
     def drawn(k: int, part: Batch) -> dict[int | str, Tensor]:
         z, log_q = sample_rows(guide, k, part)
@@ -49,12 +49,12 @@ def row_draws(
         found.update(target.constrain(z, part))
         return found
 
-    with torch.no_grad(), own_randomness():
+    with torch.no_grad(), isolated_rng():
         size, count = Pairs.measured(drawn, batch).fit(memory.PIECE, len(batch.places), n)
     scoring = pairs_of(target, batch)
     columns: Columns[int | str] = Columns(len(batch.places))
-    with torch.no_grad(), own_randomness(seed):
-        for part in pieces(batch, size):
+    with torch.no_grad(), isolated_rng(seed):
+        for part in split_batch(batch, size):
             made = []
             for start in range(0, n, count):
                 some = drawn(min(count, n - start), part)
@@ -83,22 +83,22 @@ class Pairs(NamedTuple):
             some = torch.arange(n, device=batch.places.device) % len(batch.places)
             return Batch(batch.places[some], tuple(t[some] for t in batch.data))
 
-        by_draw = memory.cost(lambda k: function(k, rows(1)))
-        by_row = memory.cost(lambda n: function(1, rows(n)))
-        return cls(by_row.fixed, max(by_row.each - by_draw.each, 0.0), by_draw.each)
+        by_draw = memory.measure_cost(lambda k: function(k, rows(1)))
+        by_row = memory.measure_cost(lambda n: function(1, rows(n)))
+        return cls(by_row.fixed, max(by_row.per_point - by_draw.per_point, 0.0), by_draw.per_point)
 
     def fit(self, size: int, rows: int, draws: int) -> tuple[int, int]:
         """How many rows at a time, and how many draws of each, fit into a number of bytes."""
-        draws = memory.Cost(self.fixed + self.row, self.draw).fits(size, min(draws, MOST))
+        draws = memory.Cost(self.fixed + self.row, self.draw).points_within(size, min(draws, MOST))
         each = memory.Cost(self.fixed, self.row + draws * self.draw)
-        return each.fits(size, max(1, min(rows, MOST // draws))), draws
+        return each.points_within(size, max(1, min(rows, MOST // draws))), draws
 
     def each(self, function: Callable[[Tensor, Batch], Tensor], z: Tensor, part: Batch) -> Tensor:
         """A function of draws and rows, in parts that fit memory. (K, B, D) -> (K, B)."""
-        size, count = self.fit(memory.evaluated(), len(part.places), len(z))
+        size, count = self.fit(memory.evaluation_bytes(), len(part.places), len(z))
         columns = [
             torch.cat([function(some, rows) for some in own.split(count)])
-            for own, rows in zip(z.split(size, 1), pieces(part, size), strict=True)
+            for own, rows in zip(z.split(size, 1), split_batch(part, size), strict=True)
         ]
         return torch.cat(columns, 1)
 

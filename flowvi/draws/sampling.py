@@ -10,9 +10,9 @@ from torch import Tensor
 from flowvi.draws.draws import Draws, scored
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 from flowvi.runtime.columns import Columns
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Target
 
 DRAWING = 0
@@ -40,8 +40,8 @@ def draw(
         seed: Seed of the draws.
         meta: JSON-able facts about the fit, kept with the draws.
     """
-    n = whole("n", n)
-    with torch.no_grad(), own_randomness(stream(seed, DRAWING)):
+    n = check_integer("n", n)
+    with torch.no_grad(), isolated_rng(derive_seed(seed, DRAWING)):
         return tabulate(target, n, [in_pieces(sampler(guide), n) for guide in guides], meta)
 
 
@@ -87,8 +87,8 @@ def piece(sample: Sample) -> int:
     Args:
         sample: What draws them, as `sampler` makes it.
     """
-    with torch.no_grad(), own_randomness():
-        return memory.cost(sample).fits(memory.PIECE)
+    with torch.no_grad(), isolated_rng():
+        return memory.measure_cost(sample).points_within(memory.PIECE)
 
 
 def in_pieces(sample: Sample, n: int) -> Iterator[tuple[Tensor, Tensor]]:

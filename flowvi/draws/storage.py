@@ -12,7 +12,7 @@ from flowvi.draws.sampling import tabulate
 from flowvi.targets import Target
 
 
-def taken_down(draws: Draws) -> dict[str, Any]:
+def to_state(draws: Draws) -> dict[str, Any]:
     """What a table cannot be evaluated from anew, as `write_state` takes it."""
     arrays = {"z": draws.z, "log_q": draws.log_q, **draws.stats}
     return {
@@ -21,7 +21,7 @@ def taken_down(draws: Draws) -> dict[str, Any]:
     }
 
 
-def put_up(target: Target, state: Mapping[str, Any]) -> Draws:
+def from_state(target: Target, state: Mapping[str, Any]) -> Draws:
     """The table, evaluated anew."""
     arrays = dict(state["arrays"])
     z, log_q = arrays.pop("z"), arrays.pop("log_q")

@@ -10,8 +10,8 @@ from typing import Any
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
 from flowvi.guides.guide import Guide
-from flowvi.initialization.gaussian import Gaussian
-from flowvi.initialization.missed_modes import sentence
+from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.missed_modes import describe_missed_modes
 from flowvi.training.records import Evaluation
 
 UNKNOWN = Evaluation(-math.inf)
@@ -38,7 +38,7 @@ class Candidate:
     sizes: dict[str, Any] = field(default_factory=dict)
     lr: float = 0.0
     evaluation: Evaluation = UNKNOWN
-    missed: Sequence[Gaussian] = ()
+    missed: Sequence[GaussianApproximation] = ()
     beyond: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
@@ -69,5 +69,5 @@ class Candidate:
     @property
     def reasons(self) -> list[str]:
         """What is missed, for the reasons of the verdict."""
-        seen = [sentence(self.missed, self.covered)] if self.missed else []
+        seen = [describe_missed_modes(self.missed, self.covered)] if self.missed else []
         return [*seen, self.beyond] if self.beyond else seen

@@ -14,7 +14,7 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
-from flowvi.draws.storage import put_up, taken_down
+from flowvi.draws.storage import from_state, to_state
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.first_guide import flow
 from flowvi.fitting.restart import Restart
@@ -23,11 +23,11 @@ from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward
 from flowvi.guides.registry import make_guide
 from flowvi.guides.skewed import SkewedNormal
-from flowvi.runtime.clock import Interrupted, droppable
-from flowvi.runtime.tensors import fill, tensors_of
-from flowvi.samplers.nuts import Plan, run_chains
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
+from flowvi.samplers.nuts import NutsSettings, run_nuts
 from flowvi.samplers.tempering import MOST_DIM
-from flowvi.training.fab import refine_bootstrap
+from flowvi.training.fab import refine_fab
 from flowvi.training.records import ANNEAL, CHAINS, CHECK
 
 # A mixture of more flows than this would take too long to train, and one of more normals too.
@@ -57,11 +57,13 @@ def escalate(restart: Restart) -> None:
     Each is judged by the check on fresh draws, and dropped if it brought nothing.
     """
     for name, attempt in ATTEMPTS:
-        hopeless = restart.interrupted or restart.record.stopped or restart.session.clock.over(0.9)
+        hopeless = (
+            restart.interrupted or restart.record.stopped or restart.session.clock.out_of_time(0.9)
+        )
         if trusted(restart.candidate) or hopeless:
             return
         try:
-            with droppable():
+            with abort_on_interrupt():
                 new = attempt(restart, restart.candidate)
                 if new is None:
                     continue
@@ -122,7 +124,7 @@ def components(restart: Restart, candidate: Candidate) -> Candidate | None:
     new = Candidate(
         restart.placed(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
     )
-    cast(MixtureGuide, new.guide).start_many([(g.loc, g.scale_tril) for g in starts])
+    cast(MixtureGuide, new.guide).start_components([(g.loc, g.scale_tril) for g in starts])
     restart.train(new, 0.7, "mixture")
     return new
 
@@ -204,16 +206,16 @@ def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
     restart.session.checkpointer.run_once(
         "annealed",
         restart.record,
-        lambda: refine_bootstrap(
+        lambda: refine_fab(
             restart.target,
             new.guide,
             rounds=ANNEALED_ROUNDS,
             seed=restart.seed(ANNEAL),
             say=restart.record.log.append,
-            over=lambda: clock.over(0.8),
+            over=lambda: clock.out_of_time(0.8),
         ),
-        lambda _: tensors_of(new.guide),
-        lambda tensors: fill(new.guide, tensors, "The checkpoint"),
+        lambda _: cpu_state_dict(new.guide),
+        lambda tensors: load_tensors(new.guide, tensors, "The checkpoint"),
     )
     new.evaluation = restart.stages(new.guide).evaluate()
     return new
@@ -227,23 +229,23 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
     found: Draws | None = None
     for plan in restart.schedule.chains:
 
-        def chains(plan: Plan = plan) -> Draws | None:
-            return run_chains(
+        def chains(plan: NutsSettings = plan) -> Draws | None:
+            return run_nuts(
                 restart.target,
                 candidate.guide,
                 plan,
                 restart.seed(CHAINS),
                 {"model": restart.target.name, "guide": candidate.name},
                 progress=restart.session.progress,
-                over=lambda: clock.over() or clock.seconds > began + CHAIN_SECONDS,
+                out_of_time=lambda: clock.out_of_time() or clock.seconds > began + CHAIN_SECONDS,
             )
 
         longer = restart.session.checkpointer.run_once(
             "chains",
             restart.record,
             chains,
-            lambda draws: None if draws is None else taken_down(draws),
-            lambda state: None if state is None else put_up(restart.target, state),
+            lambda draws: None if draws is None else to_state(draws),
+            lambda state: None if state is None else from_state(restart.target, state),
         )
         if longer is None:
             restart.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")

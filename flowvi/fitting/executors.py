@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from flowvi.diagnostics import Diagnosis
-from flowvi.draws.storage import put_up, taken_down
+from flowvi.draws.storage import from_state, to_state
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.escalation import escalate
 from flowvi.fitting.first_guide import first_guide
@@ -23,10 +23,10 @@ from flowvi.fitting.restart import Restart
 from flowvi.guides.guide import Guide
 from flowvi.guides.registry import make_guide
 from flowvi.runtime import memory
-from flowvi.runtime.checkpoint_folder import opened
+from flowvi.runtime.checkpoint_folder import open_checkpoint
 from flowvi.runtime.clock import Clock
-from flowvi.runtime.rng import own_randomness
-from flowvi.runtime.tensors import fill, tensors_of
+from flowvi.runtime.rng import isolated_rng
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.targets import Target
 from flowvi.targets.precision import default_dtype
 from flowvi.training.checkpointer import Checkpointer
@@ -128,15 +128,15 @@ def run_in_executor(plan: Plan, session: Session, number: int, executor: Executo
     finally:
         for future in futures:
             future.cancel()
-    with own_randomness():
+    with isolated_rng():
         return [from_message(plan, session, i, answer) for i, answer in enumerate(answers)]
 
 
 def run_in_worker(task: Task) -> dict[str, Any]:
     """Run a restart; its result as arrays, numbers and words."""
     # In another thread of this process, nobody else may draw random numbers meanwhile.
-    limit = memory.limited(task.plan.settings.max_memory)
-    with own_randomness(), default_dtype(task.dtype), limit:
+    limit = memory.memory_limit(task.plan.settings.max_memory)
+    with isolated_rng(), default_dtype(task.dtype), limit:
         plan = replace(task.plan, target=task.make())
         plan.target.set_own_state(_tensors(task.own))
         return _arrays(to_message(_run(plan, task)))
@@ -148,7 +148,7 @@ def _run(plan: Plan, task: Task) -> Restart:
     folder = None if plan.folder is None else plan.folder / f"restart-{task.number}"
     with (
         best_threads(target, settings.repeats * particles_of(settings.objective)),
-        opened(folder, plan.about, plan.resume) as session.checkpointer.shelf,
+        open_checkpoint(folder, plan.about, plan.resume) as session.checkpointer.shelf,
     ):
         session.checkpointer.own_state(target, Record())
         restart = plan.restart(session, task.number)
@@ -167,10 +167,10 @@ def to_message(restart: Restart) -> dict[str, Any]:
             "evaluation": list(found.evaluation),
             "beyond": found.beyond,
         },
-        "guide": tensors_of(found.guide),
+        "guide": cpu_state_dict(found.guide),
         "own": own_state_of(restart.target),
         "missed": [g.state() for g in found.missed],
-        "chains": None if found.chains is None else taken_down(found.chains),
+        "chains": None if found.chains is None else to_state(found.chains),
         "best": restart.best.state(),
         "others": [g.state() for g in restart.others],
         "record": restart.record.since((0, 0, 0, 0)),
@@ -190,7 +190,7 @@ def from_message(plan: Plan, session: Session, number: int, message: dict[str, A
     facts, own = found["candidate"], restart.given
     guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
     guide = restart.placed(guide)
-    fill(guide, found["guide"], "The restart")
+    load_tensors(guide, found["guide"], "The restart")
     # The guide belongs to the parameters that it was trained with.
     target.set_own_state(found["own"])
     restart.candidate = Candidate(
@@ -198,7 +198,7 @@ def from_message(plan: Plan, session: Session, number: int, message: dict[str, A
         **{**facts, "evaluation": Evaluation(*facts["evaluation"])},
         missed=[restart.gaussian(state) for state in found["missed"]],
         diagnosis=diagnosis,
-        chains=None if found["chains"] is None else put_up(target, found["chains"]),
+        chains=None if found["chains"] is None else from_state(target, found["chains"]),
     )
     return restart
 

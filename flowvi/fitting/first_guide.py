@@ -14,7 +14,7 @@ from flowvi.guides.registry import make_guide
 from flowvi.guides.skewed import HELD_DIM
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Interrupted
-from flowvi.runtime.tensors import fill, tensors_of
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 
 AUTO = "auto"
 # Couplings for a gap of more than a nat, and for a smaller one.
@@ -31,7 +31,7 @@ def first_guide(restart: Restart) -> Candidate:
             "guide",
             restart.record,
             lambda: restart.started(_own(guide)) if restart.fresh else _placed(restart, guide),
-            lambda candidate: tensors_of(candidate.guide),
+            lambda candidate: cpu_state_dict(candidate.guide),
             lambda tensors: _given(restart, guide, tensors),
         )
     if restart.name != AUTO:
@@ -91,7 +91,7 @@ def _raced(restart: Restart, plain: Candidate) -> Candidate:
 
 def _given(restart: Restart, guide: Guide, tensors: Mapping[str, Tensor]) -> Candidate:
     """The user's own guide, as it was when the fit began."""
-    fill(restart.placed(guide), tensors, "The checkpoint")
+    load_tensors(restart.placed(guide), tensors, "The checkpoint")
     return _own(guide)
 
 

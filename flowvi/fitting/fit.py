@@ -17,7 +17,7 @@ from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import Objective
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import spelt
+from flowvi.runtime.arguments import suggest_spelling
 from flowvi.targets import LocalTarget, Target
 from flowvi.training.compiling import Compile
 from flowvi.training.epochs import Epoch
@@ -95,7 +95,7 @@ def fit(
 ) -> Fit: ...
 
 
-@spelt
+@suggest_spelling
 def fit(
     target: Target,
     guide: str | Guide | Blocks | Multiplicative = "auto",

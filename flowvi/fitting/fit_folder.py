@@ -14,12 +14,12 @@ import torch
 from torch import Tensor
 
 from flowvi.draws.draws import Draws
-from flowvi.draws.storage import taken_down
+from flowvi.draws.storage import to_state
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
-from flowvi.runtime.files import CheckpointError, Seal, read_json, write_json, write_whole
-from flowvi.runtime.files import folder as made
-from flowvi.runtime.tensors import packed, read_tensors, tensors_of
+from flowvi.runtime.files import CheckpointError, Checksum, read_json, write_atomic, write_json
+from flowvi.runtime.files import make_folder as made
+from flowvi.runtime.tensors import cpu_state_dict, read_tensors, serialize
 from flowvi.targets import LocalTarget
 
 FORMAT = 2
@@ -68,13 +68,13 @@ def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
     """
     path = made(folder, "a fit")
     parts: dict[str, Mapping[str, Tensor]] = {
-        f"guide_{i}": tensors_of(guide) for i, guide in enumerate(fit.guides)
+        f"guide_{i}": cpu_state_dict(guide) for i, guide in enumerate(fit.guides)
     }
     parts[HISTORY] = {k: torch.as_tensor(v) for k, v in fit.history.items()}
     if fit.own:
         parts[OWN] = fit.own
     if fit.chains is not None:
-        parts[CHAINS] = taken_down(fit.chains)["arrays"]
+        parts[CHAINS] = to_state(fit.chains)["arrays"]
     manifest = {
         **({"kind": fit.kind} if fit.kind else {}),
         "latents": fit.latents,
@@ -148,12 +148,12 @@ class FitFiles:
             return (self.path / f"{part}.safetensors").exists()
         return part in self.files
 
-    def of(self, part: str) -> tuple[Path, Seal | None]:
+    def of(self, part: str) -> tuple[Path, Checksum | None]:
         if self.files is None:
             return self.path / f"{part}.safetensors", None
         try:
             file = self.files[part]
-            name, seal = str(file["name"]), Seal(int(file["size"]), str(file["sha256"]))
+            name, seal = str(file["name"]), Checksum(int(file["size"]), str(file["sha256"]))
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{self.path / MANIFEST} names no file for '{part}'.") from None
         if not NAME.fullmatch(name):
@@ -163,9 +163,9 @@ class FitFiles:
 
 def _write(path: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Write a file under a name that no other content has, so that none is overwritten."""
-    content = packed(tensors)
+    content = serialize(tensors)
     name = f"{part}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
-    return {"name": name, **write_whole(path / name, content)._asdict()}
+    return {"name": name, **write_atomic(path / name, content)._asdict()}
 
 
 def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:

@@ -14,8 +14,8 @@ from flowvi.guides.recipes import Blocks, Multiplicative
 from flowvi.objectives.nested import NestedTarget, check_outer
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import spelt, wanted, whole
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.arguments import check_integer, check_type, suggest_spelling
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import LocalTarget
 from flowvi.training.records import Step
 
@@ -23,7 +23,7 @@ from flowvi.training.records import Step
 INNER = 1
 
 
-@spelt
+@suggest_spelling
 def nested(
     target: LocalTarget,
     guide: str | Guide | Blocks | Multiplicative | None = None,
@@ -91,9 +91,13 @@ def nested(
             argument is out of its range.
     """
     kinds = (str, Guide, Blocks, Multiplicative, type(None))
-    wanted("guide", guide, kinds, "the name of a guide, Blocks, Multiplicative, or a guide")
-    outer, draws, seed = whole("outer", outer), whole("draws", draws), whole("seed", seed, 0)
-    with own_randomness(stream(seed, INNER)):
+    check_type("guide", guide, kinds, "the name of a guide, Blocks, Multiplicative, or a guide")
+    outer, draws, seed = (
+        check_integer("outer", outer),
+        check_integer("draws", draws),
+        check_integer("seed", seed, 0),
+    )
+    with isolated_rng(derive_seed(seed, INNER)):
         density = NestedTarget(target, inner, particles, sees_theta, batch_size)
     check_outer(density, outer)
     return fit(

@@ -20,12 +20,12 @@ from flowvi.guides.recipes import amortised
 from flowvi.objectives.registry import OBJECTIVES, describe_rows
 from flowvi.objectives.renyi_bound import elbo
 from flowvi.runtime import distributed, memory
-from flowvi.runtime.arguments import known
-from flowvi.runtime.checkpoint_folder import opened, said
+from flowvi.runtime.arguments import check_choice
+from flowvi.runtime.checkpoint_folder import open_checkpoint, warn_if_unwritable
 from flowvi.runtime.clock import Clock, interruptible
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget
-from flowvi.targets.precision import spelled
+from flowvi.targets.precision import dtype_name
 from flowvi.training.checkpointer import Checkpointer
 from flowvi.training.epochs import Epoch, Epochs
 from flowvi.training.minibatch import check_objective
@@ -48,8 +48,8 @@ def fit_rows(request: Request) -> RowFit:
     facts = {k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"}
     guide, record = cast(str | Guide, request.guide), Record()
     with (
-        memory.limited(request.max_memory),
-        own_randomness(stream(seed, BUILD)),
+        memory.memory_limit(request.max_memory),
+        isolated_rng(derive_seed(seed, BUILD)),
         interruptible(clock),
     ):
         target.begin()
@@ -80,10 +80,10 @@ def fit_rows(request: Request) -> RowFit:
                     _result(epochs, built, facts, clock).save(folder / BEST)
 
         checkpointer.saved = save
-        with opened(folder, about, request.resume) as checkpointer.shelf:
+        with open_checkpoint(folder, about, request.resume) as checkpointer.shelf:
             epochs.run()
             if folder is not None and not distributed.rank():
-                with said(folder):
+                with warn_if_unwritable(folder):
                     save()
     result = _result(epochs, built, facts, clock)
     for failure in record.failures:
@@ -99,12 +99,12 @@ def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -
     meta = {
         "model": target.name,
         "objective": describe_rows(epochs.objective),
-        "precision": spelled(target.dtype),
+        "precision": dtype_name(target.dtype),
         **facts,
         "epochs": len(told),
         "rows": len(epochs.rows),
         "validation": 0 if held is None else len(held.places),
-        "seconds": clock.own_seconds,
+        "seconds": clock.local_seconds,
         "budget": clock.budget,
         "interrupted": epochs.interrupted,
         "skipped": epochs.skipped,
@@ -155,7 +155,7 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
         raise ValueError(
             f"validation must be rows, or the share of them to hold out; got {validation}."
         )
-    generator = torch.Generator().manual_seed(stream(seed, SPLIT))
+    generator = torch.Generator().manual_seed(derive_seed(seed, SPLIT))
     order = torch.randperm(target.rows, generator=generator)
     return order[held:].sort().values, target.batch(order[:held].sort().values)
 
@@ -178,4 +178,4 @@ def _objective(objective: Any) -> Any:
     if not isinstance(objective, str):
         return elbo(1) if objective is None else objective
     choices = [name for name in OBJECTIVES if name != "forward_kl"]
-    return OBJECTIVES[known("objective for rows", objective, choices)]()
+    return OBJECTIVES[check_choice("objective for rows", objective, choices)]()

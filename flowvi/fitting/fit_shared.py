@@ -24,11 +24,11 @@ from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import describe
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed, memory
-from flowvi.runtime.checkpoint_folder import opened, said
-from flowvi.runtime.clock import Clock, Interrupted, droppable, interruptible
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.checkpoint_folder import open_checkpoint, warn_if_unwritable
+from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt, interruptible
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Target
-from flowvi.targets.precision import spelled
+from flowvi.targets.precision import dtype_name
 from flowvi.training.checkpointer import Checkpointer
 from flowvi.training.evaluation import particles_of
 from flowvi.training.records import CHECK, Record, Row
@@ -63,10 +63,10 @@ def fit_shared(request: Request) -> Fit:
     if request.executor is not None:
         restarts += run_in_executor(plan, session, request.restarts, request.executor)
     with (
-        own_randomness(),
-        memory.limited(settings.max_memory),
+        isolated_rng(),
+        memory.memory_limit(settings.max_memory),
         best_threads(target, request.particles or PARTICLES),
-        opened(folder, about, request.resume) as checkpointer.shelf,
+        open_checkpoint(folder, about, request.resume) as checkpointer.shelf,
         interruptible(clock),
     ):
         target.begin()
@@ -79,7 +79,7 @@ def fit_shared(request: Request) -> Fit:
                 break
         result = _finished(target, restarts, settings, clock)
         if folder is not None and not distributed.rank():
-            with said(folder):
+            with warn_if_unwritable(folder):
                 result.save(folder / BEST)
     for failure in result.meta["failures"]:
         warnings.warn(failure, stacklevel=4)
@@ -112,7 +112,7 @@ def _finished(target: Target, restarts: list[Restart], settings: Settings, clock
     """The result of all restarts, with what their last check found."""
     union = None
     if settings.escalate and len(restarts) > 1:
-        with suppress(Interrupted), droppable():
+        with suppress(Interrupted), abort_on_interrupt():
             union = joined(restarts)
     candidates = [union] if union else [r.candidate for r in restarts]
     result = _result(target, restarts, settings, clock, candidates)
@@ -147,14 +147,14 @@ def _result(
         "guide": best.name,
         "specs": [{"name": c.name, "sizes": c.sizes} for c in candidates],
         "objective": describe(settings.objective),
-        "precision": spelled(target.dtype),
+        "precision": dtype_name(target.dtype),
         "steps": len(rows),
         "stages": [r.record.stages for r in restarts],
         "particles": settings.repeats * particles_of(settings.objective),
         "lr": [c.lr for c in candidates],
         "seed": settings.seed,
         "restarts": len(restarts),
-        "seconds": clock.own_seconds,
+        "seconds": clock.local_seconds,
         "budget": clock.budget,
         "interrupted": any(r.interrupted for r in restarts),
         "skipped": int(history["skipped"].sum()),
@@ -187,11 +187,11 @@ def _check_of(
     """What the last check of the guides found, for the verdict on draws that are made later."""
     if len(candidates) == 1:
         found = None if candidates[0].chains else candidates[0].diagnosis
-    elif clock.over():
+    elif clock.out_of_time():
         found = None
     else:
-        seed, guides = stream(settings.seed, 0, CHECK), [c.guide for c in candidates]
-        found = checked(target, guides, seed, clock.over, settings.schedule)
+        seed, guides = derive_seed(settings.seed, 0, CHECK), [c.guide for c in candidates]
+        found = checked(target, guides, seed, clock.out_of_time, settings.schedule)
     return None if found is None else Check(found.verdict, found.khat, found.draws)._asdict()
 
 

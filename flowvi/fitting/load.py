@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowvi.draws.storage import put_up
+from flowvi.draws.storage import from_state
 from flowvi.fitting.fit_folder import (
     CHAINS,
     HISTORY,
@@ -32,9 +32,9 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.objectives.nested import NestedTarget, inner_guide
-from flowvi.runtime.arguments import path as path_of
-from flowvi.runtime.files import CheckpointError, Seal, read_start
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.arguments import check_path as path_of
+from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
+from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
 from flowvi.targets import LocalTarget, Target
 
@@ -84,7 +84,7 @@ def load(
     guides = []
     for i in range(manifest["guides"]):
         file, seal = files.of(f"guide_{i}")
-        with own_randomness():
+        with isolated_rng():
             new = _build(manifest["meta"]["specs"][i], target, guide, file, seal)
         guides.append(new)
     if files.has(OWN):
@@ -94,7 +94,7 @@ def load(
     chains = manifest.get("chains")
     table = None
     if chains is not None:
-        table = put_up(target, {"arrays": _chains(target, files), "meta": chains})
+        table = from_state(target, {"arrays": _chains(target, files), "meta": chains})
     return Fit(target, guides, bounds, history, log, meta, table)
 
 
@@ -107,7 +107,7 @@ def _load_rows(
     if guide is not None:
         new = copy.deepcopy(guide)
     elif not spec.get("own") and spec.get("name") in guide_names():
-        with own_randomness():
+        with isolated_rng():
             new = amortised(target, spec["name"])
     else:
         raise CheckpointError(
@@ -135,7 +135,7 @@ def _load_nested(
         raise CheckpointError(f"{files.path} holds no nested fit of {target.name}.")
     spec, of_rows = specs
     sees_theta = bool(of_rows.get("sees_theta"))
-    with own_randomness():
+    with isolated_rng():
         theta = _build(spec, target.shared, guide, *files.of("guide_0"))
         if inner is not None:
             rows = copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
@@ -191,16 +191,16 @@ def _same_kind(there: bool, here: bool, path: Path) -> None:
 
 
 def _build(
-    spec: dict[str, Any], target: Target, own: Guide | None, file: Path, seal: Seal | None
+    spec: dict[str, Any], target: Target, own: Guide | None, file: Path, checksum: Checksum | None
 ) -> Guide:
     """A guide as it was built, with the numbers of a file."""
     name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
     if name in guide_names():
-        _check_sizes(sizes, file, seal)
+        _check_sizes(sizes, file, checksum)
         try:
             with torch.device("meta"):
                 # Without its numbers, it takes no memory.
-                check_module(file, make_guide(name, target.dim, **sizes), seal)
+                check_module(file, make_guide(name, target.dim, **sizes), checksum)
             new = make_guide(name, target.dim, **sizes)
         except CheckpointError:
             raise
@@ -214,20 +214,20 @@ def _build(
             "pass one of the same build: flowvi.load(folder, target, guide=...)."
         )
     new = new.to(dtype=target.dtype, device=target.device)
-    read_module(file, new, seal)
+    read_module(file, new, checksum)
     return new
 
 
-def _check_sizes(sizes: Mapping[str, Any], file: Path, seal: Seal | None) -> None:
+def _check_sizes(sizes: Mapping[str, Any], file: Path, checksum: Checksum | None) -> None:
     """Refuse more layers than there are bytes in the file, before any are built."""
-    read_start(file, 1, seal)
+    read_prefix(file, 1, checksum)
     for value in tree_leaves(dict(sizes)):
         if isinstance(value, int) and value > file.stat().st_size:
             raise CheckpointError(f"{file} is too small for a guide of {sizes}.")
 
 
-def _fill_own(target: Target | LocalTarget, file: Path, seal: Seal | None) -> None:
-    found, wanted = read_tensors(file, seal), dict(target.named_parameters())
+def _fill_own(target: Target | LocalTarget, file: Path, checksum: Checksum | None) -> None:
+    found, wanted = read_tensors(file, checksum), dict(target.named_parameters())
     own = {name: value for name, value in found.items() if name in wanted}
     check_finite(file, own, wanted)
     for name, value in found.items():

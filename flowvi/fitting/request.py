@@ -20,7 +20,14 @@ from flowvi.objectives.registry import OBJECTIVES, Objective, describe
 from flowvi.objectives.renyi_bound import Renyi, elbo
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import given, known, path, positive, wanted, whole
+from flowvi.runtime.arguments import (
+    check_choice,
+    check_integer,
+    check_path,
+    check_positive,
+    check_type,
+    optional,
+)
 from flowvi.targets import LocalTarget, Target
 from flowvi.training import schedule as schedules
 from flowvi.training.compiling import Compile, asked
@@ -70,16 +77,19 @@ class Request:
     fresh: bool = True
 
     def __post_init__(self) -> None:
-        wanted("target", self.target, Target, "what from_pyro or from_density returned")
+        check_type("target", self.target, Target, "what from_pyro or from_density returned")
         kinds = (str, Guide, Blocks, Multiplicative)
-        wanted("guide", self.guide, kinds, "a name, a guide such as MeanField(D), or Blocks")
+        check_type("guide", self.guide, kinds, "a name, a guide such as MeanField(D), or Blocks")
         for name in ("steps", "particles", "epochs", "batch_size"):
-            setattr(self, name, given(whole, name, getattr(self, name)))
-        self.restarts, self.seed = whole("restarts", self.restarts), whole("seed", self.seed, 0)
-        self.lr = given(positive, "lr", self.lr)
-        self.budget = given(positive, "budget", self.budget, "number of seconds")
-        given(wanted, "executor", self.executor, Executor, "a ProcessPoolExecutor")
-        given(wanted, "schedule", self.schedule, Schedule, "such as Schedule(most_stages=1)")
+            setattr(self, name, optional(check_integer, name, getattr(self, name)))
+        self.restarts, self.seed = (
+            check_integer("restarts", self.restarts),
+            check_integer("seed", self.seed, 0),
+        )
+        self.lr = optional(check_positive, "lr", self.lr)
+        self.budget = optional(check_positive, "budget", self.budget, "number of seconds")
+        optional(check_type, "executor", self.executor, Executor, "a ProcessPoolExecutor")
+        optional(check_type, "schedule", self.schedule, Schedule, "such as Schedule(most_stages=1)")
         if self.callback is not None and not callable(self.callback):
             raise TypeError(f"callback must be a function of a step; got {self.callback!r}.")
         if self.resume and self.checkpoint is None:
@@ -90,7 +100,7 @@ class Request:
     @property
     def folder(self) -> Path | None:
         """The checkpoint folder."""
-        return given(path, "checkpoint", self.checkpoint)
+        return optional(check_path, "checkpoint", self.checkpoint)
 
     @property
     def rows(self) -> Minibatch:
@@ -101,7 +111,7 @@ class Request:
             "lr": self.lr,
         }
         if self.minibatch is not None:
-            wanted("minibatch", self.minibatch, Minibatch, "such as Minibatch(epochs=40)")
+            check_type("minibatch", self.minibatch, Minibatch, "such as Minibatch(epochs=40)")
         return replace(
             self.minibatch or Minibatch(), **{k: v for k, v in beside.items() if v is not None}
         )
@@ -115,7 +125,7 @@ class Request:
         target, objective = self.target, _objective(self.objective, self.particles)
         _check(target, objective, self.restarts)
         if isinstance(self.guide, str):
-            known("guide", self.guide, [AUTO, *sorted({*guide_names(), *RECIPES})])
+            check_choice("guide", self.guide, [AUTO, *sorted({*guide_names(), *RECIPES})])
             check_size(target.dim, self.guide)
         if isinstance(self.guide, Guide) and self.guide.dim != target.dim:
             whose = f" but {target.name} has"
@@ -135,7 +145,7 @@ class Request:
             and self.steps is None
             and not list(target.parameters()),
             asked(self.compile),
-            memory.limit() if self.max_memory is None else memory.parse(self.max_memory),
+            memory.limit() if self.max_memory is None else memory.parse_size(self.max_memory),
             self.schedule or _schedule(target, objective),
         )
 
@@ -167,7 +177,7 @@ def _objective(objective: Objective | WakeSleep | str | None, particles: int | N
     if objective is None:
         return elbo(PARTICLES if particles is None else particles)
     if isinstance(objective, str):
-        known("objective", objective, OBJECTIVES)
+        check_choice("objective", objective, OBJECTIVES)
         if objective == "forward_kl":
             raise ValueError(
                 "forward_kl needs draws to fit to: pass objective=OBJECTIVES['forward_kl'](z)."

@@ -20,13 +20,13 @@ from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
 from flowvi.guides.mixture_overlap import overlap
 from flowvi.guides.mixtures import MixtureGuide
-from flowvi.guides.registry import starts_flat
-from flowvi.initialization.gaussian import Gaussian, distinct
-from flowvi.initialization.missed_modes import left_out
+from flowvi.guides.registry import starts_diagonal
+from flowvi.initialization.gaussian import GaussianApproximation, distinct_candidates
+from flowvi.initialization.missed_modes import missed_modes
 from flowvi.objectives.nested import NestedTarget
-from flowvi.runtime.clock import Interrupted, droppable
-from flowvi.runtime.rng import stream
-from flowvi.samplers.tempering import MOST_DIM, found_beyond, wide_gaussian
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.rng import derive_seed
+from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
 from flowvi.training.records import ANNEAL, BUILD, CHECK, COVER, WIDE, Record, Stage, Trial
 from flowvi.training.schedule import Schedule
@@ -64,9 +64,9 @@ class Restart:
         self.name, self.given, self.fresh = name, guide, fresh
         self.record = Record()
         self.interrupted = False
-        self.best: Gaussian
-        self.others: list[Gaussian] = []
-        self._wide: Gaussian | None = None
+        self.best: GaussianApproximation
+        self.others: list[GaussianApproximation] = []
+        self._wide: GaussianApproximation | None = None
         self.candidate: Candidate
 
     @property
@@ -87,7 +87,7 @@ class Restart:
         self.train(self.candidate, share)
         self.check(self.candidate)
 
-    def _start(self) -> list[Gaussian]:
+    def _start(self) -> list[GaussianApproximation]:
         target, say = self.target, self.record.log.append
         once = self.session.checkpointer.run_once
         if isinstance(target, NestedTarget):
@@ -98,7 +98,7 @@ class Restart:
                 lambda found: [found[0].state(), [*target.own_state().items()]],
                 lambda state: self._nested(target, *state),
             )
-        flat = starts_flat(self.name) if self.given is None else self.given.flat
+        flat = starts_diagonal(self.name) if self.given is None else self.given.flat
         clock, share = self.session.clock, self.schedule.start_share
         return once(
             "start",
@@ -110,19 +110,19 @@ class Restart:
 
     def _nested(
         self, target: NestedTarget, state: Mapping[str, Any], own: Sequence[tuple[str, Tensor]]
-    ) -> list[Gaussian]:
+    ) -> list[GaussianApproximation]:
         target.set_own_state(dict(own))
         return [self.gaussian(state)]
 
-    def gaussian(self, state: Mapping[str, Any]) -> Gaussian:
+    def gaussian(self, state: Mapping[str, Any]) -> GaussianApproximation:
         """A Gaussian from its state, on the device of the target."""
         device = self.target.device
         loc, scale = state["loc"].to(device), state["scale_tril"].to(device)
-        return Gaussian(**{**state, "loc": loc, "scale_tril": scale})
+        return GaussianApproximation(**{**state, "loc": loc, "scale_tril": scale})
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
-        return stream(self.settings.seed, 1 + self.number, place)
+        return derive_seed(self.settings.seed, 1 + self.number, place)
 
     def stages(self, guide: Guide) -> Stages:
         """Trains a guide on this restart's target."""
@@ -137,9 +137,9 @@ class Restart:
         candidate.guide = guide = self.placed(candidate.guide)
         guide.start(self.best.loc, self.best.scale_tril)
         if isinstance(guide, MixtureGuide):
-            starts = distinct([self.best, *self.others], len(guide.components))
+            starts = distinct_candidates([self.best, *self.others], len(guide.components))
             whole = itertools.islice(itertools.cycle(starts), len(guide.components))
-            guide.start_many([(g.loc, g.scale_tril) for g in whole])
+            guide.start_components([(g.loc, g.scale_tril) for g in whole])
             self.record.log.append(f"components started at {len(starts)} different places")
         return candidate
 
@@ -168,8 +168,8 @@ class Restart:
         except (Interrupted, KeyboardInterrupt) as interrupt:
             if isinstance(interrupt, KeyboardInterrupt):
                 self.session.clock.interrupt()
-            elif interrupt.judged is not None:
-                candidate.evaluation = interrupt.judged
+            elif interrupt.evaluation is not None:
+                candidate.evaluation = interrupt.evaluation
             self.interrupted = True
             self.record.log.append(f"interrupted after {len(self.record.rows)} steps")
         finally:
@@ -186,7 +186,7 @@ class Restart:
         """Judge a guide by fresh draws, and by what the search for a start saw."""
         candidate.missed = self.left_out(candidate)
         try:
-            with droppable():
+            with abort_on_interrupt():
                 candidate.diagnosis = found = self._diagnosed(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
@@ -216,16 +216,18 @@ class Restart:
             self.target,
             [candidate.guide],
             self.seed(CHECK),
-            lambda: clock.over(CHECK_SHARE),
+            lambda: clock.out_of_time(CHECK_SHARE),
             self.schedule,
         )
 
-    def left_out(self, candidate: Candidate) -> list[Gaussian]:
+    def left_out(self, candidate: Candidate) -> list[GaussianApproximation]:
         """Modes of the search for a start that a guide leaves out."""
         modes = [g for g in self.others if math.isfinite(g.mass)]
-        return left_out(self.target, candidate.guide, candidate.covered, modes, self.seed(COVER))
+        return missed_modes(
+            self.target, candidate.guide, candidate.covered, modes, self.seed(COVER)
+        )
 
-    def wide(self) -> Gaussian:
+    def wide(self) -> GaussianApproximation:
         """A normal for the target at a high temperature."""
         if self._wide is None:
             near = [self.best, *self.others]
@@ -235,12 +237,12 @@ class Restart:
     def _beyond(self, guide: Guide, diagnosis: Diagnosis) -> str:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
         # Where there are several modes, one that is missed has to be known at any price.
-        late = self.session.clock.over(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
+        late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
-            with droppable():
-                return found_beyond(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+            with abort_on_interrupt():
+                return mass_beyond_guide(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
         except Interrupted:
             return ""
         except (ValueError, RuntimeError) as error:
@@ -262,7 +264,7 @@ class Restart:
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         little = steps is None and gap < schedule.little
-        return not few and not little and clock.left >= schedule.search_seconds
+        return not few and not little and clock.seconds_left >= schedule.search_seconds
 
     def tried(self, stages: Stages, lr: float | None = None) -> Trial:
         """The best of several step sizes, or where one of them leads from there."""
@@ -289,7 +291,7 @@ class Restart:
         """Stages of counted steps; one that gained nothing is followed by smaller steps."""
         rate, clock = candidate.lr, self.session.clock
         for i, length in enumerate(self.schedule.counted(self.settings.steps)):
-            if clock.over() or self.record.stopped:
+            if clock.out_of_time() or self.record.stopped:
                 break
             before = candidate.evaluation
             stage = Stage(f"stage {i + 1}", 0, length, self.settings.repeats, rate)
@@ -310,7 +312,7 @@ class Restart:
         """Stages with ever more draws and smaller steps, as long as each removes enough."""
         schedule = self.schedule
         for i in range(schedule.most_stages):
-            if self.session.clock.over(share) or self.record.stopped:
+            if self.session.clock.out_of_time(share) or self.record.stopped:
                 return
             before, failures = candidate.evaluation, len(self.record.failures)
             few = before.gap < schedule.little and i == 0

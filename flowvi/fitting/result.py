@@ -21,13 +21,13 @@ from flowvi.draws.sampling import draw, in_pieces, tabulate
 from flowvi.fitting.fit_folder import NESTED, ROWS, Contents, all_latents, save
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
-from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget, Target
-from flowvi.targets.precision import spelled
+from flowvi.targets.precision import dtype_name
 
 # Streams of random numbers: of `draw_start`, and of draws of a nested fit.
 START, NESTED_DRAWS = 1_000_000, 2
@@ -60,7 +60,7 @@ class AnyFit(ABC):
         """All that `save` writes."""
 
     def __str__(self) -> str:
-        facts = {"name": self.target.name, "precision": spelled(self.target.dtype), **self.meta}
+        facts = {"name": self.target.name, "precision": dtype_name(self.target.dtype), **self.meta}
         return "\n".join([self.HEAD.format(**facts), *(f"  {line}" for line in self.log)])
 
 
@@ -87,7 +87,7 @@ class Fit(AnyFit):
     log: list[str] = field(default_factory=list)
     meta: dict[str, Any] = field(default_factory=dict)
     chains: Draws | None = None
-    start: Gaussian | None = None
+    start: GaussianApproximation | None = None
 
     HEAD = "{name}: {guide} guide, {objective}, {steps} steps, {seconds:.1f} s, {precision}"
 
@@ -109,7 +109,7 @@ class Fit(AnyFit):
                 by default. A table that is larger lies in a temporary file. The draws do
                 not depend on it, and densities to rounding.
         """
-        with memory.limited(max_memory):
+        with memory.memory_limit(max_memory):
             drawn = draw(self.target, self.guides, n, seed, self.meta)
         if self.chains is None:
             return drawn
@@ -127,7 +127,7 @@ class Fit(AnyFit):
         """
         if self.start is None:
             raise ValueError("This fit was loaded: its Gaussian start was not saved.")
-        with torch.no_grad(), own_randomness(stream(seed, START)):
+        with torch.no_grad(), isolated_rng(derive_seed(seed, START)):
             pieces = in_pieces(self.start.draw, n)
             return tabulate(self.target, n, [pieces], {"guide": "Gaussian start"})
 
@@ -186,9 +186,9 @@ class NestedFit(Fit):
             seed: Of all draws.
             max_memory: As for `Fit.draw`.
         """
-        with memory.limited(max_memory):
+        with memory.memory_limit(max_memory):
             return draw_nested(
-                self.target, self.guide, n, particles, stream(seed, NESTED_DRAWS), self.meta
+                self.target, self.guide, n, particles, derive_seed(seed, NESTED_DRAWS), self.meta
             )
 
     def predictive_bound(
@@ -205,7 +205,7 @@ class NestedFit(Fit):
             seed: Of all draws.
         """
         bound = Renyi(0.0, particles or self.particles, "total")
-        with torch.no_grad(), own_randomness(stream(seed, NESTED_DRAWS)):
+        with torch.no_grad(), isolated_rng(derive_seed(seed, NESTED_DRAWS)):
             theta, _ = self.guide.sample((n,))
             rows = self.target.every_row(theta, self.target.target.as_batch(data), bound)
         found: np.ndarray = torch.logsumexp(rows.double(), 0).sub(math.log(n)).cpu().numpy()
@@ -245,7 +245,7 @@ def draw_nested(
     """
     bound = Renyi(0.0, particles or target.particles, "total")
     facts = {**meta, "particles": bound.particles}
-    with torch.no_grad(), own_randomness(seed):
+    with torch.no_grad(), isolated_rng(seed):
         theta, log_q = guide.sample((n,))
         parts = theta.split(target.chunk())
         log_p = torch.cat([target.log_prob(part, None, bound) for part in parts])
@@ -297,8 +297,8 @@ class RowFit(AnyFit):
             max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)
-        seed = stream(seed, BOUNDS)
-        with memory.limited(max_memory):
+        seed = derive_seed(seed, BOUNDS)
+        with memory.memory_limit(max_memory):
             return row_bounds(self.target, self.guide, batch, particles, seed, progress)
 
     def draw(
@@ -319,8 +319,8 @@ class RowFit(AnyFit):
             max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)
-        seed = stream(seed, DRAWING)
-        with memory.limited(max_memory):
+        seed = derive_seed(seed, DRAWING)
+        with memory.memory_limit(max_memory):
             return row_draws(self.target, self.guide, batch, n, seed, self.meta)
 
     def contents(self) -> Contents:

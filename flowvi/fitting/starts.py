@@ -7,13 +7,13 @@ from contextlib import suppress
 
 import torch
 
-from flowvi.initialization.candidates import Say, best_gaussian
-from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.candidates import Log, best_gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.nested import start
-from flowvi.initialization.preflight import check_integrable, look
+from flowvi.initialization.preflight import check_integrable, preflight
 from flowvi.objectives.nested import NestedTarget
-from flowvi.runtime.clock import Clock, Interrupted, droppable
+from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt
 from flowvi.targets import Target
 from flowvi.training.records import BUILD, LOOK, MODES
 
@@ -27,10 +27,10 @@ def global_start(
     target: Target,
     seed: Callable[[int], int],
     clock: Clock,
-    say: Say,
+    say: Log,
     diagonal: bool,
     share: float,
-) -> list[Gaussian]:
+) -> list[GaussianApproximation]:
     """The best Gaussian, then further modes, then the ends of other ways to one.
 
     Args:
@@ -44,27 +44,27 @@ def global_start(
     Raises:
         ModelError: The density is finite nowhere, or has no integral.
     """
-    seen = look(target, seed(LOOK))
+    seen = preflight(target, seed(LOOK))
     say(str(seen))
     best, others, ends = best_gaussian(
         target,
         seed(BUILD),
         diagonal,
         say,
-        lambda: clock.over(share),
+        lambda: clock.out_of_time(share),
         seen.median,
         seen.places,
     )
-    modes: list[Gaussian] = []
-    with suppress(Interrupted), droppable():
+    modes: list[GaussianApproximation] = []
+    with suppress(Interrupted), abort_on_interrupt():
         say(check_integrable(target, best))
         modes = further_modes(
-            target, best, ends, seen.places, seed(MODES), say, lambda: clock.over(2 * share)
+            target, best, ends, seen.places, seed(MODES), say, lambda: clock.out_of_time(2 * share)
         )
     return [best, *modes, *others]
 
 
-def nested_start(target: NestedTarget, seed: int, say: Say) -> list[Gaussian]:
+def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:
     """A normal of theta from some rows, at which a fresh guide of rows begins too.
 
     Args:
@@ -76,8 +76,8 @@ def nested_start(target: NestedTarget, seed: int, say: Say) -> list[Gaussian]:
     if found is None:
         zero = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
         say(f"start: a normal of width {START_WIDTH} around zero")
-        return [Gaussian(zero, torch.full_like(zero, START_WIDTH), "zero")]
+        return [GaussianApproximation(zero, torch.full_like(zero, START_WIDTH), "zero")]
     if target.inner_name != "own":
         found.begin(target.inner, target.sees_theta)
     say("start: a normal of the shared latents and those of some rows together")
-    return [Gaussian(found.loc, found.scale_tril, "theta and some rows")]
+    return [GaussianApproximation(found.loc, found.scale_tril, "theta and some rows")]

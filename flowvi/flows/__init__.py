@@ -23,7 +23,7 @@ from flowvi.flows.glow import ActNorm, InvertibleLinear, glow
 from flowvi.flows.householder import Householder, householder
 from flowvi.flows.image import image_glow
 from flowvi.flows.kronecker import Kronecker
-from flowvi.flows.layer import Chain, InSingle, Inverse, Layer
+from flowvi.flows.layer import Chain, Inverse, Layer, SinglePrecision
 from flowvi.flows.lowrank import LowRank
 from flowvi.flows.neural_autoregressive import naf
 from flowvi.flows.permute import Flip, Permutation, permutation
@@ -54,7 +54,6 @@ __all__ = [
     "FromTransform",
     "GaussianMixture",
     "Householder",
-    "InSingle",
     "Inverse",
     "InvertibleLinear",
     "Kronecker",
@@ -65,6 +64,7 @@ __all__ = [
     "Permutation",
     "Planar",
     "Radial",
+    "SinglePrecision",
     "SinhArcsinh",
     "Spline",
     "StudentT",

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from torch.linalg import solve_triangular
 
 from flowvi.flows.layer import Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import ContextParameter
 
 
 class Diagonal(Layer):
@@ -29,7 +29,7 @@ class Diagonal(Layer):
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
-        self.params = Amortised(torch.zeros(2 * dim), context_dim)
+        self.params = ContextParameter(torch.zeros(2 * dim), context_dim)
         self.register_buffer("origin", torch.zeros(dim))
         self.register_buffer("width", torch.ones(dim))
 
@@ -102,7 +102,7 @@ class Triangular(Layer):
 
     def __init__(self, dim: int, context_dim: int = 0, held: bool = False) -> None:
         super().__init__()
-        self.params = Amortised(torch.zeros(2 * dim), context_dim)
+        self.params = ContextParameter(torch.zeros(2 * dim), context_dim)
         self.lower = None if held else nn.Parameter(torch.zeros(dim, dim))
         self.register_buffer("origin", torch.zeros(dim))
         self.register_buffer("frame", torch.eye(dim))
@@ -175,6 +175,6 @@ def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool = False, unit: bool = F
     return x.reshape(y.shape)
 
 
-def _reset(params: Amortised) -> None:
+def _reset(params: ContextParameter) -> None:
     for p in params.parameters():
         p.zero_()

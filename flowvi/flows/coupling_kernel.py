@@ -100,8 +100,8 @@ class _Push(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, plan: Plan, x: Tensor, score: Tensor, *given: Any) -> tuple[Tensor, ...]:
         kept: list[Tensor] = []
-        y, ladj, score = _there(plan, x, score, iter(given), kept)
-        ctx.plan, ctx.lifted = plan, [None if c is None else c.shape for c in given[::EACH]]
+        y, ladj, score = _forward(plan, x, score, iter(given), kept)
+        ctx.plan, ctx.joint_density = plan, [None if c is None else c.shape for c in given[::EACH]]
         weights = [given[i + j] for i in range(0, len(given), EACH) for j in (1, 3, 5)]
         ctx.save_for_backward(*kept, *weights)
         ctx.set_materialize_grads(False)
@@ -113,7 +113,7 @@ class _Push(torch.autograd.Function):
     def backward(
         ctx: Any, by_y: Tensor | None, by_ladj: Tensor | None, _: None
     ) -> tuple[Tensor | None, ...]:
-        count = len(ctx.lifted)
+        count = len(ctx.joint_density)
         kept, weights = ctx.saved_tensors[: KEPT * count], ctx.saved_tensors[KEPT * count :]
         each: list[list[Tensor | None]] = []
         for plan in reversed(list(_leaves(ctx.plan))):
@@ -122,7 +122,7 @@ class _Push(torch.autograd.Function):
                 continue
             i = count - 1 - len(each)
             here, w = kept[KEPT * i : KEPT * (i + 1)], weights[3 * i : 3 * (i + 1)]
-            by_y, found = _back(plan.halves, by_y, by_ladj, here, w, ctx.lifted[i])
+            by_y, found = _backward(plan.halves, by_y, by_ladj, here, w, ctx.joint_density[i])
             each.append(found)
         return None, by_y, None, *(g for found in reversed(each) for g in found)
 
@@ -135,7 +135,7 @@ def _leaves(plan: Plan) -> Iterator[Order | Move]:
         yield plan
 
 
-def _there(
+def _forward(
     plan: Plan, x: Tensor, score: Tensor, given: Iterator[Any], kept: list[Tensor]
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """Points, log determinants (None for zero) and scores behind a plan."""
@@ -144,7 +144,7 @@ def _there(
     if isinstance(plan, Series):
         ladjs = []
         for part in plan.plans:
-            x, ladj, score = _there(part, x, score, given, kept)
+            x, ladj, score = _forward(part, x, score, given, kept)
             if ladj is not None:
                 ladjs.append(ladj)
         # In the order of `Chain.forward`, for the same bits.
@@ -170,7 +170,7 @@ def _there(
     return halves.join(a, y), s.sum(-1), halves.join(score_a, score_y)
 
 
-def _back(
+def _backward(
     halves: Halves,
     by_y: Tensor | None,
     by_ladj: Tensor | None,

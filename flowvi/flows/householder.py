@@ -6,7 +6,7 @@ from torch.linalg import solve_triangular, vector_norm
 
 from flowvi.flows.affine import Diagonal
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised, times
+from flowvi.flows.nets import ContextParameter, times
 
 
 class Reflections(nn.Module):
@@ -32,7 +32,7 @@ class Reflections(nn.Module):
     def __init__(self, initial: Tensor, context_dim: int = 0) -> None:
         super().__init__()
         self.shape = initial.shape
-        self.params = Amortised(initial.flatten(), context_dim)
+        self.params = ContextParameter(initial.flatten(), context_dim)
 
     def forward(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         """Context (*B, C) -> W and V, each (*B, D, H)."""

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from flowvi.flows.affine import nearest_scales, solve_rows
 from flowvi.flows.layer import Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import ContextParameter
 
 
 class Kronecker(Layer):
@@ -46,7 +46,7 @@ class Kronecker(Layer):
         if rows < 1 or dim % rows:
             raise ValueError(f"rows must divide D = {dim}; got {rows}.")
         self.shape = (rows, dim // rows)
-        self.params = Amortised(torch.zeros(dim), context_dim)
+        self.params = ContextParameter(torch.zeros(dim), context_dim)
         self.lowers = nn.ParameterList(torch.zeros(n, n) for n in self.shape)
         self.logs = nn.ParameterList(torch.zeros(n) for n in self.shape)
         self.register_buffer("origin", torch.zeros(dim))

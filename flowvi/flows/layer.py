@@ -127,7 +127,7 @@ class Chain(Layer):
         return y
 
 
-class InSingle(Layer):
+class SinglePrecision(Layer):
     """A layer in single precision between others in double."""
 
     def __init__(self, layer: Layer) -> None:

@@ -6,7 +6,7 @@ from torch.linalg import cholesky, solve_triangular
 
 from flowvi.flows.affine import nearest_scales
 from flowvi.flows.layer import Layer
-from flowvi.flows.nets import Amortised, times
+from flowvi.flows.nets import ContextParameter, times
 
 # V = 0 is the identity, but its gradient is zero there; Adam's first steps do not see how small
 # V is.
@@ -44,7 +44,7 @@ class LowRank(Layer):
         self.register_buffer("width", torch.ones(dim))
         self.shape = (dim, min(rank, dim))
         v = SMALL * torch.randn(dim * self.shape[1])
-        self.params = Amortised(torch.cat([torch.zeros(2 * dim), v]), context_dim)
+        self.params = ContextParameter(torch.cat([torch.zeros(2 * dim), v]), context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         shift, log_scale, v, lower, one = self._params(context)

@@ -11,7 +11,7 @@ from torch.nn.functional import linear, silu
 Pull = Callable[[Tensor], Tensor]
 
 
-class Amortised(nn.Module):
+class ContextParameter(nn.Module):
     """A vector of parameters, plus a linear function of the context.
 
     The linear part starts at zero: a fresh layer ignores its context.

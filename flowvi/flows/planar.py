@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import softplus
 
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised, times
+from flowvi.flows.nets import ContextParameter, times
 
 # softplus(UNIT) = 1
 UNIT = math.log(math.e - 1.0)
@@ -48,7 +48,9 @@ class Planar(Layer):
         self.dim = dim
         # Random directions of length about 1 keep stacked layers apart.
         w = torch.randn(dim) / math.sqrt(dim)
-        self.params = Amortised(torch.cat([torch.zeros(dim), w, torch.zeros(1)]), context_dim)
+        self.params = ContextParameter(
+            torch.cat([torch.zeros(dim), w, torch.zeros(1)]), context_dim
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         u, w, b, slope = self._params(context)

@@ -8,7 +8,7 @@ from torch.linalg import vector_norm
 from torch.nn.functional import softplus
 
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import ContextParameter
 
 
 class Radial(Layer):
@@ -42,7 +42,9 @@ class Radial(Layer):
         self.dim = dim
         # alpha = gamma = 1 is the identity; random centres keep stacked layers apart.
         one = math.log(math.e - 1.0)
-        self.params = Amortised(torch.cat([torch.randn(dim), torch.full((2,), one)]), context_dim)
+        self.params = ContextParameter(
+            torch.cat([torch.randn(dim), torch.full((2,), one)]), context_dim
+        )
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         center, alpha, gamma = self._params(context)

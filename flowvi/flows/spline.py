@@ -12,7 +12,7 @@ from flowvi.flows.affine import Triangular
 from flowvi.flows.autograd import in_graph
 from flowvi.flows.elementwise import Elementwise
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import ContextParameter
 from flowvi.flows.permute import Flip
 from flowvi.flows.score import through_elementwise
 
@@ -111,7 +111,7 @@ class Spline(Layer):
         super().__init__()
         self.map = RationalQuadratic(bins, bound)
         self.shape = (self.map.size, dim)
-        self.params = Amortised(torch.zeros(dim * self.map.size), context_dim)
+        self.params = ContextParameter(torch.zeros(dim * self.map.size), context_dim)
 
     @property
     def single(self) -> bool:

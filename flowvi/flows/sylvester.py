@@ -9,7 +9,7 @@ from torch.nn.functional import softplus
 
 from flowvi.flows.householder import Reflections
 from flowvi.flows.layer import Chain, Layer
-from flowvi.flows.nets import Amortised, times
+from flowvi.flows.nets import ContextParameter, times
 from flowvi.flows.permute import Flip
 from flowvi.flows.planar import UNIT, bend, solve_planar
 
@@ -49,7 +49,7 @@ class TriangularSylvester(Layer):
         self.shape = (dim, dim)
         # Random offsets keep stacked layers apart.
         initial = torch.cat([torch.zeros(2 * dim * dim), torch.randn(dim)])
-        self.params = Amortised(initial, context_dim)
+        self.params = ContextParameter(initial, context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r, s, b, slope = self._params(context)
@@ -166,7 +166,7 @@ class GramSchmidt(nn.Module):
     def __init__(self, dim: int, rank: int, context_dim: int = 0) -> None:
         super().__init__()
         self.shape = (dim, rank)
-        self.params = Amortised(torch.randn(dim * rank), context_dim)
+        self.params = ContextParameter(torch.randn(dim * rank), context_dim)
 
     def forward(self, context: Tensor | None) -> Tensor:
         q, r = torch.linalg.qr(self.params(context).unflatten(-1, self.shape))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flowvi.flows.autograd import in_graph
 from flowvi.flows.layer import Layer
-from flowvi.flows.nets import Amortised
+from flowvi.flows.nets import ContextParameter
 from flowvi.flows.score import through_elementwise
 
 # Tail weights between 1/4.5 and 4.5: |x|^4.5 and its square do not overflow single precision.
@@ -38,7 +38,7 @@ class SinhArcsinh(Layer):
 
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
-        self.params = Amortised(torch.zeros(2 * dim), context_dim)
+        self.params = ContextParameter(torch.zeros(2 * dim), context_dim)
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         y, ladj = self._map(x, context)

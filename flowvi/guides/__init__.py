@@ -2,7 +2,7 @@
 
 from flowvi.guides.blocks import BlockGuide
 from flowvi.guides.gaussian import FullRank, KroneckerNormal, LowRankNormal, MeanField
-from flowvi.guides.guide import Draw, Guide, LogDensity, Scored, Strata
+from flowvi.guides.guide import Draw, Guide, LogDensity, ScoredSample, StratifiedSample
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward
 from flowvi.guides.recipes import Blocks, Multiplicative
@@ -25,9 +25,9 @@ __all__ = [
     "MixtureGuide",
     "Multiplicative",
     "Pushforward",
-    "Scored",
+    "ScoredSample",
     "SkewedNormal",
-    "Strata",
+    "StratifiedSample",
     "guide_names",
     "make_guide",
 ]

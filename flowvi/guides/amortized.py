@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.flows.nets import Perceptron
-from flowvi.guides.guide import Draw, Guide, Scored, Strata
+from flowvi.guides.guide import Draw, Guide, ScoredSample, StratifiedSample
 from flowvi.targets import NOWHERE, Batch
 
 HIDDEN = 128
@@ -41,14 +41,14 @@ class RowGuide(Guide):
     def log_prob(self, z: Tensor, context: Any = None) -> Tensor:
         return self.guide.log_prob(z, self.context(context))
 
-    def strata(self, shape: tuple[int, ...], context: Any = None) -> Strata:
-        return self.guide.strata(shape, self.context(context))
+    def stratified_sample(self, shape: tuple[int, ...], context: Any = None) -> StratifiedSample:
+        return self.guide.stratified_sample(shape, self.context(context))
 
-    def scored(self, shape: tuple[int, ...], context: Any = None) -> Scored:
-        return self.guide.scored(shape, self.context(context))
+    def sample_with_score(self, shape: tuple[int, ...], context: Any = None) -> ScoredSample:
+        return self.guide.sample_with_score(shape, self.context(context))
 
-    def log_part(self, z: Tensor, context: Any = None) -> Tensor:
-        return self.guide.log_part(z, self.context(context))
+    def log_component_ratio(self, z: Tensor, context: Any = None) -> Tensor:
+        return self.guide.log_component_ratio(z, self.context(context))
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         self.guide.start(loc, scale_tril)
@@ -100,7 +100,7 @@ class SharedAmortised(Amortised):
         self.register_buffer("origin", torch.zeros(mix.first.in_features))
         self.register_buffer("widths", torch.ones(mix.first.in_features))
 
-    def given(self, seen: Tensor, theta: Tensor) -> Tensor:
+    def joint_context(self, seen: Tensor, theta: Tensor) -> Tensor:
         """The context of rows and values of theta. (B, C), (T, G) -> (T, B, C + G)."""
         unit = ((theta - self.origin) / self.widths).to(seen.dtype).unsqueeze(1)
         lead = (len(theta), len(seen))

@@ -8,12 +8,12 @@ from typing import Any, ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor, nn
 
-from flowvi.guides.guide import Draw, Guide, Scored
+from flowvi.guides.guide import Draw, Guide, ScoredSample
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import Pushforward
 
 
-class Part(NamedTuple):
+class Block(NamedTuple):
     """One block of a guide.
 
     Attributes:
@@ -48,7 +48,7 @@ class BlockGuide(Guide):
     origin: Tensor
     width: Tensor
 
-    def __init__(self, parts: Sequence[Part], spec: dict[str, Any] | None = None) -> None:
+    def __init__(self, parts: Sequence[Block], spec: dict[str, Any] | None = None) -> None:
         super().__init__()
         order = [column for part in parts for column in part.columns]
         self.dim, self.spec = len(order), spec
@@ -79,19 +79,21 @@ class BlockGuide(Guide):
                 z, log_q = guide.sample(shape, context)
             pieces.append(z)
             log_qs.append(log_q)
-        return Draw(self._whole(pieces), torch.stack(log_qs).sum(0))
+        return Draw(self._join(pieces), torch.stack(log_qs).sum(0))
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         if z.shape[-1] != self.dim:
             raise ValueError(f"z has {z.shape[-1]} columns but the guide has D = {self.dim}.")
-        pieces = self._pieces(z)
+        pieces = self._split(z)
         terms = [
             guide.log_prob(pieces[b], self._context(b, pieces, context))
             for b, guide in enumerate(self._guides())
         ]
         return torch.stack(terms).sum(0)
 
-    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+    def sample_with_score(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> ScoredSample:
         pieces: list[Tensor] = []
         scores: list[Tensor] = []
         log_qs = []
@@ -102,16 +104,16 @@ class BlockGuide(Guide):
                 for g, other in zip(self.given[b], others, strict=True):
                     scores[g] = scores[g] + other
             else:
-                z, log_q, log_share, score = guide.scored(shape, context)
+                z, log_q, log_share, score = guide.sample_with_score(shape, context)
             pieces.append(z)
             scores.append(score)
             log_qs.append(log_q)
         total = torch.stack(log_qs).sum(0)
-        return Scored(self._whole(pieces), total, log_share, self._whole(scores))
+        return ScoredSample(self._join(pieces), total, log_share, self._join(scores))
 
-    def skip(self, shape: tuple[int, ...]) -> None:
+    def advance_rng(self, shape: tuple[int, ...]) -> None:
         for guide in self._guides():
-            guide.skip(shape)
+            guide.advance_rng(shape)
 
     @torch.no_grad()
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -131,7 +133,9 @@ class BlockGuide(Guide):
             if covariance is None:
                 guide.start(loc[own], scale_tril[own])
                 continue
-            above = [columns[a] for a in range(len(columns)) if a != b and a not in self._below(b)]
+            above = [
+                columns[a] for a in range(len(columns)) if a != b and a not in self._descendants(b)
+            ]
             known = torch.cat([own, *above])
             precision = torch.cholesky_inverse(_factor(covariance[known][:, known]))
             inner = torch.cholesky_inverse(_factor(precision[: len(own), : len(own)]))
@@ -146,7 +150,7 @@ class BlockGuide(Guide):
                 rest = 0 if weight is None else weight.shape[1] - len(given)
                 guide.affine.lean(torch.nn.functional.pad(leaning, (rest, 0)))
 
-    def _below(self, b: int) -> set[int]:
+    def _descendants(self, b: int) -> set[int]:
         """Blocks that depend on a block, directly or not."""
         found = {b}
         for other, given in enumerate(self.given):
@@ -179,10 +183,10 @@ class BlockGuide(Guide):
             log_q = self._guides()[b].log_prob(leaves[0], self._context(b, known, fixed))
             return torch.autograd.grad(log_q.sum(), leaves)
 
-    def _pieces(self, z: Tensor) -> list[Tensor]:
+    def _split(self, z: Tensor) -> list[Tensor]:
         return list(z.index_select(-1, self.order).split(self.sizes, dim=-1))
 
-    def _whole(self, pieces: Sequence[Tensor]) -> Tensor:
+    def _join(self, pieces: Sequence[Tensor]) -> Tensor:
         return torch.cat(list(pieces), -1).index_select(-1, self.order.argsort())
 
     def _guides(self) -> list[Guide]:

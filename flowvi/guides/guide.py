@@ -11,7 +11,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from flowvi.flows import InSingle, Layer
+from flowvi.flows import Layer, SinglePrecision
 
 # Beyond this number of dimensions a D x D matrix is too large.
 FULL_RANK_DIM = 2000
@@ -26,7 +26,7 @@ class Draw(NamedTuple):
     log_q: Tensor
 
 
-class Strata(NamedTuple):
+class StratifiedSample(NamedTuple):
     """Stratified samples: the same number from every component of a guide, in their order.
 
     Attributes:
@@ -41,13 +41,13 @@ class Strata(NamedTuple):
     log_share: Tensor
 
 
-class Scored(NamedTuple):
+class ScoredSample(NamedTuple):
     """Stratified samples with the score of the guide at each draw.
 
     Attributes:
-        z: As in `Strata`; for a joint guide, the other variables stand behind z.
-        log_q: As in `Strata`; for a joint guide, that of all variables.
-        log_share: As in `Strata`.
+        z: As in `StratifiedSample`; for a joint guide, the other variables stand behind z.
+        log_q: As in `StratifiedSample`; for a joint guide, that of all variables.
+        log_share: As in `StratifiedSample`.
         score: Gradient of log q at z, (N, *S, *B, D): a constant, as if parameters and
             context did not depend on anything.
     """
@@ -85,34 +85,38 @@ class Guide(nn.Module):
         """Score samples. (*S, *B, D) -> (*S, *B)."""
         raise NotImplementedError
 
-    def strata(self, shape: tuple[int, ...], context: Tensor | None = None) -> Strata:
+    def stratified_sample(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> StratifiedSample:
         """Draw `shape` samples from every part of the guide; a plain guide is one part."""
         z, log_q = self.sample(shape, context)
-        return Strata(z, log_q, log_q.new_full((), -math.log(shape[0])))
+        return StratifiedSample(z, log_q, log_q.new_full((), -math.log(shape[0])))
 
-    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+    def sample_with_score(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> ScoredSample:
         """Draw from every part, with the gradient of log q at each draw, for path gradients."""
-        z, log_q, log_share = self.strata(shape, context)
+        z, log_q, log_share = self.stratified_sample(shape, context)
         with torch.enable_grad():
             fixed = z.detach().requires_grad_()
             log_prob = self.log_prob(fixed, None if context is None else context.detach())
             (score,) = torch.autograd.grad(log_prob.sum(), fixed)
-        return Scored(z, log_q, log_share, score)
+        return ScoredSample(z, log_q, log_share, score)
 
-    def lifted(self, log_p: LogDensity) -> LogDensity:
+    def joint_density(self, log_p: LogDensity) -> LogDensity:
         """The density of z and of the other variables that a joint guide draws behind it."""
         return log_p
 
-    def skip(self, shape: tuple[int, ...]) -> None:
+    def advance_rng(self, shape: tuple[int, ...]) -> None:
         """Advance the generator as a draw of this shape does, without computing the draw."""
         with torch.no_grad():
-            self.strata(shape)
+            self.stratified_sample(shape)
 
-    def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_component_ratio(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Log density of each draw's own component, less that of the whole guide."""
         return z.new_zeros(())
 
-    def in_single(self) -> Guide | None:
+    def mixed_precision_copy(self) -> Guide | None:
         """A copy of a guide in double precision whose flow is evaluated in single precision.
 
         Its parameters are those of the guide, in the same order. None if the guide has no
@@ -133,11 +137,11 @@ class Guide(nn.Module):
 def mixed_precision_copy(flow: Layer) -> Layer | None:
     """A copy of a flow that works in single precision, if that is enough."""
     double = {p.dtype for p in flow.parameters()} == {torch.float64}
-    return InSingle(copy.deepcopy(flow)) if double and flow.single else None
+    return SinglePrecision(copy.deepcopy(flow)) if double and flow.single else None
 
 
 @contextmanager
-def constant(*modules: nn.Module) -> Iterator[None]:
+def frozen(*modules: nn.Module) -> Iterator[None]:
     """Treat the parameters of modules as constants inside the block."""
     trained = [p for module in modules for p in module.parameters() if p.requires_grad]
     for p in trained:

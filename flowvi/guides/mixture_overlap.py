@@ -74,7 +74,7 @@ def overlap(guide: MixtureGuide, n: int = 1000, context: Tensor | None = None) -
         context: What the guide is conditioned on, (*B, C); averaged over rows.
     """
     # Scores (M, M, n * rows): of component i, at the draws of component m.
-    scores = guide.log_parts(guide.strata((n,), context).z, context)
+    scores = guide.log_component_densities(guide.stratified_sample((n,), context).z, context)
     parts = len(scores)
     scores = scores.reshape(parts, parts, -1)
     coefficient, error = np.eye(parts), np.zeros((parts, parts))

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Categorical
 
-from flowvi.flows.nets import Amortised
-from flowvi.guides.guide import Draw, Guide, Strata
+from flowvi.flows.nets import ContextParameter
+from flowvi.guides.guide import Draw, Guide, StratifiedSample
 
 
 class MixtureGuide(Guide):
@@ -20,7 +20,7 @@ class MixtureGuide(Guide):
 
     The density is exact. `sample` picks a component for each draw, so its draws
     have no gradient with respect to the weights. Objectives draw from
-    every component instead, by `strata`: an average over the guide is then
+    every component instead, by `stratified_sample`: an average over the guide is then
     :math:`\sum_m \pi_m E_{q_m}[\cdot]`, in which the weights stand openly.
     Scoring the draws of all M components takes M^2 calls of a component.
 
@@ -49,7 +49,7 @@ class MixtureGuide(Guide):
             raise ValueError("A guide that draws other variables cannot be part of a mixture.")
         self.dim = dims[0]
         start = torch.zeros(len(self.components)) if logits is None else logits.clone()
-        self.logits = Amortised(start, context_dim)
+        self.logits = ContextParameter(start, context_dim)
 
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         z = torch.stack([part.sample(shape, context).z for part in self._parts()])
@@ -59,20 +59,22 @@ class MixtureGuide(Guide):
         return Draw(chosen, self.log_prob(chosen, context))
 
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        return self._mix(self.log_parts(z, context), context)
+        return self._mix(self.log_component_densities(z, context), context)
 
-    def strata(self, shape: tuple[int, ...], context: Tensor | None = None) -> Strata:
+    def stratified_sample(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> StratifiedSample:
         z = torch.cat([part.sample(shape, context).z for part in self._parts()])
         share = self.log_weights(context).movedim(-1, 0) - math.log(shape[0])
         share = share.repeat_interleave(shape[0], dim=0)
-        return Strata(z, self.log_prob(z, context), _between(share, z.dim() - 1))
+        return StratifiedSample(z, self.log_prob(z, context), _between(share, z.dim() - 1))
 
-    def skip(self, shape: tuple[int, ...]) -> None:
+    def advance_rng(self, shape: tuple[int, ...]) -> None:
         for part in self._parts():
-            part.skip(shape)
+            part.advance_rng(shape)
 
-    def in_single(self) -> Guide | None:
-        parts = [part.in_single() for part in self._parts()]
+    def mixed_precision_copy(self) -> Guide | None:
+        parts = [part.mixed_precision_copy() for part in self._parts()]
         if not any(parts):
             return None
         new = copy.deepcopy(self)
@@ -80,12 +82,12 @@ class MixtureGuide(Guide):
             new.components[i] = new.components[i] if part is None else part
         return new
 
-    def log_part(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        scores = self.log_parts(z, context)
+    def log_component_ratio(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        scores = self.log_component_densities(z, context)
         own = [score.chunk(len(scores))[m] for m, score in enumerate(scores)]
         return torch.cat(own) - self._mix(scores, context)
 
-    def log_parts(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+    def log_component_densities(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Score samples under each component. (*S, *B, D) -> (M, *S, *B)."""
         return torch.stack([part.log_prob(z, context) for part in self._parts()])
 
@@ -94,9 +96,9 @@ class MixtureGuide(Guide):
         return torch.log_softmax(self.logits(context), dim=-1)
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
-        self.start_many([(loc, scale_tril)] * len(self.components))
+        self.start_components([(loc, scale_tril)] * len(self.components))
 
-    def start_many(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
+    def start_components(self, starts: Sequence[tuple[Tensor, Tensor]]) -> None:
         """Start every component at a Gaussian of its own, at a mode of the target say.
 
         Args:

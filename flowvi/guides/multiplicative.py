@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from flowvi.flows import FLOWS, Diagonal
 from flowvi.flows.affine import nearest_scales
-from flowvi.guides.guide import Draw, Guide, LogDensity, Scored
+from flowvi.guides.guide import Draw, Guide, LogDensity, ScoredSample
 from flowvi.guides.pushforward import FlowGuide
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 
 # At the start, the multipliers make at most this share of a weight's standard deviation.
 SHARE = 0.3
@@ -111,7 +111,7 @@ class MultiplicativeGuide(Guide):
         if z.shape[-1] != self.dim:
             raise ValueError(f"z has {z.shape[-1]} columns but the guide has D = {self.dim}.")
         sums = self._sums(z)
-        with own_randomness(0):
+        with isolated_rng(0):
             y, log_r = self.inner.sample((DRAWS,), sums)
         t = self.centre + sums + self.log_width.exp() * y
         mean, scale = self._normal(t)
@@ -119,17 +119,19 @@ class MultiplicativeGuide(Guide):
         ratio = log_q - log_r + self.log_width.sum()
         return torch.logsumexp(ratio, 0) - math.log(DRAWS)
 
-    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+    def sample_with_score(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> ScoredSample:
         """Draws of z and, behind them, of t, with the score of both together."""
-        t, log_q, log_share, score = self.outer.scored(shape)
+        t, log_q, log_share, score = self.outer.sample_with_score(shape)
         z, log_given, eps, scale = self._given(t)
         with torch.no_grad():
             pull = eps / scale
             score = score + self.spread * self._added(pull * self._means())
         both, scores = torch.cat([z, t], -1), torch.cat([-pull, score], -1)
-        return Scored(both, log_q + log_given, log_share, scores)
+        return ScoredSample(both, log_q + log_given, log_share, scores)
 
-    def lifted(self, log_p: LogDensity) -> LogDensity:
+    def joint_density(self, log_p: LogDensity) -> LogDensity:
         """The density of z and t together: log p(z) + log r(t | z)."""
 
         def joint(both: Tensor) -> Tensor:
@@ -144,8 +146,8 @@ class MultiplicativeGuide(Guide):
         y = (t - self.centre - sums) * (-self.log_width).exp()
         return self.inner.log_prob(y, sums) - self.log_width.sum()
 
-    def skip(self, shape: tuple[int, ...]) -> None:
-        self.outer.skip(shape)
+    def advance_rng(self, shape: tuple[int, ...]) -> None:
+        self.outer.advance_rng(shape)
         torch.randn((*shape, self.dim), dtype=self.origin.dtype, device=self.origin.device)
 
     @torch.no_grad()

@@ -6,9 +6,9 @@ import math
 from torch import Tensor
 
 from flowvi.flows import Base, Diagonal, Kronecker, Layer, LowRank, Normal, Triangular
-from flowvi.guides.guide import Draw, Guide, Scored, mixed_precision_copy
+from flowvi.guides.guide import Draw, Guide, ScoredSample, mixed_precision_copy
 
-Affine = Diagonal | Triangular | LowRank | Kronecker
+AffineLayer = Diagonal | Triangular | LowRank | Kronecker
 
 
 class Pushforward(Guide):
@@ -17,7 +17,9 @@ class Pushforward(Guide):
     Abstract: a guide of this kind adds nothing but its choice of layers.
     """
 
-    def __init__(self, dim: int, flow: Layer, affine: Affine, base: Base | None = None) -> None:
+    def __init__(
+        self, dim: int, flow: Layer, affine: AffineLayer, base: Base | None = None
+    ) -> None:
         super().__init__()
         self.dim = dim
         self.base = Normal(dim) if base is None else base
@@ -43,16 +45,18 @@ class Pushforward(Guide):
         eps, flow_ladj = self.flow.inverse(y, context)
         return self.base.log_prob(eps) + flow_ladj + affine_ladj
 
-    def scored(self, shape: tuple[int, ...], context: Tensor | None = None) -> Scored:
+    def sample_with_score(
+        self, shape: tuple[int, ...], context: Tensor | None = None
+    ) -> ScoredSample:
         rows = () if context is None else context.shape[:-1]
         eps = self.base.sample((*shape, *rows))
         y, flow_ladj, score = self.flow.push(eps, self.base.score(eps), context)
         z, affine_ladj, score = self.affine.push(y, score, context)
         # In the order of `sample`, so that both give the same bits.
         log_q = self.base.log_prob(eps) - (flow_ladj + affine_ladj)
-        return Scored(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
+        return ScoredSample(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
 
-    def skip(self, shape: tuple[int, ...]) -> None:
+    def advance_rng(self, shape: tuple[int, ...]) -> None:
         self.base.sample(shape)
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
@@ -77,12 +81,12 @@ class FlowGuide(Pushforward):
         self,
         dim: int,
         flow: Layer,
-        affine: Affine | None = None,
+        affine: AffineLayer | None = None,
         base: Base | None = None,
     ) -> None:
         super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
 
-    def in_single(self) -> Guide | None:
+    def mixed_precision_copy(self) -> Guide | None:
         # A guide derived from this one may look inside of its flow.
         inner = mixed_precision_copy(self.flow) if type(self) is FlowGuide else None
         if inner is None:

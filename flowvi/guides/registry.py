@@ -8,14 +8,14 @@ from typing import Any
 import numpy as np
 
 from flowvi.flows import BASES, FLOWS, LowRank, Triangular
-from flowvi.guides.blocks import BlockGuide, Part
+from flowvi.guides.blocks import Block, BlockGuide
 from flowvi.guides.gaussian import FullRank, KroneckerNormal, LowRankNormal, MeanField
 from flowvi.guides.guide import FULL_RANK_DIM, Guide
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.multiplicative import MultiplicativeGuide
 from flowvi.guides.pushforward import FlowGuide
 from flowvi.guides.skewed import SkewedNormal
-from flowvi.runtime.arguments import given, unknown, whole
+from flowvi.runtime.arguments import check_integer, optional, unknown_choice
 
 
 def mixture(
@@ -72,14 +72,14 @@ def make_guide(
     if name in named:
         return named[name](dim, context_dim, **sizes)
     if name in FLOWS:
-        given(whole, "depth", sizes.get("depth"))
+        optional(check_integer, "depth", sizes.get("depth"))
         flow = FLOWS[name](dim, context_dim, **sizes)
         affine = Triangular if dim <= FULL_RANK_DIM else LowRank
         return FlowGuide(dim, flow, affine(dim, context_dim), BASES[base](dim))
-    raise ValueError(unknown("guide", name, sorted(guide_names())))
+    raise ValueError(unknown_choice("guide", name, sorted(guide_names())))
 
 
-def starts_flat(name: str) -> bool:
+def starts_diagonal(name: str) -> bool:
     """Whether the guide of a name makes no use of correlations when it starts: see `Guide.flat`."""
     kind = GUIDES.get(name)
     return isinstance(kind, type) and issubclass(kind, Guide) and kind.flat
@@ -106,13 +106,13 @@ def block_guide(
         half = dim // 2
         first = [{"columns": [[0, half]], "guide": "fullrank"}] if half else []
         blocks = [*first, {"columns": [[half, dim]], "guide": "fullrank", "given": [0][:half]}]
-    parts: list[Part] = []
+    parts: list[Block] = []
     for block in blocks:
         columns = tuple(c for start, stop in block["columns"] for c in range(start, stop))
         given = tuple(block.get("given", ()))
         width = context_dim + sum(len(parts[g].columns) for g in given)
         made = make_guide(block["guide"], len(columns), width, **block.get("sizes", {}))
-        parts.append(Part(made, columns, given))
+        parts.append(Block(made, columns, given))
     return BlockGuide(parts, {"blocks": [dict(block) for block in blocks]})
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 from flowvi.flows import FLOWS, Chain, Diagonal, Layer, LowRank, SinhArcsinh, Triangular
 from flowvi.guides.guide import FULL_RANK_DIM, Guide, mixed_precision_copy
 from flowvi.guides.pushforward import Pushforward
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 
 # Beyond this dimension the triangular matrix stays as it was at the start: Adam moves each of its
 # entries by about the step size, whatever the gradient, and that noise adds up to nats.
@@ -44,12 +44,12 @@ class SkewedNormal(Pushforward):
         else:
             inner = LowRank(dim, context_dim)
         skews = [SinhArcsinh(dim, context_dim) for _ in range(2)]
-        depth = whole("depth", depth, 0)
+        depth = check_integer("depth", depth, 0)
         couplings = [FLOWS["realnvp"](dim, context_dim, depth)] if depth else []
         flow = Chain([*couplings, skews[0], inner, skews[1]])
         super().__init__(dim, flow, Diagonal(dim, context_dim))
 
-    def in_single(self) -> Guide | None:
+    def mixed_precision_copy(self) -> Guide | None:
         layers = cast(Chain, self.flow).layers
         inner = None if len(layers) < 4 else mixed_precision_copy(cast(Layer, layers[0]))
         if inner is None:

@@ -15,24 +15,24 @@ from torch import Tensor
 
 from flowvi.guides.guide import FULL_RANK_DIM
 from flowvi.initialization.gaussian import (
-    Density,
-    Gaussian,
+    GaussianApproximation,
+    LogDensityProtocol,
     curvature,
     diagonal_of,
-    distinct,
+    distinct_candidates,
     evaluate,
     factor_of,
     refine,
-    score,
     scores_in_chunks,
     value_and_score,
+    with_elbo,
 )
-from flowvi.initialization.newton import swept
-from flowvi.initialization.pathfinder import estimates
-from flowvi.initialization.peaks import finished, nearest
-from flowvi.runtime.clock import Interrupted, droppable, up_to_now
+from flowvi.initialization.newton import refine_by_newton
+from flowvi.initialization.pathfinder import normals_along_path
+from flowvi.initialization.peaks import connected_place, converged_peak
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt, until_interrupted
 
-Say = Callable[[str], None]
+Log = Callable[[str], None]
 
 PATH_POINTS = 6
 LBFGS_STEPS = 300
@@ -51,7 +51,7 @@ AWARE = 2
 NARROWER, TIMES = 0.1, 12
 
 
-class Space(Density, Protocol):
+class StartDensity(LogDensityProtocol, Protocol):
     """A density with points to start from: a target, or one of theta and some rows."""
 
     name: str
@@ -68,21 +68,21 @@ class Space(Density, Protocol):
         """Points to start from, (P, D)."""
 
 
-class Found(NamedTuple):
+class StartSearch(NamedTuple):
     """Result of the search for a Gaussian start.
 
     Attributes:
         best: The candidate with the highest ELBO, refined.
-        others: The other candidates that were refined.
+        rejected: The other candidates that were refined.
         ends: Where the ascents have ended, (N, D).
     """
 
-    best: Gaussian
-    others: list[Gaussian]
+    best: GaussianApproximation
+    rejected: list[GaussianApproximation]
     ends: Tensor
 
 
-class Group(NamedTuple):
+class StartCandidates(NamedTuple):
     """Candidates from one start point.
 
     Attributes:
@@ -90,19 +90,19 @@ class Group(NamedTuple):
         end: Where the ascent from there has ended, (D).
     """
 
-    normals: list[Gaussian]
+    normals: list[GaussianApproximation]
     end: Tensor
 
 
 def best_gaussian(
-    target: Space,
+    target: StartDensity,
     seed: int,
     diagonal: bool,
-    say: Say,
-    over: Callable[[], bool] = lambda: False,
+    log: Log,
+    out_of_time: Callable[[], bool] = lambda: False,
     median: Tensor | None = None,
     places: Tensor | None = None,
-) -> Found:
+) -> StartSearch:
     """Find a normal density with a high ELBO, without a step size to choose.
 
     Candidates are narrow normals at start points, and Laplace approximations
@@ -115,8 +115,8 @@ def best_gaussian(
         target: The log density.
         seed: Seed of the start points and draws.
         diagonal: Restrict the covariance to a diagonal; the scale has shape (D).
-        say: Takes a sentence about every decision, for the log.
-        over: Returns whether the time for the search is spent.
+        log: Takes a sentence about every decision, for the log.
+        out_of_time: Returns whether the time for the search is spent.
         median: Median of the prior, (D), another point to start from.
         places: Points where the density is finite, (N, D), for start points where it is not.
     """
@@ -125,27 +125,33 @@ def best_gaussian(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
     groups = candidates(target, generator, median, diagonal, places)
-    found, ends = _scored(target, groups, judge, over)
+    found, ends = _score_starts(target, groups, judge, out_of_time)
     if diagonal:
-        found = [score(target, diagonal_of(g), judge) for g in found]
-    found = _worth_refining(target, found, ends, over)
+        found = [with_elbo(target, diagonal_of(g), judge) for g in found]
+    found = _worth_refining(target, found, ends, out_of_time)
 
     first = found if target.dim <= LARGE else found[:2]
     if target.dim > LARGE and not diagonal:
-        first = [_flat_first(target, g, generator, judge, over) for g in first]
+        first = [_try_diagonal(target, g, generator, judge, out_of_time) for g in first]
     tried = [
-        settled(target, g, generator, judge, over, TRY_ROUNDS, diagonal=diagonal) for g in first
+        refine_fully(target, g, generator, judge, out_of_time, TRY_ROUNDS, diagonal=diagonal)
+        for g in first
     ]
     best = max(tried, key=lambda g: g.elbo)
-    refined = settled(target, best, generator, judge, over, REFINE_ROUNDS, diagonal=diagonal)
-    say(f"start: {best.name}, the best of {len(tried)}")
-    say(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
-    return Found(refined, [g for g in tried if g is not best], torch.stack(ends))
+    refined = refine_fully(
+        target, best, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal
+    )
+    log(f"start: {best.name}, the best of {len(tried)}")
+    log(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
+    return StartSearch(refined, [g for g in tried if g is not best], torch.stack(ends))
 
 
-def _scored(
-    target: Space, groups: Iterator[Group], judge: Tensor, over: Callable[[], bool]
-) -> tuple[list[Gaussian], list[Tensor]]:
+def _score_starts(
+    target: StartDensity,
+    groups: Iterator[StartCandidates],
+    judge: Tensor,
+    out_of_time: Callable[[], bool],
+) -> tuple[list[GaussianApproximation], list[Tensor]]:
     """The best normals of each start point with their ELBOs, and the ends of the ascents, (D) each.
 
     The start point with the highest ELBO need not lead to the best Gaussian: near a spike, where
@@ -154,16 +160,16 @@ def _scored(
     mode, unless another start point led to the same one.
     """
     blind, aware, ends = [], [], []
-    for group in up_to_now(groups):
+    for group in until_interrupted(groups):
         around, *rest = group.normals
-        blind.append(_narrowed(target, score(target, around, judge), judge))
+        blind.append(_narrow_until_finite(target, with_elbo(target, around, judge), judge))
         few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
-        sifted = [score(target, g, few) for g in rest]
-        aware.append(score(target, max(sifted, key=lambda g: g.elbo), judge))
+        sifted = [with_elbo(target, g, few) for g in rest]
+        aware.append(with_elbo(target, max(sifted, key=lambda g: g.elbo), judge))
         ends.append(group.end)
-        if over():
+        if out_of_time():
             break
-    found = [g for g in blind if math.isfinite(g.elbo)] + distinct(aware, len(aware))
+    found = [g for g in blind if math.isfinite(g.elbo)] + distinct_candidates(aware, len(aware))
     if not found:
         raise ValueError(
             f"The log density of {target.name} is not finite around any start point; "
@@ -173,124 +179,131 @@ def _scored(
 
 
 def _worth_refining(
-    target: Space, found: list[Gaussian], ends: list[Tensor], over: Callable[[], bool]
-) -> list[Gaussian]:
+    target: StartDensity,
+    found: list[GaussianApproximation],
+    ends: list[Tensor],
+    out_of_time: Callable[[], bool],
+) -> list[GaussianApproximation]:
     """Candidates in the order of their ELBOs: the best of each kind where these are enough."""
     found = sorted(found, key=lambda g: -g.elbo)
     kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
-    if over():
+    if out_of_time():
         return [kind[0] for kind in kinds if kind]
     if target.dim <= LARGE and _one_mode(target, ends):
         return [*kinds[0][:1], *kinds[1][:AWARE]]
     return found
 
 
-def _narrowed(target: Space, g: Gaussian, judge: Tensor) -> Gaussian:
+def _narrow_until_finite(
+    target: StartDensity, g: GaussianApproximation, judge: Tensor
+) -> GaussianApproximation:
     """A normal around a point of finite density, so narrow that its draws have one too."""
     if math.isfinite(g.elbo) or not evaluate(target, g.loc[None]).isfinite().all():
         return g
     for _ in range(TIMES):
-        g = score(target, replace(g, scale_tril=NARROWER * g.scale_tril), judge)
+        g = with_elbo(target, replace(g, scale_tril=NARROWER * g.scale_tril), judge)
         if math.isfinite(g.elbo):
             break
     return g
 
 
-def _one_mode(target: Space, ends: list[Tensor]) -> bool:
+def _one_mode(target: StartDensity, ends: list[Tensor]) -> bool:
     """Whether several ascents have all ended in one mode."""
     heights = evaluate(target, torch.stack(ends)).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
-    top = finished(target, ends[int(heights.argmax())])
-    return top is not None and all(nearest(target, z, [top.loc]) is not None for z in ends)
+    top = converged_peak(target, ends[int(heights.argmax())])
+    return top is not None and all(connected_place(target, z, [top.loc]) is not None for z in ends)
 
 
-def _flat_first(
-    target: Space,
-    g: Gaussian,
+def _try_diagonal(
+    target: StartDensity,
+    g: GaussianApproximation,
     generator: torch.Generator,
     judge: Tensor,
-    over: Callable[[], bool],
-) -> Gaussian:
+    out_of_time: Callable[[], bool],
+) -> GaussianApproximation:
     """The best Gaussian without correlations from the same place, if that is better.
 
     In many dimensions, as with the weights of a network, the curvature at one point can give a
     worse covariance matrix than a diagonal.
     """
-    flat = score(target, diagonal_of(g), judge)
-    flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, over)
+    flat = with_elbo(target, diagonal_of(g), judge)
+    flat = refine(target, flat, generator, judge, True, TRY_ROUNDS, out_of_time)
     if not flat.elbo > g.elbo:
         return g
     return replace(flat, scale_tril=flat.scale_tril.diag(), name=f"{g.name}, without correlations")
 
 
-def settled(
-    target: Space,
-    g: Gaussian,
+def refine_fully(
+    target: StartDensity,
+    g: GaussianApproximation,
     generator: torch.Generator,
     judge: Tensor,
-    over: Callable[[], bool],
+    out_of_time: Callable[[], bool],
     rounds: int,
     *,
     diagonal: bool = False,
-) -> Gaussian:
+) -> GaussianApproximation:
     """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
     try:
-        with droppable():
-            return _settled(target, g, generator, judge, over, rounds, diagonal)
+        with abort_on_interrupt():
+            return _refine_fully(target, g, generator, judge, out_of_time, rounds, diagonal)
     except Interrupted:
         return g
 
 
-def _settled(
-    target: Space,
-    g: Gaussian,
+def _refine_fully(
+    target: StartDensity,
+    g: GaussianApproximation,
     generator: torch.Generator,
     judge: Tensor,
-    over: Callable[[], bool],
+    out_of_time: Callable[[], bool],
     rounds: int,
     diagonal: bool,
-) -> Gaussian:
+) -> GaussianApproximation:
     dense = not diagonal and g.scale_tril.dim() == 2
     if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
-        found = swept(target, g, generator, judge, rounds // 2, over)
+        found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
         if not found.overshot:
             return found
         g = replace(g, overshot=True)
-    return refine(target, g, generator, judge, diagonal, rounds, over)
+    return refine(target, g, generator, judge, diagonal, rounds, out_of_time)
 
 
 def candidates(
-    target: Space,
+    target: StartDensity,
     generator: torch.Generator,
     median: Tensor | None = None,
     diagonal: bool = False,
     places: Tensor | None = None,
-) -> Iterator[Group]:
+) -> Iterator[StartCandidates]:
     """Normals to start from: for each start point, guesses of several kinds."""
     dense = target.dim <= (LARGE if diagonal else FULL_RANK_DIM)
     identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
     identity = identity.diag() if dense else identity
-    starts = _finite(target, target.starts(generator), median, places)
+    starts = _finite_starts(target, target.starts(generator), median, places)
     if target.dim > LARGE:
         # A Hessian costs 2 D gradients: two starts of different kinds have to do.
         starts = starts[[0, -3]]
     for i, z in enumerate(starts):
         path = ascend(target, z)
         group = [
-            Gaussian(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
-            Gaussian(z, identity, f"standard normal at start {i}"),
-            Gaussian(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
+            GaussianApproximation(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
+            GaussianApproximation(z, identity, f"standard normal at start {i}"),
+            GaussianApproximation(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
-        with suppress(Interrupted), droppable():
+        with suppress(Interrupted), abort_on_interrupt():
             group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
             if dense:
                 few = path[:-1] if target.dim <= 100 else []
-                for k, point in enumerate(_thinned(few, PATH_POINTS)):
+                for k, point in enumerate(_thin(few, PATH_POINTS)):
                     group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
-        yield Group(group, path[-1])
+        yield StartCandidates(group, path[-1])
 
 
-def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor | None) -> Tensor:
+def _finite_starts(
+    target: StartDensity, starts: Tensor, median: Tensor | None, places: Tensor | None
+) -> Tensor:
     """Start points of finite density; the last one is the median of the prior, if it is known."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
         # The last of them is random.
@@ -302,20 +315,22 @@ def _finite(target: Space, starts: Tensor, median: Tensor | None, places: Tensor
     return starts
 
 
-def _pathfinder(target: Space, path: list[Tensor], where: str, dense: bool) -> list[Gaussian]:
+def _pathfinder(
+    target: StartDensity, path: list[Tensor], where: str, dense: bool
+) -> list[GaussianApproximation]:
     """Normals from the curvature along the path itself, at some of its points."""
     points = torch.stack(path)
     _, gradients = scores_in_chunks(target, points)
     found = []
-    for k, e in enumerate(_thinned(list(estimates(points, gradients)), PATH_POINTS)):
+    for k, e in enumerate(_thin(list(normals_along_path(points, gradients)), PATH_POINTS)):
         variances = e.inverse.variances()
         if e.loc.isfinite().all() and bool((variances > 0).all()):
             scale = factor_of(e.inverse.dense()) if dense else variances.sqrt()
-            found.append(Gaussian(e.loc, scale, f"Pathfinder {k} {where}"))
+            found.append(GaussianApproximation(e.loc, scale, f"Pathfinder {k} {where}"))
     return found
 
 
-def ascend(target: Space, start: Tensor) -> list[Tensor]:
+def ascend(target: StartDensity, start: Tensor) -> list[Tensor]:
     """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
     path: list[Tensor] = []
 
@@ -328,7 +343,7 @@ def ascend(target: Space, start: Tensor) -> list[Tensor]:
     def keep(x: np.ndarray) -> None:
         path.append(start.new_tensor(x))
 
-    with suppress(Interrupted), droppable():
+    with suppress(Interrupted), abort_on_interrupt():
         minimize(
             objective,
             start.cpu().numpy().astype(np.float64),
@@ -340,7 +355,7 @@ def ascend(target: Space, start: Tensor) -> list[Tensor]:
     return path or [start]
 
 
-def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
+def laplace(target: StartDensity, z: Tensor, name: str) -> GaussianApproximation:
     r"""The normal with precision :math:`|-\nabla^2 \log p(z)|` and its Newton step's mean.
 
     Absolute eigenvalues make it a density where the log density is not concave.
@@ -353,10 +368,10 @@ def laplace(target: Space, z: Tensor, name: str) -> Gaussian:
     # A step beyond the region that the curvature describes is cut to its edge.
     length = (step @ gradient).clamp_min(0).sqrt()
     step = step / (length / math.sqrt(len(z))).clamp_min(1.0)
-    return Gaussian(z + step, factor_of(covariance), name)
+    return GaussianApproximation(z + step, factor_of(covariance), name)
 
 
-def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
+def _newton(target: StartDensity, z: Tensor, name: str) -> GaussianApproximation:
     """Laplace's approximation after a few more Newton steps."""
     value, _ = value_and_score(target, z)
     found = laplace(target, z, name)
@@ -371,7 +386,7 @@ def _newton(target: Space, z: Tensor, name: str) -> Gaussian:
     return replace(found, loc=z)
 
 
-def _thinned(path: list[Any], n: int) -> list[Any]:
+def _thin(path: list[Any], n: int) -> list[Any]:
     if len(path) <= n:
         return path
     return [path[int(i)] for i in np.linspace(0, len(path) - 1, n)]

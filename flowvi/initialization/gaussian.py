@@ -24,7 +24,7 @@ FEWEST_PAIRS, MOST_PAIRS = 32, 256
 STEEPEST = 1e30
 
 
-class Density(Protocol):
+class LogDensityProtocol(Protocol):
     """What a normal is fitted to: a target, or one at another temperature."""
 
     dim: int
@@ -37,7 +37,7 @@ class Density(Protocol):
 
 
 @dataclass(frozen=True)
-class Gaussian:
+class GaussianApproximation:
     """A normal density on R^D and how good it is.
 
     Args:
@@ -90,14 +90,14 @@ class Gaussian:
 
 
 def refine(
-    target: Density,
-    start: Gaussian,
+    target: LogDensityProtocol,
+    start: GaussianApproximation,
     generator: torch.Generator,
     judge: Tensor,
     diagonal: bool,
     rounds: int,
-    over: Callable[[], bool] = lambda: False,
-) -> Gaussian:
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> GaussianApproximation:
     r"""Raise a normal's ELBO by natural-gradient steps on path gradients.
 
     In its own coordinates, z = m + L eps, the path gradient of the ELBO at a
@@ -115,17 +115,17 @@ def refine(
         Tan (2021), "Analytic natural gradient updates for Cholesky factor in
         Gaussian variational approximation", arXiv:2109.00375: the step.
     """
-    best = current = start if math.isfinite(start.elbo) else score(target, start, judge)
+    best = current = start if math.isfinite(start.elbo) else with_elbo(target, start, judge)
     # A matrix takes as many draws as it has rows; scales of independent coordinates do not.
     flat = start.scale_tril.dim() == 1
     pairs = FEWEST_PAIRS if flat else int(np.clip(target.dim, FEWEST_PAIRS, MOST_PAIRS))
     rate, stale = FIRST_RATE, 0
     for i in range(rounds):
-        if rate < LAST_RATE or (i >= HASTY_ROUNDS and over()):
+        if rate < LAST_RATE or (i >= HASTY_ROUNDS and out_of_time()):
             break
         for _ in range(REFINE_STEPS):
             current = _natural_step(target, current, rate, pairs, generator, diagonal)
-        current = score(target, current, judge)
+        current = with_elbo(target, current, judge)
         gain = current.elbo - best.elbo
         rate *= 0.85
         if gain > 0:
@@ -141,13 +141,13 @@ def refine(
 
 
 def _natural_step(
-    target: Density,
-    g: Gaussian,
+    target: LogDensityProtocol,
+    g: GaussianApproximation,
     rate: float,
     pairs: int,
     generator: torch.Generator,
     diagonal: bool,
-) -> Gaussian:
+) -> GaussianApproximation:
     half = torch.randn(
         pairs, target.dim, generator=generator, dtype=g.loc.dtype, device=g.loc.device
     )
@@ -177,7 +177,9 @@ def _natural_step(
     return replace(g, loc=g.loc + g.scale_tril @ shift, scale_tril=(g.scale_tril @ factor).tril())
 
 
-def score(target: Density, g: Gaussian, eps: Tensor) -> Gaussian:
+def with_elbo(
+    target: LogDensityProtocol, g: GaussianApproximation, eps: Tensor
+) -> GaussianApproximation:
     """The same Gaussian with its ELBO on given noise, (S, D).
 
     The ELBO is minus infinity if the density of some draw is zero or not finite.
@@ -189,40 +191,42 @@ def score(target: Density, g: Gaussian, eps: Tensor) -> Gaussian:
     return replace(g, elbo=elbo if math.isfinite(elbo) else -math.inf)
 
 
-def evaluate(target: Density, z: Tensor) -> Tensor:
+def evaluate(target: LogDensityProtocol, z: Tensor) -> Tensor:
     """The log density of many points, in chunks that fit memory. (S, D) -> (S)."""
     with torch.no_grad():
         return torch.cat([target.log_prob(part) for part in z.split(target.chunk())])
 
 
-def distinct(candidates: Sequence[Gaussian], most: int) -> list[Gaussian]:
+def distinct_candidates(
+    candidates: Sequence[GaussianApproximation], most: int
+) -> list[GaussianApproximation]:
     """The best candidates of which no two lie in the same place.
 
     Args:
         candidates: Gaussians with their ELBOs.
         most: Largest number of candidates.
     """
-    found: list[Gaussian] = []
+    found: list[GaussianApproximation] = []
     for g in sorted(candidates, key=lambda g: -g.elbo):
-        if math.isfinite(g.elbo) and not any(near(g, f) for f in found):
+        if math.isfinite(g.elbo) and not any(overlap(g, f) for f in found):
             found.append(g)
     return found[:most]
 
 
-def near(a: Gaussian, b: Gaussian) -> bool:
+def overlap(a: GaussianApproximation, b: GaussianApproximation) -> bool:
     """Whether two Gaussians lie within two of the wider one's widths of each other."""
     width = torch.maximum(a.widths, b.widths)
     return bool((((a.loc - b.loc) / width).abs() < 2.0).all())
 
 
-def scores_in_chunks(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
+def scores_in_chunks(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient at many points. (S, D) -> (S), (S, D)."""
     parts = [value_and_score(target, part) for part in z.split(target.chunk())]
     values, gradients = zip(*parts, strict=True)
     return torch.cat(values), torch.cat(gradients)
 
 
-def value_and_score(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
+def value_and_score(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient, (*S, D) -> (*S), (*S, D)."""
     with torch.enable_grad():
         z = z.detach().requires_grad_()
@@ -231,7 +235,7 @@ def value_and_score(target: Density, z: Tensor) -> tuple[Tensor, Tensor]:
     return log_p.detach(), gradient
 
 
-def diagonal_of(g: Gaussian) -> Gaussian:
+def diagonal_of(g: GaussianApproximation) -> GaussianApproximation:
     """The diagonal Gaussian nearest in KL(q || p), with its scales alone, (D)."""
     return replace(g, scale_tril=nearest_scales(g.scale_tril))
 
@@ -248,7 +252,7 @@ def factor_of(covariance: Tensor) -> Tensor:
     return scale[:, None] * factor
 
 
-def curvature(target: Density, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def curvature(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     r"""Eigenvalues of :math:`-\nabla^2 \log p(z)` in units of each coordinate's own width.
 
     Returns:
@@ -263,7 +267,7 @@ def curvature(target: Density, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return width, values, vectors
 
 
-def hessian(target: Density, z: Tensor) -> Tensor:
+def hessian(target: LogDensityProtocol, z: Tensor) -> Tensor:
     """Second derivatives by central differences of the gradient, with two sets of step sizes."""
     step = 1e-4 * z.abs().clamp_min(1.0)
     for _ in range(2):

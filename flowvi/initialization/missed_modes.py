@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 
 from flowvi.guides.guide import Guide
-from flowvi.initialization.gaussian import Gaussian, evaluate
+from flowvi.initialization.gaussian import GaussianApproximation, evaluate
 from flowvi.targets import Target
 
 DRAWS = 200
@@ -21,9 +21,9 @@ EXCESS = 3.0
 MIDDLE = 0.5
 
 
-def left_out(
-    target: Target, guide: Guide, covered: float, modes: Sequence[Gaussian], seed: int
-) -> list[Gaussian]:
+def missed_modes(
+    target: Target, guide: Guide, covered: float, modes: Sequence[GaussianApproximation], seed: int
+) -> list[GaussianApproximation]:
     """Find modes that hold mass which the guide does not cover.
 
     Where the mass of a mode is not small beside what the guide covers, and the
@@ -42,7 +42,7 @@ def left_out(
         DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
 
-    def outside(g: Gaussian) -> bool:
+    def outside(g: GaussianApproximation) -> bool:
         z = g.at(noise)
         with torch.no_grad():
             excess = evaluate(target, z) - guide.log_prob(z) - covered
@@ -52,8 +52,8 @@ def left_out(
     return found if _share(found, covered)[0] >= SHARE else []
 
 
-def sentence(found: Sequence[Gaussian], covered: float) -> str:
-    """Sentence on the modes that `left_out` found."""
+def describe_missed_modes(found: Sequence[GaussianApproximation], covered: float) -> str:
+    """Sentence on the modes that `missed_modes` found."""
     modes = "another mode" if len(found) == 1 else f"{len(found)} other modes"
     share, error = _share(found, covered)
     return (
@@ -63,7 +63,7 @@ def sentence(found: Sequence[Gaussian], covered: float) -> str:
     )
 
 
-def _share(found: Sequence[Gaussian], covered: float) -> tuple[float, float]:
+def _share(found: Sequence[GaussianApproximation], covered: float) -> tuple[float, float]:
     """Mass relative to what is covered, with its standard error."""
     shares = [math.exp(min(g.mass - covered, 50.0)) for g in found]
     errors = [share * g.mass_se for share, g in zip(shares, found, strict=True)]

@@ -12,9 +12,9 @@ from torch import Tensor
 from flowvi.diagnostics.importance import psis, smoothed_evidence
 from flowvi.guides.guide import FULL_RANK_DIM
 from flowvi.initialization.candidates import JUDGE_DRAWS, LARGE, TRY_ROUNDS, ascend
-from flowvi.initialization.gaussian import Gaussian, evaluate, refine, score
+from flowvi.initialization.gaussian import GaussianApproximation, evaluate, refine, with_elbo
 from flowvi.initialization.missed_modes import SHARE
-from flowvi.initialization.peaks import Peak, apart, finished, nearest
+from flowvi.initialization.peaks import Peak, are_separate, connected_place, converged_peak
 from flowvi.initialization.symmetry import images, symmetries
 from flowvi.targets import Target
 
@@ -32,13 +32,13 @@ WRONG = 5.0
 
 def further_modes(
     target: Target,
-    home: Gaussian,
+    home: GaussianApproximation,
     ends: Tensor,
     places: Tensor,
     seed: int,
-    say: Callable[[str], None],
-    over: Callable[[], bool] = lambda: False,
-) -> list[Gaussian]:
+    log: Callable[[str], None],
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> list[GaussianApproximation]:
     r"""Normals at modes that lie apart from the one where the fit starts.
 
     A mode is a point where Newton's steps have converged, and from which every path found to
@@ -60,8 +60,8 @@ def further_modes(
         ends: Where ascents from the first start points have ended, (N, D).
         places: Points to start from, (N, D).
         seed: Seed of the draws.
-        say: Takes a sentence about the modes, for the log.
-        over: Returns whether the time for the search is spent.
+        log: Takes a sentence about the modes, for the log.
+        out_of_time: Returns whether the time for the search is spent.
 
     References:
         Good (1953), "The population frequencies of species and the estimation of
@@ -70,38 +70,38 @@ def further_modes(
     if target.dim > FULL_RANK_DIM:
         # There is no room for curvatures.
         return []
-    climb = _Climb(target, home)
+    climb = _ModeSearch(target, home)
     for end in ends:
-        climb.ended(end)
-    first = _search(climb, places, say, over) if target.dim <= LARGE else climb.count
+        climb.count_end(end)
+    first = _search(climb, places, log, out_of_time) if target.dim <= LARGE else climb.count
     if climb.count > 1:
-        say(
+        log(
             f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
             "of other ascents are none"
         )
-    return _weighed(target, home, climb.peaks, seed, over)
+    return _with_masses(target, home, climb.peaks, seed, out_of_time)
 
 
 def _search(
-    climb: _Climb, places: Tensor, say: Callable[[str], None], over: Callable[[], bool]
+    climb: _ModeSearch, places: Tensor, log: Callable[[str], None], out_of_time: Callable[[], bool]
 ) -> int:
     """Look for more modes from further starts and symmetries; how many the first starts found."""
     target = climb.target
     for start in places[:FIRST]:
-        if not over():
-            climb.ended(ascend(target, start)[-1])
+        if not out_of_time():
+            climb.count_end(ascend(target, start)[-1])
     first = climb.count
     found = symmetries(target, places)
     for symmetry in found:
-        say(f"the density stays the same: {symmetry.words}")
+        log(f"the density stays the same: {symmetry.description}")
     for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
-        climb.ended(image)
+        climb.count_end(image)
     if climb.count > 1:
-        _more(climb, places[FIRST:], over)
+        _search_further(climb, places[FIRST:], out_of_time)
     return first
 
 
-class _Climb:
+class _ModeSearch:
     """Where ascents end: in which mode, in a new one, or in none.
 
     Args:
@@ -109,9 +109,9 @@ class _Climb:
         home: The Gaussian that the fit starts with.
     """
 
-    def __init__(self, target: Target, home: Gaussian) -> None:
+    def __init__(self, target: Target, home: GaussianApproximation) -> None:
         self.target = target
-        top = finished(target, ascend(target, home.loc)[-1])
+        top = converged_peak(target, ascend(target, home.loc)[-1])
         # Where there is no mode, as in a centred hierarchy, the place itself.
         self.places: list[Tensor] = [home.loc if top is None else top.loc]
         self.peaks: list[Peak] = []
@@ -123,23 +123,23 @@ class _Climb:
         """Modes so far, that of the start among them."""
         return len(self.places)
 
-    def ended(self, end: Tensor) -> None:
+    def count_end(self, end: Tensor) -> None:
         """Count the end of an ascent."""
-        where = self._where(end)
+        where = self._mode_of(end)
         if where is None:
             self.unfinished += 1
         else:
             self.hits[where] += 1
 
-    def _where(self, end: Tensor) -> int | None:
-        seen = nearest(self.target, end, self.places)
+    def _mode_of(self, end: Tensor) -> int | None:
+        seen = connected_place(self.target, end, self.places)
         if seen is not None:
             return seen
-        peak = finished(self.target, end)
+        peak = converged_peak(self.target, end)
         if peak is None:
             return None
         for i, place in enumerate(self.places):
-            if not apart(self.target, place, peak.loc, peak.scale_tril):
+            if not are_separate(self.target, place, peak.loc, peak.scale_tril):
                 return i
         self.places.append(peak.loc)
         self.peaks.append(peak)
@@ -147,19 +147,23 @@ class _Climb:
         return len(self.places) - 1
 
 
-def _more(climb: _Climb, places: Tensor, over: Callable[[], bool]) -> None:
+def _search_further(climb: _ModeSearch, places: Tensor, out_of_time: Callable[[], bool]) -> None:
     """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
     for i, start in enumerate(places[:MOST]):
         rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
-        if over() or climb.count > ENOUGH or (i >= FEWEST and rare):
+        if out_of_time() or climb.count > ENOUGH or (i >= FEWEST and rare):
             return
-        climb.ended(ascend(climb.target, start)[-1])
+        climb.count_end(ascend(climb.target, start)[-1])
 
 
-def _weighed(
-    target: Target, home: Gaussian, peaks: list[Peak], seed: int, over: Callable[[], bool]
-) -> list[Gaussian]:
+def _with_masses(
+    target: Target,
+    home: GaussianApproximation,
+    peaks: list[Peak],
+    seed: int,
+    out_of_time: Callable[[], bool],
+) -> list[GaussianApproximation]:
     """Normals at peaks, those that could matter, with the mass around each."""
     generator = torch.Generator(device=target.device).manual_seed(seed)
 
@@ -173,15 +177,15 @@ def _weighed(
         volume = laplace.log_det + target.dim / 2 * math.log(2 * math.pi)
         if peak.height + float(volume) < home.elbo + math.log(SHARE) - WRONG:
             continue
-        g = score(target, laplace, judge)
-        better = refine(target, g, generator, judge, False, TRY_ROUNDS, over)
+        g = with_elbo(target, laplace, judge)
+        better = refine(target, g, generator, judge, False, TRY_ROUNDS, out_of_time)
         # Refinement may move from a low peak to a larger mass nearby.
-        g = better if nearest(target, better.loc, [peak.loc]) is not None else g
+        g = better if connected_place(target, better.loc, [peak.loc]) is not None else g
         found.append(_with_mass(target, g, noise(MASS_DRAWS)))
     return [g for g in found if math.isfinite(g.mass)]
 
 
-def _with_mass(target: Target, g: Gaussian, eps: Tensor) -> Gaussian:
+def _with_mass(target: Target, g: GaussianApproximation, eps: Tensor) -> GaussianApproximation:
     """The same Gaussian with the mass around it, by weighted draws."""
     log_q = -0.5 * (eps.square() + math.log(2 * math.pi)).sum(-1) - g.log_det
     log_w = (evaluate(target, g.at(eps)) - log_q).cpu().double()

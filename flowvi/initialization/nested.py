@@ -11,7 +11,7 @@ from flowvi.flows import Diagonal, Triangular
 from flowvi.guides.amortized import Amortised, SharedAmortised
 from flowvi.guides.pushforward import Pushforward
 from flowvi.initialization.candidates import best_gaussian
-from flowvi.initialization.gaussian import Gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.targets import LocalTarget
 
 # Largest number of row latents in the normal, beside the shared latents.
@@ -20,7 +20,7 @@ SEEN = 60
 MOST_DENSE = 150
 
 
-class Start(NamedTuple):
+class NestedStart(NamedTuple):
     """A normal of theta, and the linear regression of a row's latents on theta.
 
     Attributes:
@@ -62,7 +62,7 @@ class Start(NamedTuple):
             affine.lean(torch.cat([unread, slope], -1))
 
 
-class SomeRows:
+class RowSubsetDensity:
     """The log density of theta and the latents of some rows, in one vector (G + B D).
 
     Args:
@@ -98,7 +98,7 @@ class SomeRows:
         return self.shared.chunk()
 
 
-def start(target: LocalTarget, seed: int) -> Start | None:
+def start(target: LocalTarget, seed: int) -> NestedStart | None:
     """The best normal of theta and some rows, from their data alone; None if there is none.
 
     With fewer rows than the data have, the normal is wider than the posterior, and covers it.
@@ -111,15 +111,15 @@ def start(target: LocalTarget, seed: int) -> Start | None:
     many = min(target.rows, max(1, SEEN // target.dim))
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(target.rows, generator=generator)[:many].sort().values
-    density = SomeRows(target, places)
+    density = RowSubsetDensity(target, places)
     try:
         found = best_gaussian(density, seed, density.dim > MOST_DENSE, lambda line: None)
     except (ValueError, torch.linalg.LinAlgError):
         return None
-    return _parted(found.best, target.shared.dim, target.dim)
+    return _split_start(found.best, target.shared.dim, target.dim)
 
 
-def _parted(g: Gaussian, shared: int, dim: int) -> Start:
+def _split_start(g: GaussianApproximation, shared: int, dim: int) -> NestedStart:
     loc, rows = g.loc[:shared], g.loc[shared:].reshape(-1, dim)
     if g.scale_tril.dim() == 1:
         scale, own = g.scale_tril[:shared], g.scale_tril[shared:].square()
@@ -132,4 +132,4 @@ def _parted(g: Gaussian, shared: int, dim: int) -> Start:
         )
         slope = follow.reshape(-1, dim, shared).mean(0)
     variance = rows.var(0, correction=0) + own.reshape(-1, dim).mean(0)
-    return Start(loc, scale, rows.mean(0), variance.sqrt(), slope)
+    return NestedStart(loc, scale, rows.mean(0), variance.sqrt(), slope)

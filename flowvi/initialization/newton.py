@@ -11,11 +11,11 @@ from torch import Tensor
 
 from flowvi.initialization.gaussian import (
     STEEPEST,
-    Density,
-    Gaussian,
+    GaussianApproximation,
+    LogDensityProtocol,
     factor_of,
-    score,
     scores_in_chunks,
+    with_elbo,
 )
 
 # A step that gains more nats than the first number is far from the optimum; a step that gains
@@ -27,14 +27,14 @@ CHUNK = 1000
 FLATTEST = 0.05
 
 
-def swept(
-    target: Density,
-    start: Gaussian,
+def refine_by_newton(
+    target: LogDensityProtocol,
+    start: GaussianApproximation,
     generator: torch.Generator,
     judge: Tensor,
     steps: int,
-    over: Callable[[], bool] = lambda: False,
-) -> Gaussian:
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> GaussianApproximation:
     """Raise a normal's ELBO: a few Newton steps on the way to the optimum, averaged ones around it.
 
     If one of the first steps goes too far, the result is marked `overshot` and the steps end.
@@ -45,18 +45,18 @@ def swept(
         generator: Generator of the draws.
         judge: Noise on which ELBOs are compared, (S, D).
         steps: Largest number of steps.
-        over: Returns whether the time for the steps is spent.
+        out_of_time: Returns whether the time for the steps is spent.
     """
-    best = current = start if math.isfinite(start.elbo) else score(target, start, judge)
+    best = current = start if math.isfinite(start.elbo) else with_elbo(target, start, judge)
     settled, stale, damping = 0, 0, 1.0
     for _ in range(steps):
-        if over():
+        if out_of_time():
             break
         if settled:
-            tried = averaged(target, current, generator, damping / (1 + settled))
+            tried = averaged_step(target, current, generator, damping / (1 + settled))
         else:
-            tried = sweep(target, current, generator)
-        current = score(target, tried, judge)
+            tried = newton_step(target, current, generator)
+        current = with_elbo(target, tried, judge)
         gain = current.elbo - best.elbo
         settled += gain < ON_THE_WAY
         stale = 0 if gain > LEAST_GAIN else stale + 1
@@ -72,7 +72,9 @@ def swept(
     return best
 
 
-def sweep(target: Density, g: Gaussian, generator: torch.Generator) -> Gaussian:
+def newton_step(
+    target: LogDensityProtocol, g: GaussianApproximation, generator: torch.Generator
+) -> GaussianApproximation:
     r"""A Newton step with the expected Hessian, one column after the other.
 
     In the Gaussian's own coordinates, z = m + L eps, the path gradient of the
@@ -99,14 +101,16 @@ def sweep(target: Density, g: Gaussian, generator: torch.Generator) -> Gaussian:
         parts = _path_gradients(target, g, noise).view(4, -1, dim)
         columns.append((parts[0] - parts[1] + parts[2] - parts[3]) / 4)
         total = total + parts.sum((0, 1))
-    return _moved(g, torch.cat(columns), total / (4 * dim), 1.0)
+    return _apply_step(g, torch.cat(columns), total / (4 * dim), 1.0)
 
 
-def averaged(target: Density, g: Gaussian, generator: torch.Generator, rate: float) -> Gaussian:
+def averaged_step(
+    target: LogDensityProtocol, g: GaussianApproximation, generator: torch.Generator, rate: float
+) -> GaussianApproximation:
     r"""A natural-gradient step with :math:`S = E[h \epsilon^T]` over 4 D draws.
 
     Rates of 1 / n in a row average the precisions that n steps find. Close to
-    the optimum, where h is small, this has less noise than `sweep`, and no bias.
+    the optimum, where h is small, this has less noise than `newton_step`, and no bias.
 
     Args:
         target: The log density.
@@ -121,10 +125,10 @@ def averaged(target: Density, g: Gaussian, generator: torch.Generator, rate: flo
         eps = torch.cat([half, -half])
         h = _path_gradients(target, g, eps)
         slope, total, count = slope + h.mT @ eps, total + h.sum(0), count + len(eps)
-    return _moved(g, slope / count, total / count, rate)
+    return _apply_step(g, slope / count, total / count, rate)
 
 
-def _path_gradients(target: Density, g: Gaussian, eps: Tensor) -> Tensor:
+def _path_gradients(target: LogDensityProtocol, g: GaussianApproximation, eps: Tensor) -> Tensor:
     """The path gradient h at each draw, (S, D); zero where the density is not finite."""
     log_p, gradient = scores_in_chunks(target, g.at(eps))
     h = gradient @ g.scale_tril + eps
@@ -132,7 +136,9 @@ def _path_gradients(target: Density, g: Gaussian, eps: Tensor) -> Tensor:
     return torch.where(good[:, None], h, 0.0)
 
 
-def _moved(g: Gaussian, slope: Tensor, mean: Tensor, rate: float) -> Gaussian:
+def _apply_step(
+    g: GaussianApproximation, slope: Tensor, mean: Tensor, rate: float
+) -> GaussianApproximation:
     r"""The Gaussian of precision :math:`I - \rho S` in the coordinates of g, after a Newton step.
 
     References:

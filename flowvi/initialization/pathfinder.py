@@ -39,7 +39,7 @@ class InverseHessian(NamedTuple):
         return self.diagonal + ((self.wide @ self.core) * self.wide).sum(1)
 
 
-class Estimate(NamedTuple):
+class PathfinderNormal(NamedTuple):
     """A normal density from a point of a path.
 
     Attributes:
@@ -51,7 +51,7 @@ class Estimate(NamedTuple):
     inverse: InverseHessian
 
 
-def estimates(points: Tensor, gradients: Tensor) -> Iterator[Estimate]:
+def normals_along_path(points: Tensor, gradients: Tensor) -> Iterator[PathfinderNormal]:
     r"""Normals at the points of a path, each from the steps that led to it.
 
     The inverse Hessian is that of limited-memory BFGS: with steps S and changes
@@ -81,14 +81,14 @@ def estimates(points: Tensor, gradients: Tensor) -> Iterator[Estimate]:
         s, y = points[i] - points[i - 1], gradients[i - 1] - gradients[i]
         # Where the density is not log-concave along the step, it tells no curvature.
         if s @ y > 1e-12 * y.square().sum():
-            diagonal = updated(diagonal, s, y)
+            diagonal = update_diagonal(diagonal, s, y)
             steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]
         if steps:
             inverse = inverse_hessian(diagonal, steps, changes)
-            yield Estimate(points[i] + inverse.times(gradients[i]), inverse)
+            yield PathfinderNormal(points[i] + inverse.times(gradients[i]), inverse)
 
 
-def updated(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
+def update_diagonal(diagonal: Tensor, s: Tensor, y: Tensor) -> Tensor:
     """The diagonal estimate after one more step s, in which the gradient changed by y."""
     a, b, c = (y * diagonal) @ y, s @ y, (s / diagonal) @ s
     inverse = a / (b * diagonal) + y.square() / b - a / (b * c) * (s / diagonal).square()

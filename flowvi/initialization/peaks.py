@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from flowvi.initialization.gaussian import (
-    Density,
-    Gaussian,
+    GaussianApproximation,
+    LogDensityProtocol,
     curvature,
     evaluate,
     factor_of,
@@ -43,12 +43,12 @@ class Peak(NamedTuple):
     height: float
     scale_tril: Tensor
 
-    def laplace(self, name: str) -> Gaussian:
+    def laplace(self, name: str) -> GaussianApproximation:
         """Laplace's approximation."""
-        return Gaussian(self.loc, self.scale_tril, name)
+        return GaussianApproximation(self.loc, self.scale_tril, name)
 
 
-def finished(target: Density, z: Tensor) -> Peak | None:
+def converged_peak(target: LogDensityProtocol, z: Tensor) -> Peak | None:
     r"""What Newton steps make of the end of an ascent, if they converge.
 
     They have where the negative Hessian H is positive definite, to rounding, and the step
@@ -96,7 +96,7 @@ def finished(target: Density, z: Tensor) -> Peak | None:
     return None
 
 
-def apart(target: Density, a: Tensor, b: Tensor, scale_tril: Tensor) -> bool:
+def are_separate(target: LogDensityProtocol, a: Tensor, b: Tensor, scale_tril: Tensor) -> bool:
     r"""Whether every path found between two points falls a nat below the lower one.
 
     The straight one is tried first, then paths that climb: their points move by
@@ -112,38 +112,38 @@ def apart(target: Density, a: Tensor, b: Tensor, scale_tril: Tensor) -> bool:
         E, Ren and Vanden-Eijnden (2007), "Simplified and improved string method for computing
         the minimum energy paths in barrier-crossing events", J. Chem. Phys. 126.
     """
-    path = _straight(a, b)
-    least = _least(target, path)
-    if not _falls(target, path, least):
+    path = _straight_path(a, b)
+    least = _lowest_allowed(target, path)
+    if not _falls_below(target, path, least):
         return False
     size = path.new_full((NODES - 1, 1), 0.5)
     for i in range(ROUNDS):
-        path, size = _climbed(target, path, scale_tril, size)
-        path = _evenly(path, scale_tril)
-        if i % 4 == 3 and not _falls(target, path, least):
+        path, size = _string_step(target, path, scale_tril, size)
+        path = _redistribute(path, scale_tril)
+        if i % 4 == 3 and not _falls_below(target, path, least):
             return False
     return True
 
 
-def nearest(target: Density, z: Tensor, places: Sequence[Tensor]) -> int | None:
+def connected_place(target: LogDensityProtocol, z: Tensor, places: Sequence[Tensor]) -> int | None:
     """First place that a straight path of nearly constant or rising density leads to, or None."""
     for i, place in enumerate(places):
-        path = _straight(z, place)
-        if not _falls(target, path, _least(target, path)):
+        path = _straight_path(z, place)
+        if not _falls_below(target, path, _lowest_allowed(target, path)):
             return i
     return None
 
 
-def _straight(a: Tensor, b: Tensor) -> Tensor:
+def _straight_path(a: Tensor, b: Tensor) -> Tensor:
     share = torch.linspace(0.0, 1.0, NODES + 1, dtype=a.dtype, device=a.device)[:, None]
     return a + share * (b - a)
 
 
-def _least(target: Density, path: Tensor) -> float:
+def _lowest_allowed(target: LogDensityProtocol, path: Tensor) -> float:
     return float(evaluate(target, path[[0, -1]]).min()) - SADDLE
 
 
-def _falls(target: Density, path: Tensor, least: float) -> bool:
+def _falls_below(target: LogDensityProtocol, path: Tensor, least: float) -> bool:
     """Whether a path falls below a height, looked up at its points and between them."""
     share = torch.arange(FINE, dtype=path.dtype, device=path.device)[:, None, None] / FINE
     between = path[:-1] + share * (path[1:] - path[:-1])
@@ -151,17 +151,17 @@ def _falls(target: Density, path: Tensor, least: float) -> bool:
     return not bool((evaluate(target, points) >= least).all())
 
 
-def _climbed(
-    target: Density, path: Tensor, scale_tril: Tensor, size: Tensor
+def _string_step(
+    target: LogDensityProtocol, path: Tensor, scale_tril: Tensor, size: Tensor
 ) -> tuple[Tensor, Tensor]:
     """A path after a step uphill across itself, where that leads higher; and the next sizes."""
     inner = path[1:-1]
     before, gradient = scores_in_chunks(target, inner)
     up = gradient.nan_to_num(0.0, 0.0, 0.0) @ scale_tril
-    along = _unit(_white(path[2:] - path[:-2], scale_tril))
+    along = _normalize(_whiten(path[2:] - path[:-2], scale_tril))
     up = size * (up - (up * along).sum(-1, keepdim=True) * along)
     # Not farther than to the next point.
-    longest = _white(path[1:] - path[:-1], scale_tril).norm(dim=-1).mean()
+    longest = _whiten(path[1:] - path[:-1], scale_tril).norm(dim=-1).mean()
     up = up * (longest / up.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
     tried = inner + up @ scale_tril.mT
     higher = (evaluate(target, tried) > before)[:, None]
@@ -169,9 +169,9 @@ def _climbed(
     return torch.cat([path[:1], torch.where(higher, tried, inner), path[-1:]]), size
 
 
-def _evenly(path: Tensor, scale_tril: Tensor) -> Tensor:
+def _redistribute(path: Tensor, scale_tril: Tensor) -> Tensor:
     """The same path with its points spread evenly."""
-    lengths = _white(path[1:] - path[:-1], scale_tril).norm(dim=-1)
+    lengths = _whiten(path[1:] - path[:-1], scale_tril).norm(dim=-1)
     place = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
     wanted = torch.linspace(0.0, 1.0, len(path), dtype=path.dtype, device=path.device) * place[-1]
     left = torch.searchsorted(place, wanted[1:-1].contiguous()).clamp(1, len(path) - 1) - 1
@@ -180,9 +180,9 @@ def _evenly(path: Tensor, scale_tril: Tensor) -> Tensor:
     return torch.cat([path[:1], inner, path[-1:]])
 
 
-def _white(steps: Tensor, scale_tril: Tensor) -> Tensor:
+def _whiten(steps: Tensor, scale_tril: Tensor) -> Tensor:
     return torch.linalg.solve_triangular(scale_tril, steps.mT, upper=False).mT
 
 
-def _unit(x: Tensor) -> Tensor:
+def _normalize(x: Tensor) -> Tensor:
     return x / x.norm(dim=-1, keepdim=True).clamp_min(1e-30)

@@ -10,8 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.initialization.gaussian import Gaussian, curvature, evaluate, scores_in_chunks
-from flowvi.initialization.unbounded import cause, collapse
+from flowvi.initialization.gaussian import (
+    GaussianApproximation,
+    curvature,
+    evaluate,
+    scores_in_chunks,
+)
+from flowvi.initialization.unbounded import data_cause, find_collapse
 from flowvi.targets import ModelError, Target
 from flowvi.targets.vectors import label
 
@@ -41,7 +46,7 @@ MOST_BYTES = 16e9
 
 
 @dataclass(frozen=True)
-class Look:
+class Preflight:
     """Evaluations of a target before it is fitted.
 
     Attributes:
@@ -70,7 +75,7 @@ class Look:
         return words
 
 
-def look(target: Target, seed: int) -> Look:
+def preflight(target: Target, seed: int) -> Preflight:
     """Evaluate a target at draws from its prior, or at random points where it has none.
 
     Raises:
@@ -98,10 +103,10 @@ def look(target: Target, seed: int) -> Look:
     median = points.median(0).values.to(target.dtype) if of_prior else None
     whole, even = (float(mask.double().mean()) for mask in (finite, smooth))
     places = points[finite].to(target.dtype)
-    return Look(target.dim, len(points), of_prior, whole, even, places, median)
+    return Preflight(target.dim, len(points), of_prior, whole, even, places, median)
 
 
-def check_integrable(target: Target, g: Gaussian) -> str:
+def check_integrable(target: Target, g: GaussianApproximation) -> str:
     """Describe the conditioning of a Gaussian approximation; refuse a density without integral.
 
     Along the longest directions of the Gaussian the density is looked up at
@@ -117,7 +122,7 @@ def check_integrable(target: Target, g: Gaussian) -> str:
         ModelError: The density does not fall, or has no bound: the posterior is improper.
     """
     _check_precision(target, g)
-    if words := collapse(target, g):
+    if words := find_collapse(target, g):
         raise ModelError(words)
     widths = g.widths
     if g.scale_tril.dim() == 1:
@@ -135,16 +140,16 @@ def check_integrable(target: Target, g: Gaussian) -> str:
     steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
     if (target.improper or target.masked) and target.dim <= CURVED:
         # Those of a guide without correlations are no help: a - b may be free where a is not.
-        steps += _softest(target, g)
+        steps += _flattest_directions(target, g)
     for step in steps:
-        falls = {sign: fall(target, g.loc, sign * step) for sign in (1, -1)}
+        falls = {sign: density_drop(target, g.loc, sign * step) for sign in (1, -1)}
         sign = min(falls, key=lambda sign: falls[sign])
         if falls[sign] < LEAST_FALL:
             far = g.loc + REACH[-1] * sign * step
             raise ModelError(
                 f"The posterior of {target.name} is improper, or as good as that: along "
-                f"{describe(target, step)} its log density {_course(falls[sign])} "
-                f"over {REACH[-1] * float(step.norm()):.2g} units.{cause(target, g.loc, far)} "
+                f"{describe_direction(target, step)} its log density {_describe_drop(falls[sign])} "
+                f"over {REACH[-1] * float(step.norm()):.2g} units.{data_cause(target, g.loc, far)} "
                 f"{_remedy(target, step)}"
             )
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
@@ -162,14 +167,14 @@ def _remedy(target: Target, step: Tensor) -> str:
     return " ".join(behind) or "Give these a proper prior, or fix one of them."
 
 
-def _course(fall: float) -> str:
+def _describe_drop(fall: float) -> str:
     """Describe a change of the log density along a line: it falls by so many nats."""
     if abs(fall) < STILL:
         return "does not fall"
     return f"rises by {-fall:.2g} nats" if fall < 0 else f"falls by no more than {fall:.2g} nats"
 
 
-def _check_precision(target: Target, g: Gaussian) -> None:
+def _check_precision(target: Target, g: GaussianApproximation) -> None:
     """Refuse a log density of such a size that a nat is lost in its rounding."""
     size = abs(float(evaluate(target, g.loc[None])[0]))
     if math.isfinite(size) and size * sys.float_info.epsilon > LOST:
@@ -182,14 +187,14 @@ def _check_precision(target: Target, g: Gaussian) -> None:
         )
 
 
-def _softest(target: Target, g: Gaussian) -> list[Tensor]:
+def _flattest_directions(target: Target, g: GaussianApproximation) -> list[Tensor]:
     """Steps of one width along the directions in which the density curves least."""
     unit, values, vectors = curvature(target, g.loc)
     widths = values.clamp_min(FLAT).rsqrt()
     return [width * unit * v for width, v in zip(widths, vectors.mT[:DIRECTIONS], strict=False)]
 
 
-def fall(target: Target, loc: Tensor, step: Tensor) -> float:
+def density_drop(target: Target, loc: Tensor, step: Tensor) -> float:
     """Nats by which the log density falls from one step to the farthest; inf if it is not known."""
     reach = torch.tensor(REACH, dtype=loc.dtype, device=loc.device)
     log_p = evaluate(target, loc + reach[:, None] * step).cpu().double().numpy()
@@ -199,7 +204,7 @@ def fall(target: Target, loc: Tensor, step: Tensor) -> float:
     return float(log_p[0] - log_p[-1])
 
 
-def describe(target: Target, direction: Tensor) -> str:
+def describe_direction(target: Target, direction: Tensor) -> str:
     """A direction of R^D in the names of the sites, such as ``a - b``."""
     size = direction.abs()
     top = torch.argsort(size, descending=True)[:NAMED].tolist()

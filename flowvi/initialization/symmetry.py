@@ -29,11 +29,11 @@ class Symmetry(NamedTuple):
     """A change of the values that leaves the density as it is.
 
     Attributes:
-        words: Description of the symmetry, for the log.
+        description: Description of the symmetry, for the log.
         images: Maps values (P, *shape) by site to all their images.
     """
 
-    words: str
+    description: str
     images: Callable[[Values], Iterator[Values]]
 
 
@@ -62,7 +62,7 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
         return bool(((other - density).abs() <= near).all())
 
     found: list[tuple[set[str], Symmetry]] = []
-    for names, symmetry in [*_trades(values), *_turns(target)]:
+    for names, symmetry in [*_permutations(values), *_sign_flips(target)]:
         # A symmetry of several sites together is not tried again for some of them.
         if not any(set(names) <= known for known, _ in found) and all(
             same(moved) for moved in itertools.islice(symmetry.images(values), 2)
@@ -92,7 +92,7 @@ def _density(target: Target, z: Tensor) -> tuple[Values, Tensor]:
     return {name: values[name] for name in target.sites}, log_p
 
 
-def _trades(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
+def _permutations(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
     """Guesses at sites whose entries can trade places."""
     sizes = sorted({n for v in values.values() for n in v.shape[1:] if 2 <= n <= MOST_LABELS})
     for size in sizes:
@@ -105,10 +105,10 @@ def _trades(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
             }
             first = {n: axes[:1] for n, axes in every.items()}
             for axes in [every, *([first] if first != every else [])]:
-                yield names, Symmetry(words, _trading(axes, size))
+                yield names, Symmetry(words, _permute_entries(axes, size))
 
 
-def _trading(axes: dict[str, list[int]], size: int) -> Callable[[Values], Iterator[Values]]:
+def _permute_entries(axes: dict[str, list[int]], size: int) -> Callable[[Values], Iterator[Values]]:
     orders = list(itertools.permutations(range(size)))[1:]
 
     def images(values: Values) -> Iterator[Values]:
@@ -123,7 +123,7 @@ def _trading(axes: dict[str, list[int]], size: int) -> Callable[[Values], Iterat
     return images
 
 
-def _turns(target: Target) -> Iterator[tuple[list[str], Symmetry]]:
+def _sign_flips(target: Target) -> Iterator[tuple[list[str], Symmetry]]:
     """Guesses at real sites whose sign can be turned."""
     real = [name for name, site in target.sites.items() if _is_real(site.support)][:MOST_TURNED]
     for names in [*([name] for name in real), *map(list, itertools.combinations(real, 2))]:

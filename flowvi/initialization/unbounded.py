@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
-from flowvi.initialization.gaussian import Gaussian, evaluate, scores_in_chunks
+from flowvi.initialization.gaussian import GaussianApproximation, evaluate, scores_in_chunks
 from flowvi.targets import Target
 
 # Logarithms of a scale: below the first a collapse is looked for, from the second on.
@@ -26,7 +26,7 @@ NEWTON = 20
 CERTAIN = 1e-3
 
 
-def collapse(target: Target, g: Gaussian) -> str:
+def find_collapse(target: Target, g: GaussianApproximation) -> str:
     """Name the scale at whose zero the density is unbounded; empty if there is none.
 
     A normal likelihood that meets n values exactly rises like s^-n as its scale s falls. The means
@@ -52,8 +52,8 @@ def collapse(target: Target, g: Gaussian) -> str:
         if float(g.loc[column]) < SMALL
     }
     for column in sorted(small, key=lambda column: float(g.loc[column]))[:LOOKED_AT]:
-        if where := _rises(target, g, column, noise):
-            return _words(target, small[column], _told(target, *where))
+        if where := _bound_rises(target, g, column, noise):
+            return _message(target, small[column], _responsible_site(target, *where))
     return ""
 
 
@@ -64,7 +64,9 @@ def _is_scale(support: Constraint) -> bool:
     return support in (constraints.positive, constraints.nonnegative)
 
 
-def _rises(target: Target, g: Gaussian, column: int, noise: Tensor) -> tuple[Tensor, Tensor] | None:
+def _bound_rises(
+    target: Target, g: GaussianApproximation, column: int, noise: Tensor
+) -> tuple[Tensor, Tensor] | None:
     """Points before and after, if the ELBO rises at every smaller scale; None otherwise."""
     first = max(float(g.loc[column]), BEGIN)
     scale = torch.diag(g.scale_tril) if g.scale_tril.dim() == 1 else g.scale_tril
@@ -101,7 +103,7 @@ def _rises(target: Target, g: Gaussian, column: int, noise: Tensor) -> tuple[Ten
     return before, reached
 
 
-def _told(target: Target, before: Tensor, after: Tensor) -> str:
+def _responsible_site(target: Target, before: Tensor, after: Tensor) -> str:
     """The observed site whose likelihood rises most from some points to others; empty if none."""
     with torch.no_grad():
         low, high = target.log_likelihood(before), target.log_likelihood(after)
@@ -110,9 +112,9 @@ def _told(target: Target, before: Tensor, after: Tensor) -> str:
     return best if best and gains[best] > 0 else ""
 
 
-def _words(target: Target, name: str, data: str) -> str:
+def _message(target: Target, name: str, data: str) -> str:
     why = ""
-    if same := constant(target, data):
+    if same := constant_data(target, data):
         why = f", because {same}"
     elif data:
         why = f", where the model meets values of the observed site '{data}' exactly"
@@ -123,7 +125,7 @@ def _words(target: Target, name: str, data: str) -> str:
     )
 
 
-def constant(target: Target, name: str) -> str:
+def constant_data(target: Target, name: str) -> str:
     """That all data of an observed site are the same, in words; empty if they are not."""
     values = target.observed.get(name)
     if values is None or values.numel() < 2 or not values.is_floating_point():
@@ -135,7 +137,7 @@ def constant(target: Target, name: str) -> str:
     return f"the data of the observed site '{name}' are constant ({many})"
 
 
-def cause(target: Target, point: Tensor, far: Tensor) -> str:
+def data_cause(target: Target, point: Tensor, far: Tensor) -> str:
     """Sentence on the property of the data for which a density does not fall between two points.
 
     Args:
@@ -147,8 +149,8 @@ def cause(target: Target, point: Tensor, far: Tensor) -> str:
         near, there = target.log_likelihood(point), target.log_likelihood(far)
     for name, value in there.items():
         data, total = target.observed[name], value.sum()
-        if constant(target, name) and not total <= near[name].sum():
-            words = constant(target, name)
+        if constant_data(target, name) and not total <= near[name].sum():
+            words = constant_data(target, name)
             return (
                 f" That is because {words}, and their scale goes to zero: use data that vary, fix "
                 "the scale, or keep it above their rounding."

@@ -20,7 +20,7 @@ from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.prediction import Prediction, predict
 from flowvi.draws.row_bounds import row_bounds
 from flowvi.interop.labels import SAMPLE, Arrays, Labels, storable
-from flowvi.runtime.arguments import draws_wanted, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted
 from flowvi.runtime.columns import Columns
 from flowvi.targets import LocalTarget, ModelError, Target
 
@@ -68,7 +68,7 @@ def to_inference_data(
             log p(x_n): its number of particles.
     """
     draws_wanted("to_inference_data", draws)
-    wanted("draws", draws, Draws, EXPECTED)
+    check_type("draws", draws, Draws, EXPECTED)
     _check_simulated(draws, prior, predictive)
     target = draws.target
     groups: dict[str, Arrays] = {"posterior": draws.values, "sample_stats": _stats(draws)}

@@ -16,7 +16,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from pyro.util import warn_if_nan
 from torch import Tensor
 
-from flowvi.runtime.arguments import known, whole
+from flowvi.runtime.arguments import check_choice, check_integer
 from flowvi.targets import ModelError
 
 PARTICLES = "num_particles_vectorized"  # the plate in which Pyro draws particles at once
@@ -24,7 +24,7 @@ PARTICLES = "num_particles_vectorized"  # the plate in which Pyro draws particle
 Sites = list[dict[str, Any]]
 
 
-class Run(NamedTuple):
+class TracePair(NamedTuple):
     """One run of guide and model, or K at once.
 
     Attributes:
@@ -72,8 +72,8 @@ class IWELBO(ELBO):
         vectorize_particles: bool = False,
         max_plate_nesting: float = math.inf,
     ) -> None:
-        num_particles = whole("num_particles", num_particles)
-        known("gradient", gradient, ("dreg", "total"))
+        num_particles = check_integer("num_particles", num_particles)
+        check_choice("gradient", gradient, ("dreg", "total"))
         super().__init__(
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
@@ -118,7 +118,7 @@ class IWELBO(ELBO):
         return loss
 
     def _surrogate(
-        self, runs: Sequence[Run], cells: _Cells, log_p: Tensor, log_w: Tensor
+        self, runs: Sequence[TracePair], cells: _Cells, log_p: Tensor, log_w: Tensor
     ) -> Tensor:
         """A number whose gradient is that of the bound, in expectation.
 
@@ -146,7 +146,7 @@ class IWELBO(ELBO):
 
     def _get_trace(
         self, model: Callable[..., Any], guide: Callable[..., Any], args: Any, kwargs: Any
-    ) -> Run:
+    ) -> TracePair:
         drawn: dict[str, Tensor] = {}
         if torch.is_grad_enabled():
             trace = poutine.trace(guide).get_trace(*args, **kwargs)
@@ -168,7 +168,7 @@ class IWELBO(ELBO):
                     trace.remove_node(name)  # made again, of the draws that were cut off
             guide = poutine.replay(guide, trace=trace)
         traces = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
-        run = Run(list(_scored(traces[0])), list(_scored(traces[1])), drawn)
+        run = TracePair(list(_scored(traces[0])), list(_scored(traces[1])), drawn)
         names = {site["name"] for site in run.guide}
         for site in run.model:
             if not site["is_observed"] and site["name"] not in names:
@@ -203,7 +203,7 @@ class _Cells:
         together: Whether one run holds all particles.
     """
 
-    def __init__(self, runs: Sequence[Run], plates: Sequence[Any], together: bool) -> None:
+    def __init__(self, runs: Sequence[TracePair], plates: Sequence[Any], together: bool) -> None:
         frames = [f for s in (*runs[0].model, *runs[0].guide) for f in _frames(s)]
         self.together = together
         self.depth = max((-f.dim for f in frames), default=0) + together
@@ -231,14 +231,14 @@ class _Cells:
         return total
 
 
-def common_plates(run: Run) -> list[Any]:
+def common_plates(run: TracePair) -> list[Any]:
     """The plates in which all sites lie: their cells are independent."""
     stacks = [{f.name: f for f in _frames(site)} for site in (*run.model, *run.guide)]
     first = stacks[0] if stacks else {}
     return [f for name, f in first.items() if all(name in stack for stack in stacks)]
 
 
-def _check_rows(run: Run, plates: Sequence[Any], particles: int) -> None:
+def _check_rows(run: TracePair, plates: Sequence[Any], particles: int) -> None:
     """Refuse plates that are subsampled where a weight needs all of their rows."""
     common = {f.name for f in plates}
     for site in (*run.model, *run.guide):

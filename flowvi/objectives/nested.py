@@ -17,10 +17,10 @@ from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
-from flowvi.runtime.arguments import given, known, wanted, whole
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.arguments import check_choice, check_integer, check_type, optional
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget, Target
-from flowvi.targets.local.rows import pieces
+from flowvi.targets.local.rows import split_batch
 
 # Hidden units of the network that mixes a row and theta.
 MIXING = 64
@@ -68,12 +68,12 @@ class NestedTarget(Target):
         sees_theta: bool = True,
         batch_size: int | None = None,
     ) -> None:
-        wanted(
+        check_type(
             "target", target, LocalTarget, "of a model with a local plate: from_pyro(..., local=)"
         )
         particles, batch_size = (
-            whole("particles", particles),
-            given(whole, "batch_size", batch_size),
+            check_integer("particles", particles),
+            optional(check_integer, "batch_size", batch_size),
         )
         if target.shared is None:
             raise ValueError(
@@ -139,14 +139,14 @@ class NestedTarget(Target):
         seen = self.inner.context(batch)
         context = seen.expand(len(theta), *seen.shape)
         if self.sees_theta and isinstance(self.inner, SharedAmortised):
-            context = self.inner.given(seen, theta)
+            context = self.inner.joint_context(seen, theta)
         elif self.sees_theta:
             shared = theta.to(seen.dtype).unsqueeze(1).expand(*context.shape[:-1], -1)
             context = torch.cat([context, shared], -1)
 
         def log_p(z: Tensor) -> Tensor:
             size = self._rows_at_once(len(theta), len(batch.places))
-            parts = zip(z.split(size, -2), pieces(batch, size), strict=True)
+            parts = zip(z.split(size, -2), split_batch(batch, size), strict=True)
             found = [self.target.log_prob(some, part, theta) for some, part in parts]
             return found[0] if len(found) == 1 else torch.cat(found, -1)
 
@@ -210,7 +210,9 @@ class NestedTarget(Target):
 
     def at_once(self) -> int:
         """How many draws of theta a step may evaluate at a time, of the rows of one step."""
-        return max(1, self._step_cost.fits(memory.evaluated(), memory.ANY) // self.size)
+        return max(
+            1, self._step_cost.points_within(memory.evaluation_bytes(), memory.ANY) // self.size
+        )
 
     def evaluation_draws(self, outer: int) -> int:
         """By how many draws guides are compared, where a bound over theta takes `outer` each."""
@@ -248,7 +250,7 @@ class NestedTarget(Target):
     def _drawn_at_once(self) -> int:
         """How many pairs have their latents drawn at a time."""
         with torch.no_grad():
-            return self._cost(self.rows).fits(memory.PIECE, memory.ANY)
+            return self._cost(self.rows).points_within(memory.PIECE, memory.ANY)
 
     @cached_property
     def _density_cost(self) -> memory.Cost:
@@ -271,8 +273,8 @@ class NestedTarget(Target):
 
         # What is recorded of the model does not depend on when this is measured.
         seen = self.uses()
-        with own_randomness():
-            found = memory.cost(some)
+        with isolated_rng():
+            found = memory.measure_cost(some)
         self.begin(seen)
         return found
 
@@ -280,14 +282,14 @@ class NestedTarget(Target):
         """How many rows to evaluate at a time, at the draws that were made for all of them."""
         if torch.is_grad_enabled():
             return rows
-        fits = self._density_cost.fits(memory.evaluated(), memory.ANY)
+        fits = self._density_cost.points_within(memory.evaluation_bytes(), memory.ANY)
         return max(1, min(rows, fits // thetas))
 
     def _in_pieces(self, theta: Tensor, batch: Batch, bound: Renyi | None) -> list[Tensor]:
         """Bounds of rows, (T, B') each; in one piece where a gradient is wanted of all of them."""
         many = len(batch.places)
         size = many if torch.is_grad_enabled() else max(1, self._drawn_at_once // len(theta))
-        return [self.rows(theta, piece, bound) for piece in pieces(batch, size)]
+        return [self.rows(theta, piece, bound) for piece in split_batch(batch, size)]
 
 
 def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -> Amortised:
@@ -300,7 +302,7 @@ def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -
         mixes: Whether it follows products of the row and theta; earlier versions did not.
     """
     assert target.shared is not None
-    built: Amortised = amortised(target, known("guide", name, sorted(guide_names())))
+    built: Amortised = amortised(target, check_choice("guide", name, sorted(guide_names())))
     if sees_theta:
         seen = built.context(target.batch([0])).shape[-1]
         width = seen + target.shared.dim
@@ -316,7 +318,7 @@ def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -
 def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amortised:
     if isinstance(inner, str):
         return inner_guide(target, inner, sees_theta, True)
-    wanted("inner", inner, Amortised, "the name of a guide, or a flowvi.Amortised")
+    check_type("inner", inner, Amortised, "the name of a guide, or a flowvi.Amortised")
     if inner.dim != target.dim:
         raise ValueError(
             f"The inner guide has D = {inner.dim}, but a row of {target.name} has D = {target.dim}."

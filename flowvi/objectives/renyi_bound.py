@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowvi.guides.guide import Guide, LogDensity
 from flowvi.objectives.estimate import Estimate, Gradient
-from flowvi.runtime.arguments import known, whole
+from flowvi.runtime.arguments import check_choice, check_integer
 
 
 @dataclass(frozen=True)
@@ -55,8 +55,8 @@ class Renyi:
     def __post_init__(self) -> None:
         if not 0.0 <= self.alpha <= 1.0:
             raise ValueError(f"alpha must lie in [0, 1] for a lower bound; got {self.alpha}.")
-        object.__setattr__(self, "particles", whole("particles", self.particles))
-        known("gradient", self.gradient, ("dreg", "stl", "total"))
+        object.__setattr__(self, "particles", check_integer("particles", self.particles))
+        check_choice("gradient", self.gradient, ("dreg", "stl", "total"))
         if self.gradient == "stl" and self.alpha < 1.0:
             raise ValueError(
                 f"The path gradient of 'stl' is biased for alpha < 1; got alpha = {self.alpha}. "
@@ -83,18 +83,18 @@ class Renyi:
         """
         shape = (self.particles, *repeats)
         if self.gradient == "total" or not torch.is_grad_enabled():
-            z, log_q, log_share = guide.strata(shape, context)
+            z, log_q, log_share = guide.stratified_sample(shape, context)
             log_w = log_p(z) - log_q
             _scale_gradient(z, torch.ones_like(log_w), log_w)
-            return Estimate(self.bound(log_w, log_share), _counted(log_w, log_share))
+            return Estimate(self.bound(log_w, log_share), _check_particles(log_w, log_share))
 
         # q depends on its parameters and on the context; both scores are dropped: what is left
         # of log q is its dependence on z.
-        z, log_q, log_share, score = guide.scored(shape, context)
+        z, log_q, log_share, score = guide.sample_with_score(shape, context)
         path = (score * z).sum(-1)
-        log_joint = guide.lifted(log_p)(z)
+        log_joint = guide.joint_density(log_p)(z)
         log_w = (log_joint - log_q).detach()
-        v = self._v(log_w, log_share.detach())
+        v = self._path_weights(log_w, log_share.detach())
         # The model's parameters see v; the path through z sees alpha v + (1 - alpha) v^2.
         _scale_gradient(z, self.alpha + (1 - self.alpha) * v, log_w)
         surrogate = v * (log_joint - path).masked_fill(log_w.isneginf(), 0.0)
@@ -102,10 +102,10 @@ class Renyi:
             # A stratum's draws follow q_m, not q: the path accounts for the score of q_m, and
             # that of q_m / q remains. Its average over the shares is zero; v - s has less noise.
             excess = v - log_share.detach().exp()
-            surrogate = surrogate + excess * guide.log_part(z.detach(), context)
+            surrogate = surrogate + excess * guide.log_component_ratio(z.detach(), context)
         surrogate = surrogate.sum(0)
         bound = self.bound(log_w, log_share) + (surrogate - surrogate.detach())
-        return Estimate(bound, _counted(log_w, log_share))
+        return Estimate(bound, _check_particles(log_w, log_share))
 
     def bound(self, log_w: Tensor, log_share: Tensor | None = None) -> Tensor:
         """Reduce log weights (K, *B) to the bound (*B).
@@ -121,7 +121,7 @@ class Renyi:
         order = 1.0 - self.alpha
         return torch.logsumexp(log_share + order * log_w, dim=0) / order
 
-    def _v(self, log_w: Tensor, log_share: Tensor) -> Tensor:
+    def _path_weights(self, log_w: Tensor, log_share: Tensor) -> Tensor:
         """Derivative of the bound with respect to each log weight, (K, *B)."""
         if self.alpha == 1.0:
             return log_share.exp().expand_as(log_w)  # 0 times minus infinity is NaN.
@@ -152,6 +152,6 @@ def _scale_gradient(z: Tensor, factor: Tensor, log_w: Tensor) -> None:
         z.register_hook(lambda g: (g * factor.unsqueeze(-1)).masked_fill(dead, 0.0))
 
 
-def _counted(log_w: Tensor, log_share: Tensor) -> Tensor:
+def _check_particles(log_w: Tensor, log_share: Tensor) -> Tensor:
     """Detached log weights that count by their shares: the same ones where these are equal."""
     return (log_w + (log_share + math.log(len(log_w)))).detach()

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowvi.guides.guide import Guide, LogDensity
 from flowvi.objectives.estimate import Estimate
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class WakeSleep:
     lower_bound: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "particles", whole("particles", self.particles))
+        object.__setattr__(self, "particles", check_integer("particles", self.particles))
 
     def __call__(
         self,

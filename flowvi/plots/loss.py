@@ -11,7 +11,7 @@ from numpy.typing import ArrayLike
 
 from flowvi.fitting.result import Fit, RowFit
 from flowvi.plots.theme import BLUE, GREY, new_axes, style
-from flowvi.runtime.arguments import wanted
+from flowvi.runtime.arguments import check_type
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def plot_loss(history: Mapping[str, ArrayLike] | Fit, ax: Axes | None = None) ->
             optionally ``stage``, a name for every step.
         ax: Axes to draw on; a new figure without them.
     """
-    history = _columns(history)
+    history = _bound_and_stage(history)
     bound = np.asarray(history["bound"], dtype=np.float64)
     steps = np.flatnonzero(np.isfinite(bound))
     if not len(steps):
@@ -69,7 +69,7 @@ def plot_loss(history: Mapping[str, ArrayLike] | Fit, ax: Axes | None = None) ->
     return ax
 
 
-def _columns(source: Any) -> Mapping[str, ArrayLike]:
+def _bound_and_stage(source: Any) -> Mapping[str, ArrayLike]:
     """The bound of every step, and its stage where there is one."""
     if isinstance(source, RowFit):
         raise TypeError("A fit of rows has a bound for every epoch: plot_epochs(fit.history).")
@@ -77,7 +77,7 @@ def _columns(source: Any) -> Mapping[str, ArrayLike]:
         names = stage_names(source.history, source.meta["stages"])
         return {"bound": source.history["bound"], "stage": names}
     columns = source.history if isinstance(source, Fit) else source
-    wanted("history", columns, Mapping, "a fit, or its history, fit.history")
+    check_type("history", columns, Mapping, "a fit, or its history, fit.history")
     if "bound" not in columns:
         raise ValueError(f"history has no column 'bound'; it has {', '.join(columns) or 'none'}.")
     return dict(columns)

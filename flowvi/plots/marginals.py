@@ -10,7 +10,7 @@ import numpy as np
 from flowvi.draws.draws import Draws
 from flowvi.plots.pair import MAX_SCALARS, scalars
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
-from flowvi.runtime.arguments import draws_wanted, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -36,7 +36,7 @@ def plot_marginals(
     draws_wanted("plot_marginals", sets)
     if isinstance(sets, Draws):
         sets = {"draws": sets}
-    wanted("sets", sets, Mapping, "the draws of a fit, or a dictionary of such draws by name")
+    check_type("sets", sets, Mapping, "the draws of a fit, or a dictionary of such draws by name")
     if not 1 <= len(sets) <= len(COLOURS):
         raise ValueError(
             f"plot_marginals shows 1 to {len(COLOURS)} sets of draws; got {len(sets)}."

@@ -10,7 +10,7 @@ import numpy as np
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.plots.theme import BLUE, style
-from flowvi.runtime.arguments import draws_wanted, wanted
+from flowvi.runtime.arguments import check_type, draws_wanted
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -31,7 +31,7 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
     draws_wanted("plot_pair", draws)
-    wanted("draws", draws, Draws, EXPECTED)
+    check_type("draws", draws, Draws, EXPECTED)
     columns = scalars(draws, names)
     labels, size = list(columns), len(columns)
     with style():

@@ -25,8 +25,8 @@ from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
 from flowvi.reporting.pictures import pictures
 from flowvi.runtime.arguments import fit_wanted
-from flowvi.runtime.files import write_whole
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.files import write_atomic
+from flowvi.runtime.rng import isolated_rng
 
 REPORT = "report.html"
 ROWS = 200  # of the table of the posterior
@@ -92,7 +92,7 @@ def report(
     else:
         contents = of_folder(Path(source))
         file = Path(source) / REPORT if out is None else Path(out)
-    write_whole(file, page(contents).encode())
+    write_atomic(file, page(contents).encode())
     return file
 
 
@@ -233,7 +233,7 @@ def _guide_references(name: str) -> list[str]:
     """What the docstrings of a guide's or flow's parts refer to."""
     if name not in guide_names():
         return []
-    with own_randomness(0):
+    with isolated_rng(0):
         try:
             parts = make_guide(name, 4).modules()
         except ValueError:  # some suit certain D alone

@@ -20,7 +20,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
-def whole(name: str, value: Any, least: int = 1) -> int:
+def check_integer(name: str, value: Any, least: int = 1) -> int:
     """Check that an argument is a whole number; NumPy's and torch's integers count.
 
     Raises:
@@ -35,7 +35,7 @@ def whole(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def positive(name: str, value: Any, what: str = "number") -> float:
+def check_positive(name: str, value: Any, what: str = "number") -> float:
     """Check that an argument is a positive, finite number.
 
     Raises:
@@ -47,25 +47,25 @@ def positive(name: str, value: Any, what: str = "number") -> float:
     return number
 
 
-def path(name: str, value: Any) -> Path:
+def check_path(name: str, value: Any) -> Path:
     """Check that an argument is the path of a folder.
 
     Raises:
         TypeError: The value is no path.
         ValueError: The path is empty.
     """
-    wanted(name, value, (str, os.PathLike), "the path of a folder")
+    check_type(name, value, (str, os.PathLike), "the path of a folder")
     if not os.fspath(value):
         raise ValueError(f"{name} must be the path of a folder; got {value!r}.")
     return Path(value)
 
 
-def given(check: Callable[..., T], name: str, value: Any, *rest: Any) -> T | None:
+def optional(check: Callable[..., T], name: str, value: Any, *rest: Any) -> T | None:
     """Apply a check to an argument that may be None; None passes."""
     return None if value is None else check(name, value, *rest)
 
 
-def wanted(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
+def check_type(name: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
     """Check the type of an argument.
 
     Args:
@@ -128,7 +128,7 @@ def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: 
     raise TypeError(f"{function} needs {like}; got {_named(value)}{way}.")
 
 
-def known(kind: str, name: str, choices: Iterable[str]) -> str:
+def check_choice(kind: str, name: str, choices: Iterable[str]) -> str:
     """Check that a name is in a registry.
 
     Raises:
@@ -136,36 +136,36 @@ def known(kind: str, name: str, choices: Iterable[str]) -> str:
     """
     names = list(choices)
     if name not in names:
-        raise ValueError(unknown(kind, name, names))
+        raise ValueError(unknown_choice(kind, name, names))
     return name
 
 
-def unknown(kind: str, name: Any, choices: Iterable[str]) -> str:
+def unknown_choice(kind: str, name: Any, choices: Iterable[str]) -> str:
     """Message about a name that is not in a registry."""
     names = list(choices)
-    hint = f" Did you mean {close}?" if (close := nearest(name, names)) else ""
+    hint = f" Did you mean {close}?" if (close := closest_name(name, names)) else ""
     return f"No {kind} named '{name}'.{hint} Choose from {', '.join(names)}."
 
 
-def nearest(name: Any, names: Iterable[str]) -> str:
+def closest_name(name: Any, names: Iterable[str]) -> str:
     """The name that is closest to a misspelt one; empty if none is close."""
     close = difflib.get_close_matches(str(name).lower(), [*names], n=1)
     return close[0] if close else ""
 
 
-def spelt(function: Callable[P, T]) -> Callable[P, T]:
+def suggest_spelling(function: Callable[P, T]) -> Callable[P, T]:
     """Decorator: the error for a misspelt keyword argument suggests the nearest argument."""
     names = [*inspect.signature(function).parameters]
 
     @functools.wraps(function)
     def call(*args: P.args, **kwargs: P.kwargs) -> T:
-        check_names(function.__name__, kwargs, names)
+        check_keywords(function.__name__, kwargs, names)
         return function(*args, **kwargs)
 
     return call
 
 
-def check_names(function: str, given: Iterable[str], names: Iterable[str]) -> None:
+def check_keywords(function: str, given: Iterable[str], names: Iterable[str]) -> None:
     """Refuse arguments that a function does not have.
 
     Raises:
@@ -174,6 +174,6 @@ def check_names(function: str, given: Iterable[str], names: Iterable[str]) -> No
     known_names = [*names]
     for key in given:
         if key not in known_names:
-            close = nearest(key, known_names)
+            close = closest_name(key, known_names)
             hint = f"Did you mean '{close}'?" if close else f"It has {', '.join(known_names)}."
             raise TypeError(f"{function}() has no argument '{key}'. {hint}")

@@ -19,8 +19,15 @@ import torch
 
 from flowvi._version import __version__
 from flowvi.runtime import distributed
-from flowvi.runtime.files import CheckpointError, Seal, locked, read_json, why, write_json
-from flowvi.runtime.files import folder as made
+from flowvi.runtime.files import (
+    CheckpointError,
+    Checksum,
+    error_reason,
+    lock_folder,
+    read_json,
+    write_json,
+)
+from flowvi.runtime.files import make_folder as made
 from flowvi.runtime.tensors import read_state, write_state
 
 FORMAT = 1
@@ -30,39 +37,46 @@ NAME = re.compile(r"(piece|state)-\d{4,12}\.safetensors")
 
 
 @dataclass(frozen=True)
-class Entry:
+class CheckpointFile:
     """A file of the folder.
 
     Attributes:
         name: Name of the file.
         what: Name of the piece of the fit that the state belongs to.
         place: Number of that piece, from 1.
-        seal: Size and checksum of the file.
+        checksum: Size and checksum of the file.
     """
 
     name: str
     what: str
     place: int
-    seal: Seal
+    checksum: Checksum
 
     @staticmethod
-    def parsed(entry: Any, manifest: Path) -> Entry:
+    def from_manifest(entry: Any, manifest: Path) -> CheckpointFile:
         """Read an entry of a manifest; the manifest may be damaged."""
         try:
-            seal = Seal(int(entry["size"]), str(entry["sha256"]))
-            found = Entry(str(entry["name"]), str(entry["what"]), int(entry["place"]), seal)
+            seal = Checksum(int(entry["size"]), str(entry["sha256"]))
+            found = CheckpointFile(
+                str(entry["name"]), str(entry["what"]), int(entry["place"]), seal
+            )
         except (KeyError, TypeError, ValueError):
             raise CheckpointError(f"{manifest} is not a file that flowvi wrote.") from None
         if not NAME.fullmatch(found.name):
             raise CheckpointError(f"{manifest}: '{found.name}' is no name of a checkpoint's file.")
         return found
 
-    def written(self) -> dict[str, Any]:
+    def to_manifest(self) -> dict[str, Any]:
         """The entry as the manifest has it."""
-        return {"name": self.name, "what": self.what, "place": self.place, **self.seal._asdict()}
+        return {
+            "name": self.name,
+            "what": self.what,
+            "place": self.place,
+            **self.checksum._asdict(),
+        }
 
 
-class Shelf:
+class CheckpointFolder:
     """A folder of files, each of which is complete even after a crash.
 
     The manifest, with the checksums of all files, is written last. At any time, the
@@ -76,70 +90,72 @@ class Shelf:
 
     def __init__(self, folder: Path, about: Mapping[str, Any]) -> None:
         self.folder, self.about = folder, json.loads(json.dumps(about))
-        self.pieces: list[Entry] = []
-        self.states: list[Entry] = []
-        self._before: list[Entry] = []
+        self.pieces: list[CheckpointFile] = []
+        self.states: list[CheckpointFile] = []
+        self._previous: list[CheckpointFile] = []
         self._written = 0
 
-    def find(self) -> None:
+    def load_manifest(self) -> None:
         """Read the manifest of an earlier fit.
 
         Raises:
             CheckpointError: No manifest is complete, or it belongs to another fit.
         """
-        manifest, file = self._manifest()
-        same(manifest["about"], self.about, self.folder)
-        if manifest["software"] != software():
-            a, b = manifest["software"], software()
+        manifest, file = self._read_manifest()
+        check_same_fit(manifest["about"], self.about, self.folder)
+        if manifest["software"] != environment():
+            a, b = manifest["software"], environment()
             changes = [f"{k} {a.get(k)} is now {b[k]}" for k in b if a.get(k) != b[k]]
             warnings.warn(
                 f"{self.folder} goes on with other software or hardware ({', '.join(changes)}): "
                 "the result is as good, but not the same to the bit.",
                 stacklevel=2,
             )
-        self.pieces = [Entry.parsed(entry, file) for entry in manifest["pieces"]]
-        self.states = [Entry.parsed(entry, file) for entry in manifest["states"]]
-        self._before, self._written = [*self.pieces, *self.states], manifest["written"]
+        self.pieces = [CheckpointFile.from_manifest(entry, file) for entry in manifest["pieces"]]
+        self.states = [CheckpointFile.from_manifest(entry, file) for entry in manifest["states"]]
+        self._previous, self._written = [*self.pieces, *self.states], manifest["written"]
 
-    def read(self, entry: Entry) -> Any:
+    def read(self, entry: CheckpointFile) -> Any:
         """Read a state; None, with a warning, if the file is damaged."""
         try:
-            return read_state(self.folder / entry.name, entry.seal)
+            return read_state(self.folder / entry.name, entry.checksum)
         except CheckpointError as error:
             warnings.warn(f"{error} Going on from what came before it.", stacklevel=4)
             return None
 
-    def put_piece(self, what: str, place: int, state: Any) -> None:
+    def save_result(self, what: str, place: int, state: Any) -> None:
         """Save the result of a finished piece; the states of that piece are removed."""
-        entry = self._put("piece", what, place, state)
+        entry = self._write("piece", what, place, state)
         if entry is not None:
-            self._name([*self.pieces[: place - 1], entry], [])
+            self._write_manifest([*self.pieces[: place - 1], entry], [])
 
-    def put_state(self, what: str, place: int, state: Any) -> None:
+    def save_state(self, what: str, place: int, state: Any) -> None:
         """Save a state of the present piece; the last two states are kept."""
-        entry = self._put("state", what, place, state)
+        entry = self._write("state", what, place, state)
         if entry is not None:
-            self._name(self.pieces, [entry, *(s for s in self.states[:1] if s.place == place)])
+            self._write_manifest(
+                self.pieces, [entry, *(s for s in self.states[:1] if s.place == place)]
+            )
 
-    def drop(self, place: int) -> None:
+    def discard_from(self, place: int) -> None:
         """Forget a piece and all pieces after it."""
         self.pieces, self.states = self.pieces[: place - 1], []
 
-    def sweep(self) -> None:
+    def remove_stale_files(self) -> None:
         """Remove files that neither the manifest nor the one before it names."""
-        named = {entry.name for entry in [*self.pieces, *self.states, *self._before]}
+        named = {entry.name for entry in [*self.pieces, *self.states, *self._previous]}
         for file in self.folder.iterdir():
             if NAME.fullmatch(file.name) and file.name not in named:
                 file.unlink()
 
-    def _put(self, kind: str, what: str, place: int, state: Any) -> Entry | None:
+    def _write(self, kind: str, what: str, place: int, state: Any) -> CheckpointFile | None:
         self._written += 1
         name = f"{kind}-{self._written:04d}.safetensors"
-        with said(self.folder):
-            return Entry(name, what, place, write_state(self.folder / name, state))
+        with warn_if_unwritable(self.folder):
+            return CheckpointFile(name, what, place, write_state(self.folder / name, state))
         return None
 
-    def _name(self, pieces: list[Entry], states: list[Entry]) -> None:
+    def _write_manifest(self, pieces: list[CheckpointFile], states: list[CheckpointFile]) -> None:
         """Write the manifest, and remove files that neither it nor the previous one names."""
         file = self.folder / MANIFEST
         manifest = {
@@ -147,19 +163,19 @@ class Shelf:
             "written": self._written,
             "when": time.strftime("%Y-%m-%d %H:%M:%S"),
             "about": self.about,
-            "software": software(),
-            "pieces": [entry.written() for entry in pieces],
-            "states": [entry.written() for entry in states],
+            "software": environment(),
+            "pieces": [entry.to_manifest() for entry in pieces],
+            "states": [entry.to_manifest() for entry in states],
         }
         self.pieces, self.states = pieces, states
-        with said(self.folder):
+        with warn_if_unwritable(self.folder):
             if file.exists():
                 os.replace(file, self.folder / PREVIOUS)
-            write_json(file, sealed(manifest))
-            self.sweep()
-            self._before = [*pieces, *states]
+            write_json(file, with_checksum(manifest))
+            self.remove_stale_files()
+            self._previous = [*pieces, *states]
 
-    def _manifest(self) -> tuple[dict[str, Any], Path]:
+    def _read_manifest(self) -> tuple[dict[str, Any], Path]:
         """The newest manifest that is undamaged, and its file."""
         wrong: list[str] = []
         for name in (MANIFEST, PREVIOUS):
@@ -168,7 +184,7 @@ class Shelf:
                 found = read_json(file)
                 if not isinstance(found, dict) or found.get("format") != FORMAT:
                     raise CheckpointError(f"{file} is no manifest of format {FORMAT}.")
-                if found != sealed(found):
+                if found != with_checksum(found):
                     raise CheckpointError(f"{file} has another checksum than when it was written.")
                 if not all(isinstance(found.get(key), kind) for key, kind in FIELDS.items()):
                     raise CheckpointError(f"{file} is not a file that flowvi wrote.")
@@ -182,9 +198,9 @@ class Shelf:
 
 
 @contextmanager
-def opened(
+def open_checkpoint(
     folder: Path | None, about: Mapping[str, Any], resume: bool = False
-) -> Iterator[Shelf | None]:
+) -> Iterator[CheckpointFolder | None]:
     """Open and lock the checkpoint folder of a fit for the duration of the block.
 
     With several processes, the first one writes and all read; no process starts before all
@@ -203,28 +219,28 @@ def opened(
         yield None
         return
     made(folder, "a checkpoint")
-    shelf = Shelf(folder, about)
-    with locked(folder) if distributed.rank() == 0 else _unlocked():
+    shelf = CheckpointFolder(folder, about)
+    with lock_folder(folder) if distributed.rank() == 0 else _unlocked():
         if any((folder / name).exists() for name in (MANIFEST, PREVIOUS)):
             if not resume:
                 raise CheckpointError(
                     f"{folder} holds the checkpoint of an earlier fit. Pass resume=True to go on "
                     "with it, or name another folder."
                 )
-            shelf.find()
-        distributed.meet()
+            shelf.load_manifest()
+        distributed.barrier()
         if distributed.rank() == 0:
-            shelf.sweep()
+            shelf.remove_stale_files()
         yield shelf
 
 
 @contextmanager
-def said(folder: Path) -> Iterator[None]:
+def warn_if_unwritable(folder: Path) -> Iterator[None]:
     """Turn an error of writing, such as a full disk, into a warning."""
     try:
         yield
     except (OSError, CheckpointError) as error:
-        reason = why(error) if isinstance(error, OSError) else error
+        reason = error_reason(error) if isinstance(error, OSError) else error
         warnings.warn(
             f"{folder}: the checkpoint could not be written ({reason}). The fit goes on, and what "
             "was written before stays.",
@@ -232,20 +248,22 @@ def said(folder: Path) -> Iterator[None]:
         )
 
 
-def sealed(manifest: Mapping[str, Any]) -> dict[str, Any]:
+def with_checksum(manifest: Mapping[str, Any]) -> dict[str, Any]:
     """A manifest with a checksum of its other entries."""
     rest = {key: value for key, value in manifest.items() if key != "sha256"}
     text = json.dumps(rest, sort_keys=True)
     return {**rest, "sha256": hashlib.sha256(text.encode()).hexdigest()}
 
 
-def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where: str = "") -> None:
+def check_same_fit(
+    saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where: str = ""
+) -> None:
     """Refuse a checkpoint of another fit; the message names the first difference."""
     for key in [*saved, *(k for k in here if k not in saved)]:
         a, b = saved.get(key), here.get(key)
         name = f"{where} '{key}'".strip()
         if isinstance(a, dict) and isinstance(b, dict):
-            same(a, b, folder, name)
+            check_same_fit(a, b, folder, name)
         elif not _equal(a, b):
             raise CheckpointError(
                 f"{folder} is the checkpoint of another fit: {name} was {_or_absent(a)} there and "
@@ -253,7 +271,7 @@ def same(saved: Mapping[str, Any], here: Mapping[str, Any], folder: Path, where:
             )
 
 
-def software() -> dict[str, Any]:
+def environment() -> dict[str, Any]:
     """Versions and hardware, on which the last bits of a result depend."""
     return {
         "flowvi": __version__,

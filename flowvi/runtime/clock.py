@@ -18,7 +18,7 @@ from flowvi.runtime import distributed
 
 T = TypeVar("T")
 
-HEARD = (
+INTERRUPT_NOTICE = (
     "Interrupted: the fit ends with the best so far, and says what it does meanwhile. Interrupt it "
     "again to stop at once."
 )
@@ -26,11 +26,11 @@ _CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
 
 
 class Interrupted(Exception):
-    """The user interrupted the fit; `judged` holds the best guide so far, if there is one."""
+    """The user interrupted the fit; `evaluation` holds the best guide so far, if there is one."""
 
     def __init__(self, judged: Any = None) -> None:
         super().__init__("interrupted")
-        self.judged = judged
+        self.evaluation = judged
 
 
 @dataclass
@@ -45,18 +45,22 @@ class Clock:
     began: float = field(default_factory=time.perf_counter)
     _asked: bool = False
     _droppable: bool = False
-    _heard: tuple[bool, float] | None = None
+    _received: tuple[bool, float] | None = None
 
     @property
     def interrupted(self) -> bool:
         """Whether the first process was asked to stop the fit."""
-        return bool(distributed.agreed(self._asked)) if self._heard is None else self._heard[0]
+        return (
+            bool(distributed.broadcast_number(self._asked))
+            if self._received is None
+            else self._received[0]
+        )
 
     def interrupt(self) -> None:
         """Ask the fit to stop after its present step; the second call stops it at once.
 
         Raises:
-            Interrupted: The present work is `droppable`.
+            Interrupted: The present work is `abort_on_interrupt`.
             KeyboardInterrupt: This is the second call.
         """
         if self._asked:
@@ -65,56 +69,60 @@ class Clock:
         if self._droppable:
             raise Interrupted
 
-    def asked_alone(self) -> bool:
+    def interrupted_here(self) -> bool:
         """Whether a fit of a single process was asked to stop; false with several processes."""
         return self._asked and distributed.size() == 1
 
-    def set(self, seconds: float) -> None:
+    def go_on_from(self, seconds: float) -> None:
         """Continue from a number of elapsed seconds."""
         self.began = time.perf_counter() - seconds
 
     @property
     def seconds(self) -> float:
         """Seconds since the beginning, by the clock of the first process."""
-        return distributed.agreed(self.own_seconds) if self._heard is None else self._heard[1]
+        return (
+            distributed.broadcast_number(self.local_seconds)
+            if self._received is None
+            else self._received[1]
+        )
 
-    def told(self) -> tuple[bool, float]:
-        """Whether this process was asked to stop, and its seconds, for `hear`."""
-        return self._asked, self.own_seconds
+    def status(self) -> tuple[bool, float]:
+        """Whether this process was asked to stop, and its seconds, for `receive`."""
+        return self._asked, self.local_seconds
 
-    def hear(self, asked: float, seconds: float) -> None:
+    def receive(self, asked: float, seconds: float) -> None:
         """Use the values that the first process sent with a step."""
-        self._heard = bool(asked), seconds
+        self._received = bool(asked), seconds
 
     @contextmanager
-    def listening(self) -> Iterator[None]:
-        """Inside the block, use the values of `hear` instead of a broadcast at each question."""
+    def synchronized(self) -> Iterator[None]:
+        """Inside the block, use the values of `receive` instead of a broadcast at each question."""
         try:
             yield
         finally:
-            self._heard = None
+            self._received = None
 
     @property
-    def own_seconds(self) -> float:
+    def local_seconds(self) -> float:
         """Seconds since the beginning, by the clock of this process."""
         return time.perf_counter() - self.began
 
     @property
-    def left(self) -> float:
+    def seconds_left(self) -> float:
         """Seconds until the end of the budget."""
         return math.inf if self.budget is None else self.budget - self.seconds
 
-    def spent(self, share: float = 1.0) -> bool:
+    def budget_spent(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent."""
         return self.budget is not None and self.seconds >= share * self.budget
 
-    def over(self, share: float = 1.0) -> bool:
+    def out_of_time(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent, or the fit was interrupted."""
-        return self.spent(share) or self.interrupted
+        return self.budget_spent(share) or self.interrupted
 
 
 @contextmanager
-def droppable(drop: bool = True) -> Iterator[None]:
+def abort_on_interrupt(drop: bool = True) -> Iterator[None]:
     """Work that the result does not need: an interrupt of the fit ends the block at once.
 
     With several processes the block runs to its end, since no process may stop alone.
@@ -131,19 +139,19 @@ def droppable(drop: bool = True) -> Iterator[None]:
         return
     before, clock._droppable = clock._droppable, drop
     try:
-        if drop and clock.asked_alone():
+        if drop and clock.interrupted_here():
             raise Interrupted
         yield
     finally:
         clock._droppable = before
 
 
-def up_to_now(items: Iterator[T]) -> Iterator[T]:
+def until_interrupted(items: Iterator[T]) -> Iterator[T]:
     """Yield items until the fit is asked to stop; the first item comes in any case."""
     yield next(items)
     while True:
         try:
-            with droppable():
+            with abort_on_interrupt():
                 item = next(items)
         except (Interrupted, StopIteration):
             return
@@ -162,7 +170,7 @@ def interruptible(clock: Clock) -> Iterator[None]:
 
     def pressed(number: int, frame: FrameType | None) -> None:
         if not clock._asked:
-            _say(HEARD)
+            _write_notice(INTERRUPT_NOTICE)
         clock.interrupt()
 
     if own:
@@ -175,7 +183,7 @@ def interruptible(clock: Clock) -> Iterator[None]:
         _CURRENT.reset(token)
 
 
-def _say(words: str) -> None:
+def _write_notice(words: str) -> None:
     """Write a line to the error stream, also from a signal handler."""
     try:
         sys.stderr.write(f"\n{words}\n")

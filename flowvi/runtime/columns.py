@@ -35,7 +35,7 @@ class Columns(Generic[Name]):
         found = {k: p.cpu().numpy() if isinstance(p, Tensor) else p for k, p in pieces.items()}
         if not self.arrays:
             each = sum(p[:1].nbytes for p in found.values())
-            make = _on_disk if self.n * each > memory.tabled() else np.empty
+            make = _on_disk if self.n * each > memory.table_bytes() else np.empty
             self.arrays = {k: make((self.n, *p.shape[1:]), p.dtype) for k, p in found.items()}
         begin = self.filled
         for name, piece in found.items():

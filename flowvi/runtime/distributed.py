@@ -19,31 +19,31 @@ from torch import Tensor
 
 def size() -> int:
     """Number of processes P; 1 outside a group."""
-    return dist.get_world_size() if _grouped() else 1
+    return dist.get_world_size() if _is_initialized() else 1
 
 
 def rank() -> int:
     """Number of this process, from 0."""
-    return dist.get_rank() if _grouped() else 0
+    return dist.get_rank() if _is_initialized() else 0
 
 
-def averaged(
-    bound: Tensor, gradient: Tensor, told: Sequence[float] = (), dtype: torch.dtype | None = None
+def all_reduce_mean(
+    bound: Tensor, gradient: Tensor, extra: Sequence[float] = (), dtype: torch.dtype | None = None
 ) -> tuple[Tensor, Tensor, list[float]]:
     """Means over the processes of a scalar and of a vector (P), in one exchange.
 
     Args:
         bound: The scalar, ().
         gradient: The vector, (P).
-        told: Numbers that the first process sends to the others.
+        extra: Numbers that the first process sends to the others.
         dtype: Precision in which the vector travels; its own by default.
 
     Returns:
         Both means, and the numbers of the first process.
     """
     if size() == 1:
-        return bound, gradient, list(told)
-    own = told if rank() == 0 else [0.0] * len(told)
+        return bound, gradient, list(extra)
+    own = extra if rank() == 0 else [0.0] * len(extra)
     numbers = torch.cat([bound.detach().double().reshape(1), bound.new_tensor(own).double()])
     # The rounding error of a number in single precision is sent beside it.
     high = numbers.to(dtype or gradient.dtype)
@@ -55,7 +55,7 @@ def averaged(
     return sums[0] / size(), mean.to(gradient) / size(), sums[1:].tolist()
 
 
-def agreed(value: float) -> float:
+def broadcast_number(value: float) -> float:
     """The value of the first process, such as a clock's time or a callback's answer."""
     if size() == 1:
         return value
@@ -65,7 +65,7 @@ def agreed(value: float) -> float:
     return float(told)
 
 
-def shared(vector: Tensor) -> Tensor:
+def broadcast(vector: Tensor) -> Tensor:
     """The vector of the first process, in all processes."""
     if size() > 1:
         vector = vector.clone()
@@ -73,16 +73,16 @@ def shared(vector: Tensor) -> Tensor:
     return vector
 
 
-def meet() -> None:
+def barrier() -> None:
     """Wait until all processes are here."""
     if size() > 1:
         dist.barrier()
 
 
 @contextmanager
-def launched() -> Iterator[None]:
+def join_process_group() -> Iterator[None]:
     """Join the group of `torchrun`, if that started this process."""
-    if not (dist.is_available() and dist.is_torchelastic_launched()) or _grouped():
+    if not (dist.is_available() and dist.is_torchelastic_launched()) or _is_initialized():
         yield
         return
     cuda = torch.cuda.is_available()
@@ -95,5 +95,5 @@ def launched() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def _grouped() -> bool:
+def _is_initialized() -> bool:
     return dist.is_available() and dist.is_initialized()

@@ -1,6 +1,6 @@
 """Files that are complete or absent, and checksums that readers verify.
 
-A writer returns a `Seal`, the size and checksum of the file. A reader that is given it refuses
+A writer returns a `Checksum`, the size and checksum of the file. A reader that is given it refuses
 a file that differs.
 """
 
@@ -32,7 +32,7 @@ class CheckpointError(ValueError):
     """A file or a folder does not hold what flowvi wrote there."""
 
 
-class Seal(NamedTuple):
+class Checksum(NamedTuple):
     """Size and checksum of a file.
 
     Attributes:
@@ -47,7 +47,7 @@ class Seal(NamedTuple):
 # Writing.
 
 
-def folder(where: str | os.PathLike[str], what: str) -> Path:
+def make_folder(where: str | os.PathLike[str], what: str) -> Path:
     """A folder to write to, made if it does not exist.
 
     Raises:
@@ -67,7 +67,7 @@ def folder(where: str | os.PathLike[str], what: str) -> Path:
 
 
 @contextmanager
-def replaced(file: Path) -> Iterator[Path]:
+def atomic_replace(file: Path) -> Iterator[Path]:
     """A temporary file that replaces another file when the block ends without an error.
 
     The temporary file lies beside the other file and gets its mode. If the other file is a
@@ -98,7 +98,7 @@ def replaced(file: Path) -> Iterator[Path]:
     except OSError as error:
         if error.errno is None:
             raise
-        raise OSError(error.errno, why(error), str(file)) from error
+        raise OSError(error.errno, error_reason(error), str(file)) from error
 
 
 @contextmanager
@@ -112,57 +112,57 @@ def _unlinked_after(part: Path) -> Iterator[None]:
         raise
 
 
-def why(error: OSError) -> str:
+def error_reason(error: OSError) -> str:
     """The reason of an operating system error, without its number and file names."""
     return error.strerror or str(error)
 
 
-def write_whole(file: Path, content: bytes | memoryview) -> Seal:
+def write_atomic(file: Path, content: bytes | memoryview) -> Checksum:
     """Write a file completely, or leave it unchanged.
 
     Raises:
-        OSError: As for `replaced`.
+        OSError: As for `atomic_replace`.
     """
-    with replaced(file) as part:
+    with atomic_replace(file) as part:
         part.write_bytes(content)
-    return Seal(len(content), hashlib.sha256(content).hexdigest())
+    return Checksum(len(content), hashlib.sha256(content).hexdigest())
 
 
-def write_json(file: Path, content: Any) -> Seal:
+def write_json(file: Path, content: Any) -> Checksum:
     """Write lists, dictionaries with names as keys, numbers and text."""
-    return write_whole(file, json.dumps(content, indent=1).encode())
+    return write_atomic(file, json.dumps(content, indent=1).encode())
 
 
 # Reading.
 
 
-def read_whole(file: Path, seal: Seal | None = None) -> bytes:
+def read_checked(file: Path, checksum: Checksum | None = None) -> bytes:
     """Read a file and verify its size and checksum, if they are given.
 
     Raises:
         CheckpointError: The file is missing, empty, no regular file, or differs from the seal.
     """
-    with _opened(file, seal) as source:
+    with _opened(file, checksum) as source:
         content = source.read()
-    if seal is not None and hashlib.sha256(content).hexdigest() != seal.sha256:
+    if checksum is not None and hashlib.sha256(content).hexdigest() != checksum.sha256:
         raise CheckpointError(f"{file} has another checksum than when it was written: damaged?")
     return content
 
 
-def read_start(file: Path, size: int, seal: Seal | None = None) -> bytes:
+def read_prefix(file: Path, size: int, checksum: Checksum | None = None) -> bytes:
     """Read the first bytes of a file, and verify its size."""
-    with _opened(file, seal) as source:
+    with _opened(file, checksum) as source:
         return source.read(size)
 
 
-def read_json(file: Path, seal: Seal | None = None) -> Any:
+def read_json(file: Path, checksum: Checksum | None = None) -> Any:
     """Read a file of JSON."""
-    if len(read_start(file, LONGEST_TEXT + 1)) > LONGEST_TEXT:
+    if len(read_prefix(file, LONGEST_TEXT + 1)) > LONGEST_TEXT:
         raise CheckpointError(f"{file} is longer than any that flowvi writes.")
-    return parsed(read_whole(file, seal), file)
+    return parse_json(read_checked(file, checksum), file)
 
 
-def parsed(text: bytes, file: Path) -> Any:
+def parse_json(text: bytes, file: Path) -> Any:
     """Read JSON that was found in a file."""
     try:
         return json.loads(text)
@@ -174,7 +174,7 @@ def parsed(text: bytes, file: Path) -> Any:
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Lock a folder against other runs for the duration of the block, and sweep it.
 
     The lock ends with the process, also after a crash.
@@ -200,13 +200,13 @@ def locked(folder: Path) -> Iterator[None]:
             os.ftruncate(handle, 0)
             words = f"process {os.getpid()} on {socket.gethostname()}, {since}"
             os.pwrite(handle, words.encode(), 0)
-        sweep(folder)
+        remove_partial_files(folder)
         yield
     finally:
         os.close(handle)
 
 
-def owner(folder: Path) -> str:
+def lock_owner(folder: Path) -> str:
     """The process of the run that has locked a folder; empty if none has."""
     try:
         handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
@@ -224,7 +224,7 @@ def owner(folder: Path) -> str:
 
 
 @contextmanager
-def kept(folder: Path) -> Iterator[bool]:
+def hold_folder(folder: Path) -> Iterator[bool]:
     """Lock a folder for one command, without a lock file; yields whether the lock was free.
 
     The lock ends with the process. On file systems without such locks it is always free.
@@ -244,7 +244,7 @@ def kept(folder: Path) -> Iterator[bool]:
         os.close(handle)
 
 
-def sweep(folder: Path) -> None:
+def remove_partial_files(folder: Path) -> None:
     """Remove temporary files that crashes have left."""
     for file in folder.iterdir():
         if PART.fullmatch(file.name) and not file.is_symlink():
@@ -255,7 +255,7 @@ def sweep(folder: Path) -> None:
 
 
 @contextmanager
-def _opened(file: Path, seal: Seal | None) -> Iterator[BinaryIO]:
+def _opened(file: Path, checksum: Checksum | None) -> Iterator[BinaryIO]:
     try:
         # A pipe would keep a reader waiting.
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
@@ -274,9 +274,9 @@ def _opened(file: Path, seal: Seal | None) -> Iterator[BinaryIO]:
             raise CheckpointError(f"{file} is no regular file.")
         if found.st_size == 0:
             raise CheckpointError(f"{file} is empty (0 bytes): an incomplete write?")
-        if seal is not None and found.st_size != seal.size:
+        if checksum is not None and found.st_size != checksum.size:
             raise CheckpointError(
-                f"{file} has {found.st_size} bytes where {seal.size} were written: it was cut "
+                f"{file} has {found.st_size} bytes where {checksum.size} were written: it was cut "
                 "off or changed."
             )
         with os.fdopen(handle, "rb", closefd=False) as source:

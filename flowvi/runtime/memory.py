@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten
 
-from flowvi.runtime.torch_modes import Watch
+from flowvi.runtime.torch_modes import EagerDispatchMode
 
 MaxMemory = int | str | None
 
@@ -38,7 +38,7 @@ ANY = 10**9
 _LIMIT: ContextVar[int | None] = ContextVar("max_memory", default=None)
 
 
-def parse(max_memory: int | str, name: str = "max_memory") -> int:
+def parse_size(max_memory: int | str, name: str = "max_memory") -> int:
     """Bytes of a number, or of words such as "500MB" or "2 GiB".
 
     Raises:
@@ -64,25 +64,25 @@ def limit() -> int:
     if asked is not None:
         return asked
     word = os.environ.get(VARIABLE)
-    return parse(word, f"The variable {VARIABLE}") if word else DEFAULT
+    return parse_size(word, f"The variable {VARIABLE}") if word else DEFAULT
 
 
 @contextmanager
-def limited(max_memory: MaxMemory) -> Iterator[None]:
+def memory_limit(max_memory: MaxMemory) -> Iterator[None]:
     """Set the limit for what is evaluated inside; None leaves it as it is."""
-    token = _LIMIT.set(limit() if max_memory is None else parse(max_memory))
+    token = _LIMIT.set(limit() if max_memory is None else parse_size(max_memory))
     try:
         yield
     finally:
         _LIMIT.reset(token)
 
 
-def evaluated() -> int:
+def evaluation_bytes() -> int:
     """Bytes of the limit for the tensors of an evaluation."""
     return int(EVALUATED * limit())
 
 
-def tabled() -> int:
+def table_bytes() -> int:
     """Bytes of the limit for a table of results; a larger one lies on disk."""
     return int(TABLED * limit())
 
@@ -91,27 +91,27 @@ class Cost(NamedTuple):
     """Bytes that an evaluation takes for any number of points, and for each of them."""
 
     fixed: float
-    each: float
+    per_point: float
 
-    def fits(self, size: int, most: int = MOST) -> int:
+    def points_within(self, size: int, most: int = MOST) -> int:
         """How many points fit into a number of bytes; one, where none does."""
-        return int(np.clip((size - self.fixed) // self.each, 1, most))
+        return int(np.clip((size - self.fixed) // self.per_point, 1, most))
 
 
-def cost(function: Callable[[int], object]) -> Cost:
+def measure_cost(function: Callable[[int], object]) -> Cost:
     """Measure the memory of a function, from calls with one point and with several.
 
     Args:
         function: Takes a number of points. A first call is not measured.
     """
     function(1)
-    one = peak(lambda: function(1))
+    one = peak_bytes(lambda: function(1))
     more = int(np.clip(PIECE // max(one, 1), 1, 16))
-    each = max((peak(lambda: function(1 + more)) - one) / more, 1.0)
+    each = max((peak_bytes(lambda: function(1 + more)) - one) / more, 1.0)
     return Cost(max(one - each, 0.0), each)
 
 
-def peak(function: Callable[[], object]) -> int:
+def peak_bytes(function: Callable[[], object]) -> int:
     """The most bytes that tensors made by a function hold at the same time.
 
     Temporary memory inside of an operation is not counted.
@@ -122,7 +122,7 @@ def peak(function: Callable[[], object]) -> int:
     return meter.most
 
 
-class _Meter(Watch):
+class _Meter(EagerDispatchMode):
     """Counts the memory of tensors when operations make them, and when it is freed."""
 
     def __init__(self) -> None:

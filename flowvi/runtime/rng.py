@@ -10,14 +10,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.runtime.arguments import whole
+from flowvi.runtime.arguments import check_integer
 
 # Torch's generators and Pyro's handlers belong to the process, not to a thread.
 _TURN = threading.RLock()
 
 
 @contextmanager
-def own_randomness(seed: int | None = None) -> Iterator[None]:
+def isolated_rng(seed: int | None = None) -> Iterator[None]:
     """Restore torch's random states after the block. One thread at a time enters; others wait.
 
     Args:
@@ -30,25 +30,25 @@ def own_randomness(seed: int | None = None) -> Iterator[None]:
         yield
 
 
-def random_state() -> list[Tensor]:
+def get_rng_state() -> list[Tensor]:
     """States of torch's generators: that of the CPU, then those of GPUs in use."""
     used = torch.cuda.is_initialized()
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if used else [])]
 
 
-def set_random_state(state: Sequence[Tensor]) -> None:
+def set_rng_state(state: Sequence[Tensor]) -> None:
     """Set torch's generators to saved states."""
     torch.set_rng_state(state[0])
     if len(state) > 1:
         torch.cuda.set_rng_state_all(list(state[1:]))
 
 
-def stream(seed: int, *purpose: int) -> int:
+def derive_seed(seed: int, *purpose: int) -> int:
     """Derive a seed for one purpose, independent of other purposes and other seeds.
 
     Args:
         seed: The user's seed.
         *purpose: Whole numbers that name the purpose.
     """
-    source = np.random.SeedSequence(whole("seed", seed, 0), spawn_key=purpose)
+    source = np.random.SeedSequence(check_integer("seed", seed, 0), spawn_key=purpose)
     return int(source.generate_state(1, np.uint64)[0] >> np.uint64(1))

@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from flowvi.runtime.files import (
     LONGEST_TEXT,
     CheckpointError,
-    Seal,
-    parsed,
-    read_start,
-    read_whole,
-    write_whole,
+    Checksum,
+    parse_json,
+    read_checked,
+    read_prefix,
+    write_atomic,
 )
 
 # Key of the text of a state in a file of tensors, and of the reference to a tensor in that text.
@@ -34,44 +34,44 @@ TYPES = {
 }
 
 
-def packed(tensors: Mapping[str, Tensor], text: str = "") -> bytes:
+def serialize(tensors: Mapping[str, Tensor], text: str = "") -> bytes:
     """The content of a file of tensors by name, and of a text beside them."""
     whole = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
     return save(whole, {TEXT: text} if text else None)
 
 
-def write_state(file: Path, state: Any) -> Seal:
+def write_state(file: Path, state: Any) -> Checksum:
     """Write lists and dictionaries of tensors, numbers, text and None as one file."""
     tensors: dict[str, Tensor] = {}
-    text = json.dumps(_taken_apart(state, tensors))
-    return write_whole(file, packed(tensors, text))
+    text = json.dumps(_split_tensors(state, tensors))
+    return write_atomic(file, serialize(tensors, text))
 
 
-def tensors_of(module: nn.Module) -> dict[str, Tensor]:
+def cpu_state_dict(module: nn.Module) -> dict[str, Tensor]:
     """All parameters and buffers of a module by name, as copies on the CPU."""
     return {k: v.detach().cpu().contiguous().clone() for k, v in module.state_dict().items()}
 
 
-def read_tensors(file: Path, seal: Seal | None = None) -> dict[str, Tensor]:
+def read_tensors(file: Path, checksum: Checksum | None = None) -> dict[str, Tensor]:
     """Read the tensors of a file by name, on the CPU."""
-    _header(file, seal)
-    return _loaded(read_whole(file, seal), file)
+    _header(file, checksum)
+    return _loaded(read_checked(file, checksum), file)
 
 
-def read_state(file: Path, seal: Seal | None = None) -> Any:
+def read_state(file: Path, checksum: Checksum | None = None) -> Any:
     """Read what `write_state` wrote."""
-    text = _header(file, seal).get("__metadata__", {}).get(TEXT, "")
-    tensors = read_tensors(file, seal)
+    text = _header(file, checksum).get("__metadata__", {}).get(TEXT, "")
+    tensors = read_tensors(file, checksum)
     try:
-        return _put_together(parsed(text.encode(), file), tensors)
+        return _join_tensors(parse_json(text.encode(), file), tensors)
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{file} is not a file that flowvi wrote: {error}.") from None
 
 
-def read_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None:
+def read_module(file: Path, module: nn.Module, checksum: Checksum | None = None) -> None:
     """Load all parameters and buffers of a module from a file, after checking their shapes."""
-    check_module(file, module, seal)
-    tensors = read_tensors(file, seal)
+    check_module(file, module, checksum)
+    tensors = read_tensors(file, checksum)
     check_finite(file, tensors, module.state_dict())
     module.load_state_dict(tensors)
 
@@ -93,13 +93,13 @@ def check_finite(file: Path, found: Mapping[str, Tensor], own: Mapping[str, Tens
             )
 
 
-def check_module(file: Path, module: nn.Module, seal: Seal | None = None) -> None:
+def check_module(file: Path, module: nn.Module, checksum: Checksum | None = None) -> None:
     """Compare names, shapes and types of a file's tensors with those of a module.
 
     Raises:
         CheckpointError: A tensor is missing, too many, or of another shape or kind.
     """
-    header = {k: v for k, v in _header(file, seal).items() if k != "__metadata__"}
+    header = {k: v for k, v in _header(file, checksum).items() if k != "__metadata__"}
     try:
         shapes = {k: (tuple(v["shape"]), TYPES[v["dtype"]]) for k, v in header.items()}
     except (KeyError, TypeError):
@@ -107,24 +107,24 @@ def check_module(file: Path, module: nn.Module, seal: Seal | None = None) -> Non
     _compare(module, shapes, file)
 
 
-def fill(module: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
+def load_tensors(module: nn.Module, tensors: Mapping[str, Tensor], where: object) -> None:
     """Load all parameters and buffers of a module, after checking names, shapes and types.
 
     Args:
         module: Changed in place.
-        tensors: By name, as `tensors_of` made them.
+        tensors: By name, as `cpu_state_dict` made them.
         where: Where the tensors come from, for messages.
     """
     _compare(module, {k: (tuple(v.shape), v.dtype) for k, v in tensors.items()}, where)
     module.load_state_dict(dict(tensors))
 
 
-def _header(file: Path, seal: Seal | None) -> dict[str, Any]:
+def _header(file: Path, checksum: Checksum | None) -> dict[str, Any]:
     """The description of the tensors at the beginning of a file."""
-    length = int.from_bytes(read_start(file, 8, seal), "little")
+    length = int.from_bytes(read_prefix(file, 8, checksum), "little")
     if length > LONGEST_TEXT:
         raise CheckpointError(f"{file} is not a file that flowvi wrote: its header is too long.")
-    header = parsed(read_start(file, 8 + length)[8:], file)
+    header = parse_json(read_prefix(file, 8 + length)[8:], file)
     if not isinstance(header, dict) or not all(isinstance(v, dict) for v in header.values()):
         raise CheckpointError(f"{file} is not a file that flowvi wrote.")
     return header
@@ -155,7 +155,7 @@ def _words(tensor: tuple[tuple[int, ...], torch.dtype] | None) -> str:
     return "absent" if tensor is None else f"{tensor[0]} of {tensor[1]}"
 
 
-def _taken_apart(state: Any, tensors: dict[str, Tensor]) -> Any:
+def _split_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
     """The state as JSON has it, with its tensors moved to a table."""
     if isinstance(state, Tensor):
         name = str(len(tensors))
@@ -163,19 +163,19 @@ def _taken_apart(state: Any, tensors: dict[str, Tensor]) -> Any:
         return {TENSOR: name}
     if isinstance(state, Mapping):
         # Pairs, for keys need not be text, and one may be called like the reference.
-        return {"dict": [[k, _taken_apart(v, tensors)] for k, v in state.items()]}
+        return {"dict": [[k, _split_tensors(v, tensors)] for k, v in state.items()]}
     if isinstance(state, list | tuple):
-        return [_taken_apart(v, tensors) for v in state]
+        return [_split_tensors(v, tensors) for v in state]
     if state is None or isinstance(state, str | int | float):
         return state
     raise TypeError(f"A state holds tensors, numbers and text; got {type(state).__name__}.")
 
 
-def _put_together(text: Any, tensors: Mapping[str, Tensor]) -> Any:
+def _join_tensors(text: Any, tensors: Mapping[str, Tensor]) -> Any:
     if isinstance(text, list):
-        return [_put_together(v, tensors) for v in text]
+        return [_join_tensors(v, tensors) for v in text]
     if not isinstance(text, dict):
         return text
     if "dict" in text:
-        return {k: _put_together(v, tensors) for k, v in text["dict"]}
+        return {k: _join_tensors(v, tensors) for k, v in text["dict"]}
     return tensors[text[TENSOR]]

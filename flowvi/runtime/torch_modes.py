@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
-class Watch(TorchDispatchMode):
+class EagerDispatchMode(TorchDispatchMode):
     """A mode for operations that run as they come.
 
     Torch makes sure that its compiler leaves a mode alone, for which it loads the compiler:

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flowvi.guides.guide import Guide, constant
-from flowvi.runtime.rng import own_randomness
-from flowvi.samplers.hmc import Point, Space, move, space_of
+from flowvi.guides.guide import Guide, frozen
+from flowvi.runtime.rng import isolated_rng
+from flowvi.samplers.hmc import Point, SamplingSpace, hmc_transition, sampling_space
 from flowvi.targets import Target
 
 ACCEPTANCE = 0.65
@@ -23,7 +23,7 @@ PILOT_RATES = (4.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
-class Annealed:
+class AnnealedDraws:
     """Draws at the end of the path, with weights.
 
     Attributes:
@@ -43,7 +43,7 @@ class Annealed:
     acceptance: Tensor
 
 
-def anneal(
+def annealed_importance_sampling(
     target: Target,
     guide: Guide,
     n: int,
@@ -53,7 +53,7 @@ def anneal(
     leapfrog: int = 5,
     resample: bool = False,
     seed: int = 0,
-) -> Annealed:
+) -> AnnealedDraws:
     r"""Move draws of the guide towards :math:`p^a q^{1 - a}`, a = power, and weigh them.
 
     The path runs through :math:`\pi_b \propto p^b q^{1 - b}` with b from 0 to a
@@ -84,13 +84,13 @@ def anneal(
         arXiv:2208.01893: the path to p^2 / q.
     """
     _check(n, power, temperatures, leapfrog)
-    with own_randomness(seed):
-        ladder = Ladder(target, guide, power, temperatures, leapfrog, resample)
+    with isolated_rng(seed):
+        ladder = AnnealingLadder(target, guide, power, temperatures, leapfrog, resample)
         ladder.tune()
         return ladder.run(n)
 
 
-class Ladder:
+class AnnealingLadder:
     """The path from a guide through its target, with a step size for every rung.
 
     Args:
@@ -122,16 +122,18 @@ class Ladder:
 
     def tune(self) -> None:
         """Set the step sizes by a pilot run, each rung from where the one before ended."""
-        with constant(self.target, self.guide):
-            space = space_of(self.target, self.guide)
+        with frozen(self.target, self.guide):
+            space = sampling_space(self.target, self.guide)
             point = space.draw(min(PILOT, self.target.chunk()))
             for i, order in enumerate(self.orders):
                 self.steps[i] = self.steps[max(i - 1, 0)]
                 for k in range(PILOT_MOVES[min(i, 1)]):
-                    point, accepted = move(space, point, order, self.steps[i], self.leapfrog)
+                    point, accepted = hmc_transition(
+                        space, point, order, self.steps[i], self.leapfrog
+                    )
                     self._adapt(i, accepted, PILOT_RATES[min(i, 1)] / (1 + k))
 
-    def run(self, n: int, rate: float = 0.0) -> Annealed:
+    def run(self, n: int, rate: float = 0.0) -> AnnealedDraws:
         """Anneal n new draws of the guide.
 
         Args:
@@ -139,34 +141,34 @@ class Ladder:
             rate: How fast the step sizes follow the acceptance, for the runs to
                 come. Weights are unbiased given the step sizes of the run.
         """
-        with constant(self.target, self.guide):
-            space = space_of(self.target, self.guide)
-            runs = [self._climb(space, len(part)) for part in torch.ones(n).split(space.chunk)]
+        with frozen(self.target, self.guide):
+            space = sampling_space(self.target, self.guide)
+            runs = [self._run_chunk(space, len(part)) for part in torch.ones(n).split(space.chunk)]
         accepted = torch.stack([run.acceptance * len(run.z) for run in runs]).sum(0) / n
         for i, value in enumerate(accepted.tolist()):
             self._adapt(i, value, rate)
         columns = zip(*((r.z, r.log_w, r.log_p, r.log_q) for r in runs), strict=True)
         z, log_w, log_p, log_q = (torch.cat(column) for column in columns)
-        return Annealed(z, log_w, log_p, log_q, accepted)
+        return AnnealedDraws(z, log_w, log_p, log_q, accepted)
 
-    def _climb(self, space: Space, n: int) -> Annealed:
+    def _run_chunk(self, space: SamplingSpace, n: int) -> AnnealedDraws:
         point = space.draw(n)
         log_w = self.gap * point.log_w
         acceptance = []
         for order, step in zip(self.orders, self.steps, strict=True):
             if self.resample:
-                point, log_w = _resampled(point, log_w)
-            point, accepted = move(space, point, order, step, self.leapfrog)
+                point, log_w = _resample_if_uneven(point, log_w)
+            point, accepted = hmc_transition(space, point, order, step, self.leapfrog)
             acceptance.append(accepted)
             log_w = log_w + self.gap * point.log_w
-        log_p, log_q = (point.density(order) - point.volume for order in (1.0, 0.0))
-        return Annealed(point.z, log_w, log_p, log_q, torch.tensor(acceptance))
+        log_p, log_q = (point.density(order) - point.log_det for order in (1.0, 0.0))
+        return AnnealedDraws(point.z, log_w, log_p, log_q, torch.tensor(acceptance))
 
     def _adapt(self, rung: int, accepted: float, rate: float) -> None:
         self.steps[rung] *= math.exp(rate * (accepted - ACCEPTANCE))
 
 
-def _resampled(point: Point, log_w: Tensor) -> tuple[Point, Tensor]:
+def _resample_if_uneven(point: Point, log_w: Tensor) -> tuple[Point, Tensor]:
     """Points drawn by their weights, which become equal, if the weights are too uneven."""
     weights = torch.softmax(log_w, 0)
     # NaN, if none has weight: nothing to draw from.

@@ -21,31 +21,31 @@ class Point(NamedTuple):
     Attributes:
         u: Points, (n, D).
         z: Their images in the space of the target, (n, D).
-        volume: log|det dz/du|, (n).
+        log_det: log|det dz/du|, (n).
         log_q: Log density of the guide with respect to u, (n).
         log_w: Log p - log q, (n); -inf where one of them is not finite.
-        slope_q: Gradient of log_q, (n, D); zero where it is not finite.
-        slope_p: Gradient of log p, (n, D).
+        grad_log_q: Gradient of log_q, (n, D); zero where it is not finite.
+        grad_log_p: Gradient of log p, (n, D).
     """
 
     u: Tensor
     z: Tensor
-    volume: Tensor
+    log_det: Tensor
     log_q: Tensor
     log_w: Tensor
-    slope_q: Tensor
-    slope_p: Tensor
+    grad_log_q: Tensor
+    grad_log_p: Tensor
 
     def density(self, order: float) -> Tensor:
         """Log density of a rung, (n), up to a constant."""
         return self.log_q if order == 0 else self.log_q + order * self.log_w
 
-    def slope(self, order: float) -> Tensor:
+    def gradient(self, order: float) -> Tensor:
         """Its gradient, (n, D)."""
-        return (1 - order) * self.slope_q + order * self.slope_p
+        return (1 - order) * self.grad_log_q + order * self.grad_log_p
 
 
-class Space:
+class SamplingSpace:
     """Coordinates in which the guide is approximately standard normal.
 
     Abstract: a space is a map from u to z, and the density of the guide in terms of u.
@@ -84,7 +84,7 @@ class Space:
         return Point(*(t.detach() for t in found))
 
 
-class _Base(Space):
+class _BaseSpace(SamplingSpace):
     """The base space of a guide that pushes noise through a map."""
 
     guide: Pushforward
@@ -97,7 +97,7 @@ class _Base(Space):
         return z, volume, self.guide.base.log_prob(u)
 
 
-class _Whitened(Space):
+class _WhitenedSpace(SamplingSpace):
     """The space of z itself, in units of the standard deviations of the guide's draws."""
 
     def __init__(self, target: Target, guide: Guide) -> None:
@@ -117,15 +117,15 @@ class _Whitened(Space):
         return z, volume, self.guide.log_prob(z) + volume
 
 
-def space_of(target: Target, guide: Guide) -> Space:
+def sampling_space(target: Target, guide: Guide) -> SamplingSpace:
     """The base space of a guide that has one, else that of z in the guide's units."""
     if isinstance(guide, Pushforward):
-        return _Base(target, guide)
-    return _Whitened(target, guide)
+        return _BaseSpace(target, guide)
+    return _WhitenedSpace(target, guide)
 
 
-def move(
-    space: Space, point: Point, order: float, step: float, leapfrog: int
+def hmc_transition(
+    space: SamplingSpace, point: Point, order: float, step: float, leapfrog: int
 ) -> tuple[Point, float]:
     """One transition of Hamiltonian Monte Carlo, and the average acceptance probability."""
     momentum = torch.randn_like(point.u)
@@ -134,9 +134,9 @@ def move(
     size = step * (0.8 + 0.4 * torch.rand_like(point.u[:, :1]))
     end = point
     for _ in range(leapfrog):
-        momentum = momentum + 0.5 * size * end.slope(order)
+        momentum = momentum + 0.5 * size * end.gradient(order)
         end = space.at(end.u + size * momentum)
-        momentum = momentum + 0.5 * size * end.slope(order)
+        momentum = momentum + 0.5 * size * end.gradient(order)
     after = end.density(order) - 0.5 * momentum.square().sum(-1)
     # From nowhere to nowhere is no move: NaN.
     chance = (after - before).exp().clamp_max(1.0).nan_to_num(0.0)

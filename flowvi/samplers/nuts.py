@@ -17,9 +17,9 @@ from tqdm import tqdm
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import tabulate
-from flowvi.guides.guide import Guide, constant
+from flowvi.guides.guide import Guide, frozen
 from flowvi.guides.pushforward import Pushforward
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Target
 
 MAX_DEPTH = 10
@@ -27,7 +27,7 @@ MAX_DEPTH = 10
 TRIES = 100
 
 
-class Plan(NamedTuple):
+class NutsSettings(NamedTuple):
     """Lengths and number of chains.
 
     Attributes:
@@ -43,15 +43,15 @@ class Plan(NamedTuple):
     target_accept: float = 0.8
 
 
-def run_chains(
+def run_nuts(
     target: Target,
     guide: Guide,
-    plan: Plan,
+    plan: NutsSettings,
     seed: int,
     meta: Mapping[str, Any],
     *,
     progress: bool = True,
-    over: Callable[[], bool] = lambda: False,
+    out_of_time: Callable[[], bool] = lambda: False,
 ) -> Draws | None:
     r"""Sample the posterior by NUTS, in the base space of a guide.
 
@@ -70,7 +70,7 @@ def run_chains(
         seed: Seed of all chains; the caller's generators are unchanged.
         meta: Facts about the fit, kept with the draws.
         progress: Show a bar, if the error stream is a terminal.
-        over: Returns whether to give up; asked after every draw.
+        out_of_time: Returns whether to give up; asked after every draw.
 
     Returns:
         Draws of the posterior, with log q of the guide at each of them; None if given up.
@@ -79,17 +79,17 @@ def run_chains(
         Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
         Carlo using neural transport", arXiv:1903.03704.
     """
-    check_map(guide)
+    check_has_map(guide)
     assert isinstance(guide, Pushforward)
     began = time.perf_counter()
-    with own_randomness(seed), constant(guide, target):
+    with isolated_rng(seed), frozen(guide, target):
         potential = _Potential(target, guide)
         shown = progress and sys.stderr.isatty()
         total = plan.chains * (plan.warmup + plan.draws)
         with tqdm(total=total, desc="NUTS", disable=not shown, unit="step") as bar:
             runs = []
             for _ in range(plan.chains):
-                run = _chain(potential, plan, bar, over)
+                run = _chain(potential, plan, bar, out_of_time)
                 if run is None:
                     return None
                 runs.append(run)
@@ -110,7 +110,9 @@ def run_chains(
     return done
 
 
-def _statistics(runs: list[_Run], plan: Plan) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
+def _statistics(
+    runs: list[_ChainResult], plan: NutsSettings
+) -> tuple[dict[str, np.ndarray], dict[str, Any]]:
     """Numbers of each draw, (chain, draw), and of all chains together."""
     stats = {
         "diverging": np.stack([run.diverging for run in runs]),
@@ -127,7 +129,7 @@ def _statistics(runs: list[_Run], plan: Plan) -> tuple[dict[str, np.ndarray], di
     return stats, facts
 
 
-def check_map(guide: object) -> None:
+def check_has_map(guide: object) -> None:
     """Refuse a guide that does not push noise through a map."""
     if not isinstance(guide, Pushforward):
         raise ValueError(
@@ -136,7 +138,7 @@ def check_map(guide: object) -> None:
         )
 
 
-class _Run(NamedTuple):
+class _ChainResult(NamedTuple):
     """One chain: points u, (draw, D), and facts about each draw, (draw)."""
 
     u: Tensor
@@ -178,8 +180,8 @@ class _Potential:
 
 
 def _chain(
-    potential: _Potential, plan: Plan, bar: tqdm[Any], over: Callable[[], bool]
-) -> _Run | None:
+    potential: _Potential, plan: NutsSettings, bar: tqdm[Any], out_of_time: Callable[[], bool]
+) -> _ChainResult | None:
     kernel = NUTS(
         potential_fn=potential, target_accept_prob=plan.target_accept, max_tree_depth=MAX_DEPTH
     )
@@ -188,7 +190,7 @@ def _chain(
     point = kernel.initial_params
     kept, steps = [], []
     for i in range(plan.warmup + plan.draws):
-        if over():
+        if out_of_time():
             return None
         before = potential.calls
         point = kernel.sample(point)
@@ -200,7 +202,7 @@ def _chain(
     diverging = np.zeros(plan.draws, dtype=bool)
     diverging[facts["divergences"]] = True
     told = kernel.logging()
-    return _Run(
+    return _ChainResult(
         torch.stack(kept),
         diverging,
         np.array(steps),

@@ -10,8 +10,13 @@ from torch import Tensor
 
 from flowvi.diagnostics import Diagnosis, log_evidence
 from flowvi.guides.gaussian import FullRank
-from flowvi.initialization.gaussian import Density, Gaussian, refine, score
-from flowvi.samplers.ais import anneal
+from flowvi.initialization.gaussian import (
+    GaussianApproximation,
+    LogDensityProtocol,
+    refine,
+    with_elbo,
+)
+from flowvi.samplers.ais import annealed_importance_sampling
 from flowvi.targets import Target
 
 # Power of the density at which most modes are one.
@@ -49,7 +54,9 @@ class Tempered:
         return self.target.chunk()
 
 
-def wide_gaussian(target: Target, others: list[Gaussian], seed: int) -> Gaussian:
+def wide_gaussian(
+    target: Target, others: list[GaussianApproximation], seed: int
+) -> GaussianApproximation:
     """The best normal for the target at a high temperature, where most modes are one.
 
     Args:
@@ -58,18 +65,20 @@ def wide_gaussian(target: Target, others: list[Gaussian], seed: int) -> Gaussian
         seed: Of the draws.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    hot: Density = Tempered(target, HOT)
+    hot: LogDensityProtocol = Tempered(target, HOT)
     shape = (JUDGE_DRAWS, target.dim)
     judge = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
     identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
-    starts = [Gaussian(identity[0] * 0, width * identity, "wide") for width in WIDTHS]
+    starts = [GaussianApproximation(identity[0] * 0, width * identity, "wide") for width in WIDTHS]
     starts += [replace(g, scale_tril=g.scale_tril / math.sqrt(HOT)) for g in others[:3]]
-    scored = [score(hot, g, judge) for g in starts]
+    scored = [with_elbo(hot, g, judge) for g in starts]
     best = max(scored, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
     return refine(hot, best, generator, judge, False, ROUNDS)
 
 
-def found_beyond(target: Target, diagnosis: Diagnosis, wide: Gaussian, seed: int) -> str:
+def mass_beyond_guide(
+    target: Target, diagnosis: Diagnosis, wide: GaussianApproximation, seed: int
+) -> str:
     """Whether annealing from a wide start finds mass that a guide's weights do not show.
 
     Annealed weights are unbiased for the evidence and, where the geometry is
@@ -90,7 +99,7 @@ def found_beyond(target: Target, diagnosis: Diagnosis, wide: Gaussian, seed: int
     own = diagnosis.gap + diagnosis.elbo
     least = math.inf
     for i in range(REPEATS):
-        found = anneal(
+        found = annealed_importance_sampling(
             target,
             guide,
             DRAWS,

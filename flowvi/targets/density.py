@@ -13,10 +13,10 @@ from torch.distributions import Transform
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.density import PlainRows
 from flowvi.targets.local.target import LocalTarget
-from flowvi.targets.precision import cast, default_dtype, mixed, runs
+from flowvi.targets.precision import cast, default_dtype, explain_mixed_precision, succeeds
 from flowvi.targets.pyro.bijections import bijection
 from flowvi.targets.recording.capture import Trial, capture
-from flowvi.targets.recording.program import Density
+from flowvi.targets.recording.program import CompiledDensity
 from flowvi.targets.schema import Facts, Functions, ModelError, Site
 from flowvi.targets.vectors import TRIES, finite_points, nearby, split
 
@@ -115,7 +115,7 @@ class _Plain:
         self.precision = dtype
         points = nearby(torch.zeros(self.dim, dtype=dtype))
         with torch.no_grad():
-            if not any(runs(partial(self.density, z, *row)) for z in points):
+            if not any(succeeds(partial(self.density, z, *row)) for z in points):
                 self.precision = None
 
     def target(self) -> GlobalTarget:
@@ -125,7 +125,7 @@ class _Plain:
         batched = capture(self.density, trial, self.name, reads=True)
         facts = Facts(self.name, self.sites, self.slices, dims=self.dims())
         functions = Functions(self.values, self.inverse)
-        return GlobalTarget(facts, Density(batched, frozen=True), functions, trial)
+        return GlobalTarget(facts, CompiledDensity(batched, frozen=True), functions, trial)
 
     def density(self, z: Tensor, *row: Tensor) -> Tensor:
         """Log density at a point, Jacobian included; row is the data of one row, if any."""
@@ -138,7 +138,9 @@ class _Plain:
             try:
                 log_p = self.log_prob(values, *(cast(t, self.precision) for t in row))
             except RuntimeError as error:
-                words = mixed(error, {f"site '{name}'": v.dtype for name, v in values.items()})
+                words = explain_mixed_precision(
+                    error, {f"site '{name}'": v.dtype for name, v in values.items()}
+                )
                 if not words:
                     raise
                 raise ModelError(f"{self.name} fails. {words} {error}") from error

@@ -14,9 +14,10 @@ from flowvi.runtime import memory
 from flowvi.targets import subsampling
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.recording.capture import Trial, capture_values
-from flowvi.targets.recording.program import Density
+from flowvi.targets.recording.program import CompiledDensity
 from flowvi.targets.schema import Facts, Functions, ModelError
 from flowvi.targets.target import Target
+from flowvi.targets.vectors import flattened
 
 
 class GlobalTarget(Target):
@@ -40,7 +41,7 @@ class GlobalTarget(Target):
     def __init__(
         self,
         facts: Facts,
-        density: Density,
+        density: CompiledDensity,
         functions: Functions,
         trial: Trial,
         own: Mapping[str, nn.Parameter] | None = None,
@@ -84,8 +85,7 @@ class GlobalTarget(Target):
 
         Args:
             z: Points of R^D.
-            batch: For models with subsampled plates, plate -> indices (B,), for
-                an unbiased estimate from those rows. Without it, all rows.
+            batch: Plate -> indices (B,), for an unbiased estimate from those rows; all without.
         """
         self._check(z)
         if not self.subsampled:
@@ -136,26 +136,8 @@ class GlobalTarget(Target):
         Raises:
             ValueError: A site is missing or a shape does not fit.
         """
-        columns: list[Tensor] = []
-        for name, site in self.sites.items():
-            if name not in values:
-                came = ", ".join(values) or "none"
-                raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
-            value = torch.as_tensor(values[name], device=self.device).to(self.dtype)
-            cut = value.dim() - len(site.shape)
-            if cut < 0 or tuple(value.shape[cut:]) != tuple(site.shape):
-                raise ValueError(
-                    f"Site '{name}' has shape {tuple(site.shape)}; got a value of shape "
-                    f"{tuple(value.shape)}, whose last axes should be that."
-                )
-            lead = tuple(value.shape[:cut])
-            if columns and lead != tuple(columns[0].shape[:-1]):
-                raise ValueError(
-                    f"All sites need the same leading shape; '{name}' has {lead}, those before "
-                    f"it {tuple(columns[0].shape[:-1])}."
-                )
-            columns.append(value.reshape(*lead, -1))
-        z: Tensor = self._map("inverse")(torch.cat(columns, -1), *self._inputs())
+        flat = flattened(values, self.sites, self.dtype, self.device)
+        z: Tensor = self._map("inverse")(flat, *self._inputs())
         return z
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
@@ -167,12 +149,7 @@ class GlobalTarget(Target):
         self._check(z)
         if self._functions.likelihood is None:
             return {}
-        function = self._map("likelihood")
-        if not self.subsampled:
-            out: dict[str, Tensor] = function(z, *self._behind)
-            return out
-        pieces = ((b, function(z, *self._behind, *self._indices(b))) for _, b in self.cover())
-        return subsampling.assemble(pieces, self.subsampled, self.dims, z.dim() - 1)
+        return self._of_all_rows("likelihood", z, self.dims)
 
     def probabilities(self, z: Tensor) -> dict[str, Tensor]:
         """Probabilities of the values of discrete sites, given the data and the latents.
@@ -190,12 +167,7 @@ class GlobalTarget(Target):
         self._check(z)
         if self._functions.discrete is None:
             return {}
-        function = self._map("discrete")
-        if not self.subsampled:
-            out: dict[str, Tensor] = function(z, *self._behind)
-            return out
-        pieces = ((b, function(z, *self._behind, *self._indices(b))) for _, b in self.cover())
-        return subsampling.assemble(pieces, self.subsampled, self._facts.discrete, z.dim() - 1)
+        return self._of_all_rows("discrete", z, self._facts.discrete)
 
     def violation(self, z: Tensor) -> tuple[str, str]:
         """The site a parameter of which leaves its constraint at a point (D), and a sentence on it.
@@ -256,9 +228,9 @@ class GlobalTarget(Target):
         Raises:
             ModelError: Names the site, its plate and the sizes.
         """
-        if self._functions.met is None:
+        if self._functions.messages_with is None:
             return
-        for name, node in self._functions.met(args, kwargs).items():
+        for name, node in self._functions.messages_with(args, kwargs).items():
             shape, came = tuple(self.messages[name]["value"].shape), tuple(node["value"].shape)
             if came != shape:
                 plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
@@ -332,14 +304,16 @@ class GlobalTarget(Target):
         function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
         """
         fixed, each = self._measured()
-        return memory.Cost(fixed, each * len(list(self.cover()))).fits(memory.evaluated())
+        return memory.Cost(fixed, each * len(list(self.cover()))).points_within(
+            memory.evaluation_bytes()
+        )
 
     def at_once(self) -> int:
-        return self._measured().fits(memory.evaluated(), memory.ANY)
+        return self._measured().points_within(memory.evaluation_bytes(), memory.ANY)
 
     def _measured(self) -> memory.Cost:
         if self._cost is None:
-            self._cost = memory.cost(self._value_and_score)
+            self._cost = memory.measure_cost(self._value_and_score)
         return self._cost
 
     def __repr__(self) -> str:
@@ -378,6 +352,17 @@ class GlobalTarget(Target):
             trial = Trial(points, self._trial.inputs, self._trial.others)
             self._maps[which] = capture_values(function, trial, self.density.batched)
         return self._maps[which]
+
+    def _of_all_rows(
+        self, which: str, z: Tensor, dims: Mapping[str, tuple[str, ...]]
+    ) -> dict[str, Tensor]:
+        """A function whose values belong to rows, put together where plates are subsampled."""
+        function = self._map(which)
+        if not self.subsampled:
+            out: dict[str, Tensor] = function(z, *self._behind)
+            return out
+        pieces = ((b, function(z, *self._behind, *self._indices(b))) for _, b in self.cover())
+        return subsampling.assemble(pieces, self.subsampled, dims, z.dim() - 1)
 
     def _inputs(self) -> list[Tensor]:
         """Arguments of the functions after z; rows are the first ones of subsampled plates."""

@@ -13,7 +13,7 @@ from flowvi.targets import Target
 SHOWN, TRIED = 3, 5
 
 
-def explained(target: Target, z: Tensor, good: Tensor) -> str:
+def explain_zero_density(target: Target, z: Tensor, good: Tensor) -> str:
     """Sentence on the first draws of zero density whose cause is found; empty without any.
 
     Args:
@@ -25,7 +25,7 @@ def explained(target: Target, z: Tensor, good: Tensor) -> str:
         for point in z[:TRIED]:
             site, words = target.violation(point)
             words = words or _unlikely(target, point)
-            latents = movable(target, point, good[:1])
+            latents = repairing_sites(target, point, good[:1])
             if not words and not latents:
                 continue
             cause = f"At {values(target, point)}, {words or 'the density is zero'}."
@@ -52,7 +52,7 @@ def observed(target: Target, z: Tensor) -> str:
     return next((name for name, value in found.items() if not value.isfinite().all()), "")
 
 
-def movable(
+def repairing_sites(
     target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None = None
 ) -> list[str]:
     """Latent sites each of which, moved alone, makes the density at a point positive.

@@ -40,7 +40,7 @@ def precisions(tree: Any) -> set[torch.dtype]:
     return {t.dtype for t in leaves if isinstance(t, Tensor) and t.is_floating_point()}
 
 
-class Latents(Messenger):
+class CastLatents(Messenger):
     """Cast draws at latent sites to one precision, whatever that of the priors is."""
 
     def __init__(self, dtype: torch.dtype | None) -> None:
@@ -52,12 +52,12 @@ class Latents(Messenger):
             msg["value"] = tree_map(lambda t: cast(t, self.dtype), msg["value"])
 
 
-def spelled(dtype: torch.dtype) -> str:
+def dtype_name(dtype: torch.dtype) -> str:
     """The name of a precision: float64."""
     return str(dtype).removeprefix("torch.")
 
 
-def mixed(error: Exception, held: Mapping[str, torch.dtype]) -> str:
+def explain_mixed_precision(error: Exception, held: Mapping[str, torch.dtype]) -> str:
     """Message on an error of torch that differing precisions cause; empty for other errors.
 
     Args:
@@ -73,7 +73,7 @@ def mixed(error: Exception, held: Mapping[str, torch.dtype]) -> str:
     if not by_dtype:
         return ""
     words = ", ".join(
-        f"{spelled(dtype)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
+        f"{dtype_name(dtype)} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
         for dtype, names in by_dtype.items()
     )
     return (
@@ -82,7 +82,7 @@ def mixed(error: Exception, held: Mapping[str, torch.dtype]) -> str:
     )
 
 
-def trainable(name: str, value: Tensor) -> None:
+def check_trainable(name: str, value: Tensor) -> None:
     """Refuse a parameter whose type has no precision to train it in.
 
     Raises:
@@ -96,12 +96,12 @@ def trainable(name: str, value: Tensor) -> None:
         else "make it float32 or float64, for a module with .float()"
     )
     raise ModelError(
-        f"Parameter '{name}' is {spelled(value.dtype)}; parameters are trained in float32 or "
+        f"Parameter '{name}' is {dtype_name(value.dtype)}; parameters are trained in float32 or "
         f"float64: {way_out}."
     )
 
 
-def runs(function: Callable[[], object]) -> bool:
+def succeeds(function: Callable[[], object]) -> bool:
     """Whether a call ends without an error."""
     try:
         function()

@@ -96,7 +96,7 @@ class Functions:
         latents: z (D,) -> values of the latent sites, and log Jacobians of their supports.
         messages: Pyro's record of each latent site in one run.
         rerun: Draws from the model with other arguments.
-        met: Pyro's record of each latent site in one run with other arguments.
+        messages_with: Pyro's record of each latent site in one run with other arguments.
         discrete: z (D,) -> probabilities of the values of discrete sites that are summed out.
         violation: z (D,) -> the site, and a sentence, where a parameter of its distribution leaves
             its constraint.
@@ -109,6 +109,6 @@ class Functions:
     latents: PointFunction | None = None
     messages: Mapping[str, Any] = field(default_factory=dict)
     rerun: Rerun | None = None
-    met: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
+    messages_with: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
     discrete: PointFunction | None = None
     violation: Callable[[Tensor], tuple[str, str]] | None = None

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor
 
 Plates = Mapping[str, tuple[int, int]]
-Batch = dict[str, Tensor]
+RowIndices = dict[str, Tensor]
 
 
-def cover(plates: Plates, device: torch.device | None = None) -> Iterator[tuple[float, Batch]]:
+def cover(plates: Plates, device: torch.device | None = None) -> Iterator[tuple[float, RowIndices]]:
     """Batches and weights whose weighted densities add up to that of all rows.
 
     Args:
@@ -50,7 +50,7 @@ def _cover_one(size: int, batch: int, device: torch.device | None) -> list[tuple
 
 
 def assemble(
-    pieces: Iterable[tuple[Batch, Mapping[str, Tensor]]],
+    pieces: Iterable[tuple[RowIndices, Mapping[str, Tensor]]],
     plates: Plates,
     dims: Mapping[str, Sequence[str]],
     lead: int = 0,

@@ -75,7 +75,7 @@ def kind_of(value: Any) -> str | None:
     return kinds.get(array.dtype.kind, "objects")
 
 
-def cure(kind: str, name: str = "x") -> str:
+def remedy(kind: str, name: str = "x") -> str:
     """Advice on what to pass in place of values of some kind."""
     return CURES[kind].format(x=name)
 
@@ -98,7 +98,7 @@ def not_numbers(arguments: Mapping[str, Any], error: Exception) -> str:
         for name, value, kind in _odd({argument: own}):
             what = "an array" if isinstance(value, np.ndarray) else f"a {type(value).__name__}"
             what += _columns(value) if kind == "table" else f" of {kind}"
-            return f"Its argument '{name}' is {what}; pass {cure(kind, name)}."
+            return f"Its argument '{name}' is {what}; pass {remedy(kind, name)}."
     return ""
 
 

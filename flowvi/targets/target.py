@@ -113,6 +113,10 @@ class Target(nn.Module, ABC):
         """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows)."""
         return {}
 
+    def probabilities(self, z: Tensor) -> dict[str, Tensor]:
+        """Probabilities of the values of discrete sites, given the data and the latents."""
+        return {}
+
     def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
         """Draw all sites from the prior: name -> (n, *shape)."""
         raise self._lacks("a prior to draw from")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterator, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Size, Tensor
@@ -62,3 +62,39 @@ def label(target: Target, column: int) -> str:
     """The site of a column of z, with its place in the site."""
     name, part = next((n, s) for n, s in target.slices.items() if s.start <= column < s.stop)
     return name if part.stop - part.start == 1 else f"{name}[{column - part.start}]"
+
+
+def flattened(
+    values: Mapping[str, Any], sites: Mapping[str, Site], dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Values of all sites side by side. Each (*S, *shape) -> (*S, numbers of all sites).
+
+    Args:
+        values: By the names of sites.
+        sites: In the order that is wanted.
+        dtype: Precision of the result.
+        device: Where it is wanted.
+
+    Raises:
+        ValueError: A site is missing, or a shape does not fit.
+    """
+    columns: list[Tensor] = []
+    for name, site in sites.items():
+        if name not in values:
+            came = ", ".join(values) or "none"
+            raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
+        value = torch.as_tensor(values[name], device=device).to(dtype)
+        cut = value.dim() - len(site.shape)
+        if cut < 0 or tuple(value.shape[cut:]) != tuple(site.shape):
+            raise ValueError(
+                f"Site '{name}' has shape {tuple(site.shape)}; got a value of shape "
+                f"{tuple(value.shape)}, whose last axes should be that."
+            )
+        lead = tuple(value.shape[:cut])
+        if columns and lead != tuple(columns[0].shape[:-1]):
+            raise ValueError(
+                f"All sites need the same leading shape; '{name}' has {lead}, those before "
+                f"it {tuple(columns[0].shape[:-1])}."
+            )
+        columns.append(value.reshape(*lead, -1))
+    return torch.cat(columns, -1)

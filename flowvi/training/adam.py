@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from flowvi.training.flat import vector_of
+from flowvi.training.flat import flatten_tensors
 
 MEMORY, SQUARES, LEAST = 0.9, 0.999, 1e-8
 
@@ -35,7 +35,7 @@ class Adam:
     def __init__(self, parameters: Sequence[Tensor]) -> None:
         self.parameters = list(parameters)
         self._sizes = [p.numel() for p in self.parameters]
-        zero = vector_of(self.parameters).zero_() if self.parameters else torch.zeros(0)
+        zero = flatten_tensors(self.parameters).zero_() if self.parameters else torch.zeros(0)
         self._mean, self._square = zero, zero.clone()
         self._means, self._squares = self._parts(self._mean), self._parts(self._square)
         # One count for all of them: adding to each takes as long as the step itself.

@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime import distributed
-from flowvi.runtime.checkpoint_folder import Shelf, said
-from flowvi.runtime.clock import Clock, droppable
-from flowvi.runtime.rng import random_state, set_random_state
+from flowvi.runtime.checkpoint_folder import CheckpointFolder, warn_if_unwritable
+from flowvi.runtime.clock import Clock, abort_on_interrupt
+from flowvi.runtime.rng import get_rng_state, set_rng_state
 from flowvi.targets import Target
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class Checkpointer:
         self,
         clock: Clock,
         target: Target | None = None,
-        shelf: Shelf | None = None,
+        shelf: CheckpointFolder | None = None,
         saved: Callable[[], object] = lambda: None,
     ) -> None:
         self.clock, self.target, self.shelf, self.saved = clock, target, shelf, saved
@@ -82,9 +82,9 @@ class Checkpointer:
                 "record": record.since(before),
                 **self._here(),
             }
-            with droppable(False):
-                self.shelf.put_piece(what, self._place, state)
-                with said(self.shelf.folder):
+            with abort_on_interrupt(False):
+                self.shelf.save_result(what, self._place, state)
+                with warn_if_unwritable(self.shelf.folder):
                     self.saved()
         return result
 
@@ -125,21 +125,21 @@ class Checkpointer:
             return
         began = time.perf_counter()
         state = {"state": make(), **self._here()}
-        self.shelf.put_state(self._what, self._place, state)
+        self.shelf.save_state(self._what, self._place, state)
         self._last = time.perf_counter()
         self._pause = max(EVERY, SPARED * (self._last - began))
 
     def _here(self) -> dict[str, Any]:
         """Where everything is that pieces share."""
         return {
-            "random": random_state(),
-            "seconds": self.clock.own_seconds,
+            "random": get_rng_state(),
+            "seconds": self.clock.local_seconds,
             "uses": [] if self.target is None else self.target.uses(),
         }
 
     def _go_on(self, state: Mapping[str, Any]) -> None:
-        set_random_state(state["random"])
-        self.clock.set(state["seconds"])
+        set_rng_state(state["random"])
+        self.clock.go_on_from(state["seconds"])
         if self.target is not None:
             self.target.begin(state["uses"])
 
@@ -156,5 +156,5 @@ class Checkpointer:
                 stacklevel=4,
             )
         if found is None:
-            shelf.drop(place)
+            shelf.discard_from(place)
         return found

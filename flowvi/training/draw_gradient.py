@@ -14,7 +14,7 @@ from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
 from flowvi.runtime.memory import ANY
-from flowvi.runtime.rng import own_randomness, random_state, set_random_state, stream
+from flowvi.runtime.rng import derive_seed, get_rng_state, isolated_rng, set_rng_state
 from flowvi.targets import Target
 from flowvi.training.compiling import Accelerator, Compile
 from flowvi.training.evaluation import estimate
@@ -50,11 +50,11 @@ class DrawGradient(Gradient):
         self.log_density: LogDensity = target.log_prob
         self.say = say
         # Every step is taken in it; bounds that are reported are of the guide itself.
-        single = guide.in_single()
+        single = guide.mixed_precision_copy()
         alike = single and len(trained(single, target)) == len(self.trained)
         self._worker = single if single and alike else guide
         self.fast = self._accelerator(_compiled(settings, target))
-        self._before = random_state()
+        self._before = get_rng_state()
         self._repeats = 1
 
     @property
@@ -79,7 +79,7 @@ class DrawGradient(Gradient):
 
         Each skips the random numbers of the others.
         """
-        self._before, self._repeats = random_state(), repeats
+        self._before, self._repeats = get_rng_state(), repeats
         if self.target.stochastic and distributed.size() > 1:
             bound, flat = self._with_own_noise(repeats)
         else:
@@ -95,13 +95,13 @@ class DrawGradient(Gradient):
                 bound, flat = self._whole(repeats, rows)
             elif isinstance(objective, Renyi):
                 for part in self.parts(repeats):
-                    self._worker.skip((objective.particles, part))
+                    self._worker.advance_rng((objective.particles, part))
         return bound, flat
 
     def _with_own_noise(self, repeats: int) -> tuple[Tensor, Tensor]:
         """Each process has a stream of its own, where the density draws random numbers too."""
         seed = int(torch.randint(2**62, ()))
-        with own_randomness(stream(seed, distributed.rank())):
+        with isolated_rng(derive_seed(seed, distributed.rank())):
             return self._whole(repeats, self._rows())
 
     def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -176,12 +176,12 @@ class DrawGradient(Gradient):
             torch.arange(batch, device=self.target.device)
             for _, batch in self.target.subsampled.values()
         ]
-        self.fast.consider(seconds, rows, self.clock.asked_alone)
+        self.fast.consider(seconds, rows, self.clock.interrupted_here)
 
     def explain_nonfinite(self) -> str:
         """What was not finite in the step before, which is evaluated again."""
-        after, seen = random_state(), []
-        set_random_state(self._before)
+        after, seen = get_rng_state(), []
+        set_rng_state(self._before)
         batch = dict(zip(self.target.subsampled, self._rows(), strict=True)) or None
 
         def log_p(z: Tensor) -> Tensor:
@@ -193,7 +193,7 @@ class DrawGradient(Gradient):
             if not bound.isfinite():
                 break
         words = explain_nonfinite(self.target, self.guide, bound, seen[-1], batch)
-        set_random_state(after)
+        set_rng_state(after)
         return words
 
 

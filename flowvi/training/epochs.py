@@ -18,11 +18,11 @@ from flowvi.objectives.renyi_bound import Renyi
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed
-from flowvi.runtime.checkpoint_folder import said
+from flowvi.runtime.checkpoint_folder import warn_if_unwritable
 from flowvi.runtime.clock import Interrupted
-from flowvi.runtime.rng import own_randomness, stream
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget
-from flowvi.targets.local.rows import pieces
+from flowvi.targets.local.rows import split_batch
 from flowvi.training.minibatch import Minibatch
 from flowvi.training.records import EVALUATE, TRAIN, TRIAL, Record
 from flowvi.training.row_gradient import RowGradient
@@ -189,9 +189,9 @@ class Epochs:
 
     def bound_of(self, batch: Batch) -> float:
         """Mean bound of rows on fresh draws, the same noise at every call."""
-        with own_randomness(stream(self.seed, EVALUATE)), torch.no_grad():
+        with isolated_rng(derive_seed(self.seed, EVALUATE)), torch.no_grad():
             total = 0.0
-            for part in pieces(batch, self.settings.batch_size):
+            for part in split_batch(batch, self.settings.batch_size):
                 found = row_step(self.target, self.guide, self.objective, part)
                 total += float(found.bound) * len(part.places)
         return total / len(batch.places)
@@ -209,7 +209,7 @@ class Epochs:
         if i == 0:
             self._batches = self._order(step)
             # Processes go through the same rows in the same order, and take noise of their own.
-            torch.manual_seed(stream(self.seed, TRAIN, epoch, distributed.rank()))
+            torch.manual_seed(derive_seed(self.seed, TRAIN, epoch, distributed.rank()))
         self._beta = self.settings.beta(epoch + i / self.steps)
         batch = self.settings.transformed(next(self._batches))
         return self.gradient(batch, self._beta)
@@ -219,7 +219,7 @@ class Epochs:
         progress, clock = self.progress, self.session.clock
         progress.bounds.append(taken.bound)
         progress.divergences.append(self.gradient.divergence)
-        late = clock.spent()
+        late = clock.budget_spent()
         if (taken.number + 1) % self.steps and not late:
             return False
         epoch = self._epoch(taken, state)
@@ -230,10 +230,10 @@ class Epochs:
         self.skipped = state.guard.skipped
         self.session.checkpointer.save(whole)
         if self.session.checkpointer.shelf is not None and not distributed.rank():
-            with said(self.session.checkpointer.shelf.folder):
+            with warn_if_unwritable(self.session.checkpointer.shelf.folder):
                 self.session.checkpointer.saved()
         stop = self.session.callback is not None and bool(self.session.callback(epoch))
-        return bool(distributed.agreed(stop)) or self._tired() or late
+        return bool(distributed.broadcast_number(stop)) or self._tired() or late
 
     def _epoch(self, taken: Taken, state: TrainState) -> Epoch:
         progress = self.progress
@@ -268,7 +268,7 @@ class Epochs:
     def _order(self, step: int) -> Iterator[Batch]:
         """The batches of an epoch from a step on."""
         epoch, done = divmod(step, self.steps)
-        generator = torch.Generator().manual_seed(stream(self.seed, ORDER, epoch))
+        generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
         order = self.rows[torch.randperm(len(self.rows), generator=generator)]
         # As equal as can be: a last batch of a few rows would take as long a step as a whole one.
         parts = order.tensor_split(self.steps)[done:]
@@ -280,7 +280,7 @@ class Epochs:
             return
         loader: DataLoader[Any] = DataLoader(
             _Numbered(items),
-            generator=torch.Generator().manual_seed(stream(self.seed, ORDER, epoch, 1)),
+            generator=torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch, 1)),
             batch_sampler=[places.tolist() for places in parts],
             num_workers=self.settings.workers,
             collate_fn=_Collated(arguments.collated),

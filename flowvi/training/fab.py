@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.guides.guide import Guide
-from flowvi.initialization.candidates import Say
-from flowvi.runtime.rng import own_randomness
-from flowvi.samplers.ais import Annealed, Ladder
+from flowvi.initialization.candidates import Log
+from flowvi.runtime.rng import isolated_rng
+from flowvi.samplers.ais import AnnealedDraws, AnnealingLadder
 from flowvi.targets import Target
 from flowvi.training.adam import Adam
 from flowvi.training.averaging import Average
@@ -33,7 +33,7 @@ ADAPTATION = 0.1
 LAST_PART = 0.2
 
 
-def refine_bootstrap(
+def refine_fab(
     target: Target,
     guide: Guide,
     *,
@@ -44,7 +44,7 @@ def refine_bootstrap(
     temperatures: int = TEMPERATURES,
     leapfrog: int = LEAPFROG,
     seed: int = 0,
-    say: Say = lambda line: None,
+    say: Log = lambda line: None,
     over: Callable[[], bool] = lambda: False,
 ) -> None:
     r"""Lower the alpha-divergence of the target from the guide, alpha = power, in place.
@@ -81,10 +81,10 @@ def refine_bootstrap(
     trained = [p for p in guide.parameters() if p.requires_grad]
     if not trained:
         raise ValueError(f"{type(guide).__name__} has no parameters to train.")
-    with own_randomness(seed):
-        ladder = Ladder(target, guide, power, temperatures, leapfrog)
+    with isolated_rng(seed):
+        ladder = AnnealingLadder(target, guide, power, temperatures, leapfrog)
         ladder.tune()
-        Refinement(guide, trained, ladder, power - 1, batch).go(rounds, lr, say, over)
+        Refinement(guide, trained, ladder, power - 1, batch).run(rounds, lr, say, over)
 
 
 class Refinement:
@@ -99,7 +99,12 @@ class Refinement:
     """
 
     def __init__(
-        self, guide: Guide, trained: list[nn.Parameter], ladder: Ladder, order: float, batch: int
+        self,
+        guide: Guide,
+        trained: list[nn.Parameter],
+        ladder: AnnealingLadder,
+        order: float,
+        batch: int,
     ) -> None:
         self.guide, self.trained, self.ladder = guide, trained, ladder
         self.order, self.batch = order, batch
@@ -107,7 +112,7 @@ class Refinement:
         self.average = Average()
         self.guard = Guard()
 
-    def go(self, rounds: int, lr: float, say: Say, over: Callable[[], bool]) -> None:
+    def run(self, rounds: int, lr: float, say: Log, over: Callable[[], bool]) -> None:
         """Run the rounds, and leave the guide at the average of the last iterates."""
         optimiser = Adam(self.trained)
         done = 0
@@ -169,7 +174,7 @@ class Buffer:
         self.capacity = capacity
         self.empty = True
 
-    def add(self, new: Annealed) -> None:
+    def add(self, new: AnnealedDraws) -> None:
         """Put in the draws that have weight."""
         good = new.log_w.isfinite()
         found = new.z[good], new.log_w[good], new.log_q[good]

@@ -65,7 +65,7 @@ class Flat:
                 "Guide and model need parameters of one precision and device; got "
                 f"{', '.join(sorted(f'{d} on {v}' for d, v in kinds)) or 'none at all'}."
             )
-        vector = vector_of(parameters)
+        vector = flatten_tensors(parameters)
         self.vector = nn.Parameter(vector)
         if gradients:
             self.vector.grad = torch.zeros_like(vector)
@@ -104,13 +104,13 @@ class Flat:
                 p.grad = None
 
 
-def vector_of(parameters: Sequence[Tensor]) -> Tensor:
+def flatten_tensors(parameters: Sequence[Tensor]) -> Tensor:
     """The values of parameters one after the other, a copy."""
     return torch.cat([p.detach().reshape(-1) for p in parameters])
 
 
 @torch.no_grad()
-def give(parameters: Sequence[Tensor], vector: Tensor) -> None:
+def assign_tensors(parameters: Sequence[Tensor], vector: Tensor) -> None:
     """Give parameters the values of a vector; their memory stays where it is."""
     parts = vector.split([p.numel() for p in parameters])
     for p, part in zip(parameters, parts, strict=True):

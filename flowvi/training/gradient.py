@@ -13,7 +13,7 @@ from flowvi.guides.guide import Guide
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
 from flowvi.targets import Target
-from flowvi.training.flat import Finest, give, vector_of
+from flowvi.training.flat import Finest, assign_tensors, flatten_tensors
 
 
 class Gradient(ABC):
@@ -64,21 +64,21 @@ class Gradient(ABC):
 
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""
-        return vector_of(self.trained) if self.whole is None else self.whole.clone()
+        return flatten_tensors(self.trained) if self.whole is None else self.whole.clone()
 
     def set(self, vector: Tensor) -> None:
         """Give the parameters the values of a vector."""
-        give(self.trained, vector)
+        assign_tensors(self.trained, vector)
         self.follow()
 
     def averaged(
         self, bound: Tensor, gradient: Tensor, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
         """Means over the processes, which hear from the first how things are."""
-        told = *self.clock.told(), self.answer
-        bound, gradient, heard = distributed.averaged(bound, gradient, told, dtype)
+        told = *self.clock.status(), self.answer
+        bound, gradient, heard = distributed.all_reduce_mean(bound, gradient, told, dtype)
         if distributed.size() > 1:
-            self.clock.hear(*heard[:2])
+            self.clock.receive(*heard[:2])
             self.stopped = bool(heard[2])
         return bound, gradient
 

@@ -17,7 +17,7 @@ FINAL_RATE = 0.01
 LEAST_FALL, SPREADS = 50.0, 10.0
 
 
-def warmed(step: int, lr: float, steps: int = 10 * WARM_UP) -> float:
+def warm_up_rate(step: int, lr: float, steps: int = 10 * WARM_UP) -> float:
     """Step size after a short linear warm-up.
 
     Args:
@@ -45,13 +45,13 @@ def decayed(step: int, steps: int, lr: float, warm: bool = True) -> float:
     """
     warm_up = min(WARM_UP, max(1, steps // 10)) if warm else 0
     if step < warm_up:
-        return warmed(step, lr, steps)
+        return warm_up_rate(step, lr, steps)
     done = (step - warm_up) / max(1, steps - warm_up)
     return lr * (FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * done)))
 
 
 @dataclass
-class Level:
+class BoundLevel:
     """Tells a bound that has collapsed from one that is noisy, by medians of 20 steps.
 
     A collapse is a fall below the best of them by more than 50 nats and ten times its spread:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.objectives.reweighted import WakeSleep
-from flowvi.runtime.arguments import known, positive, whole
+from flowvi.runtime.arguments import check_choice, check_integer, check_positive
 from flowvi.targets import Batch, LocalTarget
 
 # Steps in which the step size rises, and the share to which it falls at the end.
@@ -68,15 +68,15 @@ class Minibatch:
 
     def __post_init__(self) -> None:
         for name, least in COUNTS.items():
-            object.__setattr__(self, name, whole(name, getattr(self, name), least))
+            object.__setattr__(self, name, check_integer(name, getattr(self, name), least))
         if not self.free_bits >= 0:
             raise ValueError(f"free_bits must not be negative; got {self.free_bits}.")
-        positive("lr", self.lr)
+        check_positive("lr", self.lr)
         if not 0.0 <= self.decay <= 1.0:
             raise ValueError(f"decay must lie in [0, 1]; got {self.decay}.")
         if self.patience is not None:
-            object.__setattr__(self, "patience", whole("patience", self.patience))
-        known("warmup", self.warmup, ("linear", "cyclical"))
+            object.__setattr__(self, "patience", check_integer("patience", self.patience))
+        check_choice("warmup", self.warmup, ("linear", "cyclical"))
 
     def rate(self, step: int, steps: int) -> float:
         """Size of a step: a short linear warm-up, constant, then falling.

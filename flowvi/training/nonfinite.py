@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from flowvi.guides.guide import Guide
 from flowvi.targets import Target
-from flowvi.targets.outside import movable, observed, values
+from flowvi.targets.outside import observed, repairing_sites, values
 from flowvi.targets.vectors import label
 
 
@@ -71,7 +71,7 @@ def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor]
     """The observed site whose log likelihood is not finite, or the latent one to be moved."""
     with torch.no_grad():
         name = observed(target, z.detach())
-        return name or next(iter(movable(target, z.detach(), good, batch)), "")
+        return name or next(iter(repairing_sites(target, z.detach(), good, batch)), "")
 
 
 def _operation(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:

@@ -14,9 +14,9 @@ from flowvi.objectives.reweighted import WakeSleep
 from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed, memory
 from flowvi.runtime.clock import Clock
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget
-from flowvi.targets.local.rows import pieces
+from flowvi.targets.local.rows import split_batch
 from flowvi.training.flat import Flat
 from flowvi.training.gradient import Gradient
 from flowvi.training.minibatch import Minibatch
@@ -107,9 +107,9 @@ class RowGradient(Gradient):
             batch = self.target.batch(places[torch.arange(n) % len(places)])
             return row_step(self.target, self.guide, self.objective, batch).objective
 
-        with own_randomness():
-            cost = memory.cost(step)
-        self._fits = cost.fits(memory.evaluated(), memory.ANY)
+        with isolated_rng():
+            cost = memory.measure_cost(step)
+        self._fits = cost.points_within(memory.evaluation_bytes(), memory.ANY)
 
     def parts(self, batch: Batch) -> list[Batch]:
         """A batch in parts that fit into memory; whole, where its mean divergence matters."""
@@ -118,7 +118,7 @@ class RowGradient(Gradient):
         if self._fits is None or len(batch.places) <= self._fits or self.settings.free_bits > 0:
             return [batch]
         parts = -(-len(batch.places) // self._fits)
-        return list(pieces(batch, -(-len(batch.places) // parts)))
+        return list(split_batch(batch, -(-len(batch.places) // parts)))
 
     def _precision(self) -> AbstractContextManager[Any]:
         if not self.settings.amp or self.target.device.type != "cuda":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowvi.samplers.nuts import Plan
+from flowvi.samplers.nuts import NutsSettings
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,7 @@ class Schedule:
     evaluation_draws: int = 2000
     check_draws: int = 4000
     again: int = 4
-    chains: tuple[Plan, ...] = (Plan(), Plan(draws=3000))
+    chains: tuple[NutsSettings, ...] = (NutsSettings(), NutsSettings(draws=3000))
 
     @property
     def middle_rate(self) -> float:

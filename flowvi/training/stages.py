@@ -14,14 +14,14 @@ from torch import Tensor
 from flowvi.draws.sampling import piece, sampler
 from flowvi.guides.guide import Guide
 from flowvi.runtime import distributed
-from flowvi.runtime.clock import Interrupted, droppable
-from flowvi.runtime.rng import stream
-from flowvi.runtime.tensors import fill, tensors_of
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.rng import derive_seed
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.targets import Target
 from flowvi.training.averaging import Average
 from flowvi.training.draw_gradient import DrawGradient
 from flowvi.training.evaluation import best_of, evaluate, particles_of
-from flowvi.training.learning_rate import Level, constant, decayed, warmed
+from flowvi.training.learning_rate import BoundLevel, constant, decayed, warm_up_rate
 from flowvi.training.records import (
     EVALUATE,
     TRAIN,
@@ -82,7 +82,7 @@ class Stages:
 
     def seed(self, place: int) -> int:
         """The seed of one of the places where this restart is random."""
-        return stream(self.settings.seed, 1 + self.restart, place)
+        return derive_seed(self.settings.seed, 1 + self.restart, place)
 
     def search(self) -> Trial:
         """Try step sizes briefly from the same start, on the same noise; stay where the best led.
@@ -94,7 +94,7 @@ class Stages:
         start, tried, best = self.vector(), {}, Trial(schedule.rates[-1], -math.inf)
         place, top = start, self.evaluate()
         try:
-            with droppable():
+            with abort_on_interrupt():
                 for lr in schedule.rates:
                     self.set(start)
                     found = self._briefly(lr, schedule.trial_steps)
@@ -124,7 +124,7 @@ class Stages:
             steps,
             partial(decayed, steps=steps, lr=lr),
             lambda i: self.gradient(self.settings.repeats),
-            lambda taken: clock.spent(share),
+            lambda taken: clock.budget_spent(share),
         )
         self.trainer.try_out(phase, self.trainer.begin())
         return self.evaluate()
@@ -148,7 +148,7 @@ class Stages:
             if self.record.stopped or state.exhausted:
                 break
             # Each power has a level of its own.
-            state.step, state.ended, state.level = 0, False, Level()
+            state.step, state.ended, state.level = 0, False, BoundLevel()
         self.gradient.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Evaluation:
@@ -167,7 +167,7 @@ class Stages:
 
     def _run(self, stage: Stage) -> Evaluation:
         # A guide of the user's own may have been made differently in every process.
-        self.set(distributed.shared(self.vector()))
+        self.set(distributed.broadcast(self.vector()))
         before, number = len(self.record.rows), len(self.record.stages)
         state = self.trainer.begin()
         torch.manual_seed(self.seed(TRAIN) + number + 1)
@@ -195,14 +195,14 @@ class Stages:
     def state(self, found: Sequence[float]) -> dict[str, Any]:
         """The result of a piece of the training, and the guide with it, for a checkpoint."""
         return {
-            "guide": tensors_of(self.guide),
+            "guide": cpu_state_dict(self.guide),
             "parameters": self.vector(),
             "found": list(found),
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[float]:
         """Be where a state was taken, and read the result of that piece."""
-        fill(self.guide, state["guide"], "The checkpoint")
+        load_tensors(self.guide, state["guide"], "The checkpoint")
         self.set(state["parameters"].to(self.trained[0]))
         return list(state["found"])
 
@@ -210,7 +210,7 @@ class Stages:
         """Bound and gap on fresh draws, the same noise for all guides that are compared."""
         draws, density = self.settings.schedule.evaluation_draws, self.gradient.in_parts
         # The same noise for all restarts, whose bounds are compared.
-        seed = stream(self.settings.seed, 0, EVALUATE)
+        seed = derive_seed(self.settings.seed, 0, EVALUATE)
         return evaluate(
             self.settings.objective, density, self.guide, seed, draws, self._draws_at_once
         )
@@ -234,10 +234,10 @@ class Stages:
 
                 def end(taken: Taken) -> bool:
                     # The decay takes about a third of the time.
-                    late = clock.spent(STEADY_SHARE * stage.share)
+                    late = clock.budget_spent(STEADY_SHARE * stage.share)
                     return state.plateau.add(taken.bound) or late
 
-                self._take(stage, lambda i: warmed(i, stage.lr), stage.steady, state, end)
+                self._take(stage, lambda i: warm_up_rate(i, stage.lr), stage.steady, state, end)
             if self.record.stopped or state.exhausted:
                 return
             state.start_decay(clock.seconds)
@@ -259,7 +259,7 @@ class Stages:
             if before >= taken.rate and taken.rate <= LAST_RATE * stage.lr:
                 state.average.add(self.vector())
             before = taken.rate
-            return clock.spent(stage.share)
+            return clock.budget_spent(stage.share)
 
         self._take(stage, rate, steps, state, end)
 
@@ -317,7 +317,7 @@ class Stages:
             # The decay, and a stage of twice the draws.
             steps = steps + steps // 2 if stage.steady else steps
             steps *= 3
-        self.gradient.consider(min(steps * seconds, self.session.clock.left))
+        self.gradient.consider(min(steps * seconds, self.session.clock.seconds_left))
 
     def _choose(
         self, stage: Stage, steps: int, start: Tensor, average: Tensor | None

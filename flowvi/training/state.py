@@ -9,12 +9,12 @@ from typing import Any
 from torch import Tensor
 
 from flowvi.guides.guide import Guide
-from flowvi.runtime.tensors import fill, tensors_of
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.training.adam import Adam
 from flowvi.training.averaging import Average
-from flowvi.training.flat import vector_of
+from flowvi.training.flat import flatten_tensors
 from flowvi.training.guard import Guard
-from flowvi.training.learning_rate import Level
+from flowvi.training.learning_rate import BoundLevel
 from flowvi.training.plateau import Plateau
 from flowvi.training.records import Record
 
@@ -65,7 +65,7 @@ class TrainState:
     halvings: int = 0
     plateau: Plateau = field(default_factory=Plateau)
     guard: Guard = field(default_factory=Guard)
-    level: Level = field(default_factory=Level)
+    level: BoundLevel = field(default_factory=BoundLevel)
     average: Average = field(default_factory=Average)
 
     def __post_init__(self) -> None:
@@ -101,7 +101,7 @@ class TrainState:
         """All of it, as `write_state` takes it."""
         good, optimiser = self._good
         return {
-            "guide": tensors_of(self.guide),
+            "guide": cpu_state_dict(self.guide),
             "parameters": self.vector(),
             "optimiser": self.optimiser.state_dict(),
             "good": [good, optimiser],
@@ -116,7 +116,7 @@ class TrainState:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Be where a state was taken."""
-        fill(self.guide, state["guide"], "The checkpoint")
+        load_tensors(self.guide, state["guide"], "The checkpoint")
         self._set(state["parameters"])
         self.optimiser.load_state_dict(state["optimiser"])
         self.start = state["start"].to(self.start)
@@ -136,7 +136,7 @@ class TrainState:
 
     def vector(self) -> Tensor:
         """All parameters in one vector, a copy."""
-        return vector_of(self.trained)
+        return flatten_tensors(self.trained)
 
     def _set(self, vector: Tensor) -> None:
         self.give(vector.to(self.start))

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flowvi.runtime import distributed
-from flowvi.runtime.clock import Interrupted, droppable
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.training.adam import Adam
 from flowvi.training.gradient import Gradient
 from flowvi.training.records import Record
@@ -122,7 +122,7 @@ class Trainer:
                     raise Interrupted
         if distributed.size() > 1:
             # The answer to the very last step.
-            self.record.stopped |= bool(distributed.agreed(self.gradient.answer))
+            self.record.stopped |= bool(distributed.broadcast_number(self.gradient.answer))
         if state.guard.skipped:
             self.record.log.append(
                 f"{state.guard.skipped} of {state.step} steps skipped by the gradient guard"
@@ -152,7 +152,7 @@ class Trainer:
     @contextmanager
     def _stepping(self) -> Iterator[None]:
         """A step is done to its end, with all parameters in one vector."""
-        with self.gradient.together(), self.session.clock.listening(), droppable(False):
+        with self.gradient.together(), self.session.clock.synchronized(), abort_on_interrupt(False):
             yield
 
     def _step(self, phase: Phase, state: TrainState) -> Taken:

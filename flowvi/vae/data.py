@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from flowvi.runtime.arguments import known
+from flowvi.runtime.arguments import check_choice
 from flowvi.vae.image_files import SEED, SPLITS, digits, read
 
 
@@ -130,7 +130,7 @@ def load(
         ``chardata.mat``. Marlin et al. (2010), "Inductive principles for
         restricted Boltzmann machine learning": the silhouettes.
     """
-    known("binarisation", binarise, WAYS)
+    check_choice("binarisation", binarise, WAYS)
     name, arrays = digits() if path is None else read(Path(path), split, binarise == "grey")
     levels = {k: arrays[f"{k}_x"] for k in SPLITS}
     found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}

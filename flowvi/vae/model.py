@@ -12,11 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from flowvi.guides.amortized import Amortised
-from flowvi.runtime.arguments import known
+from flowvi.runtime.arguments import check_choice
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.nets import NETS, Decoder, Encoder, pixel_means
 from flowvi.vae.posteriors import posterior
-from flowvi.vae.priors import PRIORS, Beside, Prior
+from flowvi.vae.priors import PRIORS, Prior, PriorInputs
 
 T = TypeVar("T")
 PLATE = "data"
@@ -133,7 +133,7 @@ def build(
         encoder = Encoder(bodies.encoder, bodies.width, means, family.top)
         decoder = Decoder(bodies.decoder, family.start(means))
         inner = posterior(guide, latent, bodies.width, **(guide_sizes or {}))
-        beside = Beside(latent, inner, encoder, x, family.top)
+        beside = PriorInputs(latent, inner, encoder, x, family.top)
         before = named("prior", PRIORS, prior, prior_sizes, beside)
     parts = {
         "latent": latent,
@@ -158,7 +158,7 @@ def named(
     *arguments: Any,
 ) -> T:
     """A row of a registry, built; an error that names the choices, or the sizes that it takes."""
-    known(kind, name, sorted(registry))
+    check_choice(kind, name, sorted(registry))
     takes = list(inspect.signature(registry[name]).parameters)[len(arguments) :]
     for size in sizes or {}:
         if size not in takes:

@@ -10,7 +10,7 @@ from flowvi.flows import FLOWS, Chain, Diagonal, Layer, Triangular
 from flowvi.flows.nets import required
 from flowvi.guides.guide import Guide
 from flowvi.guides.pushforward import FlowGuide
-from flowvi.runtime.arguments import known
+from flowvi.runtime.arguments import check_choice
 
 # Log scale of a fresh guide.
 START = -1.0
@@ -25,7 +25,7 @@ def posterior(name: str, dim: int, context_dim: int, **sizes: Any) -> Guide:
         context_dim: Number of features C.
         **sizes: Of the flow, such as its depth.
     """
-    known("guide of a VAE", name, sorted(POSTERIORS))
+    check_choice("guide of a VAE", name, sorted(POSTERIORS))
     try:
         return POSTERIORS[name](dim, context_dim, **sizes)
     except TypeError:

@@ -188,7 +188,7 @@ class VampPrior(Prior):
         return torch.logsumexp(self.logits.log_softmax(-1) + scores, dim=-1)
 
 
-class Beside(NamedTuple):
+class PriorInputs(NamedTuple):
     """Parts of the model from which a prior can be built, beside its own sizes.
 
     Attributes:
@@ -206,28 +206,28 @@ class Beside(NamedTuple):
     top: float
 
 
-def normal(beside: Beside) -> StandardNormal:
+def normal(beside: PriorInputs) -> StandardNormal:
     """The standard normal."""
     return StandardNormal(beside.dim)
 
 
-def mixture(beside: Beside, components: int = 10) -> MixturePrior:
+def mixture(beside: PriorInputs, components: int = 10) -> MixturePrior:
     """A mixture of normals with diagonal covariances."""
     return MixturePrior(beside.dim, components)
 
 
-def maf(beside: Beside, depth: int = 4, hidden: int = 64) -> FlowPrior:
+def maf(beside: PriorInputs, depth: int = 4, hidden: int = 64) -> FlowPrior:
     """A masked autoregressive flow: one pass to score."""
     return FlowPrior(beside.dim, "maf", depth=depth, hidden=hidden)
 
 
-def coupling(beside: Beside, depth: int = 4, hidden: int = 64) -> FlowPrior:
+def coupling(beside: PriorInputs, depth: int = 4, hidden: int = 64) -> FlowPrior:
     """Affine couplings: one pass to score, and one to sample."""
     return FlowPrior(beside.dim, "realnvp", depth=depth, hidden=hidden)
 
 
 def glow(
-    beside: Beside,
+    beside: PriorInputs,
     shape: tuple[int, int, int] | None = None,
     levels: int = 2,
     steps: int = 4,
@@ -240,7 +240,7 @@ def glow(
     )
 
 
-def vamp(beside: Beside, components: int | None = None) -> VampPrior:
+def vamp(beside: PriorInputs, components: int | None = None) -> VampPrior:
     """A VampPrior whose pseudo-inputs start at images of the training set, a hundred or all."""
     components = min(100, len(beside.images)) if components is None else components
     if not 1 <= components <= len(beside.images):

@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.row_checks import check_rows
 from flowvi.targets.local.row_functions import RowFunctionsOfModel, only_row
 from flowvi.targets.local.rows import Batch
-from flowvi.targets.local.runner import TOGETHER, Rows
+from flowvi.targets.local.runner import TOGETHER, RowRunner
 from flowvi.targets.local.schema import LocalFacts, RowFunctions
 from flowvi.targets.local.shared_prior import SharedPrior
 from flowvi.targets.local.sites import RowSites, unconstrained
@@ -42,10 +42,10 @@ def from_local_model(
     """
 
     def scored(runner: Runner) -> None:
-        Rows.of(runner, name, plate).scored()
+        RowRunner.of(runner, name, plate).run_and_score()
 
     runner = runner.in_precision(runner.dtype, scored)
-    rows = Rows.of(runner, name, plate)
+    rows = RowRunner.of(runner, name, plate)
     return _LocalCapture(rows, name, plate, functools.partial(again, name)).target()
 
 
@@ -53,7 +53,7 @@ class _LocalCapture:
     """One model with local latents on its way to a target."""
 
     def __init__(
-        self, rows: Rows, name: str, plate: str, again: Callable[[Runner], GlobalTarget]
+        self, rows: RowRunner, name: str, plate: str, again: Callable[[Runner], GlobalTarget]
     ) -> None:
         self.rows, self.name, self.again = rows, name, again
         self.sites = RowSites(rows, name, plate)
@@ -163,7 +163,7 @@ class _LocalCapture:
 
     def _observed(self, batch: Batch) -> dict[str, Tensor]:
         axes = self.sites.axes
-        with own_randomness(0):
+        with isolated_rng(0):
             _, data = self.rows.prior(batch.data, validate=False)
         return {name: v.movedim(axes[name], 0) for name, v in data.items() if name in axes}
 
@@ -182,7 +182,7 @@ class _LocalCapture:
                 common = self.prior.values(theta, *self.functions.own)
             derived = sites.common_deterministics
             fixed |= {n: v for n, v in common.items() if n not in derived}
-        with own_randomness(seed), torch.no_grad():
+        with isolated_rng(seed), torch.no_grad():
             trace = self.rows.simulate(fixed, batch.data)
         latents = [*sites.local.sites, *sites.deterministics] if values is None else []
         out = {}

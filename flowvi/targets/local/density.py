@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from flowvi.targets.local.rows import Arguments, sizes
+from flowvi.targets.local.rows import Arguments, candidate_row_counts
 from flowvi.targets.local.schema import LocalFacts, RowFunctions
 from flowvi.targets.local.target import LocalTarget
 from flowvi.targets.precision import precisions
@@ -54,7 +54,7 @@ class PlainRows:
                     "data must be a tensor, a Dataset, a DataLoader or a tuple of tensors; got "
                     f"{type(c).__name__}."
                 )
-        self.rows = Arguments(columns, {}, sizes(columns, {})[0])
+        self.rows = Arguments(columns, {}, candidate_row_counts(columns, {})[0])
         self.own: dict[str, nn.Parameter] = {}
         if isinstance(plain.log_prob, nn.Module):
             learned = plain.log_prob.named_parameters()

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
-from flowvi.targets.recording.batched import Batched, quiet_fallback
+from flowvi.targets.recording.batched import Batched, silence_vmap_fallback
 
 
 def mapped(
@@ -55,7 +55,7 @@ def mapped(
     if z.shape[1] == 1:
         arguments = arguments.squeeze(-3)
         shared = [t[0] for t in theta]
-    with quiet_fallback():
+    with silence_vmap_fallback():
         out = by_theta(arguments, *shared, *own, *rows)
     lead = z.shape[:3]
     cut = arguments.dim() - 1

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 
-from flowvi.targets.recording.batched import quiet_fallback
+from flowvi.targets.recording.batched import silence_vmap_fallback
 from flowvi.targets.recording.capture import agree
 from flowvi.targets.recording.tape import record
 
@@ -71,7 +71,7 @@ class RowPrograms:
             return rows_of_one()
         if theta and thetas > 1:
             dims = (0, 0, *[None] * (len(own) + len(data)))
-            with quiet_fallback():
+            with silence_vmap_fallback():
                 out = torch.func.vmap(program, dims)(flat, *theta, *own, *data)
         else:
             out = program(flat[0], *[t[0] for t in theta], *own, *data)

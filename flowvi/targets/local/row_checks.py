@@ -78,4 +78,4 @@ def _at_once(
         ) from error
     if sites.local.enumerated:
         return torch.as_tensor(enumeration.log_joint(trace) + ladj)
-    return torch.as_tensor(ladj + sum(s["log_prob_sum"] for s in checks.scored(trace)))
+    return torch.as_tensor(ladj + sum(s["log_prob_sum"] for s in checks.sites_with_density(trace)))

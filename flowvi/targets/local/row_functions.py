@@ -9,10 +9,10 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from flowvi.targets.local.runner import FromRows, Rows
+from flowvi.targets.local.runner import LatentsFromRows, RowRunner
 from flowvi.targets.local.sites import RowSites
 from flowvi.targets.pyro import checks, enumeration
-from flowvi.targets.pyro.discrete import Places
+from flowvi.targets.pyro.discrete import JointValues
 from flowvi.targets.pyro.handlers import FromVector, ToVector
 from flowvi.targets.schema import ModelError
 from flowvi.targets.vectors import split
@@ -29,7 +29,7 @@ class RowFunctionsOfModel:
         sites: Its sites.
     """
 
-    def __init__(self, rows: Rows, sites: RowSites) -> None:
+    def __init__(self, rows: RowRunner, sites: RowSites) -> None:
         self.rows, self.sites = rows, sites
         self.own = list(rows.runner.parameters.leaves.values())
 
@@ -40,9 +40,13 @@ class RowFunctionsOfModel:
     def terms(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """Log likelihood, and log prior of z with its Jacobian, (2)."""
         trace, handler = self.trace(z, inputs)
-        local = [s for s in checks.scored(trace) if self.sites.is_local(s)]
+        local = [s for s in checks.sites_with_density(trace) if self.sites.is_local(s)]
         if self.sites.local.enumerated:
-            rest = [s["log_prob_sum"] for s in checks.scored(trace) if not self.sites.is_local(s)]
+            rest = [
+                s["log_prob_sum"]
+                for s in checks.sites_with_density(trace)
+                if not self.sites.is_local(s)
+            ]
             total = enumeration.log_joint(trace) - sum(rest) + handler.ladj
             return torch.stack([total, 0.0 * handler.ladj])
         prior = [s["log_prob_sum"] for s in local if self.sites.is_prior(s)]
@@ -55,10 +59,10 @@ class RowFunctionsOfModel:
         """The terms of many rows at once, (R, D) -> (R, 2)."""
         theta, own, _ = self._parts(inputs)
         data = inputs[len(theta) + len(own) :]
-        handler = FromRows(z, self.sites.local, self.sites.axes)
+        handler = LatentsFromRows(z, self.sites.local, self.sites.axes)
         trace = self.rows.trace(both(handler, self.from_theta(theta)), data, own)
         prior, likelihood = handler.ladj, torch.zeros_like(handler.ladj)
-        for site in checks.scored(trace):
+        for site in checks.sites_with_density(trace):
             if self.sites.is_local(site):
                 frame = next(f for f in site["cond_indep_stack"] if f.name == self.sites.plate)
                 rows = site["log_prob"].movedim(frame.dim, 0)
@@ -131,7 +135,7 @@ class RowFunctionsOfModel:
     def check_sum(self, z: Tensor, inputs: Sequence[Tensor]) -> None:
         """Compare the terms of the sum over discrete sites with runs in which they have a value."""
         theta, own, data = self._parts(inputs)
-        places = Places.of(self.sites.first.nodes, self.sites.local.enumerated)
+        places = JointValues.of(self.sites.first.nodes, self.sites.local.enumerated)
         runs = {}
         for row in places.some(1, seed=0) if places.shapes else ():
             at: Mapping[str, Tensor] = places.split(row)

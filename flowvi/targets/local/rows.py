@@ -125,7 +125,7 @@ class Arguments:
         return leaves, spec, [id(leaf) in rows for leaf in leaves]
 
 
-def sizes(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
+def candidate_row_counts(args: Sequence[Any], kwargs: Mapping[str, Any]) -> list[int]:
     """Numbers of rows that there may be, the most likely first."""
     dataset, _ = _dataset_of(args)
     if dataset is not None:
@@ -144,7 +144,7 @@ def _dataset_of(args: Sequence[Any]) -> tuple[Dataset[Any] | None, Any]:
     return None, None
 
 
-def pieces(batch: Batch, size: int) -> Iterator[Batch]:
+def split_batch(batch: Batch, size: int) -> Iterator[Batch]:
     """A batch in smaller ones."""
     for start in range(0, len(batch.places), size):
         part = slice(start, start + size)

@@ -14,10 +14,16 @@ from pyro.poutine.subsample_messenger import SubsampleMessenger
 from torch import Tensor
 from torch.utils._pytree import tree_flatten_with_path
 
-from flowvi.runtime.rng import own_randomness
-from flowvi.targets.local.rows import Arguments, Call, Place, sizes
+from flowvi.runtime.rng import isolated_rng
+from flowvi.targets.local.rows import Arguments, Call, Place, candidate_row_counts
 from flowvi.targets.pyro.bijections import bijection_of
-from flowvi.targets.pyro.handlers import Given, Unseen, is_imputed, quiet, store_aside
+from flowvi.targets.pyro.handlers import (
+    Substitute,
+    Uncondition,
+    is_imputed,
+    isolated_param_store,
+    without_validation,
+)
 from flowvi.targets.pyro.layout import Layout
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.schema import ModelError
@@ -25,7 +31,7 @@ from flowvi.targets.schema import ModelError
 TOGETHER = 3
 
 
-class Unscaled(Messenger):
+class UnscalePlate(Messenger):
     """Undo the scale N / B of one plate."""
 
     def __init__(self, plate: str) -> None:
@@ -38,7 +44,7 @@ class Unscaled(Messenger):
                 msg["scale"] = msg["scale"] * frame.size / frame.full_size
 
 
-class Imputed(Messenger):
+class ImputeEveryRow(Messenger):
     """Give every row a latent value for an observation with `obs_mask` that may be missing.
 
     The latent vectors of all rows have one length. In a row whose observation is not missing,
@@ -56,7 +62,7 @@ class Imputed(Messenger):
             self.observed.add(msg["name"])
 
 
-class FromRows(Messenger):
+class LatentsFromRows(Messenger):
     """Give every local site its values for many rows; the log Jacobians of rows are in `ladj`.
 
     Args:
@@ -86,18 +92,18 @@ class FromRows(Messenger):
         msg["value"], msg["done"] = value, True
 
 
-class Rows:
+class RowRunner:
     """Runs a model on some of its rows."""
 
     def __init__(self, runner: Runner, arguments: Arguments, plate: str) -> None:
         self.runner, self.arguments, self.plate = runner, arguments, plate
 
     @classmethod
-    def of(cls, runner: Runner, name: str, plate: str) -> Rows:
+    def of(cls, runner: Runner, name: str, plate: str) -> RowRunner:
         """Find out which arguments have a row for each of the plate's."""
         seen: set[str] = set()
         failed: Exception | None = None
-        for size in sizes(runner.args, runner.kwargs):
+        for size in candidate_row_counts(runner.args, runner.kwargs):
             rows = cls(runner, Arguments(runner.args, runner.kwargs, size), plate)
             few = min(TOGETHER, size)
             try:
@@ -118,23 +124,23 @@ class Rows:
             f"its data; its plates are: {plates}."
         )
 
-    def on(self, data: Sequence[Tensor]) -> Runner:
+    def runner_on(self, data: Sequence[Tensor]) -> Runner:
         """The model on some rows."""
         args, kwargs = self.arguments.call(data)
-        model = Imputed()(self.runner.model)
+        model = ImputeEveryRow()(self.runner.model)
         return replace(self.runner, model=model, args=args, kwargs=kwargs, drawn={})
 
     def prior(
         self, data: Sequence[Tensor], validate: bool
     ) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior on some rows."""
-        with whole(self.plate, len(data[0]) if data else 1):
-            return self.on(data).prior(validate)
+        with all_rows_in_plate(self.plate, len(data[0]) if data else 1):
+            return self.runner_on(data).prior(validate)
 
-    def scored(self) -> None:
+    def run_and_score(self) -> None:
         """Run the model on a row from its prior and score it."""
         data = self.arguments.batch([0]).data
-        with own_randomness(0), store_aside(), self.runner.running(), quiet():
+        with isolated_rng(0), isolated_param_store(), self.runner.running(), without_validation():
             self.prior(data, validate=False)[0].compute_log_prob()
 
     def trace(
@@ -146,38 +152,47 @@ class Rows:
         places: Mapping[str, Tensor] | None = None,
     ) -> poutine.Trace:
         """One scored run on latent values that handlers serve, without the plate's scale."""
-        runner = self.on(data)
-        runner.model = Unscaled(self.plate)(runner.model)
-        with whole(self.plate, len(data[0]) if data else 1):
+        runner = self.runner_on(data)
+        runner.model = UnscalePlate(self.plate)(runner.model)
+        with all_rows_in_plate(self.plate, len(data[0]) if data else 1):
             trace, _ = runner.trace(handler, own, enumerate_from, places)
         return trace
 
     def simulate(self, values: Mapping[str, Tensor], data: Sequence[Tensor]) -> poutine.Trace:
         """One run in which the data are drawn, and all latents that are not given."""
-        runner = self.on(data)
-        free = runner.owned()(Given(values)(Unseen()(runner.model)))
-        with quiet(), runner.running(), whole(self.plate, len(data[0]) if data else 1):
+        runner = self.runner_on(data)
+        free = runner.input_handler()(Substitute(values)(Uncondition()(runner.model)))
+        with (
+            without_validation(),
+            runner.running(),
+            all_rows_in_plate(self.plate, len(data[0]) if data else 1),
+        ):
             return poutine.trace(free).get_trace(*runner.args, **runner.kwargs)
 
     def called(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
         """The rows in a call of the model, which runs up to its plate."""
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={})
-        said = self._statement(runner)
+        said = self._plate_arguments(runner)
         return Call(self._rows_of(runner), *said)
 
-    def _statement(self, runner: Runner) -> tuple[int | None, int | None, Any]:
+    def _plate_arguments(self, runner: Runner) -> tuple[int | None, int | None, Any]:
         """Size, subsample size and subsample that the model gives the plate."""
 
         def reached(
             size: int | None = None, batch: int | None = None, rows: Any = None, *_: Any
         ) -> Any:
-            raise _Reached(size, batch, rows)
+            raise _PlateReached(size, batch, rows)
 
-        model = runner.owned()(runner.model)
-        with quiet(), runner.running(), torch.no_grad(), _holding(self.plate, reached):
+        model = runner.input_handler()(runner.model)
+        with (
+            without_validation(),
+            runner.running(),
+            torch.no_grad(),
+            _plate_subsample(self.plate, reached),
+        ):
             try:
                 model(*runner.args, **runner.kwargs)
-            except _Reached as found:
+            except _PlateReached as found:
                 size, batch, rows = found.args
                 return size, batch, rows
         raise ModelError(
@@ -203,17 +218,17 @@ class Rows:
         return tuple(found[i] for i in range(len(found)))
 
 
-class _Reached(Exception):
+class _PlateReached(Exception):
     """The model has reached the plate; the arguments of the plate are in `args`."""
 
 
-def whole(plate: str, rows: int) -> AbstractContextManager[None]:
+def all_rows_in_plate(plate: str, rows: int) -> AbstractContextManager[None]:
     """Let a plate contain the rows that the model is called with, whatever its size argument is."""
 
     def held(size: int | None = None, *_: Any) -> Any:
         return (rows if size is None else size), rows, torch.arange(rows)
 
-    return _holding(plate, held)
+    return _plate_subsample(plate, held)
 
 
 def _by_path(runner: Runner) -> dict[Any, Any]:
@@ -223,7 +238,7 @@ def _by_path(runner: Runner) -> dict[Any, Any]:
 
 
 @contextmanager
-def _holding(plate: str, held: Callable[..., Any]) -> Iterator[None]:
+def _plate_subsample(plate: str, held: Callable[..., Any]) -> Iterator[None]:
     """Replace the subsampling of a plate by a function of the plate's arguments."""
     theirs = SubsampleMessenger._subsample
 

@@ -14,10 +14,10 @@ from flowvi.targets.local.row_functions import RowFunctionsOfModel, both, only_r
 from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.handlers import FromVector, ToVector
 from flowvi.targets.pyro.layout import Layout
-from flowvi.targets.pyro.rerun import rerunner
+from flowvi.targets.pyro.rerun import make_rerun
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.recording.capture import Trial, capture
-from flowvi.targets.recording.program import Density
+from flowvi.targets.recording.program import CompiledDensity
 from flowvi.targets.schema import Facts, Functions
 from flowvi.targets.vectors import split
 
@@ -38,7 +38,11 @@ class SharedPrior:
         handler = self._from_theta(theta)
         z = self.sites.zero().to(theta)
         trace = self._run(both(self.functions.from_z(z), handler), own)
-        terms = [s["log_prob_sum"] for s in checks.scored(trace) if not self.sites.is_local(s)]
+        terms = [
+            s["log_prob_sum"]
+            for s in checks.sites_with_density(trace)
+            if not self.sites.is_local(s)
+        ]
         return sum(terms[1:], terms[0]) + handler.ladj
 
     def values(self, theta: Tensor, *own: Tensor) -> dict[str, Tensor]:
@@ -85,9 +89,9 @@ class SharedPrior:
             improper=self.layout.improper,
         )
         # There are no draws of the latents of rows: other rows draw their own.
-        rerun = rerunner(runner, self.layout, capture_again)
+        rerun = make_rerun(runner, self.layout, capture_again)
         functions = Functions(self.values, self.inverse, rerun=rerun)
-        density = Density(batched, frozen=not own)
+        density = CompiledDensity(batched, frozen=not own)
         return GlobalTarget(facts, density, functions, trial, runner.parameters.leaves)
 
     def _from_theta(self, theta: Tensor) -> FromVector:

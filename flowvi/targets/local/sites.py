@@ -10,8 +10,8 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from flowvi.runtime.rng import own_randomness
-from flowvi.targets.local.runner import Rows
+from flowvi.runtime.rng import isolated_rng
+from flowvi.targets.local.runner import RowRunner
 from flowvi.targets.pyro import checks, data_checks
 from flowvi.targets.pyro.bijections import bijection_of
 from flowvi.targets.pyro.handlers import is_reparametrised
@@ -42,13 +42,13 @@ class RowSites:
         ModelError: The plate has no latent site, or the model does not run on one row.
     """
 
-    def __init__(self, rows: Rows, name: str, plate: str) -> None:
+    def __init__(self, rows: RowRunner, name: str, plate: str) -> None:
         self.plate = plate
         self.first_row = rows.arguments.batch([0]).data
         runs = _runs_on_one_row(rows, name, plate)
         self.traces = [trace for trace, _ in runs]
         self.first, self.data = runs[0]
-        checks.same_structure(self.traces)
+        checks.check_same_structure(self.traces)
         latents = checks.latent_sites(self.first, name)
         local = {n: s for n, s in latents.items() if self.is_local(s)}
         if not local:
@@ -59,10 +59,10 @@ class RowSites:
         self.local = layout_of(self.first, local)
         common = {n: s for n, s in latents.items() if n not in local}
         self.common: Layout | None = layout_of(self.first, common) if common else None
-        valued = [site for site in checks.valued(self.first) if self.is_local(site)]
+        valued = [site for site in checks.sites_with_value(self.first) if self.is_local(site)]
         self.axes = {site["name"]: self._axis(site) for site in valued}
-        data_checks.observations(self.first, self.data)
-        data_checks.score(self.first)
+        data_checks.check_observations(self.first, self.data)
+        data_checks.check_scores(self.first)
         self._check_masks(rows)
 
     def is_local(self, site: Mapping[str, Any]) -> bool:
@@ -123,10 +123,10 @@ class RowSites:
             )
         return axis
 
-    def _check_masks(self, rows: Rows) -> None:
+    def _check_masks(self, rows: RowRunner) -> None:
         """Refuse a local latent whose prior is masked out in a row of the data."""
         some = rows.arguments.batch(range(min(rows.arguments.size, ROWS)))
-        with own_randomness(0):
+        with isolated_rng(0):
             masked = checks.masked_latents(rows.prior(some.data, validate=False)[0])
         for site in self.local.sites:
             if site in masked:
@@ -140,7 +140,7 @@ def unconstrained(trace: poutine.Trace, layout: Layout) -> Tensor:
 
 
 def _runs_on_one_row(
-    rows: Rows, name: str, plate: str
+    rows: RowRunner, name: str, plate: str
 ) -> list[tuple[poutine.Trace, dict[str, Tensor]]]:
     first_row = rows.arguments.batch([0]).data
     try:

@@ -19,6 +19,7 @@ from flowvi.targets.local.schema import LocalFacts, RowFunctions, RowSimulator
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.schema import ModelError
 from flowvi.targets.target import Target
+from flowvi.targets.vectors import flattened
 
 
 class LocalTarget(Target):
@@ -190,14 +191,7 @@ class LocalTarget(Target):
         Raises:
             ValueError: A site is missing.
         """
-        columns = []
-        for name, site in self.sites.items():
-            if name not in values:
-                came = ", ".join(values) or "none"
-                raise ValueError(f"unconstrain needs a value for site '{name}'; got {came}.")
-            value = torch.as_tensor(values[name], device=self.device).to(self.dtype)
-            columns.append(value.reshape(*value.shape[: value.dim() - len(site.shape)], -1))
-        flat = torch.cat(columns, -1)
+        flat = flattened(values, self.sites, self.dtype, self.device)
         out: Tensor = self._mapped(self._functions.inverse, flat, batch, theta)
         return out
 

@@ -14,20 +14,20 @@ from pyro import poutine
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import subsampling
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.pyro import checks, data_checks
 from flowvi.targets.pyro.bijections import bijection_of
-from flowvi.targets.pyro.handlers import FromVector, ToVector, observes, store_aside
+from flowvi.targets.pyro.handlers import FromVector, ToVector, isolated_param_store, observes
 from flowvi.targets.pyro.layout import constant_dims, constants_of, dims_of, layout_of
-from flowvi.targets.pyro.rerun import rerunner
+from flowvi.targets.pyro.rerun import make_rerun
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.pyro.simulate import simulator
 from flowvi.targets.pyro.summation import Summation
 from flowvi.targets.pyro.violations import violation
 from flowvi.targets.recording.capture import Trial, agree, capture
-from flowvi.targets.recording.program import Density
+from flowvi.targets.recording.program import CompiledDensity
 from flowvi.targets.schema import Facts, Functions, ModelError, Simulator
 from flowvi.targets.vectors import TRIES, finite_points, nearby, split
 
@@ -39,18 +39,18 @@ class PyroCapture:
 
     def __init__(self, runner: Runner, name: str) -> None:
         self.runner, self.name = runner, name
-        with store_aside():
+        with isolated_param_store():
             runs = [runner.prior(validate=i == 0) for i in range(RUNS)]
         self.traces = [trace for trace, _ in runs]
         self.first, self.data = runs[0]
-        checks.same_structure(self.traces)
+        checks.check_same_structure(self.traces)
         self.layout = layout_of(self.first, checks.latent_sites(self.first, name))
         if not any(shape.numel() for shape in self.layout.shapes.values()):
             raise ModelError(f"The latents of {name} have no elements: there is nothing to fit.")
-        checks.subsampled_plates(self.first, runner.drawn)
-        data_checks.observations(self.first, self.data)
-        data_checks.score(self.first)
-        data_checks.site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
+        checks.check_subsampled_plates(self.first, runner.drawn)
+        data_checks.check_observations(self.first, self.data)
+        data_checks.check_scores(self.first)
+        data_checks.check_site_shapes(self.first, self.layout.nesting, bool(self.layout.enumerated))
         _warn_if_data_are_missing(runner, self.data, name)
         self.parameters = runner.parameters.leaves
         self.summation = self._summation()
@@ -74,19 +74,19 @@ class PyroCapture:
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
         discrete = self._probabilities if self.summation else None
-        again = rerunner(self.runner, self.layout, partial(capture_runner, self.name))
+        again = make_rerun(self.runner, self.layout, partial(capture_runner, self.name))
         return GlobalTarget(
             facts,
-            Density(batched, frozen=not self.parameters),
+            CompiledDensity(batched, frozen=not self.parameters),
             Functions(
                 self._values,
                 self._inverse,
                 likelihood,
                 simulate,
                 self._latents,
-                self._as_given(),
+                self._messages_as_given(),
                 again,
-                self._met,
+                self._messages_with,
                 discrete,
                 lambda z: violation(self._trace(self._from_vector(z), trial.inputs)),
             ),
@@ -95,22 +95,22 @@ class PyroCapture:
             data,
         )
 
-    def _as_given(self) -> Mapping[str, Any]:
+    def _messages_as_given(self) -> Mapping[str, Any]:
         """Pyro's record of the latent sites in one run in the precision of the data as given."""
         if self.runner.precision is None:
             return self.layout.latents
         args, kwargs = self.runner.given
         try:
-            found = self._met(args, kwargs)
+            found = self._messages_with(args, kwargs)
         except Exception:  # only in one precision do they go together
             return self.layout.latents
         return {name: found.get(name, site) for name, site in self.layout.latents.items()}
 
-    def _met(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
+    def _messages_with(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Mapping[str, Any]:
         """Pyro's record of the latent sites in one run with other arguments."""
         # As Pyro runs it, in the precision of these arguments.
         runner = replace(self.runner, args=args, kwargs=kwargs, drawn={}, precision=None)
-        with own_randomness(0), store_aside():
+        with isolated_rng(0), isolated_param_store():
             nodes = runner.prior(validate=False)[0].nodes
         return {name: nodes[name] for name in self.layout.latents if name in nodes}
 
@@ -146,7 +146,7 @@ class PyroCapture:
         trace = self._trace(self._from_vector(z), inputs)
         # A deterministic value may not depend on z, or be a number.
         values = {name: torch.as_tensor(trace.nodes[name]["value"]) for name in self.reported}
-        return self.layout.latent(values)
+        return self.layout.latent_elements(values)
 
     def _latents(self, z: Tensor, *inputs: Tensor) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         handler = self._from_vector(z)
@@ -154,7 +154,7 @@ class PyroCapture:
         return {name: trace.nodes[name]["value"] for name in self.layout.latents}, handler.ladjs
 
     def _inverse(self, flat: Tensor, *inputs: Tensor) -> Tensor:
-        values = self.layout.whole(split(flat, self.layout.sites, self.layout.dtypes))
+        values = self.layout.all_elements(split(flat, self.layout.sites, self.layout.dtypes))
         handler = ToVector(values, self.layout.missing)
         self._trace(handler, inputs)
         return torch.cat([handler.pieces[name] for name in self.layout.latents])
@@ -165,7 +165,7 @@ class PyroCapture:
         trace = self._trace(self._from_vector(z), inputs)
         return {
             site["name"]: scale_and_mask(site["unscaled_log_prob"], 1.0, site["mask"])
-            for site in checks.scored(trace)
+            for site in checks.sites_with_density(trace)
             if site["name"] in self.data
         }
 
@@ -192,7 +192,7 @@ class PyroCapture:
             places = self.summation.first()
         enumerate_from = -1 - self.layout.nesting if axes and self.layout.enumerated else None
         trace, _ = self.runner.trace(handler, inputs, enumerate_from, places)
-        checks.same_latents(trace, self.layout.latents)
+        checks.check_same_latents(trace, self.layout.latents)
         return trace
 
     def _from_vector(self, z: Tensor) -> FromVector:
@@ -215,7 +215,7 @@ class PyroCapture:
         summation = Summation(self.first, self.layout.enumerated, run)
         point, inputs = self._unconstrained(self.first), self._some_inputs()
         with torch.no_grad():
-            moved = summation.varying(point, inputs, list(self.layout.latents))
+            moved = summation.values_that_vary(point, inputs, list(self.layout.latents))
             if moved:
                 raise ModelError(
                     f"The support of site '{min(moved)}' depends on a discrete site that is summed "
@@ -236,7 +236,7 @@ class PyroCapture:
         if not (self.summation and names):
             return list(names)
         with torch.no_grad():
-            moved = self.summation.varying(
+            moved = self.summation.values_that_vary(
                 self._unconstrained(self.first), self._some_inputs(), names
             )
         return [name for name in names if name not in moved]
@@ -249,15 +249,15 @@ class PyroCapture:
         if not (self.data and self.summation):
             return bool(self.data)
         with torch.no_grad():
-            return all(self._adds_up(z, trial.inputs) for z in trial.points)
+            return all(self._is_sum_of_rows(z, trial.inputs) for z in trial.points)
 
-    def _adds_up(self, z: Tensor, inputs: Sequence[Tensor]) -> bool:
+    def _is_sum_of_rows(self, z: Tensor, inputs: Sequence[Tensor]) -> bool:
         """Whether the sum over discrete sites is one for each row, as it is in a mixture.
 
         It is not where rows share a discrete site, or sites of one row do.
         """
         trace = self._trace(self._from_vector(z), inputs)
-        scales = {site["name"]: site["scale"] for site in checks.scored(trace)}
+        scales = {site["name"]: site["scale"] for site in checks.sites_with_density(trace)}
         try:
             found = self._log_likelihood(z, *inputs)
         except RuntimeError:  # rows and discrete values have no common shape
@@ -265,7 +265,7 @@ class PyroCapture:
         total = sum((scales[name] * value).sum() for name, value in found.items())
         rest = [
             site["log_prob_sum"]
-            for site in checks.scored(trace)
+            for site in checks.sites_with_density(trace)
             if not (observes(site) or checks.is_enumerated(site))
         ]
         handler = self._from_vector(z)
@@ -304,7 +304,7 @@ class PyroCapture:
             with torch.no_grad():
                 inputs = [*self.parameters.values(), *batch.values()]
                 trace, data = self.runner.trace(self._at_prior(), inputs)
-            data_checks.observations(trace, data)
+            data_checks.check_observations(trace, data)
             pieces.append((batch, {name: value.detach() for name, value in data.items()}))
         return subsampling.assemble(pieces, self.runner.drawn, self.layout.dims)
 
@@ -320,7 +320,7 @@ class PyroCapture:
             if self.summation:
                 # Some values of a discrete site may be impossible.
                 return bool(self._log_prob(z, *inputs).isfinite())
-            sums = (site["log_prob_sum"] for site in checks.scored(last[0]))
+            sums = (site["log_prob_sum"] for site in checks.sites_with_density(last[0]))
             return all(bool(log_p.isfinite()) for log_p in sums)
 
         draws = [self._unconstrained(trace) for trace in self.traces]
@@ -340,22 +340,22 @@ class PyroCapture:
                     found.append(self._log_prob(trial.points[0], *trial.inputs))
             self.layout.missing = own
             if not agree(found[:1], found[1:]):
-                raise ModelError(checks.masked(name, "values that are missing", part.name))
+                raise ModelError(checks.masked_message(name, "values that are missing", part.name))
 
     def _unconstrained(self, trace: poutine.Trace) -> Tensor:
         sites = {name: trace.nodes[name] for name in self.layout.latents}
         found = {n: bijection_of(s["fn"]).inv(s["value"]) for n, s in sites.items()}
-        return torch.cat([u.reshape(-1) for u in self.layout.latent(found).values()])
+        return torch.cat([u.reshape(-1) for u in self.layout.latent_elements(found).values()])
 
 
 def capture_runner(name: str, runner: Runner) -> GlobalTarget:
     """A model on other arguments than those of a fit."""
-    with own_randomness(0):
+    with isolated_rng(0):
         return PyroCapture(runner, name).target()
 
 
 def _sum_of_sites(trace: poutine.Trace) -> Tensor:
-    terms = [site["log_prob_sum"] for site in checks.scored(trace)]
+    terms = [site["log_prob_sum"] for site in checks.sites_with_density(trace)]
     total: Tensor = sum(terms[1:], terms[0])
     return total
 

@@ -51,7 +51,7 @@ class LastSite(Messenger):
             self.devices[f"site '{msg['name']}'"] = msg["value"].device
             self.dtypes[f"site '{msg['name']}'"] = msg["value"].dtype
 
-    def told(self, error: Exception) -> None:
+    def add_note(self, error: Exception) -> None:
         """Add a note to an error that names the last site that the model reached."""
         if self.name is not None:
             error.add_note(f"While flowvi ran the model; the last site reached was '{self.name}'.")
@@ -63,7 +63,7 @@ def of_library(error: BaseException) -> bool:
     return frames[-1].f_globals.get("__name__", "").split(".")[0] in ("pyro", "torch")
 
 
-class Known(Messenger):
+class CheckSites(Messenger):
     """Refuse sites without a proper name or distribution."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -98,21 +98,21 @@ def is_enumerated(site: Mapping[str, Any]) -> bool:
     return is_latent(site) and site["infer"].get("enumerate") == "parallel"
 
 
-def valued(trace: poutine.Trace) -> list[dict[str, Any]]:
+def sites_with_value(trace: poutine.Trace) -> list[dict[str, Any]]:
     """Sites of a run that have a value: all but its plates."""
     nodes = trace.nodes.values()
     return [s for s in nodes if s["type"] == "sample" and not isinstance(s["fn"], _Subsample)]
 
 
-def scored(trace: poutine.Trace) -> list[dict[str, Any]]:
+def sites_with_density(trace: poutine.Trace) -> list[dict[str, Any]]:
     """Sites that contribute to the log joint.
 
     A reparametrised site may: some reparametrisations leave a part of its density with it.
     """
-    return [site for site in valued(trace) if not site["infer"].get("_deterministic")]
+    return [site for site in sites_with_value(trace) if not site["infer"].get("_deterministic")]
 
 
-def _guided(trace: poutine.Trace) -> dict[str, Any]:
+def _continuous_latents(trace: poutine.Trace) -> dict[str, Any]:
     """Latent sites that are not summed out."""
     nodes = trace.nodes.items()
     return {name: site for name, site in nodes if is_latent(site) and not is_enumerated(site)}
@@ -120,8 +120,8 @@ def _guided(trace: poutine.Trace) -> dict[str, Any]:
 
 def latent_sites(trace: poutine.Trace, model: str) -> dict[str, Any]:
     """Continuous latent sites of a trace, in the order in which the model samples them."""
-    sites = _guided(trace)
-    reparametrised(trace)
+    sites = _continuous_latents(trace)
+    check_reparametrised(trace)
     if not sites:
         raise ModelError(
             f"{model} has no latent sites to approximate: every pyro.sample has an obs= value "
@@ -155,7 +155,7 @@ def _discrete(name: str, fn: Any) -> str:
     return f"Site '{name}' is discrete ({kind}); a guide needs a density on R^D. {cure}"
 
 
-def masked(name: str, what: str, statement: str) -> str:
+def masked_message(name: str, what: str, statement: str) -> str:
     """Message on a latent site whose prior is masked out.
 
     Args:
@@ -174,9 +174,9 @@ def masked(name: str, what: str, statement: str) -> str:
 def masked_latents(trace: poutine.Trace) -> dict[str, str]:
     """Latent sites whose prior is masked out, with a message for each."""
     found: dict[str, str] = {}
-    if any(is_reparametrised(s) and has_density(s) for s in valued(trace)):
+    if any(is_reparametrised(s) and has_density(s) for s in sites_with_value(trace)):
         return found  # their density may lie with another site
-    for name, site in _guided(trace).items():
+    for name, site in _continuous_latents(trace).items():
         if is_improper(site["fn"]) or missing_of(site, trace.nodes):
             continue
         for mask, batch in _masks(site):
@@ -184,7 +184,7 @@ def masked_latents(trace: poutine.Trace) -> dict[str, str]:
             n, all_of = int(covered.sum()), covered.numel()
             if n:
                 what = "it" if all_of == 1 else f"{n} of its {all_of} values"
-                found[name] = masked(name, what, name)
+                found[name] = masked_message(name, what, name)
     return found
 
 
@@ -199,12 +199,14 @@ def _masks(site: Mapping[str, Any]) -> Iterator[tuple[Any, torch.Size]]:
         fn = fn.base_dist
 
 
-def reparametrised(trace: poutine.Trace) -> None:
+def check_reparametrised(trace: poutine.Trace) -> None:
     """Refuse reparametrisations of observed sites whose density would lack a Jacobian."""
     for name, site in trace.nodes.items():
         if site["type"] != "sample" or not is_reparametrised(site):
             continue
-        parts = [s for s in valued(trace) if s["name"].startswith(f"{name}_") and observes(s)]
+        parts = [
+            s for s in sites_with_value(trace) if s["name"].startswith(f"{name}_") and observes(s)
+        ]
         if parts and mask_of(site) is False:
             raise ModelError(
                 f"Site '{name}' is observed and reparametrised (site '{parts[0]['name']}'): Pyro "
@@ -213,7 +215,7 @@ def reparametrised(trace: poutine.Trace) -> None:
             )
 
 
-def is_model(model: Any, name: str) -> None:
+def check_callable(model: Any, name: str) -> None:
     """Refuse what cannot be called as a model."""
     wrong = ""
     if inspect.isclass(model):
@@ -226,11 +228,11 @@ def is_model(model: Any, name: str) -> None:
         raise ModelError(f"A model is a function that calls pyro.sample; got {wrong}.")
 
 
-def same_structure(traces: Sequence[poutine.Trace]) -> None:
+def check_same_structure(traces: Sequence[poutine.Trace]) -> None:
     """Refuse models whose sites or shapes differ between runs."""
-    first = {name: site["value"].shape for name, site in _guided(traces[0]).items()}
+    first = {name: site["value"].shape for name, site in _continuous_latents(traces[0]).items()}
     for trace in traces[1:]:
-        other = {name: site["value"].shape for name, site in _guided(trace).items()}
+        other = {name: site["value"].shape for name, site in _continuous_latents(trace).items()}
         odd = sorted(set(first) ^ set(other))
         if odd:
             raise ModelError(
@@ -245,9 +247,9 @@ def same_structure(traces: Sequence[poutine.Trace]) -> None:
                 )
 
 
-def same_latents(trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
+def check_same_latents(trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
     """Refuse a run whose latent sites are not those that were laid out."""
-    odd = set(_guided(trace)) ^ set(latents)
+    odd = set(_continuous_latents(trace)) ^ set(latents)
     if odd:
         raise ModelError(
             f"Site '{min(odd)}' was not there in every run: the model's structure changes with "
@@ -255,9 +257,9 @@ def same_latents(trace: poutine.Trace, latents: Mapping[str, Any]) -> None:
         )
 
 
-def subsampled_plates(trace: poutine.Trace, subsampled: Mapping[str, Any]) -> None:
+def check_subsampled_plates(trace: poutine.Trace, subsampled: Mapping[str, Any]) -> None:
     """Refuse subsampled plates that are looped over, or have latents of their own."""
-    for site in scored(trace):
+    for site in sites_with_density(trace):
         name = site["name"]
         for frame in site["cond_indep_stack"]:
             if frame.name in subsampled and not frame.vectorized:

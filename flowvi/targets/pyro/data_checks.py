@@ -13,8 +13,8 @@ from pyro.util import check_site_shape
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
-from flowvi.targets.precision import mixed
-from flowvi.targets.pyro.checks import scored
+from flowvi.targets.precision import explain_mixed_precision
+from flowvi.targets.pyro.checks import sites_with_density
 from flowvi.targets.pyro.handlers import innermost, mask_of
 from flowvi.targets.schema import ModelError
 
@@ -22,13 +22,13 @@ from flowvi.targets.schema import ModelError
 NAN_MASKED = (dist.NanMaskedNormal, dist.NanMaskedMultivariateNormal)
 
 
-def score(trace: poutine.Trace) -> None:
+def check_scores(trace: poutine.Trace) -> None:
     """Score a run, or name the site whose values do not fit its distribution."""
     try:
         with torch.no_grad(), pyro.validation_enabled(False):
             trace.compute_log_prob()
     except (ValueError, RuntimeError) as error:
-        site = next(site for site in scored(trace) if "log_prob" not in site)
+        site = next(site for site in sites_with_density(trace) if "log_prob" not in site)
         plates = ", ".join(f"'{f.name}' of {f.size}" for f in site["cond_indep_stack"])
         if words := _mixed(error, trace, site):
             raise ModelError(words) from error
@@ -43,11 +43,11 @@ def _mixed(error: Exception, trace: poutine.Trace, site: Mapping[str, Any]) -> s
     """Message on a density that fails because types of tensors differ; empty for other errors."""
     values = {f"site '{s['name']}'": s["value"] for s in trace.nodes.values() if "fn" in s}
     held = {name: v.dtype for name, v in values.items() if isinstance(v, Tensor)}
-    words = mixed(error, held)
+    words = explain_mixed_precision(error, held)
     return words and f"Site '{site['name']}' cannot be scored. {words}"
 
 
-def site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:
+def check_site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:
     """Refuse densities with more rows than their plates declare.
 
     Args:
@@ -55,7 +55,7 @@ def site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:
         nesting: How many plates lie within each other.
         strict: Whether undeclared rows are refused even where each value is scored once.
     """
-    for site in scored(trace):
+    for site in sites_with_density(trace):
         name, value, rows = site["name"], site["value"], tuple(site["log_prob"].shape)
         own = tuple(value.shape[: value.dim() - site["fn"].event_dim])
         try:
@@ -71,7 +71,7 @@ def site_shapes(trace: poutine.Trace, nesting: int, strict: bool) -> None:
             raise ModelError(f"{error}\n {hint}") from None
 
 
-def observations(trace: poutine.Trace, data: Mapping[str, Tensor]) -> None:
+def check_observations(trace: poutine.Trace, data: Mapping[str, Tensor]) -> None:
     """Refuse data that the likelihood cannot score, behind masks excepted.
 
     Args:

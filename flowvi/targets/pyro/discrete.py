@@ -24,7 +24,7 @@ SETTINGS = ("enumerate", "num_samples", "tmc", "expand")
 MOST = 4096
 
 
-class Marked(Messenger):
+class MarkEnumerated(Messenger):
     """Mark the discrete latents that are summed out, before the sites of a model are enumerated.
 
     - A mask applies to what depends on a discrete site, not to the site's own probability: the
@@ -52,7 +52,7 @@ class Marked(Messenger):
             msg["fn"], msg["mask"], msg["infer"] = fn, None, {**rest, "enumerate": "parallel"}
 
 
-class AtValues(Messenger):
+class FixDiscrete(Messenger):
     """Fix discrete sites at values, given by their index among all values of the site.
 
     Args:
@@ -96,7 +96,7 @@ def values_of(name: str, fn: Any) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Places:
+class JointValues:
     """Joint values of some discrete sites, as places among the values of each element.
 
     Args:
@@ -108,7 +108,7 @@ class Places:
     counts: Mapping[str, int]
 
     @classmethod
-    def of(cls, sites: Mapping[str, Any], names: Sequence[str]) -> Places:
+    def of(cls, sites: Mapping[str, Any], names: Sequence[str]) -> JointValues:
         """Those of the named sites of a run in which they were drawn."""
         shapes, counts = {}, {}
         for name in names:

@@ -16,7 +16,7 @@ from pyro.ops import packed
 from pyro.ops.contract import contract_to_tensor
 from torch import Tensor
 
-from flowvi.targets.pyro.checks import scored
+from flowvi.targets.pyro.checks import sites_with_density
 from flowvi.targets.pyro.handlers import observes
 from flowvi.targets.pyro.log_einsum import Ring
 from flowvi.targets.recording.capture import agree
@@ -89,7 +89,7 @@ def probabilities(trace: poutine.Trace) -> tuple[Tensor, dict[str, Tensor]]:
     Returns:
         The log density without scales (), and for each site (..., *plates, K).
     """
-    sites = {s["name"]: s for s in scored(trace) if _axis(s) is not None}
+    sites = {s["name"]: s for s in sites_with_density(trace) if _axis(s) is not None}
     own = {name: _own(site).requires_grad_() for name, site in sites.items()}
     with torch.enable_grad():
         total = log_joint(trace, own)
@@ -158,7 +158,7 @@ def compare(trace: poutine.Trace, single: poutine.Trace, places: Mapping[str, Te
 def _factors(trace: poutine.Trace) -> tuple[list[Factor], dict[str, Sites]]:
     """All factors of a trace, and the discrete site behind each symbol."""
     trace.symbolize_dims()
-    sites = scored(trace)
+    sites = sites_with_density(trace)
     owners: dict[str, Sites] = {
         s["infer"]["_enumerate_symbol"]: s for s in sites if _axis(s) is not None
     }

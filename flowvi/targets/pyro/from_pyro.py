@@ -8,7 +8,7 @@ from typing import Any, overload
 
 import torch
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.local.capture_model import from_local_model
 from flowvi.targets.local.target import LocalTarget
@@ -54,8 +54,8 @@ def from_pyro(
         ModelError: The model cannot be written as a density on R^D; the
             message names the site or line and says what to do.
     """
-    checks.is_model(model, name_of(model))
-    with own_randomness(0):
+    checks.check_callable(model, name_of(model))
+    with isolated_rng(0):
         runner = Runner(model, args, kwargs)
         if local is not None:
             rows = from_local_model(runner, name_of(model), local, capture_runner)
@@ -80,7 +80,7 @@ def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> GlobalTa
     Raises:
         ModelError: As for `from_pyro`, and where the model reads an observed value into Python.
     """
-    with own_randomness(0):
+    with isolated_rng(0):
         runner = Runner(model, args, kwargs).in_precision(torch.float64)
         captured = PyroCapture(runner, name_of(model))
         if not captured.data:

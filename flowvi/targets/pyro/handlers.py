@@ -21,10 +21,10 @@ from flowvi.targets.imputed import OBSERVED, Missing, imputed
 from flowvi.targets.pyro.bijections import bijection_of, site_bijection
 from flowvi.targets.pyro.parameters import Parameters
 from flowvi.targets.schema import ModelError
-from flowvi.targets.tabular import as_tensor, cure, kind_of
+from flowvi.targets.tabular import as_tensor, kind_of, remedy
 
 
-class Owned(Messenger):
+class ServeInputs(Messenger):
     """Serve `pyro.param` statements from a target's own parameters, plates their rows, and data.
 
     Args:
@@ -67,7 +67,7 @@ class Owned(Messenger):
             msg["value"] = _scorable(self.data[name], msg)
 
 
-class Prior(Messenger):
+class StartImproperPriors(Messenger):
     """Give sites with an improper prior a first value: random, near the image of zero.
 
     Args:
@@ -161,7 +161,7 @@ class ToVector(Messenger):
             self.pieces[name] = (part.pick(u) if part else u).reshape(-1)
 
 
-class Given(Messenger):
+class Substitute(Messenger):
     """Condition sites on values; deterministic sites are unchanged.
 
     Args:
@@ -177,7 +177,7 @@ class Given(Messenger):
             msg["value"], msg["is_observed"] = self.values[msg["name"]], True
 
 
-class Unseen(Messenger):
+class Uncondition(Messenger):
     """Make observed sites latent, so that data are drawn; deterministic sites are unchanged."""
 
     def _pyro_sample(self, msg: Any) -> None:
@@ -261,19 +261,19 @@ def mask_of(site: Mapping[str, Any]) -> Tensor | bool | None:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
+def without_validation() -> Iterator[None]:
     """Run a model without validation and without Pyro's parameter store, then put both back."""
     theirs = projected_normal.safe_normalize
     projected_normal.safe_normalize = _normalised
     try:
-        with store_aside(), pyro.validation_enabled(False):
+        with isolated_param_store(), pyro.validation_enabled(False):
             yield
     finally:
         projected_normal.safe_normalize = theirs
 
 
 @contextmanager
-def store_aside() -> Iterator[None]:
+def isolated_param_store() -> Iterator[None]:
     """Put an empty parameter store in the place of Pyro's, whose parameters stay in use."""
     store = pyro.get_param_store()
     # The store's own scope takes from parameters what a training in progress asks them for.
@@ -323,7 +323,7 @@ def _as_data(name: str, given: Any) -> Tensor:
         if isinstance(value, np.ndarray):
             what = f"an array of {value.dtype}"
         what += (
-            f"; pass {cure(kind)}." if kind else "; pass numbers, as a tensor (torch.as_tensor)."
+            f"; pass {remedy(kind)}." if kind else "; pass numbers, as a tensor (torch.as_tensor)."
         )
         raise ModelError(f"Site '{name}' observes {what}")
     if value.is_complex():

@@ -60,13 +60,13 @@ class Layout:
         """Type of each latent's value, as the model draws it."""
         return {name: site["value"].dtype for name, site in self.latents.items()}
 
-    def whole(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
+    def all_elements(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
         """Values of all elements of the sites, as the model has them, (*lead, *shape) each."""
         parts = self.missing
         return {n: parts[n].fill(v, lead) if n in parts else v for n, v in values.items()}
 
-    def latent(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
-        """Values of the latent elements alone: the inverse of `whole`."""
+    def latent_elements(self, values: Mapping[str, Tensor], lead: int = 0) -> dict[str, Tensor]:
+        """Values of the latent elements alone: the inverse of `all_elements`."""
         parts = self.missing
         return {n: parts[n].pick(v, lead) if n in parts else v for n, v in values.items()}
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints, transform_to
 from torch.distributions.constraints import Constraint
 
-from flowvi.targets.precision import trainable
+from flowvi.targets.precision import check_trainable
 from flowvi.targets.schema import ModelError
 
 
@@ -62,7 +62,7 @@ def _created(msg: Any, init: Any) -> tuple[nn.Parameter, Constraint]:
         return _held_by_module(msg, constraint)
     value = init() if callable(init) and not isinstance(init, Tensor) else init
     if isinstance(value, Tensor):
-        trainable(msg["name"], value)
+        check_trainable(msg["name"], value)
     if isinstance(value, nn.Parameter) and constraint is constraints.real:
         return value, constraint
     if not isinstance(value, Tensor):
@@ -84,5 +84,5 @@ def _held_by_module(msg: Any, constraint: Constraint) -> tuple[nn.Parameter, Con
                 "parameters of its own and does not read Pyro's parameter store."
             ) from None
         leaf = value.unconstrained() if hasattr(value, "unconstrained") else value
-    trainable(name, leaf)
+    check_trainable(name, leaf)
     return leaf if isinstance(leaf, nn.Parameter) else nn.Parameter(leaf.detach()), constraint

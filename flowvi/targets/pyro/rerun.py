@@ -11,7 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import subsampling
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.imputed import Missing, missing_of
@@ -19,7 +19,7 @@ from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.handlers import is_deterministic, observes
 from flowvi.targets.pyro.layout import Layout, dims_of
 from flowvi.targets.pyro.runner import Runner
-from flowvi.targets.pyro.simulate import CHUNK, ManyRuns
+from flowvi.targets.pyro.simulate import CHUNK, VectorizedRuns
 from flowvi.targets.schema import ModelError, Rerun
 
 # Numbers of all sites' values that are held at a time.
@@ -28,7 +28,7 @@ NUMBERS = 5_000_000
 Arrays = dict[str, np.ndarray]
 
 
-def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], GlobalTarget]) -> Rerun:
+def make_rerun(runner: Runner, layout: Layout, capture: Callable[[Runner], GlobalTarget]) -> Rerun:
     """A function that runs a model on other arguments; see `GlobalTarget.rerun`.
 
     Args:
@@ -41,7 +41,7 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], GlobalT
         given: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
     ) -> tuple[Arrays, Arrays]:
         new = replace(runner, args=args, kwargs=kwargs, drawn={}, replaced=())
-        with own_randomness(seed), torch.no_grad():
+        with isolated_rng(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
             missing = _missing(trace)
             values = _values(given, layout, trace, missing)
@@ -59,7 +59,7 @@ def rerunner(runner: Runner, layout: Layout, capture: Callable[[Runner], GlobalT
 
 def _missing(trace: poutine.Trace) -> dict[str, Missing]:
     """Sites of a run of which only the missing elements of an observation are latent."""
-    sites = {s["name"]: s for s in checks.valued(trace) if checks.is_latent(s)}
+    sites = {s["name"]: s for s in checks.sites_with_value(trace) if checks.is_latent(s)}
     found = {name: missing_of(site, trace.nodes) for name, site in sites.items()}
     return {name: part for name, part in found.items() if part is not None}
 
@@ -106,13 +106,13 @@ def _drawn(
     """Draws of all sites that have no value."""
     sites = {
         s["name"]: s
-        for s in checks.valued(trace)
+        for s in checks.sites_with_value(trace)
         if s["name"] not in values and (observes(s) or is_deterministic(s) or checks.is_latent(s))
     }
     batches = [batch for _, batch in subsampling.cover(new.drawn)]
     n = len(next(iter(values.values()))) if values else 1
-    size = sum(int(torch.as_tensor(s["value"]).numel()) for s in checks.valued(trace))
-    runs = ManyRuns(new, values, batches[0], int(np.clip(NUMBERS // size, 1, CHUNK)))
+    size = sum(int(torch.as_tensor(s["value"]).numel()) for s in checks.sites_with_value(trace))
+    runs = VectorizedRuns(new, values, batches[0], int(np.clip(NUMBERS // size, 1, CHUNK)))
     pieces = [(batch, runs(values, batch, n, list(sites))) for batch in batches]
     dims = {name: dims_of(site) for name, site in sites.items()}
     out = subsampling.assemble(pieces, new.drawn, dims, lead=1)

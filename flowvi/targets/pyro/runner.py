@@ -14,14 +14,20 @@ from pyro import poutine
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import precision
 from flowvi.targets.pyro import checks, data_checks
-from flowvi.targets.pyro.discrete import AtValues, Marked
-from flowvi.targets.pyro.handlers import Owned, Prior, quiet, run, store_aside
+from flowvi.targets.pyro.discrete import FixDiscrete, MarkEnumerated
+from flowvi.targets.pyro.handlers import (
+    ServeInputs,
+    StartImproperPriors,
+    isolated_param_store,
+    run,
+    without_validation,
+)
 from flowvi.targets.pyro.naming import signature_of
 from flowvi.targets.pyro.parameters import Parameters
-from flowvi.targets.pyro.sampler_fixes import RightSamples
+from flowvi.targets.pyro.sampler_fixes import FixedSamplers
 from flowvi.targets.schema import ModelError
 from flowvi.targets.tabular import as_tensor, not_numbers
 
@@ -80,21 +86,27 @@ class Runner:
             dtype: The precision.
             scored: Runs a model and scores it, to see that it runs; on all its arguments without.
         """
-        scored = scored or Runner.scored
+        scored = scored or Runner.run_and_score
         new = replace(self, parameters=Parameters(), precision=dtype)
-        if not precision.runs(partial(scored, new)):
+        if not precision.succeeds(partial(scored, new)):
             return self
         if (made := new.parameters.leaves) and torch.get_default_dtype() != dtype:
             own = replace(self, parameters=Parameters())
-            precision.runs(partial(scored, own))
+            precision.succeeds(partial(scored, own))
             for name, like in own.parameters.leaves.items():
                 if name in made and made[name].dtype != like.dtype:
                     made[name] = nn.Parameter(made[name].detach().to(like.dtype))
         return new
 
-    def scored(self) -> None:
+    def run_and_score(self) -> None:
         """Run the model from its prior and score it."""
-        with own_randomness(0), store_aside(), torch.no_grad(), self.running(), quiet():
+        with (
+            isolated_rng(0),
+            isolated_param_store(),
+            torch.no_grad(),
+            self.running(),
+            without_validation(),
+        ):
             self.prior(validate=False)[0].compute_log_prob()
 
     @contextmanager
@@ -104,12 +116,12 @@ class Runner:
             yield
             return
         # Outside of the trace, which keeps a value as those before it leave it.
-        with precision.default_dtype(self.precision), precision.Latents(self.precision):
+        with precision.default_dtype(self.precision), precision.CastLatents(self.precision):
             yield
 
-    def owned(self, rows: Mapping[str, Tensor] | None = None) -> Owned:
+    def input_handler(self, rows: Mapping[str, Tensor] | None = None) -> ServeInputs:
         """Serves the model's parameters, and rows of plates that draw theirs."""
-        return Owned(self.parameters, rows, self.precision)
+        return ServeInputs(self.parameters, rows, self.precision)
 
     def arguments(self) -> dict[str, Any]:
         """Arguments of the model by name, with defaults; empty if its signature is unknown."""
@@ -125,19 +137,26 @@ class Runner:
 
     def prior(self, validate: bool) -> tuple[poutine.Trace, dict[str, Tensor]]:
         """One run from the prior, and the data that it observed, as they were given."""
-        owned, last = self.owned(), checks.LastSite()
-        handlers = (last, Prior(self.dtype), RightSamples(), owned, checks.Known(), Marked())
+        owned, last = self.input_handler(), checks.LastSite()
+        handlers = (
+            last,
+            StartImproperPriors(self.dtype),
+            FixedSamplers(),
+            owned,
+            checks.CheckSites(),
+            MarkEnumerated(),
+        )
         with torch.no_grad(), self.running(), pyro.validation_enabled(validate):
             try:
                 trace = run(self.model, self.args, self.kwargs, *handlers)
             except Exception as error:
-                self._blame(error, last)
-                last.told(error)
+                self._explain_error(error, last)
+                last.add_note(error)
                 raise
         self.drawn = owned.drawn
         return trace, owned.data
 
-    def _blame(self, error: Exception, last: checks.LastSite) -> None:
+    def _explain_error(self, error: Exception, last: checks.LastSite) -> None:
         """Add a note to an error, if its cause can be seen in the arguments of the model."""
         if isinstance(error, ModelError):
             return
@@ -164,7 +183,7 @@ class Runner:
             if isinstance(leaf, Tensor)
         }
         held |= {f"parameter '{n}'": p.dtype for n, p in self.parameters.leaves.items()}
-        words = precision.mixed(error, held | last.dtypes)
+        words = precision.explain_mixed_precision(error, held | last.dtypes)
         where = f" behind site '{last.name}'" if words and last.name else ""
         return f"{words} It failed{where}:" if words else ""
 
@@ -202,13 +221,13 @@ class Runner:
         """
         rest = inputs[len(self.parameters.leaves) :]
         rows, data = rest[: len(self.drawn)], rest[len(self.drawn) :]
-        owned = self.owned(dict(zip(self.drawn, rows, strict=True)))
-        model = AtValues(places or {})(Marked()(self.model))
+        owned = self.input_handler(dict(zip(self.drawn, rows, strict=True)))
+        model = FixDiscrete(places or {})(MarkEnumerated()(self.model))
         if data:
             model = poutine.condition(model, dict(zip(self.replaced, data, strict=True)))
         if enumerate_from is not None:
             model = poutine.enum(model, first_available_dim=enumerate_from)
-        with quiet(), self.running():
+        with without_validation(), self.running():
             trace = run(model, self.args, self.kwargs, handler, owned)
             trace.compute_log_prob()
         return trace, owned.data

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import Beta, LKJCholesky, Wishart
 
 
-class RightSamples(Messenger):
+class FixedSamplers(Messenger):
     """Draw latent and simulated values by samplers that agree with their densities."""
 
     def _pyro_sample(self, msg: Any) -> None:

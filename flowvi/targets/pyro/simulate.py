@@ -11,14 +11,14 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
-from flowvi.runtime.rng import own_randomness
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import subsampling
 from flowvi.targets.pyro import checks
-from flowvi.targets.pyro.handlers import Given, Unseen, quiet
+from flowvi.targets.pyro.handlers import Substitute, Uncondition, without_validation
 from flowvi.targets.pyro.layout import Layout
 from flowvi.targets.pyro.runner import Runner
-from flowvi.targets.pyro.sampler_fixes import RightSamples
-from flowvi.targets.recording.batched import quiet_fallback
+from flowvi.targets.pyro.sampler_fixes import FixedSamplers
+from flowvi.targets.recording.batched import silence_vmap_fallback
 from flowvi.targets.recording.capture import agree
 from flowvi.targets.recording.tape import LatentValueRead, Unrecordable, record
 from flowvi.targets.schema import ModelError, Simulator
@@ -50,23 +50,25 @@ def simulator(
         batches = [batch for _, batch in subsampling.cover(runner.drawn)]
         types = layout.dtypes
         latent = {k: torch.as_tensor(v).to(types[k]) for k, v in (given or {}).items()}
-        values = layout.whole(latent, lead=1)
+        values = layout.all_elements(latent, lead=1)
         out: Values = {}
-        with own_randomness(seed), torch.no_grad():
+        with isolated_rng(seed), torch.no_grad():
             if given is None:
-                out = ManyRuns(runner, {}, batches[0])({}, batches[0], n, [*reported, *observed])
+                out = VectorizedRuns(runner, {}, batches[0])(
+                    {}, batches[0], n, [*reported, *observed]
+                )
                 values = {name: out[name] for name in layout.sites}
             if given is not None or runner.drawn:
-                draw = ManyRuns(runner, values, batches[0])
+                draw = VectorizedRuns(runner, values, batches[0])
                 pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
                 out |= subsampling.assemble(pieces, runner.drawn, layout.dims, lead=1)
-        out = layout.latent(out, lead=1)
+        out = layout.latent_elements(out, lead=1)
         return {name: value.cpu().numpy() for name, value in out.items()}
 
     return simulate
 
 
-class ManyRuns:
+class VectorizedRuns:
     """Many runs of a model at once, where it can be recorded; one by one where it cannot.
 
     Args:
@@ -83,7 +85,7 @@ class ManyRuns:
         inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
         self.graph, self.reason, self.warned = None, "", False
         try:
-            self.graph = record(self._run, inputs, chance=True)
+            self.graph = record(self._run, inputs, record_random=True)
         except (LatentValueRead, Unrecordable) as error:
             self.reason = str(error)
 
@@ -102,7 +104,7 @@ class ManyRuns:
         if self.graph is not None:
             try:
                 mapped = torch.func.vmap(self.graph, tuple(dims), randomness="different")
-                with quiet_fallback():
+                with silence_vmap_fallback():
                     out, log_p = mapped(*arguments)
                 if all(self._agrees(out, batch, log_p, i) for i in range(min(n, CHECKED))):
                     return out
@@ -127,11 +129,11 @@ class ManyRuns:
     def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
         runner = self.runner
         model = functools.partial(runner.model, *runner.args, **runner.kwargs)
-        free = runner.owned(batch)(Given(values)(Unseen()(model)))
+        free = runner.input_handler(batch)(Substitute(values)(Uncondition()(model)))
         last = checks.LastSite()
         try:
-            with quiet(), runner.running():
-                trace = poutine.trace(last(RightSamples()(free))).get_trace()
+            with without_validation(), runner.running():
+                trace = poutine.trace(last(FixedSamplers()(free))).get_trace()
                 log_p = trace.log_prob_sum()
         except (NotImplementedError, AssertionError) as error:
             # Pyro's hidden Markov model asserts that its length is given: only failed assertions of
@@ -141,7 +143,9 @@ class ManyRuns:
             raise ModelError(
                 f"Site '{last.name}' cannot be simulated: its distribution does not say how."
             ) from error
-        return {s["name"]: torch.as_tensor(s["value"]) for s in checks.valued(trace)}, log_p
+        return {
+            s["name"]: torch.as_tensor(s["value"]) for s in checks.sites_with_value(trace)
+        }, log_p
 
     def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
         """Whether one of the draws has the log density that the model itself gives it."""

@@ -11,9 +11,9 @@ from pyro import poutine
 from torch import Tensor, fx
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.runtime.torch_modes import Watch
+from flowvi.runtime.torch_modes import EagerDispatchMode
 from flowvi.targets.pyro import enumeration
-from flowvi.targets.pyro.discrete import MOST, Places, elementary
+from flowvi.targets.pyro.discrete import MOST, JointValues, elementary
 from flowvi.targets.pyro.enumeration import Unsummable
 from flowvi.targets.recording.capture import agree
 from flowvi.targets.recording.tape import record
@@ -29,12 +29,14 @@ LARGEST, VALUES = 2**24, 64
 
 # A scored run, and the log Jacobian of the latents: (point, inputs, values of discrete sites by
 # their places, whether the others have axes for their values).
-Run = Callable[[Tensor, Sequence[Tensor], dict[str, Tensor], bool], tuple[poutine.Trace, Tensor]]
+RunModel = Callable[
+    [Tensor, Sequence[Tensor], dict[str, Tensor], bool], tuple[poutine.Trace, Tensor]
+]
 # Of a point (D,), one joint value (elements,), and further inputs.
-AtValue = Callable[..., Any]
+OfJointValue = Callable[..., Any]
 
 
-class Sizes(Watch):
+class TensorSizeLimit(EagerDispatchMode):
     """Watch how large tensors become, and stop before they fill the memory.
 
     Args:
@@ -79,10 +81,10 @@ class Summation:
         run: Runs the model.
     """
 
-    def __init__(self, first: poutine.Trace, names: Sequence[str], run: Run) -> None:
+    def __init__(self, first: poutine.Trace, names: Sequence[str], run: RunModel) -> None:
         self.run, self.sites = run, {name: first.nodes[name] for name in names}
-        self.places = Places.of(first.nodes, names)
-        self.jointly, self.values = Places({}, {}), torch.zeros(1, 0, dtype=torch.long)
+        self.places = JointValues.of(first.nodes, names)
+        self.jointly, self.values = JointValues({}, {}), torch.zeros(1, 0, dtype=torch.long)
         self._graphs: dict[str, fx.GraphModule | None] = {}
 
     def plan(self, point: Tensor, inputs: Sequence[Tensor]) -> None:
@@ -113,7 +115,7 @@ class Summation:
         if not self.jointly.shapes:
             trace, ladj = self._run(point, inputs)
             return enumeration.log_joint(trace) + ladj
-        return torch.logsumexp(self._at_all("log_density", point, inputs), 0)
+        return torch.logsumexp(self._at_all_values("log_density", point, inputs), 0)
 
     def log_likelihood(
         self, point: Tensor, inputs: Sequence[Tensor], shapes: Mapping[str, torch.Size]
@@ -121,7 +123,7 @@ class Summation:
         """The log likelihood of each row of each observed site, each summed for itself."""
         if not self.jointly.shapes:
             return enumeration.log_likelihood(self._run(point, inputs)[0], shapes)
-        log_p, rows = self._at_all("rows", point, inputs, shapes)
+        log_p, rows = self._at_all_values("rows", point, inputs, shapes)
         return {
             name: torch.logsumexp(log_p.reshape(-1, *(1,) * (r.dim() - 1)) + r, 0)
             for name, r in rows.items()
@@ -132,7 +134,7 @@ class Summation:
         if not self.jointly.shapes:
             _, found = enumeration.probabilities(self._run(point, inputs)[0])
         else:
-            log_p, each = self._at_all("probabilities", point, inputs)
+            log_p, each = self._at_all_values("probabilities", point, inputs)
             weights = torch.softmax(log_p, 0)
             found = {n: torch.tensordot(weights, p, 1) for n, p in each.items()}
             for name, places in self._split_all().items():
@@ -153,7 +155,9 @@ class Summation:
         """The first of the joint values that are summed one by one."""
         return self.jointly.split(self.values[0])
 
-    def varying(self, point: Tensor, inputs: Sequence[Tensor], names: Sequence[str]) -> set[str]:
+    def values_that_vary(
+        self, point: Tensor, inputs: Sequence[Tensor], names: Sequence[str]
+    ) -> set[str]:
         """Which of some values in the model differ between values of discrete sites."""
         runs = [
             self.run(point, inputs, self.places.split(row), False)[0].nodes
@@ -174,7 +178,7 @@ class Summation:
         return self.run(point, inputs, places, True)
 
     def _sum_jointly(self, names: set[str], reason: str) -> None:
-        self.jointly = Places(
+        self.jointly = JointValues(
             {n: s for n, s in self.places.shapes.items() if n in names},
             {n: k for n, k in self.places.counts.items() if n in names},
         )
@@ -198,13 +202,13 @@ class Summation:
         """Compare the terms of the sum with runs in which each discrete site has one value."""
         for row in self.places.some(COMPARED, seed=0):
             places = self.places.split(row)
-            with Sizes() as seen:
+            with TensorSizeLimit() as seen:
                 single, _ = self.run(point, inputs, places, False)
             joint = {name: places[name] for name in self.jointly.shapes}
             if len(joint) == len(places):
                 continue
             try:
-                with Sizes(max(LARGEST, VALUES * seen.largest)):
+                with TensorSizeLimit(max(LARGEST, VALUES * seen.largest)):
                     trace, _ = self.run(point, inputs, joint, True)
             except ModelError:
                 raise
@@ -217,7 +221,7 @@ class Summation:
             enumeration.compare(trace, single, places)
             enumeration.log_joint(trace)
 
-    def _function(self, kind: str, shapes: Mapping[str, torch.Size]) -> AtValue:
+    def _function(self, kind: str, shapes: Mapping[str, torch.Size]) -> OfJointValue:
         """The function of one joint value that is recorded."""
 
         def at(point: Tensor, row: Tensor, *inputs: Tensor) -> Any:
@@ -244,7 +248,7 @@ class Summation:
                     "unbiased estimate from a part of the rows. Use the full plate, without scale."
                 )
 
-    def _at_all(
+    def _at_all_values(
         self,
         kind: str,
         point: Tensor,
@@ -261,7 +265,7 @@ class Summation:
         return tree_map(lambda *leaves: torch.stack(leaves), *each)
 
     def _recorded(
-        self, function: AtValue, point: Tensor, inputs: Sequence[Tensor]
+        self, function: OfJointValue, point: Tensor, inputs: Sequence[Tensor]
     ) -> fx.GraphModule | None:
         """A function of a joint value as a recorded graph; None if a loop is used instead."""
         reason = "the recorded graph differs from the model"

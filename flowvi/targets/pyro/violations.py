@@ -6,7 +6,7 @@ from pyro import poutine
 from torch import Tensor
 from torch.distributions import constraints
 
-from flowvi.targets.pyro.checks import scored
+from flowvi.targets.pyro.checks import sites_with_density
 from flowvi.targets.pyro.handlers import innermost
 
 
@@ -16,7 +16,7 @@ def violation(trace: poutine.Trace) -> tuple[str, str]:
     Args:
         trace: A run of the model.
     """
-    for site in scored(trace):
+    for site in sites_with_density(trace):
         fn = innermost(site["fn"])
         for name, constraint in getattr(fn, "arg_constraints", {}).items():
             value = vars(fn).get(name)

@@ -51,7 +51,7 @@ class Block:
 
 
 @dataclass
-class Memory:
+class StorageMap:
     """The tensors that depend on inputs.
 
     A tensor is known by itself: two that share memory may differ in what

@@ -58,13 +58,13 @@ class Batched(nn.Module):
             dims = (0, *(None for _ in inputs))
             # "same": random numbers that are left do not affect the density.
             mapped = torch.func.vmap(point, in_dims=dims, randomness="same")
-            with quiet_fallback():
+            with silence_vmap_fallback():
                 out = mapped(flat, *inputs)
         return tree_map(lambda t: t.reshape((*shape, *t.shape[1:])), out)
 
 
 @contextmanager
-def quiet_fallback() -> Iterator[None]:
+def silence_vmap_fallback() -> Iterator[None]:
     """Silence the warning of vmap for operations that have no batched form."""
     announce = _functorch._set_vmap_fallback_warning_enabled  # type: ignore[attr-defined]
     announce(False)

@@ -10,7 +10,7 @@ from torch import Tensor, fx
 aten = torch.ops.aten
 
 
-def merged(module: fx.GraphModule) -> fx.GraphModule:
+def merge_products(module: fx.GraphModule) -> fx.GraphModule:
     """Write each product of a batch with one constant matrix as a single product.
 
     Batching the product of a design matrix with a vector of coefficients gives as many

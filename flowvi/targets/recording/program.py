@@ -13,7 +13,7 @@ from torch import Tensor, fx, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowvi.targets.recording.batched import Batched
-from flowvi.targets.recording.products import merged
+from flowvi.targets.recording.products import merge_products
 from flowvi.targets.recording.simpler import simpler
 from flowvi.targets.recording.tape import record
 
@@ -22,7 +22,7 @@ PROGRAMS_KEPT = 12
 PATIENCE = 5
 
 
-class Density(nn.Module):
+class CompiledDensity(nn.Module):
     """A log density of one point, evaluated for many, with its gradient compiled to plain calls.
 
     The first evaluations at a batch size run the batched function as it is.
@@ -78,8 +78,8 @@ class Density(nn.Module):
         self.__dict__["_programs"].clear()
         return super()._apply(fn, recurse)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Density:
-        return Density(copy.deepcopy(self.batched, memo), self.lowers)
+    def __deepcopy__(self, memo: dict[int, Any]) -> CompiledDensity:
+        return CompiledDensity(copy.deepcopy(self.batched, memo), self.lowers)
 
     def __getstate__(self) -> dict[str, Any]:
         return {**self.__dict__, "_programs": OrderedDict(), "_uses": OrderedDict()}
@@ -113,7 +113,7 @@ class Density(nn.Module):
 
         try:
             inputs = [z, *inputs]
-            graph = merged(record(value_and_gradient if gradient else value, inputs))
+            graph = merge_products(record(value_and_gradient if gradient else value, inputs))
             return _no_grad(simpler(graph, inputs))
         except Exception as error:
             self.lowers = False

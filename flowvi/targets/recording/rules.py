@@ -42,7 +42,7 @@ def name_of(func: OpOverload) -> str:
     return "a number (.item(), float(), int(), if)" if name == READ else f"'{name}'"
 
 
-def written(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
+def written_tensors(func: OpOverload, args: Any, kwargs: Any) -> list[Tensor]:
     """Tensors that an operation writes to."""
     if not func._schema.is_mutable:
         return []

@@ -11,9 +11,15 @@ from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_flatten, tree_map
 
-from flowvi.runtime.torch_modes import Watch
+from flowvi.runtime.torch_modes import EagerDispatchMode
 from flowvi.targets.recording import rules
-from flowvi.targets.recording.aliasing import Memory, geometry_of, positions, size_of, storage_key
+from flowvi.targets.recording.aliasing import (
+    StorageMap,
+    geometry_of,
+    positions,
+    size_of,
+    storage_key,
+)
 from flowvi.targets.recording.random_ops import READS, WRITES, is_random
 from flowvi.targets.recording.rules import aten
 from flowvi.targets.recording.source_lines import in_assertion, user_line
@@ -36,7 +42,7 @@ class Unrecordable(Exception):
     """An operation has no functional form that the tape knows."""
 
 
-class Tape(Watch):
+class Tape(EagerDispatchMode):
     """Record every operation that depends on the inputs; fold all others into constants.
 
     Writes in place become functional updates of the memory that they touch,
@@ -54,16 +60,16 @@ class Tape(Watch):
     """
 
     def __init__(
-        self, inputs: Sequence[Tensor], double: bool = False, chance: bool = False
+        self, inputs: Sequence[Tensor], double: bool = False, record_random: bool = False
     ) -> None:
         super().__init__()
         self.double = double
-        self.chance = chance
+        self.chance = record_random
         self.rounded = False
         self.root = torch.nn.Module()
         self.graph = fx.Graph()
         self.random: str | None = None
-        self.memory = Memory()
+        self.memory = StorageMap()
         self._constants: dict[tuple[Any, ...], tuple[fx.Node, Tensor]] = {}
         self._constant_storages: dict[int, list[str]] = {}
         self._seen: dict[Any, fx.Node] = {}
@@ -91,7 +97,7 @@ class Tape(Watch):
         random = is_random(func, args, kwargs)
         if random and not self.chance:
             self.random = self.random or f"{rules.name_of(func)} at {user_line()}"
-        written = rules.written(func, args, kwargs)
+        written = rules.written_tensors(func, args, kwargs)
         for t in written:
             self._protect_constants(t)
         drawn = random and self.chance
@@ -294,7 +300,7 @@ def record(
     function: Callable[..., Any],
     inputs: Sequence[Tensor],
     double: bool = False,
-    chance: bool = False,
+    record_random: bool = False,
 ) -> fx.GraphModule:
     """Run a function once and return the graph of what depends on its inputs.
 
@@ -303,7 +309,7 @@ def record(
         inputs: Tensors of any shape.
         double: Write the graph in double precision, whatever it is recorded in; its
             `meta["rounded"]` says whether the function itself is coarser.
-        chance: Record random numbers, to be drawn at each replay.
+        record_random: Record random numbers, to be drawn at each replay.
 
     Raises:
         LatentValueRead: A value that depends on an input was read into Python.
@@ -313,7 +319,7 @@ def record(
     # Inputs keep their memory, by which the tape knows them: a parameter of a module that the
     # function reads by itself is an input all the same.
     inputs = [inputs[0].detach().clone(), *(x.detach() for x in inputs[1:])]
-    tape = Tape(inputs, double, chance)
+    tape = Tape(inputs, double, record_random)
     with tape, Selecting(tape):
         outputs = function(*inputs)
     if tape.random:

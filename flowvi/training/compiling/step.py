@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flowvi.training.compiling.background import Compilation, Compiled, anything_kept, available
 from flowvi.training.compiling.graph import Bound, NotOneGraph, trace
-from flowvi.training.flat import vector_of
+from flowvi.training.flat import flatten_tensors
 
 Compile = bool | Literal["auto"]
 # Parameters (P), number of estimates, rows -> bound, gradient of minus the bound (P).
@@ -128,7 +128,7 @@ class Accelerator:
         except NotOneGraph as error:
             self._refuse(str(error))
             return
-        flat = vector_of(self.trained)
+        flat = flatten_tensors(self.trained)
         self._compilation = Compilation(graph, flat, rows)
         self._began = time.perf_counter()
         if make:
@@ -147,7 +147,7 @@ class Accelerator:
     def gradient(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Bound, and the gradient of minus it, (P), by the compiled step."""
         assert self.compiled is not None and self._compilation is not None
-        flat = vector_of(self.trained) if self.whole is None else self.whole
+        flat = flatten_tensors(self.trained) if self.whole is None else self.whole
         calls = repeats // self.repeats
         with torch.no_grad():
             value, gradient = self.compiled(flat, *rows, *self._compilation.graph.draw())
