@@ -155,7 +155,8 @@ class Request:
         for name in NOT_FOR_ROWS if rows else FOR_ROWS:
             value = getattr(self, name)
             if value is not None and not (name == "restarts" and value == 1):
-                raise ValueError(f"The target {why}: {name} has no meaning for it; got {value}.")
+                came = value if isinstance(value, int | float | str) else type(value).__name__
+                raise ValueError(f"The target {why}: {name} has no meaning for it; got {came}.")
 
     def _build_recipe(self) -> None:
         if isinstance(self.guide, str) and self.guide in RECIPES:

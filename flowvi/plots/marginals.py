@@ -52,7 +52,8 @@ def plot_marginals(
         figure, axes = plt.subplots(
             down,
             across,
-            figsize=(2.4 * across, 1.75 * down + 0.3),
+            # The names of the sets stand above all panels, also above a single one.
+            figsize=(max(2.4 * across, 1.5 * len(sets)), 1.75 * down + 0.3),
             squeeze=False,
             layout="constrained",
         )

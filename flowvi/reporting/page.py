@@ -124,6 +124,7 @@ def page(contents: Contents) -> str:
         more=len(rows) > ROWS,
         compared=any(row.rhat != NO_RHAT for row in rows),
         restarts=len(_by_restart(contents).log_p) > 1,
+        alone=contents.facts.get("restarts", 0) != 1 or "inner" in contents.facts,
         kept=contents.kind,
         pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
         ladder=contents.evidence,
@@ -184,6 +185,8 @@ def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
         "particles": "Draws a step",
         "restarts": "Restarts",
     }
+    if "inner" in f:
+        names["particles"] = "Draws of each row"
     for key, word in names.items():
         if key in f:
             yield word, str(f[key])
