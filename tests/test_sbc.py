@@ -197,6 +197,24 @@ def test_failed_fits_are_counted(monkeypatch):
     assert "1 fits failed" in str(found) and "not finite" in str(found)
 
 
+def test_resampled_draws_are_ranked_by_their_weights(monkeypatch):
+    """Guides that are shifted by an sd have low truths among their draws, and not resampled."""
+    right = flowvi.fit
+
+    def shifted(*args, **options):
+        found = right(*args, **options)
+        z = torch.as_tensor(found.draw(1000).z[0])
+        found.guide.start(z.mean(0) + z.std(0), torch.diag(1.2 * z.std(0)))
+        return found
+
+    monkeypatch.setitem(flowvi.sbc.__globals__, "fit", shifted)
+    found = run(fits=16)
+
+    share = (found.resampled - found.plain).reshape(-1) / SHORT["levels"]
+    assert share.mean() > 4 * share.std() / len(share) ** 0.5
+    assert share.mean() > 0.1
+
+
 def test_a_model_without_data_is_refused():
     def prior_only():
         pyro.sample("x", dist.Normal(torch.tensor(0.0), 1.0))
