@@ -456,6 +456,41 @@ def test_processes_share_the_rows_of_a_batch(normal, monkeypatch, rows):
     assert ((whole - both).mean(0).abs() < 4.5 * se + 1e-12).all()
 
 
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(normal):
+    """Parts that fit memory, of unequal sizes: their sum is the mean over the batch."""
+    target, _ = normal
+    guide = perturbed(exact_guide(), std=0.3)
+    step = RowGradient(target, guide, flowvi.elbo(2000), flowvi.Minibatch(), Clock())
+    batch = target.batch(range(7))
+
+    def gradient():
+        found = []
+        for _ in range(20):
+            bound, flat = step(batch, 1.0)
+            found.append(torch.cat([bound.reshape(1), flat]))
+        return torch.stack(found)
+
+    whole = gradient()
+    step._fits = 3
+    parts = gradient()
+
+    assert [len(part.places) for part in step.parts(batch)] == [3, 3, 1]
+    se = (whole.var(0) / 20 + parts.var(0) / 20).sqrt()
+    assert ((whole - parts).mean(0).abs() < 4.5 * se + 1e-12).all()
+
+
+def test_rows_go_back_where_their_bound_collapses(normal):
+    """Steps that are far too large: the last good state is kept, and a warning says why."""
+    target, _ = normal
+
+    with pytest.warns(UserWarning, match="Training of length ended early: the bound fell"):
+        fit = flowvi.fit(target, "meanfield", epochs=100, batch_size=2, lr=0.3, progress=False)
+
+    assert any("back to the last good state, with half the step" in line for line in fit.log)
+    assert fit.meta["failures"] and fit.history["bound"].min() < -1000
+    assert fit.iw_bound(particles=200).elbo_mean > -5
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_items_come_from_a_data_set(workers):
     """Worker processes fetch the same rows in the same order."""
