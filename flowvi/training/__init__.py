@@ -1,1 +1,1 @@
-"""How steps are taken: gradients, optimiser, rates, guards, state."""
+"""Training steps: gradients, optimiser, step sizes, guards, state."""

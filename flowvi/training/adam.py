@@ -15,18 +15,18 @@ MEMORY, SQUARES, LEAST = 0.9, 0.999, 1e-8
 class Adam:
     r"""Adam, as one fused operation on all parameters.
 
-    With gradient g, step size :math:`\eta` and number of the step t,
+    With gradient g, step size :math:`\eta` and step number t,
 
     .. math:: m \leftarrow \beta_1 m + (1 - \beta_1) g, \qquad
         v \leftarrow \beta_2 v + (1 - \beta_2) g^2, \qquad
         \theta \leftarrow \theta - \eta\,
         \frac{m / (1 - \beta_1^t)}{\sqrt{v / (1 - \beta_2^t)} + \epsilon}.
 
-    The bits are those of `torch.optim.Adam(fused=True)`, which takes far longer for a flow's
-    many small tensors, and loads torch's compiler first, two seconds of every process.
+    The results equal those of `torch.optim.Adam(fused=True)` to the bit. That class is far
+    slower for the many small tensors of a flow, and its import loads torch's compiler.
 
     Args:
-        parameters: What is trained, changed in place; all of one precision.
+        parameters: The trained parameters, changed in place; all of one precision.
 
     References:
         Kingma and Ba (2015), "Adam: A method for stochastic optimization", arXiv:1412.6980.
@@ -38,7 +38,7 @@ class Adam:
         zero = flatten_tensors(self.parameters).zero_() if self.parameters else torch.zeros(0)
         self._mean, self._square = zero, zero.clone()
         self._means, self._squares = self._parts(self._mean), self._parts(self._square)
-        # One count for all of them: adding to each takes as long as the step itself.
+        # One shared count: an update of one count per tensor takes as long as the step itself.
         self._step = torch.zeros((), dtype=torch.float32, device=zero.device)
 
     def _parts(self, vector: Tensor) -> list[Tensor]:
@@ -47,12 +47,12 @@ class Adam:
 
     @torch.no_grad()
     def step(self, gradient: Tensor, lr: float, whole: Tensor | None = None) -> None:
-        """Take a step against a gradient, that of all parameters in one vector.
+        """Take a step against the gradient of all parameters.
 
         Args:
             gradient: The gradient, (P).
             lr: Step size.
-            whole: The memory of the parameters, if it is one vector, (P): the same, but faster.
+            whole: The memory of the parameters, (P), if it is one vector; faster, same result.
         """
         self._step += 1
         if whole is None:
@@ -73,12 +73,12 @@ class Adam:
         )
 
     def state_dict(self) -> dict[str, list[Tensor]]:
-        """A copy of all that later steps depend on, beside the parameters."""
+        """Copy of the state that later steps depend on, without the parameters."""
         copies = {name: [t.clone() for t in held] for name, held in self._held().items()}
         return {**copies, "steps": [self._step.clone() for _ in self.parameters]}
 
     def load_state_dict(self, state: Mapping[str, Sequence[Tensor]]) -> None:
-        """Be as when a state was taken."""
+        """Restore a state that `state_dict` returned."""
         for name, held in self._held().items():
             for mine, kept in zip(held, state[name], strict=True):
                 mine.copy_(kept)

@@ -1,4 +1,4 @@
-"""Checkpoints: what a fit saves on its way, and reads when it goes on after it was cut off."""
+"""Save the state of a fit during training, and restore it after an interruption."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ from flowvi.targets import Target
 if TYPE_CHECKING:
     from flowvi.training.records import Record
 
-# Seconds between two states, at least, and how many times longer than it takes to write one.
+# Least time between two states in seconds, and as a multiple of the time to write one.
 EVERY, SPARED = 10.0, 100.0
 
 T = TypeVar("T")
 
 
 class Checkpointer:
-    """Saves the state of a fit, and takes it up again after the fit was cut off.
+    """Saves the state of a fit, and restores it when the fit is resumed.
 
-    A fit consists of pieces, each of which depends on the seed and on the pieces before it
-    alone. The result of a piece is saved in a checkpoint folder. When the same fit begins again,
-    it is read instead of computed. A long piece saves states on its way, and goes on from the
-    newest that is whole. Without a folder nothing is saved.
+    A fit is a sequence of parts. Each part depends only on the seed and on earlier parts. The
+    result of a part is saved in a checkpoint folder, and a resumed fit reads it instead of
+    computing it again. A long part also saves intermediate states, and resumes from the newest
+    valid one. Without a folder nothing is saved.
 
     Args:
-        clock: Of the fit; it goes on from where it was.
-        target: The density; its count of evaluations goes on likewise.
+        clock: Clock of the fit; a resumed fit restores its time.
+        target: The density; a resumed fit restores its count of evaluations.
         shelf: The checkpoint folder.
-        saved: Called whenever a result was saved.
+        saved: Function called after a result is saved.
     """
 
     def __init__(
@@ -59,14 +59,14 @@ class Checkpointer:
         pack: Callable[[T], Any],
         unpack: Callable[[Any], T],
     ) -> T:
-        """Compute a piece of the fit, or read its result.
+        """Compute a part of the fit, or read its saved result.
 
         Args:
-            what: A name for it.
-            record: To which it adds.
-            work: Computes it.
-            pack: From its result to a state, as `write_state` takes it.
-            unpack: From a state to the result, with all that `work` changed beside it.
+            what: Name of the part.
+            record: The record that the part appends to.
+            work: Function that computes the part.
+            pack: Function from the result to a state, in the form that `write_state` takes.
+            unpack: Function from a state to the result; it restores side effects of `work`.
         """
         self.begin(what)
         found = self._found()
@@ -89,11 +89,11 @@ class Checkpointer:
         return result
 
     def begin(self, what: str) -> None:
-        """Begin the next piece, which saves states alone."""
+        """Begin the next part, which saves intermediate states only."""
         self._place, self._what = self._place + 1, what
 
     def own_state(self, target: Target, record: Record) -> None:
-        """Have parameters that the fit did not make begin as they did."""
+        """Save, or restore, the initial values of the target's own parameters."""
 
         def begin(values: Sequence[Tensor]) -> None:
             with torch.no_grad():
@@ -106,7 +106,7 @@ class Checkpointer:
             )
 
     def latest_state(self) -> Any:
-        """The newest whole state of the present piece; None if it has to begin."""
+        """Return the newest valid state of the present part; None if there is none."""
         for entry in list(self.shelf.states) if self.shelf else []:
             state = self.shelf.read(entry) if self.shelf and entry.place == self._place else None
             if isinstance(state, dict) and "state" in state:
@@ -115,12 +115,12 @@ class Checkpointer:
         return None
 
     def save_if_due(self, make: Callable[[], Any]) -> None:
-        """Save a state of the present piece, unless the last one is recent."""
+        """Save a state of the present part, unless the last one is recent."""
         if self.shelf is not None and time.perf_counter() - self._last >= self._pause:
             self.save(make)
 
     def save(self, make: Callable[[], Any]) -> None:
-        """Save a state of the present piece."""
+        """Save a state of the present part."""
         if self.shelf is None or distributed.rank():
             return
         began = time.perf_counter()
@@ -130,7 +130,7 @@ class Checkpointer:
         self._pause = max(EVERY, SPARED * (self._last - began))
 
     def _here(self) -> dict[str, Any]:
-        """Where everything is that pieces share."""
+        """State that all parts share."""
         return {
             "random": get_rng_state(),
             "seconds": self.clock.local_seconds,

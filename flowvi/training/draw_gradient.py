@@ -1,4 +1,4 @@
-"""The bound of a step and its gradient: of one process or many, compiled or not, in parts."""
+"""Bound and gradient over draws of a guide, for one process or several, compiled or eager."""
 
 from __future__ import annotations
 
@@ -25,21 +25,20 @@ from flowvi.training.settings import Settings
 
 
 class DrawGradient(Gradient):
-    """Bounds over draws of the guide, and the gradient of minus the bound.
+    """Estimates the bound from draws of the guide, and the gradient of minus the bound.
 
-    Called with the number of independent estimates of the objective.
+    Its argument is the number of independent estimates of the objective.
 
     Args:
         target: The log density.
         guide: The guide.
-        settings: What the user asked for.
-        clock: Of the fit.
-        say: Takes a line of the log.
+        settings: The user's settings.
+        clock: Clock of the fit.
+        say: Function that takes a line of the log.
 
     Attributes:
-        log_density: What the guide is fitted to; a density of another temperature can take the
-            target's place.
-        fast: The compiled gradient, once there is one.
+        log_density: The density that the guide is fitted to: the target or a tempered density.
+        fast: The compiled gradient, once it is ready.
     """
 
     def __init__(
@@ -49,7 +48,7 @@ class DrawGradient(Gradient):
         self.settings = settings
         self.log_density: LogDensity = target.log_prob
         self.say = say
-        # Every step is taken in it; bounds that are reported are of the guide itself.
+        # Steps use this copy; reported bounds are those of the guide itself.
         single = guide.mixed_precision_copy()
         alike = single and len(trained(single, target)) == len(self.trained)
         self._worker = single if single and alike else guide
@@ -75,10 +74,7 @@ class DrawGradient(Gradient):
         self.fast.whole = before.whole
 
     def __call__(self, repeats: int) -> tuple[Tensor, Tensor]:
-        """Bound and the gradient of minus it; of the draws of all processes, where they are many.
-
-        Each skips the random numbers of the others.
-        """
+        """Bound and the gradient of minus the bound, over the draws of all processes."""
         self._before, self._repeats = get_rng_state(), repeats
         if self.target.stochastic and distributed.size() > 1:
             bound, flat = self._with_own_noise(repeats)
@@ -87,7 +83,7 @@ class DrawGradient(Gradient):
         return self.averaged(bound, flat, None if self._worker is self.guide else torch.float32)
 
     def _with_one_noise(self, repeats: int) -> tuple[Tensor, Tensor]:
-        """Each process takes its part of one stream of random numbers, and skips the others'."""
+        """Each process takes its part of one random stream, and skips the other parts."""
         objective = self.settings.objective
         for process in range(distributed.size()):
             rows = self._rows()
@@ -99,13 +95,13 @@ class DrawGradient(Gradient):
         return bound, flat
 
     def _with_own_noise(self, repeats: int) -> tuple[Tensor, Tensor]:
-        """Each process has a stream of its own, where the density draws random numbers too."""
+        """Each process has a stream of its own, for a density that draws random numbers too."""
         seed = int(torch.randint(2**62, ()))
         with isolated_rng(derive_seed(seed, distributed.rank())):
             return self._whole(repeats, self._rows())
 
     def _whole(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bound and gradient of all draws, in one part if it fits memory."""
+        """Bound and gradient over all draws, in one part if they fit in memory."""
         plain = self.log_density == self.target.log_prob
         parts, total = self.parts(repeats), None
         for part in parts:
@@ -116,19 +112,19 @@ class DrawGradient(Gradient):
         return total if len(parts) == 1 else (total[0] / len(parts), total[1] / len(parts))
 
     def parts(self, repeats: int) -> list[int]:
-        """How many estimates to take after each other, of equal numbers."""
+        """Split the estimates into parts of equal size that fit in memory."""
         return [repeats] if repeats <= self._fits else [self._unit] * (repeats // self._unit)
 
     @cached_property
     def _fits(self) -> int:
-        """Estimates whose draws fit memory; other objectives bring draws of their own."""
+        """Number of estimates that fit in memory; unlimited for objectives other than `Renyi`."""
         if not isinstance(self.settings.objective, Renyi):
             return ANY
         return max(1, self.target.at_once() // self.settings.objective.particles)
 
     @cached_property
     def _unit(self) -> int:
-        """The largest number of estimates that fits and divides those of every stage."""
+        """Largest number of estimates that fits and divides those of every stage."""
         all_of_them = self.settings.repeats
         return max(n for n in range(1, all_of_them + 1) if all_of_them % n == 0 and n <= self._fits)
 
@@ -141,14 +137,14 @@ class DrawGradient(Gradient):
         return estimate(self.settings.objective, log_p, self._worker, repeats).bound.mean()
 
     def _rows(self) -> list[Tensor]:
-        """Random rows of every subsampled plate."""
+        """Sample rows of every subsampled plate."""
         return [
             torch.randperm(size, device=self.target.device)[:batch]
             for size, batch in self.target.subsampled.values()
         ]
 
     def in_parts(self, z: Tensor) -> Tensor:
-        """The log density by which guides are compared, in parts that fit memory."""
+        """The log density for comparisons of guides, in parts that fit in memory."""
         plain = self.log_density == self.target.log_prob
         density = self.target.compared if plain else self.log_density
         parts = z.reshape(-1, z.shape[-1]).split(self.target.chunk())
@@ -156,7 +152,7 @@ class DrawGradient(Gradient):
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Have all parameters in one vector meanwhile, which takes one call of the optimiser."""
+        """Hold all parameters in one vector within the context, for one optimiser call a step."""
         try:
             flat = Flat(self.trained, gradients=False)
         except ValueError:  # several devices
@@ -170,8 +166,8 @@ class DrawGradient(Gradient):
             flat.release()
 
     def consider(self, seconds: float) -> None:
-        """Compile the gradient if steps of so many seconds are ahead."""
-        # Rows that take no random numbers.
+        """Compile the gradient if enough seconds of training remain."""
+        # Example rows, taken without random numbers.
         rows = [
             torch.arange(batch, device=self.target.device)
             for _, batch in self.target.subsampled.values()
@@ -179,7 +175,7 @@ class DrawGradient(Gradient):
         self.fast.consider(seconds, rows, self.clock.interrupted_here)
 
     def explain_nonfinite(self) -> str:
-        """What was not finite in the step before, which is evaluated again."""
+        """Evaluate the last step again, and describe which value was not finite."""
         after, seen = get_rng_state(), []
         set_rng_state(self._before)
         batch = dict(zip(self.target.subsampled, self._rows(), strict=True)) or None
@@ -198,7 +194,7 @@ class DrawGradient(Gradient):
 
 
 def _compiled(settings: Settings, target: Target) -> Compile:
-    """Several processes would compile the same on processors that they need."""
+    """Resolve "auto" to False for several processes, which would all compile the same graph."""
     if not isinstance(settings.objective, Renyi) or target.stochastic:
         return False
     return False if distributed.size() > 1 and settings.compile == "auto" else settings.compile

@@ -34,17 +34,17 @@ ORDER = TRIAL
 
 
 class Epoch(NamedTuple):
-    """What a callback is told after every epoch.
+    """Argument of the callback after every epoch.
 
     Attributes:
         epoch: Number of the epoch, from 1.
-        bound: Mean bound of a row over the epoch's steps, in nats.
-        validation: The same on the validation rows; NaN without.
-        divergence: Mean of log q - log p(z).
-        lr: Step size at its end.
-        beta: Weight of prior and guide at its end.
-        skipped: Steps skipped.
-        seconds: Since the fit began.
+        bound: Mean bound of a row over the steps of the epoch, in nats.
+        validation: Mean bound of the validation rows; NaN without such rows.
+        divergence: Mean of log q(z) - log p(z).
+        lr: Step size at the end of the epoch.
+        beta: Weight of the prior and the guide at the end of the epoch.
+        skipped: Number of skipped steps.
+        seconds: Time since the fit began.
     """
 
     epoch: int
@@ -59,15 +59,15 @@ class Epoch(NamedTuple):
 
 @dataclass
 class EpochState:
-    """Where a training is among the epochs, beside the state of the steps.
+    """State of a training over epochs, in addition to the state of its steps.
 
     Attributes:
         epochs: The epochs so far.
         best: Parameters with the best validation bound, and that bound.
-        since: Epochs since then.
+        since: Number of epochs since the best one.
         bounds: Bounds of the steps of the present epoch.
-        divergences: Divergences of these.
-        skipped: Steps skipped before it.
+        divergences: Divergences of the steps of the present epoch.
+        skipped: Number of steps skipped before the present epoch.
     """
 
     epochs: list[Epoch] = field(default_factory=list)
@@ -79,11 +79,11 @@ class EpochState:
     skipped: int = 0
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as `write_state` takes it."""
+        """The whole state, in the form that `write_state` takes."""
         return {**vars(self), "epochs": [list(epoch) for epoch in self.epochs]}
 
     def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
-        """Be as where a state was taken."""
+        """Restore a state that `state_dict` returned."""
         for name in vars(self):
             setattr(self, name, state[name])
         self.epochs = [Epoch(*epoch) for epoch in state["epochs"]]
@@ -91,18 +91,18 @@ class EpochState:
 
 
 class Epochs:
-    """Trains a guide for rows, and the target's own parameters with it.
+    """Trains a guide for rows, together with the target's own parameters.
 
     Args:
         target: The log densities of rows.
         guide: The guide, changed in place.
         objective: The bound.
-        settings: How to go through the rows.
-        rows: Places of the rows to train on.
+        settings: Settings of the minibatches.
+        rows: Indices of the training rows.
         validation: Rows that are not trained on.
-        seed: Of everything random.
+        seed: Seed of all random numbers.
         session: Clock, checkpointer and callback of the fit.
-        record: Where decisions are written.
+        record: Record of decisions.
     """
 
     def __init__(
@@ -130,16 +130,16 @@ class Epochs:
 
     @property
     def steps(self) -> int:
-        """Steps of an epoch."""
+        """Number of steps of an epoch."""
         return math.ceil(len(self.rows) / self.settings.batch_size)
 
     @property
     def total(self) -> int:
-        """Steps of all epochs."""
+        """Number of steps of all epochs."""
         return self.settings.epochs * self.steps
 
     def run(self) -> EpochState:
-        """Train until the last epoch, or for as long as it pays; an interrupt keeps the best."""
+        """Train until the last epoch or early stopping; an interrupt keeps the best epoch."""
         checkpointer = self.session.checkpointer
         checkpointer.begin("epochs")
         state = self.trainer.begin()
@@ -160,10 +160,10 @@ class Epochs:
             self._rate,
             self._gradient,
             lambda taken: self._after(taken, state, whole),
-            # With a weight of the prior that rises, the bound may fall for good reasons.
+            # While the weight of the prior rises, a falling bound is no failure.
             levels=not self.settings.warmup_epochs,
             state=whole,
-            # Processes share one file; each goes on with noise of its own at the next epoch.
+            # Processes share one file, and each has fresh noise from the next epoch on.
             sparse=distributed.size() > 1,
         )
         try:
@@ -178,7 +178,7 @@ class Epochs:
 
     @contextmanager
     def at_best(self) -> Iterator[None]:
-        """Have the parameters of the best epoch meanwhile, where epochs are validated."""
+        """Use the parameters of the best epoch within the context, if epochs are validated."""
         now = self.gradient.vector()
         if self.progress.best is not None:
             self.gradient.set(self.progress.best)
@@ -188,7 +188,7 @@ class Epochs:
             self.gradient.set(now)
 
     def bound_of(self, batch: Batch) -> float:
-        """Mean bound of rows on fresh draws, the same noise at every call."""
+        """Mean bound of rows on fresh draws, with the same noise at every call."""
         with isolated_rng(derive_seed(self.seed, EVALUATE)), torch.no_grad():
             total = 0.0
             for part in split_batch(batch, self.settings.batch_size):
@@ -197,7 +197,7 @@ class Epochs:
         return total / len(batch.places)
 
     def _rate(self, step: int) -> float:
-        """Size of a step; where time runs short, it falls with the time."""
+        """Step size of a step; near the end of the budget it falls with the remaining time."""
         clock = self.session.clock
         late = 0.0 if clock.budget is None else clock.seconds / clock.budget
         return self.settings.rate(
@@ -208,14 +208,14 @@ class Epochs:
         epoch, i = divmod(step, self.steps)
         if i == 0:
             self._batches = self._order(step)
-            # Processes go through the same rows in the same order, and take noise of their own.
+            # Processes visit the same rows in the same order, each with noise of its own.
             torch.manual_seed(derive_seed(self.seed, TRAIN, epoch, distributed.rank()))
         self._beta = self.settings.beta(epoch + i / self.steps)
         batch = self.settings.transformed(next(self._batches))
         return self.gradient(batch, self._beta)
 
     def _after(self, taken: Taken, state: TrainState, whole: Callable[[], Any]) -> bool:
-        """Hear of a step; at the end of an epoch, validate, save, and tell the callback."""
+        """Add a step; at the end of an epoch, validate, save and call the callback."""
         progress, clock = self.progress, self.session.clock
         progress.bounds.append(taken.bound)
         progress.divergences.append(self.gradient.divergence)
@@ -251,7 +251,7 @@ class Epochs:
         )
 
     def _validate(self, epoch: Epoch) -> None:
-        """Keep the parameters of the epoch with the best validation bound."""
+        """Keep the parameters if the epoch has the best validation bound."""
         progress = self.progress
         if self.validation is None:
             return
@@ -266,11 +266,11 @@ class Epochs:
         return patience is not None and self.progress.since >= patience
 
     def _order(self, step: int) -> Iterator[Batch]:
-        """The batches of an epoch from a step on."""
+        """Batches of the present epoch from a given step on."""
         epoch, done = divmod(step, self.steps)
         generator = torch.Generator().manual_seed(derive_seed(self.seed, ORDER, epoch))
         order = self.rows[torch.randperm(len(self.rows), generator=generator)]
-        # As equal as can be: a last batch of a few rows would take as long a step as a whole one.
+        # Batches have nearly equal sizes: a small last batch would cost as much as a full step.
         parts = order.tensor_split(self.steps)[done:]
         arguments = self.target.arguments
         items = arguments.items()
@@ -290,7 +290,7 @@ class Epochs:
 
 
 class _Numbered(Dataset[Any]):
-    """Items with their places."""
+    """A data set whose items come with their indices."""
 
     def __init__(self, items: Any) -> None:
         self.items = items
@@ -303,7 +303,7 @@ class _Numbered(Dataset[Any]):
 
 
 class _Collated:
-    """Numbered items as a batch."""
+    """Collates indexed items to a batch."""
 
     def __init__(self, collate: Callable[[list[Any]], tuple[Tensor, ...]]) -> None:
         self.collate = collate

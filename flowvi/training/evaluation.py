@@ -1,4 +1,4 @@
-"""Evaluate a guide on fresh draws, and find the best of several."""
+"""Evaluate a guide on fresh draws, and select the best of several guides."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from flowvi.objectives.registry import Objective
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.training.records import Evaluation
 
-# Gaps below this are known better than bounds.
+# Below this value a gap has a smaller error than a bound.
 NARROW = 0.1
 
 
 def evaluate(
     objective: Objective, log_p: LogDensity, guide: Guide, seed: int, draws: int, at_once: int
 ) -> Evaluation:
-    """Bound and gap on fresh draws; random numbers go on as if none had been taken.
+    """Estimate bound and gap from fresh draws, without a change to the global random state.
 
     Args:
-        objective: Whose bound it is.
+        objective: The objective that defines the bound.
         log_p: The log density, (*S, D) -> (*S).
         guide: The guide.
-        seed: Of the draws.
-        draws: How many.
-        at_once: How many the guide makes at a time.
+        seed: Seed of the draws.
+        draws: Number of draws.
+        at_once: Number of draws that the guide makes in one call.
     """
     inner = particles_of(objective)
     size, left = max(1, at_once // inner), max(1, draws // inner)
@@ -51,7 +51,7 @@ def evaluate(
     values = torch.cat(bounds).double()
     bound = float(values.mean())
     return Evaluation(
-        # Infinite densities are the rounding of draws far out.
+        # A density becomes infinite by rounding at draws far from the mode.
         bound if math.isfinite(bound) else -math.inf,
         float(values.std() / len(values) ** 0.5) if len(values) > 1 else math.inf,
         gap(weights).value if known else math.nan,
@@ -60,10 +60,10 @@ def evaluate(
 
 
 def best_of(found: Mapping[str, Evaluation]) -> str:
-    """The name of the best: by the bound and, where noise hides a difference, by the gap.
+    """Return the name of the best guide: by the bound, and by the gap where bounds are too noisy.
 
     Near the target the gap has far less noise than the bound. Alone it would favour a
-    guide that has left a part of the target.
+    guide that misses a part of the target.
     """
     finite = {name: j for name, j in found.items() if math.isfinite(j.bound)}
     if not finite:
@@ -80,12 +80,12 @@ def best_of(found: Mapping[str, Evaluation]) -> str:
 
 
 def particles_of(objective: Objective) -> int:
-    """Draws inside one estimate that the guide makes."""
+    """Number of the guide's draws inside one estimate."""
     return objective.particles if isinstance(objective, Renyi) else 1
 
 
 def estimate(objective: Objective, log_p: LogDensity, guide: Guide, repeats: int) -> Estimate:
-    """Evaluate any objective, with `repeats` independent estimates where it makes its own draws."""
+    """Evaluate an objective; `repeats` independent estimates if it samples from the guide."""
     if isinstance(objective, ForwardKL):
         return objective(log_p, guide)
     return objective(log_p, guide, repeats=(repeats,))

@@ -1,4 +1,4 @@
-"""Train a guide on annealed draws, so that it comes to cover what its own draws never show."""
+"""Train a guide on annealed draws, which reach modes that the guide's own draws miss."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ BATCH = 256
 RATE = 1e-3
 TEMPERATURES = 4
 LEAPFROG = 5
-# Steps of Adam for every batch of annealed draws.
+# Steps of Adam for each batch of annealed draws.
 STEPS = 4
-# Batches that the buffer holds, and batches in it before the first step.
+# Capacity of the buffer in batches, and batches in it before the first step.
 CAPACITY, FILL = 50, 4
-# How much the guide's own change may scale the weight of a draw in one step.
+# Largest factor by which one step may change the weight of a draw.
 MOST = 10.0
-# How fast the step sizes of the chains follow their acceptance.
+# Rate at which the chains' step sizes adapt to their acceptance rate.
 ADAPTATION = 0.1
 LAST_PART = 0.2
 
@@ -47,29 +47,29 @@ def refine_fab(
     say: Log = lambda line: None,
     over: Callable[[], bool] = lambda: False,
 ) -> None:
-    r"""Lower the alpha-divergence of the target from the guide, alpha = power, in place.
+    r"""Minimise the alpha-divergence of the target from the guide, alpha = power, in place.
 
     The gradient of :math:`\int p^a q^{1 - a}` is, up to a factor, minus the
-    mean of :math:`\nabla \log q(z)` under that very density. Each round anneals
-    a batch of draws towards it, adds them to a buffer and takes a few steps of
-    Adam on draws of the buffer, picked without replacement in proportion to
-    their weights. As q moves, the weight of a draw changes by
-    :math:`(q_{old} / q_{new})^{a - 1}`. The guide is left at the average of its last
-    iterates. Nothing is chosen here: judge it beside the one that it began as.
+    mean of :math:`\nabla \log q(z)` under the normalised :math:`p^a q^{1 - a}`. Each round
+    anneals a batch of draws towards this density, adds them to a buffer, and takes a few
+    steps of Adam on draws sampled from the buffer without replacement in proportion to
+    their weights. When q changes, the weight of a draw is multiplied by
+    :math:`(q_{old} / q_{new})^{a - 1}`. The guide ends at the average of its last
+    iterates. The caller has to compare it with the initial guide.
 
     Args:
         target: The log density p; its own parameters are constants.
-        guide: The density q; it must be able to score draws from elsewhere.
-        rounds: Batches to anneal.
-        batch: Draws of each, and of each step.
+        guide: The density q. It has to evaluate the density of any draw.
+        rounds: Number of annealed batches.
+        batch: Draws of each batch and of each step.
         lr: Largest step size of Adam.
-        power: The order a. At 2, what is minimised is the variance of the
-            importance weights; at 1, KL(p || q).
-        temperatures: Rungs of the annealing path.
-        leapfrog: Steps of each of its transitions.
-        seed: Of everything random; the caller's generators are left alone.
-        say: Takes a sentence about what was done.
-        over: Asked before every round whether to stop.
+        power: The order a. 2 minimises the variance of the importance weights;
+            1 minimises KL(p || q).
+        temperatures: Number of temperatures of the annealing path.
+        leapfrog: Leapfrog steps of each transition.
+        seed: Seed of all random numbers; the global generators are not changed.
+        say: Function that takes a line of the log.
+        over: Function called before every round; true stops.
 
     References:
         Midgley et al. (2023), "Flow Annealed Importance Sampling Bootstrap",
@@ -93,7 +93,7 @@ class Refinement:
     Args:
         guide: The guide.
         trained: Its trainable parameters.
-        ladder: Anneals its draws.
+        ladder: Annealed importance sampling from the guide.
         order: Exponent of 1 / q in the weights.
         batch: Draws of each round and of each step.
     """
@@ -113,7 +113,7 @@ class Refinement:
         self.guard = Guard()
 
     def run(self, rounds: int, lr: float, say: Log, over: Callable[[], bool]) -> None:
-        """Run the rounds, and leave the guide at the average of the last iterates."""
+        """Run the rounds, and set the guide to the average of the last iterates."""
         optimiser = Adam(self.trained)
         done = 0
         for i in range(rounds):
@@ -155,15 +155,15 @@ class Refinement:
 
 
 class Buffer:
-    """The latest annealed draws, their weights and what the guide last said of them.
+    """The latest annealed draws with their weights and the guide's log density.
 
     Args:
-        capacity: Most draws to keep; older ones make room.
+        capacity: Largest number of draws; the oldest ones are dropped.
 
     Attributes:
         z: Draws, (N, D).
         log_w: Their log weights, (N).
-        log_q: Log density of the guide for which the weights hold, (N).
+        log_q: Log density, (N), of the guide that the weights refer to.
     """
 
     z: Tensor
@@ -175,7 +175,7 @@ class Buffer:
         self.empty = True
 
     def add(self, new: AnnealedDraws) -> None:
-        """Put in the draws that have weight."""
+        """Add the draws whose weight is positive."""
         good = new.log_w.isfinite()
         found = new.z[good], new.log_w[good], new.log_q[good]
         kept = [t[:0] for t in found] if self.empty else [self.z, self.log_w, self.log_q]
@@ -184,12 +184,12 @@ class Buffer:
         self.empty = False
 
     def pick(self, n: int) -> Tensor:
-        """Up to n different rows in proportion to the weights, (n)."""
+        """Sample up to n different rows in proportion to the weights, (n)."""
         weights = torch.softmax(self.log_w, 0)
         most = min(n, int(weights.count_nonzero()))
         return torch.multinomial(weights, most) if most else weights.new_empty(0).long()
 
     def change(self, rows: Tensor, change: Tensor, log_q: Tensor) -> None:
-        """Correct weights for a guide that has moved; what became NaN has no weight."""
+        """Correct the weights for a changed guide; a NaN becomes weight zero."""
         self.log_w[rows] = (self.log_w[rows] + change).nan_to_num(-torch.inf)
         self.log_q[rows] = log_q

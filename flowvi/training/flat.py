@@ -1,4 +1,4 @@
-"""Parameters in one vector, and in one precision."""
+"""Store parameters in one vector, and optimise them in one precision."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from torch import Tensor, nn
 
 
 class Finest:
-    """Parameters as an optimiser sees them: all in the finest precision among them.
+    """Parameters in the finest precision among them, for the optimiser.
 
-    A parameter of that precision stands for itself. A coarser one is led by a tensor in the
-    finest, which the optimiser changes, and follows it rounded: small steps add up, and
-    the parameter keeps the precision that its owner gave it.
+    A parameter of the finest precision is used directly. A coarser one has a copy in the
+    finest precision, which the optimiser changes; the parameter is set to the rounded copy.
+    Small steps thus accumulate, and the parameter keeps its own precision.
 
     Args:
-        parameters: Of any precisions.
+        parameters: Parameters of any precision.
 
     Attributes:
-        tensors: One for each of them, in their order, in one precision.
+        tensors: One tensor for each parameter, in the same order, all of one precision.
     """
 
     def __init__(self, parameters: Sequence[Tensor]) -> None:
@@ -31,13 +31,13 @@ class Finest:
 
     @torch.no_grad()
     def follow(self) -> None:
-        """Give the coarser parameters the values of what leads them."""
+        """Set the coarser parameters to their rounded copies."""
         if self._led:
             parameters, leaders = zip(*self._led, strict=True)
             torch._foreach_copy_(list(parameters), list(leaders))
 
     def gather(self) -> None:
-        """Move the gradients of coarser parameters to what leads them."""
+        """Move the gradients of the coarser parameters to their copies."""
         for p, leader in self._led:
             if p.grad is not None and leader.grad is not None:
                 leader.grad.copy_(p.grad)
@@ -45,16 +45,16 @@ class Finest:
 
 
 class Flat:
-    """Parameters as stretches of one vector, and their gradients likewise.
+    """Parameters as views of one vector, and their gradients likewise.
 
-    One vector takes one call of the optimiser, whatever the number of parameters.
+    The optimiser then needs one call for all parameters.
 
     Args:
-        parameters: Of one precision.
-        gradients: Whether their `grad` is to be a stretch of one vector too.
+        parameters: Parameters of one precision.
+        gradients: Whether their `grad` is a view of one vector too.
 
     Raises:
-        ValueError: They are of several, or there are none.
+        ValueError: The precisions or devices differ, or the list is empty.
     """
 
     def __init__(self, parameters: Sequence[Tensor], gradients: bool = True) -> None:
@@ -84,20 +84,20 @@ class Flat:
         return self.vector.grad
 
     def zero(self) -> None:
-        """Forget the gradients."""
+        """Set the gradients to zero."""
         self.gradient.zero_()
 
     def copy(self) -> Tensor:
-        """The values of all parameters."""
+        """Copy of all parameters, (P)."""
         return self.vector.detach().clone()
 
     def set(self, values: Tensor) -> None:
-        """Give all parameters other values."""
+        """Set all parameters from a vector, (P)."""
         with torch.no_grad():
             self.vector.copy_(values)
 
     def release(self) -> None:
-        """Give every parameter memory of its own again."""
+        """Give every parameter its own memory again."""
         for p in self.parameters:
             p.data = p.data.clone()
             if self.vector.grad is not None:
@@ -105,13 +105,13 @@ class Flat:
 
 
 def flatten_tensors(parameters: Sequence[Tensor]) -> Tensor:
-    """The values of parameters one after the other, a copy."""
+    """Concatenate a copy of all parameters, (P)."""
     return torch.cat([p.detach().reshape(-1) for p in parameters])
 
 
 @torch.no_grad()
 def assign_tensors(parameters: Sequence[Tensor], vector: Tensor) -> None:
-    """Give parameters the values of a vector; their memory stays where it is."""
+    """Set parameters from a vector in place, without a change of their memory."""
     parts = vector.split([p.numel() for p in parameters])
     for p, part in zip(parameters, parts, strict=True):
         p.copy_(part.view_as(p))

@@ -1,4 +1,4 @@
-"""The bound of a step and its gradient, whatever the step is over. Abstract."""
+"""Abstract base class: the bound of a step and its gradient."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ from flowvi.training.flat import Finest, assign_tensors, flatten_tensors
 
 
 class Gradient(ABC):
-    """Bounds on fresh draws, and the gradient of minus the bound.
+    """Estimates the bound from fresh draws, and the gradient of minus the bound.
 
-    A gradient of one kind of step is called with what that step is over, and returns the bound
-    () and the gradient of all parameters in one vector (P).
+    A subclass is called with the arguments of its kind of step. It returns the bound () and
+    the gradient of all parameters in one vector (P).
 
     Args:
         target: The log density.
         guide: The guide.
-        clock: Of the fit; processes tell each other its time in a step.
+        clock: Clock of the fit; processes exchange its time in every step.
 
     Attributes:
-        trained: Parameters of the guide and the target's own, in the order of the gradient and
-            in the finest precision among them; see `follow`.
-        answer: The answer of this process's callback to the last step, for the others to hear.
-        stopped: Whether that of the first process was to stop, as the last step told.
+        trained: Parameters of the guide and the target, in the order of the gradient and in
+            the finest precision among them; see `follow`.
+        answer: Answer of this process's callback to the last step, sent to other processes.
+        stopped: Whether the first process's callback asked to stop, as of the last step.
     """
 
     def __init__(self, target: Target, guide: Guide, clock: Clock) -> None:
@@ -43,38 +43,38 @@ class Gradient(ABC):
     @property
     @abstractmethod
     def whole(self) -> Tensor | None:
-        """The memory of all parameters, where it is one vector, (P)."""
+        """The memory of all parameters, (P), if it is one vector."""
 
     @abstractmethod
     def explain_nonfinite(self) -> str:
-        """What was not finite in the step before, in a sentence."""
+        """Describe in a sentence which value of the last step was not finite."""
 
     def in_double(self) -> None:
-        """Compute everything in the precision of the guide from now on."""
+        """Compute in the precision of the guide from now on."""
         return
 
     @contextmanager
     def together(self) -> Iterator[None]:
-        """Have all parameters in one vector meanwhile, where that is possible."""
+        """Hold all parameters in one vector within the context, where that is possible."""
         yield
 
     def follow(self) -> None:
-        """Give parameters of a coarser precision the values of `trained`, which stand for them."""
+        """Set parameters of a coarser precision to the rounded values of `trained`."""
         self._finest.follow()
 
     def vector(self) -> Tensor:
-        """All parameters in one vector, a copy."""
+        """Copy of all parameters as one vector."""
         return flatten_tensors(self.trained) if self.whole is None else self.whole.clone()
 
     def set(self, vector: Tensor) -> None:
-        """Give the parameters the values of a vector."""
+        """Set all parameters from one vector."""
         assign_tensors(self.trained, vector)
         self.follow()
 
     def averaged(
         self, bound: Tensor, gradient: Tensor, dtype: torch.dtype | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Means over the processes, which hear from the first how things are."""
+        """Average over the processes, and receive the first one's time and callback answer."""
         told = *self.clock.status(), self.answer
         bound, gradient, heard = distributed.all_reduce_mean(bound, gradient, told, dtype)
         if distributed.size() > 1:
@@ -83,12 +83,12 @@ class Gradient(ABC):
         return bound, gradient
 
     def agrees(self) -> bool:
-        """Whether the callback has said to stop; of several processes the first one's, later."""
+        """Whether to stop: the first process's callback answer, received one step later."""
         return self.answer if distributed.size() == 1 else self.stopped
 
 
 def trained(*modules: nn.Module) -> list[Tensor]:
-    """Parameters that are trained; each once, where modules share them."""
+    """Trainable parameters of modules, each once."""
     return [p for p in nn.ModuleList(modules).parameters() if p.requires_grad]
 
 

@@ -1,4 +1,4 @@
-"""Steps that are refused, and when a stage has failed."""
+"""Skip steps that are not finite, clip gradients, and detect a failed stage."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 from flowvi.training.learning_rate import WARM_UP
 
 WINDOW = 100
-# So many skipped steps in a row, or more than so many of the last ones, are a failure.
+# A stage fails after so many skipped steps in a row, or so many among the last ones.
 IN_A_ROW, MOST_FAILURES, FAILURE_WINDOW = 10, 10, 200
 
 
 @dataclass
 class Guard:
-    """Judge gradients by their recent norms.
+    """Accepts, clips or rejects gradients by their recent norms.
 
-    A step is skipped if its bound or gradient is not finite; a norm above twice
-    the median of the last 100 is clipped to that. Steps with a huge norm are not
-    skipped: they come from rare draws in places where p is next to nothing, and
-    unless these count the guide never learns to leave such places. The values
-    of a gradient are never patched.
+    A step is skipped if its bound or gradient is not finite. A norm above twice the
+    median of the last 100 is clipped to that value. Steps with a huge norm are not
+    skipped: they come from rare draws where p is almost zero, and the guide learns
+    to avoid such regions only from them. Single values of a gradient are never
+    replaced.
 
     Attributes:
-        norms: Of the last gradients.
+        norms: Norms of the last gradients.
         failures: Whether each of the last steps was skipped.
-        skipped: Steps skipped in all.
+        skipped: Total number of skipped steps.
     """
 
     norms: deque[float] = field(default_factory=lambda: deque(maxlen=WINDOW))
@@ -49,11 +49,11 @@ class Guard:
         return sum(self.failures) > MOST_FAILURES or (len(last) == IN_A_ROW and all(last))
 
     def forget(self) -> None:
-        """Count failures from the beginning again."""
+        """Reset the count of failures."""
         self.failures.clear()
 
     def admits(self, bound: float, gradient: Tensor) -> tuple[bool, float]:
-        """Whether to take the step; scales the gradient in place where it is too long."""
+        """Return whether to take the step, and the norm; clip the gradient in place if needed."""
         norm = float(torch.linalg.vector_norm(gradient))
         finite = math.isfinite(bound) and math.isfinite(norm)
         self.failures.append(not finite)

@@ -1,4 +1,4 @@
-"""What decides about single steps: their size, and whether to take them at all."""
+"""Step-size schedules, and the test for a bound that has collapsed."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ from torch import Tensor
 
 WARM_UP = 20
 FINAL_RATE = 0.01
-# A bound collapses if it falls by so many nats, and by so many times its usual spread.
+# A collapse is a fall by at least so many nats and so many times the usual spread.
 LEAST_FALL, SPREADS = 50.0, 10.0
 
 
 def warm_up_rate(step: int, lr: float, steps: int = 10 * WARM_UP) -> float:
-    """Step size after a short linear warm-up.
+    """Step size with a short linear warm-up.
 
     Args:
-        step: Number of the step, from 0.
-        lr: The step size.
-        steps: Number of steps in all.
+        step: Index of the step, from 0.
+        lr: The step size after the warm-up.
+        steps: Total number of steps.
     """
     warm_up = min(WARM_UP, max(1, steps // 10))
     return lr * min(1.0, (step + 1) / warm_up)
 
 
 def constant(lr: float) -> Callable[[int], float]:
-    """A step size that stays."""
+    """A constant step size."""
     return lambda step: lr
 
 
@@ -38,10 +38,10 @@ def decayed(step: int, steps: int, lr: float, warm: bool = True) -> float:
     """Step size: a short linear warm-up, then a cosine down to a hundredth.
 
     Args:
-        step: Number of the step, from 0.
-        steps: Number of steps in all.
+        step: Index of the step, from 0.
+        steps: Total number of steps.
         lr: Largest step size.
-        warm: Whether to warm up first.
+        warm: Whether to begin with a warm-up.
     """
     warm_up = min(WARM_UP, max(1, steps // 10)) if warm else 0
     if step < warm_up:
@@ -52,15 +52,15 @@ def decayed(step: int, steps: int, lr: float, warm: bool = True) -> float:
 
 @dataclass
 class BoundLevel:
-    """Tells a bound that has collapsed from one that is noisy, by medians of 20 steps.
+    """Test for a collapse of a noisy bound, by medians of 20 steps.
 
-    A collapse is a fall below the best of them by more than 50 nats and ten times its spread:
-    finite steps, but each of them led farther from the target.
+    A collapse is a fall below the best median by more than 50 nats and ten times its spread.
+    All steps are finite, but they lead away from the target.
 
     Attributes:
         values: Bounds of the last steps.
         best: The best median.
-        spread: Interquartile range of the steps behind it.
+        spread: Interquartile range of the steps of the best median.
     """
 
     values: deque[float] = field(default_factory=lambda: deque(maxlen=WARM_UP))
@@ -68,7 +68,7 @@ class BoundLevel:
     spread: float = 0.0
 
     def add(self, bound: float) -> None:
-        """Hear of a step; one that is not finite is left to the guard."""
+        """Add the bound of a step; ignore one that is not finite, which the guard handles."""
         if not math.isfinite(bound):
             return
         self.values.append(bound)
@@ -77,11 +77,11 @@ class BoundLevel:
             self.spread = high - low
 
     def state_dict(self) -> Tensor:
-        """All of it, (2 + steps)."""
+        """The whole state as one vector, (2 + steps)."""
         return torch.tensor([self.best, self.spread, *self.values], dtype=torch.float64)
 
     def load_state_dict(self, state: Tensor) -> None:
-        """Be as when a state was taken."""
+        """Restore a state that `state_dict` returned."""
         self.best, self.spread, *values = state.tolist()
         self.values.extend(values)
 
@@ -92,15 +92,15 @@ class BoundLevel:
 
     @property
     def floor(self) -> float:
-        """What a bound has to fall below to have collapsed."""
+        """Threshold below which the bound has collapsed."""
         return self.best - LEAST_FALL - SPREADS * self.spread
 
     @property
     def low(self) -> bool:
-        """Whether most of the last three steps are below the floor."""
+        """Whether most of the last three steps are below the threshold."""
         return sum(value < self.floor for value in list(self.values)[-3:]) > 1
 
     @property
     def collapsed(self) -> bool:
-        """Whether the median of the last steps is."""
+        """Whether the median of the last steps is below the threshold."""
         return len(self.values) == WARM_UP and self.median < self.floor

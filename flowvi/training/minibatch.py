@@ -1,4 +1,4 @@
-"""How a guide for local latents is trained on minibatches, and the bound that a step maximises."""
+"""Settings of training on minibatches of rows, and its step-size and warm-up schedules."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime.arguments import check_choice, check_integer, check_positive
 from flowvi.targets import Batch, LocalTarget
 
-# Steps in which the step size rises, and the share to which it falls at the end.
+# Length of the step size's warm-up in steps, and its final value relative to `lr`.
 WARM_UP = 200
 LAST = 0.02
-# A prior weight of nothing at all would divide by zero.
+# Least value of beta, which is a divisor.
 LEAST_BETA = 1e-3
 COUNTS = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "workers": 0}
 
@@ -25,32 +25,32 @@ Warm = Literal["linear", "cyclical"]
 
 @dataclass(frozen=True)
 class Minibatch:
-    r"""How to go through the rows.
+    r"""Settings of training on minibatches of rows.
 
     With a weight :math:`\beta < 1` a step maximises
     :math:`E_q[\log p(x \mid z) + \beta (\log p(z) - \log q(z))]`, and with free bits
     :math:`\lambda` it replaces the batch's mean divergence by
-    :math:`\max(\lambda, \mathrm{KL})`. Neither is a bound: both are for training only, and
-    what is reported is always the bound itself.
+    :math:`\max(\lambda, \mathrm{KL})`. Neither is a bound. Both are used in training only, and
+    every reported value is the bound itself.
 
     Args:
-        batch_size: Most rows of a step; batches are as equal as can be.
-        epochs: Times that every row is visited.
+        batch_size: Largest number of rows of a step; batches have nearly equal sizes.
+        epochs: Number of passes over the rows.
         lr: Step size of Adam.
-        decay: Share of the steps, at the end, in which the step size falls linearly to 2 %.
+        decay: Final share of the steps, in which the step size falls linearly to 2 %.
         warmup_epochs: Epochs over which beta rises to one.
-        warmup: "linear" once, or "cyclical": in four cycles over all epochs, in the first
-            half of each, if warmup_epochs is positive.
-        free_bits: Nats of divergence that are free, in total over the latents of a row.
-        patience: Epochs without a better validation bound before training ends; none without.
-        transform: Applied to the data of every training batch at every visit; random
-            numbers come from torch's generator, which the fit seeds.
+        warmup: "linear" rises once. "cyclical" splits all epochs into four cycles and rises in
+            the first half of each; it needs a positive warmup_epochs.
+        free_bits: Nats of divergence without a penalty, in total over the latents of a row.
+        patience: Epochs without a better validation bound before training ends. None: no limit.
+        transform: Function applied to every training batch at every visit. Its random numbers
+            come from torch's generator, which the fit seeds.
         workers: Processes that fetch items of a `Dataset`.
-        amp: Whether to compute in bfloat16 where torch deems that safe, on a GPU.
+        amp: Whether to use automatic mixed precision with bfloat16; on a GPU only.
 
     References:
         Bowman et al. (2016), arXiv:1511.06349, Sønderby et al. (2016), arXiv:1602.02282: warm-up.
-        Fu et al. (2019), arXiv:1903.10145: in cycles.
+        Fu et al. (2019), arXiv:1903.10145: cyclical warm-up.
         Kingma et al. (2016), arXiv:1606.04934, section C.8: free bits.
     """
 
@@ -79,11 +79,11 @@ class Minibatch:
         check_choice("warmup", self.warmup, ("linear", "cyclical"))
 
     def rate(self, step: int, steps: int) -> float:
-        """Size of a step: a short linear warm-up, constant, then falling.
+        """Step size: a short linear warm-up, a constant part, a linear decay.
 
         Args:
-            step: Number of the step, from 0.
-            steps: Number of all steps.
+            step: Index of the step, from 0.
+            steps: Total number of steps.
         """
         rising = min(1.0, (step + 1) / min(WARM_UP, max(1, steps // 10)))
         done = step / steps
@@ -91,7 +91,7 @@ class Minibatch:
         return self.lr * rising * (1 - (1 - LAST) * falling)
 
     def beta(self, epoch: float) -> float:
-        """Weight of prior and guide after a number of epochs."""
+        """Weight of the prior and the guide after a number of epochs."""
         if not self.warmup_epochs:
             return 1.0
         if self.warmup == "linear":
@@ -100,7 +100,7 @@ class Minibatch:
         return min(1.0, max(LEAST_BETA, 2 * (epoch % cycle) / cycle))
 
     def transformed(self, batch: Batch) -> Batch:
-        """The batch as a step sees it."""
+        """Return the batch after the transform."""
         if self.transform is None:
             return batch
         data = self.transform(*batch.data)
@@ -108,7 +108,7 @@ class Minibatch:
 
 
 def check_objective(target: LocalTarget, objective: Any, settings: Minibatch) -> None:
-    """Refuse what has no meaning for rows."""
+    """Raise a ValueError for an objective that is not defined for rows."""
     if not isinstance(objective, Renyi | WakeSleep):
         raise ValueError(
             "Rows need an objective that draws its own samples, such as elbo(), iwelbo(16) or "

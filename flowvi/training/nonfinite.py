@@ -1,4 +1,4 @@
-"""Where the first value that is not finite arose in a step that could not be taken."""
+"""Locate the first value that is not finite in a step that failed."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def explain_nonfinite(
     z: Tensor,
     batch: Mapping[str, Tensor] | None = None,
 ) -> str:
-    """Name the site and the parameter, in a sentence or two.
+    """Name the site and the parameter that are not finite, in one or two sentences.
 
     Args:
         target: The log density.
         guide: The guide.
-        bound: What could not be differentiated, ().
-        z: Draws behind it, (*S, D).
+        bound: The bound that was differentiated, ().
+        z: Draws of the step, (*S, D).
         batch: Rows of subsampled plates.
     """
     z = z.detach().reshape(-1, target.dim)
@@ -68,14 +68,14 @@ def _in_the_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | Non
 
 
 def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None) -> str:
-    """The observed site whose log likelihood is not finite, or the latent one to be moved."""
+    """Find the observed site whose log likelihood is not finite, or the latent site to change."""
     with torch.no_grad():
         name = observed(target, z.detach())
         return name or next(iter(repairing_sites(target, z.detach(), good, batch)), "")
 
 
 def _operation(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:
-    """The operation whose backward pass returned the first NaN, if one did."""
+    """Find the operation whose backward pass returned the first NaN, if there is one."""
     point = z.detach()[None].requires_grad_()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -90,7 +90,7 @@ def _operation(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) ->
 
 
 def _parameter(target: Target, guide: Guide, bound: Tensor) -> str:
-    """The first parameter whose gradient is not finite."""
+    """Find the first parameter whose gradient is not finite."""
     modules: list[tuple[str, nn.Module]] = [("", guide), ("model.", target)]
     named = [
         (prefix + name, p)

@@ -1,4 +1,4 @@
-"""When a bound has stopped rising."""
+"""Detect that a bound has stopped rising."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ import numpy as np
 BLOCK, TRIM = 10, 2
 LEAST = 400
 EVERY = 50
-# Share of a trace that is looked at, its later part.
+# The last share of a trace that is used.
 WINDOW = 0.5
-# A gain of so many sds of a single step's noise, over half a window, is worth going on for.
+# Worthwhile gain over half a window, in standard deviations of a single step's noise.
 WORTH = 0.3
-# One-sided bounds of the gain: 99 % that the trace rises no faster.
+# Normal quantile of the one-sided 99 % bound on the gain.
 ERRORS = 2.33
 
 
 @dataclass
 class Plateau:
-    r"""Whether a noisy bound still rises by enough to go on.
+    r"""Test for a plateau of a noisy bound.
 
-    The later half of the trace, W steps, is cut into blocks of ten steps, whose
-    trimmed means no single wild step can move. The slope of a line through
-    them says what the next W / 2 steps would bring: a gain g, with standard
-    error s. The trace has reached a plateau when
+    The later half of the trace, W steps, is cut into blocks of ten steps. Trimmed means
+    of the blocks limit the effect of a single outlier. A least-squares line through the
+    means predicts the gain g of the next W / 2 steps, with standard error s. The trace
+    has reached a plateau when
 
     .. math:: |g| + 2.33 s \le \max(\tau, 0.3 \sigma), \qquad g \ge -s,
 
-    at two checks in a row, so that neither rising nor falling is called one.
-    :math:`\sigma` is the noise of a single step, below which a step of constant
-    size cannot see its way: a smaller one, or more draws, then bring more.
+    at two checks in a row: it neither rises nor falls. :math:`\sigma` is the noise of
+    a single step. Below it, steps of a constant size make no progress; a smaller
+    step size or more draws do.
 
     Args:
-        tolerance: Gain in nats that is never worth going on for, :math:`\tau`.
+        tolerance: Largest gain in nats that is ignored, :math:`\tau`.
 
     References:
         Welandawe, Andersen, Vehtari and Huggins (2024), "A framework for
@@ -47,16 +47,16 @@ class Plateau:
     in_a_row: int = 0
 
     def add(self, bound: float) -> bool:
-        """Take the bound of one more step; tell whether two checks in a row saw a plateau."""
+        """Add the bound of a step; return whether two checks in a row found a plateau."""
         self.values.append(bound)
         if len(self.values) >= LEAST // 2 and len(self.values) % EVERY == 0:
             self.in_a_row = self.in_a_row + 1 if self.reached() else 0
         return self.in_a_row == 2
 
     def reached(self) -> bool:
-        """Whether the trace so far ends in a plateau."""
+        """Whether the trace ends in a plateau."""
         gain, error, noise = self.trend()
-        # A short trace knows its own noise too badly.
+        # The noise estimate of a short trace is too inaccurate.
         enough = max(self.tolerance, WORTH * noise if len(self.values) >= LEAST else 0.0)
         return gain >= -error and abs(gain) + ERRORS * error <= enough
 

@@ -1,4 +1,4 @@
-"""What is asked of a training, and what it leaves behind for its reader."""
+"""Records of a training: its stages, steps, evaluations and log."""
 
 from __future__ import annotations
 
@@ -9,20 +9,20 @@ from typing import Any, NamedTuple
 
 import torch
 
-# What is random in a restart; each has a stream of its own.
+# The random operations of a restart; each has a stream of its own.
 BUILD, TRIAL, TRAIN, EVALUATE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
 
 
 class Step(NamedTuple):
-    """What a callback is told after every step.
+    """Argument of the callback after every step.
 
     Attributes:
         step: Number of the step, from 1.
-        steps: Number of steps in all, or the most that there can be.
+        steps: Total number of steps, or its upper limit.
         bound: Estimate of the bound at this step.
-        grad_norm: Norm of its gradient.
+        grad_norm: Norm of the gradient.
         lr: Step size.
-        skipped: Steps skipped so far.
+        skipped: Number of steps skipped so far.
         restart: Number of the restart, from 0.
     """
 
@@ -36,7 +36,7 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """One step in the history of a fit of latents that all rows share."""
+    """One step in the history of a fit of shared latents."""
 
     bound: float
     grad_norm: float
@@ -47,13 +47,13 @@ class Row(NamedTuple):
 
 
 class Evaluation(NamedTuple):
-    """A guide on fresh draws.
+    """Evaluation of a guide on fresh draws.
 
     Attributes:
-        bound: Its bound.
+        bound: The bound.
         se: Standard error of the bound.
-        gap: How far the bound is below the log evidence; NaN where that is not known.
-        khat: Pareto shape of the weights; likewise.
+        gap: Distance of the bound below the log evidence; NaN if unknown.
+        khat: Pareto shape of the importance weights; NaN if unknown.
     """
 
     bound: float
@@ -67,7 +67,7 @@ class Trial(NamedTuple):
 
     Attributes:
         lr: The step size.
-        bound: What a few steps of it led to; minus infinity if no step size was any good.
+        bound: Bound after a few steps; minus infinity if every step size failed.
     """
 
     lr: float
@@ -76,15 +76,15 @@ class Trial(NamedTuple):
 
 @dataclass(frozen=True)
 class Stage:
-    """A stretch of training: steps of constant size, then of falling size.
+    """A part of a training: steps of constant size, then steps of falling size.
 
     Args:
-        name: What to call it.
-        steady: Most steps of constant size; a plateau ends them sooner.
-        decay: Steps of falling size; half as many as the steady ones took, without.
-        repeats: Estimates of the objective a step.
+        name: Name in the log.
+        steady: Largest number of steps of constant size; a plateau ends them sooner.
+        decay: Steps of falling size; by default half the number of constant ones taken.
+        repeats: Estimates of the objective in a step.
         lr: Largest step size.
-        share: Share of the time budget at which it has to end.
+        share: Share of the time budget at which the stage has to end.
     """
 
     name: str
@@ -97,13 +97,13 @@ class Stage:
 
 @dataclass
 class Record:
-    """What a restart leaves behind for its reader.
+    """History, log and failures of a restart.
 
     Attributes:
-        rows: One for each step.
-        log: What was decided, and why.
-        stages: Their names.
-        failures: Why stages ended before their time, where steps could not be taken.
+        rows: One row for each step.
+        log: Decisions and their reasons.
+        stages: Names of the stages.
+        failures: Messages of stages that ended early because steps failed.
         stopped: Whether the callback stopped the fit.
     """
 
@@ -114,11 +114,11 @@ class Record:
     stopped: bool = False
 
     def marks(self) -> tuple[int, int, int, int]:
-        """How much there is by now."""
+        """Present lengths of the record's lists."""
         return len(self.rows), len(self.log), len(self.stages), len(self.failures)
 
     def since(self, marks: Sequence[int]) -> dict[str, Any]:
-        """What was added after a mark, as `write_state` takes it."""
+        """Return the entries after a mark, in the form that `write_state` takes."""
         rows, log, stages, failures = marks
         table = torch.tensor(self.rows[rows:], dtype=torch.float64)
         return {
@@ -130,7 +130,7 @@ class Record:
         }
 
     def extend(self, added: Mapping[str, Any]) -> None:
-        """Add what `since` returned."""
+        """Append entries that `since` returned."""
         for bound, norm, lr, skipped, draws, stage in added["rows"].tolist():
             self.rows.append(Row(bound, norm, lr, bool(skipped), int(draws), int(stage)))
         self.log += added["log"]

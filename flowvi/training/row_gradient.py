@@ -1,4 +1,4 @@
-"""The bound of a batch of rows and its gradient: of one process or many, in parts."""
+"""Bound and gradient for a batch of rows, for one process or several."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ from flowvi.training.flat import Flat
 from flowvi.training.gradient import Gradient
 from flowvi.training.minibatch import Minibatch
 
-# Rows by which the memory of one is measured.
+# Number of rows used to measure the memory of one row.
 MEASURED = 9
 
 
 class RowGradient(Gradient):
-    """Bounds of rows, on fresh draws of their latents, and the gradient of minus the mean bound.
+    """Estimates row bounds from fresh draws, and the gradient of minus their mean.
 
-    Called with a batch, of which each of several processes takes its part.
+    Its argument is a batch. With several processes each takes its part of the batch.
 
     Args:
         target: The log densities of rows.
         guide: A density for every row.
         objective: The bound.
-        settings: How to go through the rows.
-        clock: Of the fit.
+        settings: Settings of the minibatches.
+        clock: Clock of the fit.
 
     Attributes:
-        flat: All parameters, and their gradients, in one vector each.
-        divergence: Mean of log q - log p(z) in the last step.
+        flat: All parameters and their gradients, in one vector each.
+        divergence: Mean of log q(z) - log p(z) in the last step.
     """
 
     target: LocalTarget
@@ -64,16 +64,16 @@ class RowGradient(Gradient):
         return None if self._released else self.flat.vector.detach()
 
     def release(self) -> None:
-        """Give every parameter memory of its own again."""
+        """Give every parameter its own memory again."""
         self.flat.release()
         self._released = True
 
     def __call__(self, batch: Batch, beta: float) -> tuple[Tensor, Tensor]:
-        """Mean bound of a batch of rows, and the gradient of minus it.
+        """Mean bound of a batch of rows, and the gradient of minus the mean bound.
 
         Args:
             batch: The rows.
-            beta: Weight of prior and guide.
+            beta: Weight of the prior and the guide.
         """
         count, processes = len(batch.places), distributed.size()
         if processes > 1:
@@ -87,7 +87,7 @@ class RowGradient(Gradient):
                 found = row_step(
                     self.target, self.guide, self.objective, piece, beta, self.settings.free_bits
                 )
-            # Parts need not be equal: their means over all of them make that of the batch.
+            # Parts may differ in size: the average over processes is then the mean of the batch.
             share = len(piece.places) * processes / count
             (-share * found.objective).backward()
             bound = bound + share * found.bound
@@ -100,7 +100,7 @@ class RowGradient(Gradient):
         return ""
 
     def measure(self) -> None:
-        """Measure how many rows of a step fit into memory."""
+        """Measure the number of rows whose step fits in memory."""
         places = torch.arange(min(MEASURED, self.target.rows))
 
         def step(n: int) -> object:
@@ -112,7 +112,7 @@ class RowGradient(Gradient):
         self._fits = cost.points_within(memory.evaluation_bytes(), memory.ANY)
 
     def parts(self, batch: Batch) -> list[Batch]:
-        """A batch in parts that fit into memory; whole, where its mean divergence matters."""
+        """Split a batch to fit in memory; free bits need the mean divergence of a whole batch."""
         if not len(batch.places):
             return []
         if self._fits is None or len(batch.places) <= self._fits or self.settings.free_bits > 0:

@@ -1,4 +1,4 @@
-"""How long to train and with what steps: the numbers by which a fit decides."""
+"""The schedule of a fit: numbers of steps, step sizes, and stopping thresholds."""
 
 from __future__ import annotations
 
@@ -9,41 +9,42 @@ from flowvi.samplers.nuts import NutsSettings
 
 @dataclass(frozen=True)
 class Schedule:
-    """How long to train, with what steps, and when enough is enough.
+    """Numbers of steps, step sizes, and thresholds that end the training.
 
-    A fit trains in stages: steps of a constant size until a plateau, then of a falling one. From
-    stage to stage the draws double and the step size halves. With `lengths` the stages are of
-    counted steps, and the step size halves only where a stage gained nothing.
+    A fit trains in stages: steps of constant size until a plateau, then steps of
+    falling size. Each stage doubles the draws and halves the step size. With `lengths`
+    the numbers of steps are fixed, and the step size is halved only after a stage without a gain.
 
-    Gaps are KL(q || p) in nats, as importance weights estimate it.
+    Gaps are importance-sampling estimates of KL(q || p), in nats.
 
     Args:
-        rates: Step sizes to try, the largest first; the middle one is taken without a search.
+        rates: Step sizes to try, the largest first; the middle one is the default.
         trial_steps: Steps of each trial.
         trial_share: Share of a time budget at which trials end.
-        search_seconds: With less time than this left, no step size is searched.
-        skew_rate: Step size for skews, of which each follows a gradient of its own.
-        steady_steps: Most steps of constant size in a stage.
-        few_steps: The same in the first stage, where less than `little` is to be gained.
-        least_decay: Least steps of falling size; half as many as the constant ones otherwise.
-        lengths: Steps of each stage, where they are counted.
-        most_stages: Most stages until a plateau.
-        nothing_left: A gap below which the start needs no flow.
-        enough: A gap below which no further stage is trained: no mean is then off by 0.15 sds.
-        enough_heavy: The same where k-hat is not below `light`.
-        light: k-hat of weights with a light tail.
-        little: A gap below which the middle step size will do, and few steps.
+        search_seconds: Least remaining time in seconds for a search of the step size.
+        skew_rate: Step size of skews, each of which has a gradient of its own.
+        steady_steps: Largest number of steps of constant size in a stage.
+        few_steps: The same limit for the first stage if the gap is below `little`.
+        least_decay: Least number of steps of the decay, which otherwise has half as many steps
+            as the constant part.
+        lengths: Fixed numbers of steps of the stages; None if stages end at plateaus.
+        most_stages: Largest number of stages that end at plateaus.
+        nothing_left: A gap below which the initial Gaussian needs no flow.
+        enough: A gap below which training ends: the error of a mean is then below 0.15 sd.
+        enough_heavy: The same threshold where k-hat is not below `light`.
+        light: Largest k-hat of weights with a light tail.
+        little: A gap below which the middle step size and `few_steps` are used.
         worth: Share of the gap that a stage has to remove for another one to follow.
-        first_share: Share of a time budget for the first guide, if more could follow.
-        start_share: Share of it for the search for a start.
-        much: A gap above which couplings compete with couplings and skews.
-        ahead: Nats that skews have to be ahead after the trials of step sizes.
-        further: Nats that they have to be ahead after `race_steps` more.
-        race_steps: Steps of the race.
+        first_share: Share of a time budget for the first guide, if other guides may follow.
+        start_share: Share of a time budget for the search for a start.
+        much: A gap above which couplings are compared with couplings plus skews.
+        ahead: Required lead of skews in nats after the step-size trials.
+        further: Required lead of skews in nats after `race_steps` more steps.
+        race_steps: Steps of the comparison.
         evaluation_draws: Draws by which guides are compared.
-        check_draws: Draws behind the check, as many as `Fit.draw` makes.
-        again: Times as many where other draws could decide otherwise.
-        chains: Markov chains to run where no guide is to be trusted, one plan after the other.
+        check_draws: Draws of the check, as many as `Fit.draw` makes.
+        again: Factor of the number of check draws where the first result is uncertain.
+        chains: Settings of the Markov chains for untrusted guides, tried in order.
     """
 
     rates: tuple[float, ...] = (1e-2, 5e-3, 1e-3)
@@ -75,23 +76,23 @@ class Schedule:
 
     @property
     def middle_rate(self) -> float:
-        """The step size that is taken without a search."""
+        """The step size used without a search."""
         return self.rates[len(self.rates) // 2]
 
     @property
     def fewest_to_search(self) -> int:
-        """Steps asked for below which a search would take more than a fifth of them."""
+        """Number of steps below which a search would take more than a fifth of them."""
         return 5 * len(self.rates) * self.trial_steps
 
     def counted(self, steps: int | None) -> tuple[int, ...]:
-        """Steps of each stage where they are counted: those asked for, in two stages.
+        """Return the fixed lengths of the stages; a number of steps is split into two stages.
 
-        The first is short. While a guide of rows is fresh its gradients are large. The optimiser
-        remembers their squares for a thousand steps, in which it would hold theta: so it begins
-        again once they are small.
+        The first stage is short. The gradients of a fresh guide of rows are large, and Adam
+        averages their squares over about a thousand steps, which would slow the training of
+        theta. The second stage therefore restarts Adam.
 
         Args:
-            steps: Number of steps asked for; all stages of the schedule without.
+            steps: Number of steps asked for; None selects the lengths of the schedule.
         """
         assert self.lengths is not None
         if steps is None:
@@ -100,8 +101,8 @@ class Schedule:
         return (first, steps - first) if first else (steps,)
 
 
-# What a fit goes by where no schedule is given.
+# The default schedule.
 DEFAULT = Schedule()
-# The same for a target that has the guide of rows among its parameters. Its draws are dear, and
-# none of its stages waits for a plateau.
+# The default for a target whose parameters include the guide of rows. Its draws are
+# expensive, and its stages have fixed lengths.
 NESTED = Schedule(lengths=(100, 200, 400, 800), again=1)

@@ -1,4 +1,4 @@
-"""What the user asked of a fit, and what a running fit has at hand."""
+"""Settings of a fit, and the state that a running fit shares."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from flowvi.training.schedule import DEFAULT, Schedule
 
 @dataclass(frozen=True)
 class Settings:
-    """What the user asked of a fit, for all its restarts: numbers and words, which can be sent.
+    """The user's settings for all restarts: numbers and strings, which can be pickled.
 
     Args:
-        objective: What to maximise.
-        steps: Number of steps; as many as it takes without.
-        lr: Largest step size; searched if there is none.
-        repeats: Estimates of the objective a step, at the start.
-        seed: Of everything random.
-        escalate: Whether to go on while the result is not to be trusted.
+        objective: The objective to maximise.
+        steps: Number of steps; None trains until convergence.
+        lr: Largest step size; None searches for one.
+        repeats: Initial number of estimates of the objective in a step.
+        seed: Seed of all random numbers.
+        escalate: Whether to try further guides while the result is not trusted.
         compile: Whether to compile the step.
-        max_memory: What an evaluation may take, in bytes.
-        schedule: How long to train, and with what steps.
+        max_memory: Memory limit of an evaluation, in bytes.
+        schedule: Numbers of steps, step sizes and thresholds.
     """
 
     objective: Objective
@@ -43,13 +43,13 @@ class Settings:
 
 @dataclass(frozen=True)
 class Session:
-    """What a running fit has at hand in this process.
+    """State of a running fit in this process.
 
     Args:
-        clock: The time that is left, and whether the fit was asked to stop.
-        checkpointer: Where the state of the fit is kept.
-        progress: Whether to show a bar.
-        callback: Told of every step or epoch; a true answer stops.
+        clock: Remaining time, and whether an interrupt was requested.
+        checkpointer: Saves the state of the fit.
+        progress: Whether to show a progress bar.
+        callback: Function called after every step or epoch; a true answer stops the fit.
     """
 
     clock: Clock = field(default_factory=Clock)

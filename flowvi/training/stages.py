@@ -1,4 +1,4 @@
-"""Training in stages: step sizes on trial, steps until a plateau, and the best iterate of each."""
+"""Training in stages: a step-size search, steps until a plateau, selection of an iterate."""
 
 from __future__ import annotations
 
@@ -37,27 +37,27 @@ from flowvi.training.settings import Session, Settings
 from flowvi.training.state import TrainState
 from flowvi.training.trainer import Phase, Taken, Trainer
 
-# Steps between two looks for a compiled step.
+# Steps between two checks for a finished compilation.
 POLL = 20
-# Iterates are averaged once the step size has fallen to this share: the last fifth of a decay.
+# Averaging starts once the step size is at this share: the last fifth of a decay.
 LAST_RATE = 0.1
-# Share of a time budget, before the end of a stage, at which its decay begins.
+# Share of a stage's time budget at which its decay begins.
 STEADY_SHARE = 0.7
 
 
 class Stages:
-    """Trains one guide in stages, and the target's own parameters with it.
+    """Trains one guide in stages, together with the target's own parameters.
 
     Args:
-        target: The log density; one of another temperature can take its place.
+        target: The log density. A tempered density can replace it.
         guide: The guide, changed in place.
-        settings: What the user asked for.
-        session: What the running fit has at hand.
+        settings: The user's settings.
+        session: Clock, checkpointer and callback of the fit.
         restart: Number of the restart.
-        record: Where steps and decisions are written.
+        record: Record of steps and decisions.
 
     Attributes:
-        halvings: How many times the step was halved in the last stage, after it failed.
+        halvings: Number of times the step size was halved in the last stage.
     """
 
     def __init__(
@@ -77,18 +77,18 @@ class Stages:
 
     @property
     def trained(self) -> Sequence[Tensor]:
-        """Parameters of the guide and the target's own."""
+        """Trained parameters of the guide and the target."""
         return self.gradient.trained
 
     def seed(self, place: int) -> int:
-        """The seed of one of the places where this restart is random."""
+        """Return the seed for one random operation of this restart."""
         return derive_seed(self.settings.seed, 1 + self.restart, place)
 
     def search(self) -> Trial:
-        """Try step sizes briefly from the same start, on the same noise; stay where the best led.
+        """Try step sizes briefly from one start, on the same noise, and keep the best result.
 
-        Each rises and falls within its trial, as it will in a stage: the noise of a large one
-        hides its progress until it falls.
+        Each step size warms up and decays within its trial, as in a stage: the noise of a large
+        one hides its progress until it decays.
         """
         schedule = self.settings.schedule
         start, tried, best = self.vector(), {}, Trial(schedule.rates[-1], -math.inf)
@@ -114,7 +114,7 @@ class Stages:
         return best
 
     def briefly(self, lr: float, steps: int) -> float:
-        """Take steps that are no stage of their own, and return the bound to which they led."""
+        """Take steps outside of any stage, and return the bound afterwards."""
         return self._briefly(lr, steps).bound
 
     def _briefly(self, lr: float, steps: int) -> Evaluation:
@@ -130,12 +130,12 @@ class Stages:
         return self.evaluate()
 
     def cool(self, powers: Sequence[float], steps: int, repeats: int, lr: float) -> None:
-        """Train on the target to one power after the other, the last of them below one.
+        """Train on the target raised to a sequence of powers, the last one below one.
 
         Args:
-            powers: Rising powers of the density.
-            steps: Steps at each.
-            repeats: Estimates of the objective a step.
+            powers: Increasing powers of the density.
+            steps: Steps at each power.
+            repeats: Estimates of the objective in a step.
             lr: Step size.
         """
         torch.manual_seed(self.seed(TRAIN))
@@ -147,15 +147,15 @@ class Stages:
             self._take(stage, constant(lr), steps, state)
             if self.record.stopped or state.exhausted:
                 break
-            # Each power has a level of its own.
+            # Each power has a bound level of its own.
             state.step, state.ended, state.level = 0, False, BoundLevel()
         self.gradient.log_density = self.target.log_prob
 
     def run(self, stage: Stage) -> Evaluation:
-        """Train for one stage and keep the best of its start, its last iterate and the average.
+        """Train for one stage, and keep the best of its start, its last iterate and the average.
 
         Raises:
-            Interrupted: The stage was interrupted; the best so far is kept.
+            Interrupted: The stage was interrupted; the best guide so far is kept.
         """
         return self.session.checkpointer.run_once(
             stage.name or "stage",
@@ -166,7 +166,7 @@ class Stages:
         )
 
     def _run(self, stage: Stage) -> Evaluation:
-        # A guide of the user's own may have been made differently in every process.
+        # A guide that the user passed may differ between processes.
         self.set(distributed.broadcast(self.vector()))
         before, number = len(self.record.rows), len(self.record.stages)
         state = self.trainer.begin()
@@ -193,7 +193,7 @@ class Stages:
         return found
 
     def state(self, found: Sequence[float]) -> dict[str, Any]:
-        """The result of a piece of the training, and the guide with it, for a checkpoint."""
+        """Return the numbers of a training part, with the parameters, for a checkpoint."""
         return {
             "guide": cpu_state_dict(self.guide),
             "parameters": self.vector(),
@@ -201,15 +201,15 @@ class Stages:
         }
 
     def restore(self, state: Mapping[str, Any]) -> list[float]:
-        """Be where a state was taken, and read the result of that piece."""
+        """Set the parameters to those of a checkpoint, and return its numbers."""
         load_tensors(self.guide, state["guide"], "The checkpoint")
         self.set(state["parameters"].to(self.trained[0]))
         return list(state["found"])
 
     def evaluate(self) -> Evaluation:
-        """Bound and gap on fresh draws, the same noise for all guides that are compared."""
+        """Bound and gap on fresh draws; all compared guides share the same noise."""
         draws, density = self.settings.schedule.evaluation_draws, self.gradient.in_parts
-        # The same noise for all restarts, whose bounds are compared.
+        # Restarts share the noise too, because their bounds are compared.
         seed = derive_seed(self.settings.seed, 0, EVALUATE)
         return evaluate(
             self.settings.objective, density, self.guide, seed, draws, self._draws_at_once
@@ -220,11 +220,11 @@ class Stages:
         return piece(sampler(self.guide))
 
     def vector(self) -> Tensor:
-        """All parameters in one vector, a copy."""
+        """Copy of all parameters as one vector."""
         return self.gradient.vector()
 
     def set(self, vector: Tensor) -> None:
-        """Give the parameters the values of a vector."""
+        """Set all parameters from one vector."""
         self.gradient.set(vector)
 
     def _train(self, stage: Stage, state: TrainState) -> None:
@@ -248,7 +248,7 @@ class Stages:
         clock, warm, before = self.session.clock, stage.steady == 0, state.rate
 
         def rate(i: int) -> float:
-            # Where time runs short, the step size falls with the time.
+            # Near the end of the budget the step size falls with the remaining time.
             limit = (clock.budget or math.inf) * stage.share
             spent = clock.seconds - state.began if limit < math.inf else 0.0
             late = spent / max(limit - state.began, 1e-9)
@@ -271,7 +271,7 @@ class Stages:
         state: TrainState,
         end: Callable[[Taken], bool] = lambda taken: False,
     ) -> None:
-        """Take the steps of a stage, and compile the step if enough of them are ahead."""
+        """Take the steps of a stage, and compile the step if enough steps remain."""
         first, began = state.step, time.perf_counter()
         draws = stage.repeats * particles_of(self.settings.objective)
         place = len(self.record.stages) - 1
@@ -297,7 +297,7 @@ class Stages:
         self.trainer.take(phase, state)
 
     def _tell(self, steps: int, state: TrainState) -> None:
-        """Tell the callback of a step, and stop if it says so."""
+        """Call the callback after a step, and stop if its answer is true."""
         step, row = len(self.record.rows), self.record.rows[-1]
         most = self.settings.steps or max(steps, step)
         self.trainer.callback(Step(step, most, *row[:3], state.guard.skipped, self.restart))
@@ -306,15 +306,15 @@ class Stages:
             self.record.stopped = True
 
     def _accelerate(self, stage: Stage, steps: int, seconds: float) -> None:
-        """Compile the step if enough of them are ahead.
+        """Compile the step if enough steps remain.
 
         Args:
-            stage: What is trained.
-            steps: Its steps, at most.
+            stage: The stage.
+            steps: Largest number of its steps.
             seconds: Time of one step.
         """
         if self.settings.steps is None:
-            # The decay, and a stage of twice the draws.
+            # Add the decay and one stage of twice the draws.
             steps = steps + steps // 2 if stage.steady else steps
             steps *= 3
         self.gradient.consider(min(steps * seconds, self.session.clock.seconds_left))
@@ -322,7 +322,7 @@ class Stages:
     def _choose(
         self, stage: Stage, steps: int, start: Tensor, average: Tensor | None
     ) -> Evaluation:
-        """Keep the best of the start, the last iterate and the average of the last ones."""
+        """Keep the best of the start, the last iterate and the average of the last iterates."""
         vectors = {"start": start, "last": self.vector()}
         if average is not None:
             vectors["average"] = average

@@ -1,4 +1,4 @@
-"""The state of a training: all that its next step depends on."""
+"""The state of a training: all values that its next step depends on."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from flowvi.training.records import Record
 
 GOOD_EVERY = 50
 MOST_HALVINGS = 3
-# What a checkpoint has of a state as it is.
+# Attributes that a checkpoint saves unchanged.
 PLAIN = ("falling", "ended", "step", "steady", "began", "rate", "halvings")
 
 
 @dataclass
 class TrainState:
-    """Where a training is, and the parameters with it: for checkpoint, rollback and resume.
+    """State and parameters of a training, for checkpoint, rollback and resume.
 
     Args:
-        guide: What is trained.
-        trained: Its parameters and the target's own, in one order.
-        give: Gives them the values of a vector.
-        optimiser: Of them.
-        start: Their values at the beginning, in one vector.
-        record: To which the steps are added.
+        guide: The trained guide.
+        trained: Parameters of the guide and the target, in a fixed order.
+        give: Function that sets the parameters from a vector.
+        optimiser: Their optimiser.
+        start: Their initial values, in one vector.
+        record: The record that steps are added to.
 
     Attributes:
-        falling: Whether the steps have begun to fall.
-        ended: Whether the steps of constant, or of falling, size have come to their end.
-        step: How many of these were taken.
-        steady: Steps of constant size that were taken before they fell.
-        began: When they began to fall, in seconds of the fit.
-        rate: Size of the last step.
-        halvings: How many times the step was halved after it failed.
-        plateau: Whether the bound still rises.
-        guard: What is known of the gradients.
-        level: Whether the bound has collapsed.
-        average: Of the last iterates.
+        falling: Whether the decay has begun.
+        ended: Whether the present part, constant or decay, has ended.
+        step: Number of steps taken in the present part.
+        steady: Number of constant steps taken before the decay.
+        began: Time in seconds of the fit at which the decay began.
+        rate: Step size of the last step.
+        halvings: Number of times the step size was halved after a failure.
+        plateau: Test for a plateau of the bound.
+        guard: Guard of the gradients.
+        level: Test for a collapse of the bound.
+        average: Average of the last iterates.
     """
 
     guide: Guide
@@ -73,23 +73,23 @@ class TrainState:
         self._good = self._here()
 
     def start_decay(self, now: float) -> None:
-        """Go over to steps of falling size."""
+        """Switch to steps of falling size."""
         self.falling, self.ended = True, False
         self.steady, self.step, self.began, self.rate = self.step, 0, now, 0.0
         self.guard = Guard()
 
     @property
     def exhausted(self) -> bool:
-        """Whether no smaller step is left to try."""
+        """Whether the step size cannot be halved further."""
         return self.halvings > MOST_HALVINGS
 
     def snapshot(self) -> None:
-        """Take the present state for a good one now and then, where no step has just failed."""
+        """Save the present state for a rollback, at intervals, unless a recent step failed."""
         if self.step % GOOD_EVERY == 0 and not self.guard.failing and not self.level.low:
             self._good = self._here()
 
     def rollback(self) -> None:
-        """Return to the last good state, with half the step."""
+        """Return to the last saved state, with half the step size."""
         vector, optimiser = self._good
         self._set(vector)
         self.optimiser.load_state_dict(optimiser)
@@ -98,7 +98,7 @@ class TrainState:
         self.halvings += 1
 
     def state_dict(self) -> dict[str, Any]:
-        """All of it, as `write_state` takes it."""
+        """The whole state, in the form that `write_state` takes."""
         good, optimiser = self._good
         return {
             "guide": cpu_state_dict(self.guide),
@@ -115,7 +115,7 @@ class TrainState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Be where a state was taken."""
+        """Restore a state that `state_dict` returned."""
         load_tensors(self.guide, state["guide"], "The checkpoint")
         self._set(state["parameters"])
         self.optimiser.load_state_dict(state["optimiser"])
@@ -135,7 +135,7 @@ class TrainState:
         self.average.mean = None if mean is None else mean.to(self.start)
 
     def vector(self) -> Tensor:
-        """All parameters in one vector, a copy."""
+        """Copy of all parameters as one vector."""
         return flatten_tensors(self.trained)
 
     def _set(self, vector: Tensor) -> None:

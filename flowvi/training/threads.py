@@ -1,4 +1,4 @@
-"""How many threads torch computes with during a fit."""
+"""Choose the number of torch threads of a fit."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ import torch
 
 from flowvi.targets import Target
 
-# Numbers in one evaluation of the density, below which threads never pay.
+# Size of one density evaluation, in numbers, below which threads never pay.
 SMALL = 200_000
-# Several threads have to be so much faster than one; they are taken from others.
+# Required speed-up of several threads over one.
 WORTH = 1.3
 REPEATS = 5
 
 
 @contextmanager
 def best_threads(target: Target, particles: int) -> Iterator[None]:
-    """One thread, or as many as torch had where they were measured to pay; those afterwards.
+    """Use one thread, or torch's setting if a measurement shows a gain; restore it afterwards.
 
     Args:
-        target: The density, whose value and gradient are timed.
-        particles: Draws a step.
+        target: The density; its value and gradient are timed.
+        particles: Draws in a step.
     """
     before = torch.get_num_threads()
     rows = sum(t.numel() for t in target.observed.values())
@@ -41,7 +41,7 @@ def best_threads(target: Target, particles: int) -> Iterator[None]:
 
 
 def _seconds(target: Target, particles: int) -> float:
-    """Median time of a value and gradient, after one evaluation that prepares them."""
+    """Median time of a value and its gradient, after one evaluation to warm up."""
     point = target.starts(torch.Generator(target.device).manual_seed(0))[:1].to(target.dtype)
     z = point.expand(particles, -1).clone().requires_grad_()
     batch = next(target.cover())[1] if target.subsampled else None

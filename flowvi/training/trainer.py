@@ -1,4 +1,4 @@
-"""The one loop of all fits: guarded steps of Adam, which go back where they fail."""
+"""The training loop of all fits: guarded steps of Adam with rollback."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from flowvi.training.records import Record
 from flowvi.training.settings import Session
 from flowvi.training.state import MOST_HALVINGS, TrainState
 
-# Steps between two updates of the bar, and bounds behind the mean that it shows.
+# Steps between two updates of the progress bar, and number of bounds in the mean it shows.
 SHOWN_EVERY, SHOWN = 20, 50
 
 
 @dataclass(frozen=True)
 class Taken:
-    """One step, as it was taken.
+    """Result of one step.
 
     Attributes:
-        number: Its number in its phase, from 0.
+        number: Index of the step in its phase, from 0.
         bound: Estimate of the bound.
         norm: Norm of the gradient.
         rate: Step size.
-        skipped: Whether the guard refused it.
+        skipped: Whether the guard skipped the step.
     """
 
     number: int
@@ -46,18 +46,18 @@ class Taken:
 
 @dataclass(frozen=True)
 class Phase:
-    """What one run of the loop is to do.
+    """Instructions for one run of the loop.
 
     Args:
-        steps: Most steps; those of the state count.
-        rate: Number of a step -> its size.
-        gradient: Number of a step -> bound, and gradient of minus the bound (P).
-        after: Told of each step; whether it was the last one.
-        tell: Told of each step when its state is whole: for callbacks.
-        name: For the bar.
-        levels: Whether a bound that falls far below its level is a failure.
-        state: Makes all that a checkpoint needs; the state of the training by default.
-        sparse: Whether states are saved by `after` alone.
+        steps: Largest number of steps, including those counted in the state.
+        rate: Function from the index of a step to its step size.
+        gradient: Function from the index of a step to (bound, gradient of minus the bound (P)).
+        after: Function called after each step; true ends the phase.
+        tell: Function called after each step with a complete state: for callbacks.
+        name: Name in the progress bar.
+        levels: Whether a collapse of the bound is a failure.
+        state: Function that returns the checkpoint state; the training state by default.
+        sparse: Whether only `after` saves states.
     """
 
     steps: int
@@ -72,20 +72,20 @@ class Phase:
 
 
 class Trainer:
-    """Takes steps along a gradient: with a guard, rollback, checkpoints and interrupts.
+    """Takes steps along a gradient, with guard, rollback, checkpoints and interrupts.
 
     Args:
-        gradient: Of the bound, for one kind of step.
+        gradient: The gradient of the bound.
         session: Clock, checkpointer and callback of the fit.
-        record: Where decisions are written.
-        name: Of the model.
+        record: Record of decisions.
+        name: Name of the model.
     """
 
     def __init__(self, gradient: Gradient, session: Session, record: Record, name: str) -> None:
         self.gradient, self.session, self.record, self.name = gradient, session, record, name
 
     def begin(self) -> TrainState:
-        """The state of a training that begins where the parameters are."""
+        """Return the state of a training that begins at the present parameters."""
         gradient = self.gradient
         optimiser = Adam(gradient.trained)
         return TrainState(
@@ -98,10 +98,10 @@ class Trainer:
         )
 
     def take(self, phase: Phase, state: TrainState) -> None:
-        """Take steps until there are enough, `after` or the callback says so, or they fail.
+        """Take steps until the limit, a true answer of `after` or the callback, or a failure.
 
         Raises:
-            Interrupted: The fit was asked to stop; the step was done to its end and saved.
+            Interrupted: An interrupt was requested; the present step was completed and saved.
         """
         checkpointer, clock = self.session.checkpointer, self.session.clock
         whole_state = phase.state or state.state_dict
@@ -121,7 +121,7 @@ class Trainer:
                         checkpointer.save(whole_state)
                     raise Interrupted
         if distributed.size() > 1:
-            # The answer to the very last step.
+            # The answer to the very last step arrives after it.
             self.record.stopped |= bool(distributed.broadcast_number(self.gradient.answer))
         if state.guard.skipped:
             self.record.log.append(
@@ -129,10 +129,10 @@ class Trainer:
             )
 
     def try_out(self, phase: Phase, state: TrainState) -> None:
-        """Take steps that leave no trace but the parameters; a failure ends them.
+        """Take steps that change only the parameters; a failure ends them.
 
         Raises:
-            Interrupted: The fit was asked to stop.
+            Interrupted: An interrupt was requested.
         """
         with self._stepping():
             while state.step < phase.steps and not state.ended:
@@ -141,7 +141,7 @@ class Trainer:
                     raise Interrupted
 
     def callback(self, told: object) -> None:
-        """Tell the callback; of several processes the first one's answer counts, a step later."""
+        """Call the callback; all processes follow the first one's answer, one step later."""
         if self.session.callback is None:
             return
         try:
@@ -151,7 +151,7 @@ class Trainer:
 
     @contextmanager
     def _stepping(self) -> Iterator[None]:
-        """A step is done to its end, with all parameters in one vector."""
+        """Protect each step from interrupts, with all parameters in one vector."""
         with self.gradient.together(), self.session.clock.synchronized(), abort_on_interrupt(False):
             yield
 
@@ -168,7 +168,7 @@ class Trainer:
         return Taken(number, value, norm, state.rate, not admitted)
 
     def _failing(self, state: TrainState, levels: bool) -> bool:
-        """Go back where too many steps could not be taken; whether that was tried enough."""
+        """Roll back if too many steps failed; return whether no further rollback is possible."""
         state.snapshot()
         collapsed = levels and state.level.collapsed
         if not (state.guard.failed or collapsed):
@@ -203,7 +203,7 @@ class Trainer:
 
 
 def _show(bar: tqdm[Any], taken: Taken, seen: list[float]) -> None:
-    """Advance the bar, with the mean bound of the last steps."""
+    """Advance the progress bar, and show the mean bound of the last steps."""
     bar.update()
     if math.isfinite(taken.bound):
         seen.append(taken.bound)

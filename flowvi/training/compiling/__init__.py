@@ -1,4 +1,4 @@
-"""The gradient of an objective as one compiled graph, made beside a fit that is under way."""
+"""Compile the gradient of an objective as one graph, in the background of a fit."""
 
 from flowvi.training.compiling.background import Compilation, available
 from flowvi.training.compiling.graph import Bound, Graph, NotOneGraph, trace

@@ -1,4 +1,4 @@
-"""Compile in a process of its own, and keep what was compiled on disk."""
+"""Compile in a separate process, and cache compiled steps on disk."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from flowvi.training.compiling import worker
 from flowvi.training.compiling.graph import Graph
 
 Compiled = Callable[..., tuple[Tensor, Tensor]]
-# Packages beyond so many are deleted, the least recently used first.
+# Size of the cache; the least recently used packages are deleted.
 KEPT = 50
 SUFFIX = ".pt2"
-# Seconds between two looks whether to wait no longer.
+# Seconds between two calls of `over` while waiting.
 PATIENCE = 0.2
 
 
 def folder() -> Path:
-    """Where compiled steps are kept: FLOWVI_CACHE, or flowvi in the user's cache folder."""
+    """Cache folder of compiled steps: FLOWVI_CACHE, or flowvi in the user's cache folder."""
     if own := os.environ.get("FLOWVI_CACHE"):
         return Path(own)
     cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -34,7 +34,7 @@ def folder() -> Path:
 
 
 def available() -> str:
-    """Why nothing can be compiled here; empty if it can."""
+    """Return the reason why compilation is not possible here; empty if it is possible."""
     compiler = os.environ.get("CXX") or "g++"
     if not any(shutil.which(name) for name in (compiler.split()[0], "clang++")):
         return f"there is no C++ compiler ({compiler}) on the path"
@@ -42,17 +42,17 @@ def available() -> str:
 
 
 def anything_kept() -> bool:
-    """Whether earlier fits left compiled steps."""
+    """Whether the cache holds compiled steps of earlier fits."""
     return folder().is_dir() and any(folder().glob(f"*{SUFFIX}"))
 
 
 class Compilation:
-    """A graph that is being compiled, or was by an earlier fit.
+    """A compilation of a graph, running or cached by an earlier fit.
 
     Args:
         graph: The recorded graph.
-        flat: Parameters, (P), an example for their type.
-        rows: Rows of subsampled plates; likewise.
+        flat: Example parameters, (P).
+        rows: Example rows of subsampled plates.
     """
 
     def __init__(self, graph: Graph, flat: Tensor, rows: Sequence[Tensor] = ()) -> None:
@@ -65,9 +65,9 @@ class Compilation:
         self._work: tempfile.TemporaryDirectory[str] | None = None
 
     def start(self) -> None:
-        """Begin to compile, beside whatever comes next; nothing if it was done before.
+        """Start to compile in the background, unless the package is cached.
 
-        What stands in the way, such as a folder that cannot be written to, is in `failed`.
+        A failure, such as a read-only folder, is stored in `failed`.
         """
         if self.kept or self._process is not None:
             return
@@ -98,11 +98,11 @@ class Compilation:
             )
 
     def done(self, wait: bool = False, over: Callable[[], bool] = lambda: False) -> bool:
-        """Whether there is nothing more to wait for.
+        """Whether the compilation has ended.
 
         Args:
-            wait: Whether to wait until then.
-            over: Asked meanwhile whether to wait no longer.
+            wait: Whether to wait until it ends.
+            over: Function called while waiting; true stops the wait.
         """
         if self._process is None:
             return True
@@ -123,7 +123,7 @@ class Compilation:
         return True
 
     def load(self) -> Compiled | None:
-        """The compiled function, or None and `failed` where there is none."""
+        """Return the compiled function; on failure return None and set `failed`."""
         if self.failed:
             return None
         try:
@@ -131,21 +131,21 @@ class Compilation:
             os.utime(self.package)
         except (RuntimeError, OSError) as error:
             self.failed = str(error).strip().splitlines()[0]
-            # It would not be better next time.
+            # A retry would fail in the same way.
             self.package.unlink(missing_ok=True)
             return None
         _forget()
         run = package.loader.boxed_run
 
         def compiled(*inputs: Tensor) -> tuple[Tensor, Tensor]:
-            # The package's own call takes trees of arguments apart, 0.1 ms each time.
+            # The package's own call flattens nested arguments, which takes 0.1 ms.
             bound, gradient = run(list(inputs))
             return bound, gradient
 
         return compiled
 
     def stop(self) -> None:
-        """End what is still going on."""
+        """Stop a running compilation."""
         if self._process is not None and self._process.poll() is None:
             self._process.kill()
             self._process.wait()
@@ -159,7 +159,7 @@ class Compilation:
 
 
 def _forget() -> None:
-    """Delete what has not been used for longest."""
+    """Delete the least recently used packages."""
     found = sorted(folder().glob(f"*{SUFFIX}"), key=lambda p: p.stat().st_mtime)
     for package in found[:-KEPT]:
         package.unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""Record a bound and its gradient as one graph of plain operations, noise as an input."""
+"""Record a bound and its gradient as one graph of plain operations, with noise as an input."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from torch import Tensor, fx, nn
 from torch.func import functional_call
 from torch.fx.experimental.proxy_tensor import make_fx
 
-# What draws noise of a given size, and depends on nothing else.
+# Operations that draw noise of a given size and have no other input.
 NOISE = (torch.ops.aten.randn.default, torch.ops.aten.rand.default)
-# Of a recorded graph that is refused, so many names are said.
+# Number of names listed in the message for a rejected graph.
 NAMED = 3
 
 
@@ -23,7 +23,7 @@ class NotOneGraph(ValueError):
 
 
 class Source(NamedTuple):
-    """An operation that draws noise, and its arguments."""
+    """A noise operation and its arguments."""
 
     operation: Callable[..., Tensor]
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class Graph(NamedTuple):
 
     Attributes:
         module: (parameters (P), *rows, *noise) -> bound (), gradient of minus the bound (P).
-        noise: What draws the noise, in the order in which the eager step draws it.
+        noise: Operations that draw the noise, in the order of the eager step.
         inputs: Shape and type of the parameters and of each index tensor.
     """
 
@@ -44,11 +44,11 @@ class Graph(NamedTuple):
     inputs: tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
     def draw(self) -> list[Tensor]:
-        """The noise of one step, from the global generator: the numbers of the eager step."""
+        """Draw the noise of one step from the global generator, as the eager step does."""
         return [source.operation(*source.args, **source.kwargs) for source in self.noise]
 
     def key(self) -> str:
-        """A digest of operations, constants, inputs and what they are compiled with."""
+        """Digest of operations, constants, inputs and compiler settings."""
         digest = hashlib.sha256(self.module.code.encode())
         digest.update(repr(self.inputs).encode())
         for name, value in sorted(_constants(self.module).items()):
@@ -63,11 +63,11 @@ class Graph(NamedTuple):
 
 
 class Bound(nn.Module):
-    """A bound as a module, so that all parameters it depends on can be replaced by others.
+    """A bound as a module, so that other values can replace its parameters.
 
     Args:
-        modules: What has the parameters.
-        function: Rows of subsampled plates -> the bound, a scalar.
+        modules: Modules that own the parameters.
+        function: Function from rows of subsampled plates to the bound, a scalar.
     """
 
     def __init__(self, modules: Sequence[nn.Module], function: Callable[..., Tensor]) -> None:
@@ -79,7 +79,7 @@ class Bound(nn.Module):
         return self.function(*rows)
 
     def trained(self) -> dict[str, Tensor]:
-        """The parameters that want a gradient, by name."""
+        """Parameters that require a gradient, by name."""
         return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
 
@@ -87,13 +87,13 @@ def trace(bound: Bound, rows: Sequence[Tensor] = (), dtype: torch.dtype | None =
     """Record one evaluation of a bound and its gradient.
 
     Args:
-        bound: The bound. Its parameters become the graph's first input, one after the other
-            in a vector.
-        rows: Rows of subsampled plates as they will come, each (B).
-        dtype: Precision of that vector; the finest among the parameters by default.
+        bound: The bound. Its parameters become the graph's first input, concatenated
+            to one vector.
+        rows: Example rows of subsampled plates, each (B).
+        dtype: Precision of that vector; the finest of the parameters by default.
 
     Raises:
-        NotOneGraph: Something in it depends on the value of a tensor, or changes a buffer.
+        NotOneGraph: The step depends on the value of a tensor, or changes a buffer.
     """
     like = bound.trained()
 
@@ -129,7 +129,7 @@ def trace(bound: Bound, rows: Sequence[Tensor] = (), dtype: torch.dtype | None =
 
 
 def _lift_noise(module: fx.GraphModule) -> tuple[Source, ...]:
-    """Make inputs of what operations draw that depend on nothing."""
+    """Turn the results of noise operations into inputs of the graph."""
     graph = module.graph
     found: list[Source] = []
     first = next(node for node in graph.nodes if node.op != "placeholder")
@@ -145,12 +145,12 @@ def _lift_noise(module: fx.GraphModule) -> tuple[Source, ...]:
 
 
 def _refuse(module: fx.GraphModule) -> None:
-    """Refuse other random numbers, and changes to what outlives the step."""
+    """Reject other random operations, and changes of tensors that outlive the step."""
     random, changed = set(), set()
     for node in module.graph.nodes:
         if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
             continue
-        # Attention could drop out, which a capture of the model refuses.
+        # Attention may apply dropout, which the capture of a model rejects.
         attention = "scaled_dot_product" in str(node.target)
         if torch.Tag.nondeterministic_seeded in node.target.tags and not attention:
             random.add(str(node.target))

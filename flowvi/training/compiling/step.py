@@ -1,4 +1,4 @@
-"""When the step of a fit is compiled, and the switch from the eager step to the compiled one."""
+"""Decide when to compile the step of a fit, and replace the eager step by the compiled one."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from flowvi.training.flat import flatten_tensors
 Compile = bool | Literal["auto"]
 # Parameters (P), number of estimates, rows -> bound, gradient of minus the bound (P).
 Gradient = Callable[[int, Sequence[Tensor]], tuple[Tensor, Tensor]]
-# Seconds of training ahead that make it worth to look for a compiled step, and to make one.
+# Least remaining training in seconds to look for a compiled step, and to compile one.
 LOOK_SECONDS, MAKE_SECONDS = 10.0, 40.0
 # Largest error of a compiled value or gradient, in units of the precision and of its size; the
-# root of the precision where that is less, as it is in single precision.
+# root of the precision if that is smaller, as in single precision.
 ROUNDING = 1e6
 WORDS: dict[str, Compile] = {"on": True, "off": False, "auto": "auto"}
 
 
 def asked(compile: Compile) -> Compile:
-    """What "auto" means here: FLOWVI_COMPILE, if it is set to on or off, has the last word.
+    """Resolve "auto": FLOWVI_COMPILE, if set to on or off, takes precedence.
 
     Raises:
-        ValueError: Either has a value that means nothing.
+        ValueError: The argument or the variable has an unknown value.
     """
     if compile not in (True, False, "auto"):
         raise ValueError(f'compile must be True, False or "auto"; got {compile!r}.')
@@ -40,28 +40,28 @@ def asked(compile: Compile) -> Compile:
 
 
 def processors() -> int:
-    """How many processors this process may use."""
+    """Number of processors that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
 
 
 class Accelerator:
-    """Replaces the eager gradient of one guide's objective by a compiled one, once there is one.
+    """Replaces the eager gradient of an objective by a compiled one when it is ready.
 
     Args:
-        modules: What has the parameters: guide and target.
-        trained: Those to train, in the order of the modules. They may be others than the modules'
-            own, which then follow them, rounded to their precision.
-        bound: (estimates, rows of subsampled plates) -> mean of so many estimates.
-        repeats: Estimates in one call of the compiled step. A multiple of it takes more calls,
-            so that a change of the number of draws compiles nothing anew.
-        compile: What `asked` returned: whether to wait for it, to do without, or "auto": to
-            train on meanwhile.
-        say: Takes a line of the log.
+        modules: Modules that own the parameters: guide and target.
+        trained: The parameters to train, in the order of the modules. They may be copies in a
+            finer precision; the modules' own parameters are then set to the rounded copies.
+        bound: Function (estimates, rows of subsampled plates) -> mean of the estimates.
+        repeats: Estimates in one call of the compiled step. A multiple of this number takes
+            several calls, so that more draws need no new compilation.
+        compile: Value returned by `asked`: wait for the compilation, do not compile, or
+            "auto", which trains with the eager step meanwhile.
+        say: Function that takes a line of the log.
 
     Attributes:
-        whole: The memory of the parameters, while it is one vector, (P).
+        whole: The memory of the parameters, (P), while it is one vector.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ class Accelerator:
 
     @property
     def pending(self) -> bool:
-        """Whether it is still to be decided, or waited for."""
+        """Whether the compilation is undecided or still running."""
         return self.compile is not False and self.compiled is None
 
     def consider(
@@ -96,12 +96,12 @@ class Accelerator:
         rows: Sequence[Tensor],
         over: Callable[[], bool] = lambda: False,
     ) -> None:
-        """Begin to compile if that is worth it; switch over if the compiled step is there.
+        """Start a compilation if it pays, and switch to the compiled step if it is ready.
 
         Args:
-            seconds: Training ahead, at the pace of the eager step.
-            rows: Rows of subsampled plates, as an example.
-            over: Asked while it is compiled whether to wait no longer.
+            seconds: Remaining training time at the speed of the eager step.
+            rows: Example rows of subsampled plates.
+            over: Function called during the compilation; true stops waiting.
         """
         if self.pending and self._compilation is None:
             self._begin(seconds, rows)
@@ -114,7 +114,7 @@ class Accelerator:
             self._refuse(wrong)
 
     def _begin(self, seconds: float, rows: Sequence[Tensor]) -> None:
-        """Record the step and begin to compile it, if enough training is ahead."""
+        """Record the step and start to compile it, if enough training remains."""
         alone = processors() < 2
         make = self.compile is True or (seconds >= MAKE_SECONDS and not alone)
         if not (make or (seconds >= LOOK_SECONDS and anything_kept())):
@@ -141,11 +141,11 @@ class Accelerator:
         self.compile, self.compiled = False, None
 
     def takes(self, repeats: int) -> bool:
-        """Whether a compiled step is there for so many estimates."""
+        """Whether a compiled step is ready for this number of estimates."""
         return self.compiled is not None and repeats % self.repeats == 0
 
     def gradient(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Bound, and the gradient of minus it, (P), by the compiled step."""
+        """Bound and gradient of minus the bound, (P), by the compiled step."""
         assert self.compiled is not None and self._compilation is not None
         flat = flatten_tensors(self.trained) if self.whole is None else self.whole
         calls = repeats // self.repeats
@@ -157,7 +157,7 @@ class Accelerator:
         return (value / calls, gradient / calls) if calls > 1 else (value, gradient)
 
     def eager(self, repeats: int, rows: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The same by autograd."""
+        """Bound and gradient of minus the bound, (P), by autograd."""
         self._follow()
         value = self.bound(repeats, rows)
         found = torch.autograd.grad(-value, self._own, allow_unused=True)
@@ -165,23 +165,23 @@ class Accelerator:
             (torch.zeros_like(p) if g is None else g).reshape(-1)
             for p, g in zip(self._own, found, strict=True)
         ]
-        # Of parts in two precisions, this is in the finer one; all may be coarser than `trained`.
+        # The concatenation has the finest precision of its parts, which `trained` may exceed.
         return value.detach(), torch.cat(parts).to(self.trained[0].dtype)
 
     @torch.no_grad()
     def _follow(self) -> None:
-        """Give the modules the values of the parameters that are trained."""
+        """Set the modules' parameters to the trained values."""
         if self._apart:
             own, trained = zip(*self._apart, strict=True)
             torch._foreach_copy_(list(own), list(trained))
 
     def stop(self) -> None:
-        """End a compilation that is still going on."""
+        """Stop a running compilation."""
         if self._compilation is not None:
             self._compilation.stop()
 
     def _check(self, rows: Sequence[Tensor]) -> str:
-        """Compare both on the same noise; what is wrong, or nothing."""
+        """Compare compiled and eager gradients on the same noise; return any error as text."""
         state, waited = torch.get_rng_state(), time.perf_counter() - self._began
         timed = []
         for function in (self.eager, self.gradient):

@@ -1,7 +1,7 @@
-"""Compile a recorded graph: `python worker.py GRAPH PACKAGE`, a process without flowvi.
+"""Compile a recorded graph: `python worker.py GRAPH PACKAGE`. Imports nothing of flowvi.
 
-GRAPH holds a pickled graph and example inputs, from the process that started
-this one; PACKAGE is written whole or not at all.
+GRAPH holds a pickled graph and example inputs, written by the parent process.
+PACKAGE is replaced atomically.
 """
 
 import os
@@ -11,7 +11,7 @@ import warnings
 
 
 def main() -> None:
-    """Read the graph, and write the package."""
+    """Read the graph, compile it, and write the package."""
     os.nice(5)
     warnings.simplefilter("ignore")
     import torch
@@ -19,7 +19,7 @@ def main() -> None:
 
     torch.set_num_threads(1)
     source, package = sys.argv[1:]
-    # Two fits of one model may be at it; whichever ends last wins.
+    # Two fits of one model may compile at the same time; the later one overwrites.
     new = f"{package}.{os.getpid()}.new.pt2"
     with open(source, "rb") as file:
         module, inputs = pickle.load(file)
