@@ -1,1 +1,1 @@
-"""A fit: what is decided between trainings, its result, its folder."""
+"""Fits: starts, restarts, escalation, results and saved folders."""

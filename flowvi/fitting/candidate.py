@@ -1,4 +1,4 @@
-"""A guide that a restart may return, and how far it is to be trusted."""
+"""A guide that a restart may return, with its evaluation and verdict."""
 
 from __future__ import annotations
 
@@ -19,18 +19,18 @@ UNKNOWN = Evaluation(-math.inf)
 
 @dataclass
 class Candidate:
-    """A guide, how it is built, and what is known of it.
+    """A guide, the arguments that build it, and its evaluation.
 
     Attributes:
         guide: The guide.
-        name: Row of `GUIDES` or `FLOWS`, or the class of a guide of the user's own.
+        name: Name in `GUIDES` or `FLOWS`, or the class of a user's guide.
         sizes: Arguments of `make_guide` beyond the dimensions.
-        lr: Largest step size that it was trained with.
-        evaluation: Its bound and gap on fresh draws.
-        missed: Gaussians of the search for a start that it leaves out.
-        beyond: What annealing found beyond it, in a sentence; empty without.
-        diagnosis: What its draws say.
-        chains: Draws of Markov chains in its space, where it came to that.
+        lr: Largest step size of its training.
+        evaluation: Bound and gap on fresh draws.
+        missed: Gaussians of the search for a start that it misses.
+        beyond: Sentence about mass outside of it that annealing found; else empty.
+        diagnosis: Verdict on its draws.
+        chains: Draws of Markov chains in its space, if they were run.
     """
 
     guide: Guide
@@ -45,7 +45,7 @@ class Candidate:
 
     @property
     def trust_rank(self) -> int:
-        """0, 1 or 2: the place of its verdict in `VERDICTS`; the least is the best."""
+        """Index of its verdict in `VERDICTS`, 0 to 2; the lowest is the best."""
         if self.diagnosis is None or self.reasons:
             return len(VERDICTS) - 1
         return VERDICTS.index(self.diagnosis.verdict)
@@ -57,17 +57,17 @@ class Candidate:
 
     @property
     def gap(self) -> float:
-        """How far the bound is below the log evidence; infinite where that is not known."""
+        """Distance of the bound below the log evidence; infinite if unknown."""
         gap = self.evaluation.gap
         return gap if math.isfinite(gap) else math.inf
 
     @property
     def covered(self) -> float:
-        """Log of the mass that it covers: its bound and what that is below, if it is known."""
+        """Log of the mass that the guide covers: its bound plus its gap, if that is known."""
         return self.bound + self.gap if math.isfinite(self.gap) else self.bound
 
     @property
     def reasons(self) -> list[str]:
-        """What is missed, for the reasons of the verdict."""
+        """Reasons of the verdict: the parts of the posterior that the guide misses."""
         seen = [describe_missed_modes(self.missed, self.covered)] if self.missed else []
         return [*seen, self.beyond] if self.beyond else seen

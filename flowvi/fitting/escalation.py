@@ -1,4 +1,4 @@
-"""What a restart tries while its result is not to be trusted, from cheap to dear."""
+"""Attempts of a restart to improve a result that is not trusted, in order of cost."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ from flowvi.samplers.tempering import MOST_DIM
 from flowvi.training.fab import refine_fab
 from flowvi.training.records import ANNEAL, CHAINS, CHECK
 
-# A mixture of more flows than this would take too long to train, and one of more normals too.
+# Largest numbers of flows, and of normals, in a mixture; larger ones train too long.
 MOST_COMPONENTS, MOST_NORMALS = 3, 12
-# Couplings added to a flow that is not rich enough, and times the usual draws to train them with.
+# Couplings added to a flow, and factor of the number of draws of its training.
 MORE_COUPLINGS = 8
 MORE_DRAWS = 2
-# Powers of the density on the way to it, and steps at each.
+# Powers of the tempered densities, and steps at each power.
 POWERS = (0.05, 0.1, 0.2, 0.35, 0.55, 0.8)
 COOLING_STEPS = 120
 SPLINE_RATE = 1e-2
-# Annealing pays up to so many dimensions, and takes so many rounds.
+# Largest dimension for annealing, and its number of rounds.
 ANNEALED_DIM = 200
 ANNEALED_ROUNDS = 150
-# Chains that take longer are left to those who ask for them.
+# Markov chains that would take longer are not run.
 CHAIN_SECONDS = 900.0
-# Nats by which a bound decides between two guides, and the same for k-hat.
+# Difference in nats, or in k-hat, that decides between two guides.
 CLEARLY = 0.1
 THINNER = 0.05
 
@@ -52,9 +52,9 @@ Attempt = Callable[[Restart, Candidate], Candidate | None]
 
 
 def escalate(restart: Restart) -> None:
-    """Try one thing after the other until the check passes or the budget is spent.
+    """Try one attempt after the other until the check passes or the budget is spent.
 
-    Each is judged by the check on fresh draws, and dropped if it brought nothing.
+    Each result is checked on fresh draws, and dropped if it is not better.
     """
     for name, attempt in ATTEMPTS:
         hopeless = (
@@ -75,7 +75,7 @@ def escalate(restart: Restart) -> None:
             restart.record.log.append(f"{name}: interrupted")
             return
         except (ValueError, RuntimeError) as error:
-            # What there was before is a result all the same.
+            # The result of earlier attempts remains valid.
             restart.record.log.append(f"{name}: failed, {error}")
             continue
         taken = better(new, restart.candidate)
@@ -87,18 +87,18 @@ def escalate(restart: Restart) -> None:
 
 
 def trusted(candidate: Candidate) -> bool:
-    """Whether some draws of the guide can be used."""
+    """Whether the verdict trusts plain or resampled draws of the guide."""
     return candidate.trust_rank < len(VERDICTS) - 1
 
 
 def better(new: Candidate, old: Candidate) -> bool:
-    """Whether a guide is worth more than another: by verdict, bound, then tail of the weights."""
+    """Whether a guide is better than another: by verdict, bound, then tail of the weights."""
     if new.trust_rank != old.trust_rank:
         return new.trust_rank < old.trust_rank
     if new.diagnosis is None or old.diagnosis is None:
         return new.bound > old.bound
-    # A guide that covers more of the posterior has the larger mean weight, and not always the
-    # larger bound.
+    # A guide that covers more of the posterior has the larger mean weight, but not always
+    # the larger bound.
     more = new.diagnosis.elbo + new.diagnosis.gap - old.diagnosis.elbo - old.diagnosis.gap
     if abs(more) > CLEARLY + 3 * math.hypot(new.diagnosis.gap_se, old.diagnosis.gap_se):
         return more > 0
@@ -114,7 +114,7 @@ def summary(candidate: Candidate) -> str:
 
 
 def components(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """A mixture with a component for each mode that was left out."""
+    """A mixture with one component for each missed mode."""
     if not 0 < len(candidate.missed) < MOST_NORMALS:
         return None
     starts = [restart.best, *candidate.missed]
@@ -130,7 +130,7 @@ def components(restart: Restart, candidate: Candidate) -> Candidate | None:
 
 
 def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """Splines of each coordinate, trained from a flat density to the full one."""
+    """Splines of each coordinate, trained from a flat density to the target."""
     if not candidate.reasons or restart.target.dim > MOST_DIM:
         return None
     wide = restart.wide()
@@ -139,7 +139,7 @@ def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
     )
     new.guide.start(wide.loc, wide.scale_tril)
     couplings = cast(Chain, cast(FlowGuide, new.guide).flow).layers[0].parameters()
-    # Couplings that learn from the start pull all draws into few modes.
+    # Trainable couplings would pull all draws into few modes.
     held = [p.requires_grad_(False) for p in couplings]
     stages, repeats = restart.stages(new.guide), restart.settings.repeats
     restart.session.checkpointer.run_once(
@@ -158,7 +158,7 @@ def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
 
 
 def richer(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """A deeper flow with heavier tails, trained on with more draws."""
+    """A deeper flow with heavier tails, trained further with more draws."""
     if isinstance(candidate.guide, MixtureGuide) or candidate.reasons:
         return None
     if candidate.name == "realnvp":
@@ -182,7 +182,7 @@ def richer(restart: Restart, candidate: Candidate) -> Candidate | None:
 
 @torch.no_grad()
 def extend(new: Pushforward, old: Pushforward) -> None:
-    """Make a deeper flow start where a shallower one is: its first layers are the identity."""
+    """Initialise a deeper flow at a shallower one: its first layers are the identity."""
     _extend(cast(Chain, new.flow), cast(Chain, old.flow))
     new.affine.load_state_dict(old.affine.state_dict())
 
@@ -196,7 +196,7 @@ def _extend(new: Chain, old: Chain) -> None:
 
 
 def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """Training on annealed draws, which go where the guide's own do not."""
+    """Training on annealed draws, which reach regions that the guide misses."""
     if restart.target.dim > ANNEALED_DIM or not isinstance(
         candidate.guide, MixtureGuide | FlowGuide
     ):
@@ -222,7 +222,7 @@ def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
 
 
 def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """NUTS in the space of the flow."""
+    """NUTS in the space of the guide."""
     if not isinstance(candidate.guide, Pushforward) or candidate.reasons:
         return None
     began, clock = restart.session.clock.seconds, restart.session.clock
@@ -260,7 +260,7 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     """A mixture of the guides of restarts that found different parts of the posterior.
 
     Returns:
-        The mixture, checked; None where the restarts agree, or it is no better than they are.
+        The checked mixture; None if the restarts agree, or if it is no improvement.
     """
     first = max(restarts, key=lambda r: r.candidate.bound)
     guides = [r.candidate.guide for r in restarts]
@@ -281,7 +281,7 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     return new if trusted(new) else None
 
 
-# What is tried, from cheap to dear, each with its name in the log.
+# The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A mixture with a component for each mode that was left out", components),
     ("Splines of each coordinate, trained from a flat density to the full one", tempered),

@@ -1,4 +1,4 @@
-"""Restarts of a fit that an executor runs, in processes of this machine or of others."""
+"""Run restarts of a fit by an executor, in processes of this machine or of others."""
 
 from __future__ import annotations
 
@@ -38,16 +38,16 @@ from flowvi.training.threads import best_threads
 
 @dataclass(frozen=True)
 class Plan:
-    """What all restarts of a fit have in common.
+    """Arguments that all restarts of a fit share.
 
     Args:
         target: The log density.
-        guide: Name of a guide, or one.
-        fresh: Whether that begins at the start that is found.
-        settings: What the user asked for.
-        about: The identity of the fit, for its checkpoint.
-        folder: Its checkpoint folder, if it has one.
-        resume: Whether to go on with the state in that folder.
+        guide: Name of a guide, or a guide.
+        fresh: Whether a given guide is initialised at the start that is found.
+        settings: The user's settings.
+        about: Identity of the fit, for its checkpoint.
+        folder: Checkpoint folder, if there is one.
+        resume: Whether to resume from the state in that folder.
     """
 
     target: Target
@@ -59,7 +59,7 @@ class Plan:
     resume: bool
 
     def restart(self, session: Session, number: int) -> Restart:
-        """A restart that is about to begin."""
+        """Create a restart."""
         given = self.guide
         name, own = (given, None) if isinstance(given, str) else ("", copy.deepcopy(given))
         return Restart(self.target, self.settings, session, number, name, own, self.fresh)
@@ -67,15 +67,15 @@ class Plan:
 
 @dataclass(frozen=True)
 class Task:
-    """All that a restart needs in another process: a plan, with what makes its target.
+    """Arguments of a restart in another process: a plan, and a function that makes its target.
 
     Args:
-        make: Makes the target: the same one wherever it is called.
+        make: Function that makes the target, the same one in every process.
         plan: The plan, without its target.
         number: Number of the restart.
-        budget: Seconds that it may take.
-        dtype: Precision that new tensors have by default.
-        own: The target's own state where the fit begins, as arrays by name.
+        budget: Time limit in seconds.
+        dtype: Default precision of new tensors.
+        own: Initial values of the target's own state, as arrays by name.
     """
 
     make: Callable[[], Target]
@@ -87,7 +87,7 @@ class Task:
 
 
 def run_restart(restart: Restart) -> None:
-    """One restart from its beginning to its end, whatever others ran before in this process."""
+    """Run one restart, independent of other restarts in this process."""
     restart.target.begin()
     restart.run(first_guide)
     if restart.settings.escalate:
@@ -96,13 +96,13 @@ def run_restart(restart: Restart) -> None:
 
 
 def run_in_executor(plan: Plan, session: Session, number: int, executor: Executor) -> list[Restart]:
-    """Run restarts by an executor, each on a target of its own, and take up their results.
+    """Run restarts by an executor, each on a target of its own, and collect their results.
 
     Args:
-        plan: What they have in common.
-        session: Of the fit.
+        plan: Arguments that the restarts share.
+        session: State of the running fit.
         number: Number of restarts.
-        executor: Runs them.
+        executor: Runs the restarts.
 
     Raises:
         ValueError: The model or an argument cannot be sent to another process.
@@ -133,8 +133,8 @@ def run_in_executor(plan: Plan, session: Session, number: int, executor: Executo
 
 
 def run_in_worker(task: Task) -> dict[str, Any]:
-    """Run a restart; its result as arrays, numbers and words."""
-    # In another thread of this process, nobody else may draw random numbers meanwhile.
+    """Run a restart, and return its result as arrays, numbers and strings."""
+    # With a thread executor, other threads must not draw random numbers meanwhile.
     limit = memory.memory_limit(task.plan.settings.max_memory)
     with isolated_rng(), default_dtype(task.dtype), limit:
         plan = replace(task.plan, target=task.make())
@@ -157,7 +157,7 @@ def _run(plan: Plan, task: Task) -> Restart:
 
 
 def to_message(restart: Restart) -> dict[str, Any]:
-    """The result of a restart, with nothing that cannot be sent."""
+    """The result of a restart, in a form that can be pickled."""
     found = restart.candidate
     return {
         "candidate": {
@@ -180,7 +180,7 @@ def to_message(restart: Restart) -> dict[str, Any]:
 
 
 def from_message(plan: Plan, session: Session, number: int, message: dict[str, Any]) -> Restart:
-    """The restart, as if it had been run here."""
+    """The restart, as if it had run in this process."""
     found, target = _tensors(message), plan.target
     diagnosis: Diagnosis | None = found["diagnosis"]
     restart = plan.restart(session, number)
@@ -191,7 +191,7 @@ def from_message(plan: Plan, session: Session, number: int, message: dict[str, A
     guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
     guide = restart.placed(guide)
     load_tensors(guide, found["guide"], "The restart")
-    # The guide belongs to the parameters that it was trained with.
+    # The guide was trained together with these parameters.
     target.set_own_state(found["own"])
     restart.candidate = Candidate(
         guide,
@@ -204,7 +204,7 @@ def from_message(plan: Plan, session: Session, number: int, message: dict[str, A
 
 
 def own_state_of(target: Target) -> dict[str, Tensor]:
-    """All that training changes of a target, as copies by name."""
+    """Copies of all values of a target that training changes, by name."""
     return {name: held.detach().clone() for name, held in target.own_state().items()}
 
 

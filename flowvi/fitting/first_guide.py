@@ -1,4 +1,4 @@
-"""The first guide of a restart: the one asked for, or a flow for what the Gaussian leaves over."""
+"""The first guide of a restart: the requested one, or a flow chosen by the Gaussian's gap."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from flowvi.runtime.clock import Interrupted
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 
 AUTO = "auto"
-# Couplings for a gap of more than a nat, and for a smaller one.
+# Numbers of couplings for a gap above a nat, and for a smaller one.
 WIDE_GAP, MANY_COUPLINGS, FEW_COUPLINGS = 1.0, 12, 8
-# Largest D for which a nested fit has correlations between all shared latents by default.
+# Largest D for which a nested fit has a full-rank guide of the shared latents by default.
 NESTED_DIM = 500
 
 
 def first_guide(restart: Restart) -> Candidate:
-    """The guide that a restart begins with, at the start that it found."""
+    """Build the first guide of a restart, initialised at its start."""
     target, guide = restart.target, restart.given
     if guide is not None:
         return restart.session.checkpointer.run_once(
@@ -43,7 +43,7 @@ def first_guide(restart: Restart) -> Candidate:
 
 
 def flow(restart: Restart, sizes: dict[str, Any], name: str = "realnvp") -> Candidate:
-    """A fresh flow on top of the best Gaussian."""
+    """Build a fresh flow on top of the best Gaussian."""
     guide = make_guide(name, restart.target.dim, **sizes)
     words = ", ".join(f"{key} {value}" for key, value in sizes.items())
     title = f"{name} ({words})" if words else name
@@ -52,7 +52,7 @@ def flow(restart: Restart, sizes: dict[str, Any], name: str = "realnvp") -> Cand
 
 
 def _by_the_gap(restart: Restart) -> Candidate:
-    """The Gaussian where it leaves next to nothing; otherwise couplings, or couplings and skews."""
+    """Return the Gaussian if its gap is small; else couplings, or couplings with skews."""
     target, settings, schedule = restart.target, restart.settings, restart.schedule
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
     gaussian = restart.started(Candidate(make_guide(name, target.dim), name))
@@ -65,13 +65,13 @@ def _by_the_gap(restart: Restart) -> Candidate:
     plain = flow(restart, {"depth": MANY_COUPLINGS if gap > WIDE_GAP else FEW_COUPLINGS})
     asked = settings.steps is not None or settings.lr is not None
     much = gap > schedule.much and restart.searches(gap)
-    # Parameters of the model belong to the guide that they were trained with.
+    # Parameters of the model are trained together with one guide only.
     alike = not target.subsampled and not list(target.parameters())
     return _raced(restart, plain) if much and alike and not asked else plain
 
 
 def _raced(restart: Restart, plain: Candidate) -> Candidate:
-    """Couplings, or couplings and skews, if those get clearly further in as many steps."""
+    """Train couplings, and couplings with skews, for the same steps; keep the better guide."""
     schedule = restart.schedule
     racers = (plain, flow(restart, plain.sizes, "skewed"))
     try:
@@ -90,18 +90,18 @@ def _raced(restart: Restart, plain: Candidate) -> Candidate:
 
 
 def _given(restart: Restart, guide: Guide, tensors: Mapping[str, Tensor]) -> Candidate:
-    """The user's own guide, as it was when the fit began."""
+    """Return the user's guide with its initial values."""
     load_tensors(restart.placed(guide), tensors, "The checkpoint")
     return _own(guide)
 
 
 def _placed(restart: Restart, guide: Guide) -> Candidate:
-    """A guide that goes on from where it is."""
+    """Return a guide that keeps its present parameters."""
     return _own(restart.placed(guide))
 
 
 def _own(guide: Guide) -> Candidate:
-    """A guide of the user's own, with the sizes that build it again, where they are known."""
+    """Return the user's guide, with the sizes that rebuild it if they are known."""
     if guide.spec is not None:
         return Candidate(guide, guide.kind, guide.spec)
     return Candidate(guide, type(guide).__name__)

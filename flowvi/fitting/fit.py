@@ -1,4 +1,4 @@
-"""The engine: fit a guide to a target."""
+"""Fit a guide to a target."""
 
 from __future__ import annotations
 
@@ -121,71 +121,72 @@ def fit(
     executor: Executor | None = None,
     max_memory: memory.MaxMemory = None,
 ) -> Fit | RowFit:
-    """Fit a guide to a target, starting at the best Gaussian that can be found.
+    """Fit a guide to a target, starting at the best Gaussian approximation found.
 
-    A full-rank Gaussian is fitted first, from several start points; the flow
-    starts at the identity on top of it and is trained by Adam with path
-    gradients, in stages of steps that are constant until a plateau and then
-    fall. The draws a step grow from stage to stage. Of the average of a
-    stage's last iterates, the last one and its start, that with the best bound
-    on fresh draws is kept: the result is no worse than the Gaussian. Stages end
-    when next to nothing is left to gain, or the last one gained too little.
+    A full-rank Gaussian is fitted first, from several start points. The flow starts at
+    the identity on top of it. Adam trains it with path gradients, in stages: steps of
+    constant size until a plateau, then steps of falling size. The draws a step double
+    from stage to stage. Each stage keeps the guide with the best bound on fresh draws:
+    the average of its last iterates, the last iterate, or its start. The result is
+    therefore no worse than the Gaussian. Training ends when the gap is small, or when a
+    stage has reduced it too little.
 
-    The result is then checked as `diagnose` does. While it is not to be
-    trusted, other guides are tried (`flowvi.fitting.escalation`), and at last NUTS in
-    the guide's space. The global random number generators are left as they
-    were. Without a budget and with compile=False, a seed gives the same bits on
-    one machine; a compiled step agrees with the eager one to rounding.
+    The result is then checked as in `diagnose`. While it is not trusted, other guides are
+    tried (`flowvi.fitting.escalation`), and finally NUTS in the guide's space. The global
+    random number generators are not changed. Without a budget and with compile=False, a
+    seed gives the same bits on one machine; a compiled step agrees with the eager one to
+    rounding.
 
-    In the processes of a `torch.distributed` group, as `torchrun` starts them, each
-    makes the same choices and takes draws of its own: P processes take the steps
-    of one with P times the draws, and all return the same guide.
+    In a `torch.distributed` group, as `torchrun` starts one, all P processes make the same
+    choices, each takes draws of its own, and all return the same guide. Their steps are
+    those of one process with P times the draws.
 
-    A target with latents for each row (`local=`) is fitted on minibatches instead: epochs,
-    batch_size, validation and minibatch are for it, and the result is a `RowFit`. Where rows share
-    latents beside their own, `nested` fits both.
+    A target with latents for each row (`local=`) is fitted on minibatches instead, and the
+    result is a `RowFit`. The arguments epochs, batch_size, validation and minibatch are for such
+    targets. `nested` fits models that also have latents shared by all rows.
 
-    Ctrl-C ends the present step; the best so far is returned, and `meta["interrupted"]` says
-    so. The second one stops at once.
+    Ctrl-C ends the fit after the present step. The best guide so far is returned, and
+    `meta["interrupted"]` is true. A second Ctrl-C stops at once.
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
         guide: "auto", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`, or `Multiplicative`.
-        objective: From `elbo()`, `iwelbo(K)`, `renyi(alpha, K)`, or one of their names;
+        objective: Result of `elbo()`, `iwelbo(K)` or `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
-        steps: Number of steps, in one stage; as many as it takes by default.
+        steps: Number of steps. By default the fit decides.
         lr: Largest step size of Adam, in units of the Gaussian's width; by
             default the best of three in short trials.
-        particles: Draws a step, at first; 64 by default. An objective with K particles is
+        particles: Initial number of draws a step; 64 by default. An objective with K particles is
             averaged over particles / K repeats.
         restarts: Independent fits; each becomes a chain of the draws.
-        seed: Of everything random in the fit.
-        budget: Seconds that the fit may take; as many as it needs without.
-        escalate: Whether to go on with other guides, and at last with Markov chains, while
-            the result is not to be trusted; with guide="auto" and steps not given.
-        compile: Whether the gradient of a step is compiled by a C++ compiler. "auto": in a
-            process beside a long fit, which switches over when that is done, or at once where
-            an earlier fit left it in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
-            on or off, decides what "auto" does. Steps on a GPU are not compiled.
-        progress: Show a bar, if the error stream is a terminal.
-        callback: Called with a `Step` after each, or for rows with an `Epoch`; a true answer
-            stops the fit.
-        epochs: For rows: times that each is visited; 40 by default.
-        batch_size: For rows: how many a step takes; 100 by default.
-        validation: For rows: other rows, or the share of them to hold out, to judge epochs by.
+        seed: Seed of all random numbers of the fit.
+        budget: Time limit in seconds; none by default.
+        escalate: Whether to try other guides, and finally Markov chains, while the result is
+            not trusted; only with guide="auto" and without steps.
+        compile: Whether a C++ compiler compiles the gradient of a step. "auto": a long fit
+            compiles in another process and switches when that is done; any fit uses a step that
+            an earlier one left in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
+            on or off, overrides "auto". Steps on a GPU are not compiled.
+        progress: Whether to show a progress bar, if the error stream is a terminal.
+        callback: Function called with a `Step` after each step, or for rows with an `Epoch`
+            after each epoch; a true answer stops the fit.
+        epochs: For rows: number of passes over the rows; 40 by default.
+        batch_size: For rows: number of rows of a step; 100 by default.
+        validation: For rows: other rows, or the share of rows to hold out, for early stopping.
         minibatch: For rows: all other settings, such as the warm-up of the prior's weight.
-        schedule: How long to train and with what steps: a `flowvi.training.schedule.Schedule`.
-        checkpoint: Folder where all that a fit needs to go on is kept as it comes, and the
-            best so far in its folder `fit`, for `flowvi.load`.
-        resume: Go on with what an earlier fit of the same arguments left there; begin where
-            there is nothing. The result has the bits of a fit that was not cut off.
-        executor: Runs the restarts, such as a `ProcessPoolExecutor`, or Dask's for a cluster; one
-            after the other without, and with the same result. Each may take the budget.
-        max_memory: What evaluations may take, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or
-            1 GB, by default. A step whose draws take more is made in parts.
+        schedule: Numbers of steps, step sizes and thresholds: a
+            `flowvi.training.schedule.Schedule`.
+        checkpoint: Folder for the state of the fit; its folder `fit` holds the best guide so far,
+            for `flowvi.load`.
+        resume: Whether to resume an earlier fit with the same arguments from the checkpoint; start
+            anew if there is none. The result has the bits of an uninterrupted fit.
+        executor: Runs the restarts in parallel, with the same result, such as a
+            `ProcessPoolExecutor`, or Dask's for a cluster. Each restart may take the budget.
+        max_memory: Memory limit of an evaluation, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or
+            1 GB, by default. A step whose draws take more is computed in parts.
 
     Raises:
-        CheckpointError: The folder is in use, or cannot be gone on with.
+        CheckpointError: The folder is in use, or its state does not fit the arguments.
         ValueError: An argument is out of its range, or the objective is no
             bound for this target.
     """

@@ -23,10 +23,10 @@ from flowvi.runtime.tensors import cpu_state_dict, read_tensors, serialize
 from flowvi.targets import LocalTarget
 
 FORMAT = 2
-# Files of the first format have no checksums, and names without a part of them.
+# The first format has no checksums, and its file names no part of them.
 READABLE = (1, 2)
 MANIFEST = "fit.json"
-# The kinds of a fit that has latents for each row, alone or beside those that all rows share.
+# Kinds of fits with latents for each row: rows alone, or rows and shared latents.
 ROWS, NESTED = "rows", "nested"
 HISTORY, OWN, CHAINS = "history", "target", "chains"
 FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
@@ -34,18 +34,18 @@ NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")
 
 
 class Contents(NamedTuple):
-    """All that is written of a fit.
+    """Contents of a saved fit.
 
     Attributes:
-        guides: Each in a file of its own.
+        guides: The guides; each has a file of its own.
         own: Parameters of the model, by name.
-        history: Columns, one number a step or epoch.
-        latents: Latent sites, as JSON has them.
+        history: Columns with one number for each step or epoch.
+        latents: Latent sites, in the form of JSON.
         log: Decisions, a line each.
         meta: JSON-able facts.
-        kind: Empty for latents that all rows share.
-        bounds: Of each guide.
-        chains: Draws of Markov chains, if the fit ended in them.
+        kind: Empty for shared latents.
+        bounds: Bound of each guide.
+        chains: Draws of Markov chains, if the fit ended with them.
     """
 
     guides: Sequence[Guide]
@@ -64,7 +64,7 @@ def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
 
     Args:
         fit: Its contents.
-        folder: Where to; it is made if it does not exist.
+        folder: The folder; it is created if it does not exist.
     """
     path = made(folder, "a fit")
     parts: dict[str, Mapping[str, Tensor]] = {
@@ -88,7 +88,7 @@ def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
 
 
 def all_latents(target: LocalTarget) -> dict[str, Any]:
-    """Sites of a row, and those that all rows share."""
+    """Latent sites of a row, and those that all rows share."""
     shared = {} if target.shared is None else latents(target.shared)
     return {**shared, **latents(target)}
 
@@ -96,7 +96,7 @@ def all_latents(target: LocalTarget) -> dict[str, Any]:
 def read_record(
     folder: Path,
 ) -> tuple[dict[str, Any], dict[str, Any], tuple[str, ...], dict[str, Any]]:
-    """Read what is written beside the guides of a saved fit, without its model.
+    """Read a saved fit without its guides and its model.
 
     Returns:
         Facts about the fit, its history as arrays, its log, and its latent sites.
@@ -111,17 +111,17 @@ def read_record(
 
 
 def _save(path: Path, parts: Mapping[str, Mapping[str, Tensor]], manifest: dict[str, Any]) -> Path:
-    """Write the files of a fit, and the manifest that names them.
+    """Write the files of a fit, and the manifest that lists them.
 
     Raises:
-        OSError: The disk is full, say; the folder then holds what it held before.
+        OSError: A file cannot be written; the folder then keeps its earlier contents.
     """
     before = {file.name for file in path.iterdir()}
     files: dict[str, dict[str, Any]] = {}
     try:
         for part, tensors in parts.items():
             files[part] = _write(path, part, tensors)
-        # Written last: until then the folder holds what it held before.
+        # The manifest is written last: until then the folder keeps its earlier contents.
         write_json(path / MANIFEST, {"format": FORMAT, **manifest, "files": files})
     except BaseException:
         _remove(path, {file["name"] for file in files.values()} - before)
@@ -138,7 +138,7 @@ def _remove(path: Path, names: Iterable[str]) -> None:
 
 
 class FitFiles:
-    """Names and seals of the files of a folder, by what they hold."""
+    """Names and checksums of the files of a folder, by the part they hold."""
 
     def __init__(self, path: Path, files: Mapping[str, Any] | None) -> None:
         self.path, self.files = path, files
@@ -162,14 +162,14 @@ class FitFiles:
 
 
 def _write(path: Path, part: str, tensors: Mapping[str, Tensor]) -> dict[str, Any]:
-    """Write a file under a name that no other content has, so that none is overwritten."""
+    """Write a file whose name depends on its content, so that no file is overwritten."""
     content = serialize(tensors)
     name = f"{part}-{hashlib.sha256(content).hexdigest()[:8]}.safetensors"
     return {"name": name, **write_atomic(path / name, content)._asdict()}
 
 
 def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: object) -> None:
-    """Refuse what was fitted to another model, by the first site that differs."""
+    """Raise a CheckpointError that names the first site that differs from the saved model."""
     for name in [*saved, *(n for n in here if n not in saved)]:
         if saved.get(name) != here.get(name):
             raise CheckpointError(
@@ -179,7 +179,7 @@ def compare_latents(saved: Mapping[str, Any], here: Mapping[str, Any], where: ob
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What a folder says of its fit; a CheckpointError if it cannot be read."""
+    """Read the manifest of a folder; raise a CheckpointError if it is unreadable."""
     file = path / MANIFEST
     if not path.is_dir():
         raise CheckpointError(f"{path} is no folder; give the one that fit.save wrote.")

@@ -1,4 +1,4 @@
-"""Latents theta that all rows share, and latents z of each row, under one bound."""
+"""Fit shared latents theta and latents z of each row under one bound."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import LocalTarget
 from flowvi.training.records import Step
 
-# The stream of random numbers of which fresh inner guides are made.
+# Random stream that initialises fresh inner guides.
 INNER = 1
 
 
@@ -45,49 +45,49 @@ def nested(
     executor: Executor | None = None,
     max_memory: memory.MaxMemory = None,
 ) -> NestedFit:
-    r"""Fit a guide of shared latents theta and one of the latents z of rows, together.
+    r"""Fit a guide of shared latents theta together with a guide of the latents z of rows.
 
     This is ``fit(NestedTarget(target, inner, ...), guide, ...)``: the guide of rows is part of the
-    target, and has its parameters trained with the guide of theta. Fresh guides begin at a normal
-    of theta and the latents of some rows together. All else is as for `fit`: guards, rollback,
-    checkpoints, Ctrl-C, and a check of the result by fresh draws. A failure is a warning, is in
+    target, and its parameters are trained with the guide of theta. Fresh guides start at a joint
+    normal of theta and the latents of some rows. Guards, rollback, checkpoints, Ctrl-C and the
+    check by fresh draws are those of `fit`. A failure is a warning and an entry of
     `meta["failures"]`, and makes the verdict of the draws "do not trust".
 
-    With `outer` = 1, the ELBO over theta of the importance-weighted bounds of rows: valid
-    and unbiased under minibatches. With M = `outer` > 1,
+    With `outer` = 1, the objective is the ELBO over theta of the importance-weighted bounds of
+    rows: a lower bound, unbiased under minibatches. With M = `outer` > 1, it is
 
     .. math::
         E \log \frac{1}{M} \sum_m
         \frac{p(\theta_m)}{q(\theta_m)} \prod_{n=1}^N p_K(x_n \mid \theta_m),
 
-    whose gradient weights each theta by its normalised posterior weight, held fixed. It needs
-    all rows in every weight.
+    whose gradient weights each theta by its normalised posterior weight, held fixed. Every
+    weight needs all rows.
 
     Args:
         target: From `from_pyro(..., local=)`, of a model that also has latents outside the plate.
-        guide: Of theta: a name, `Blocks`, `Multiplicative`, or a guide that goes on from where it
-            is; full rank up to 500 dimensions, mean field beyond.
-        inner: Of a row's latents: a name, or an amortised guide that goes on from where it is.
-        particles: Draws K of each row's latents.
-        sees_theta: Whether the inner guide is q(z | x, theta), or q(z | x). One of your own takes
-            theta behind what its encoder makes of the row.
-        outer: Draws M of theta inside one bound.
-        batch_size: Rows of a step; all of them without.
-        steps: Number of steps; as many as pay by default.
-        draws: Estimates of the bound a step.
+        guide: Guide of theta: a name, `Blocks`, `Multiplicative`, or a guide that keeps its
+            parameters; full rank up to 500 dimensions, mean field beyond.
+        inner: Guide of a row's latents: a name, or an amortised guide that keeps its parameters.
+        particles: Number of draws K of each row's latents.
+        sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x). The context of a given
+            guide is the encoder's output for the row, followed by theta.
+        outer: Number of draws M of theta inside one bound.
+        batch_size: Number of rows of a step; all rows by default.
+        steps: Number of steps. By default the fit decides.
+        draws: Number of estimates of the bound in a step.
         lr: Largest step size of Adam, for theta in units of its width at the start; 0.005 by
             default. It is halved where a stage of the training gained nothing.
-        seed: Of everything random.
-        budget: Seconds that the fit may take; as many as it needs without.
-        progress: Show a bar, if the error stream is a terminal.
-        callback: Called with a `Step` after each; a true answer stops the fit.
+        seed: Seed of all random numbers.
+        budget: Time limit in seconds; none by default.
+        progress: Whether to show a progress bar, if the error stream is a terminal.
+        callback: Function called with a `Step` after each step; a true answer stops the fit.
         checkpoint: Folder for the state of the fit, as for `fit`.
-        resume: Go on with what an earlier fit of the same arguments left there.
+        resume: Whether to resume an earlier fit with the same arguments.
         executor: Runs the fit in another process, such as a `ProcessPoolExecutor`.
         max_memory: As for `fit`.
 
     Raises:
-        ValueError: Rows are subsampled and outer > 1, there are no shared latents, or an
+        ValueError: Rows are subsampled and outer > 1, the model has no shared latents, or an
             argument is out of its range.
     """
     kinds = (str, Guide, Blocks, Multiplicative, type(None))

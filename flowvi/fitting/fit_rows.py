@@ -1,4 +1,4 @@
-"""Fit guides to models with one latent vector a row, and what comes of it."""
+"""Fit guides to models with one latent vector for each row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flowvi.training.records import Record
 from flowvi.training.settings import Session
 
 SPLIT, BUILD = 2, 3
-# Folder of the best epoch so far in that of a checkpoint.
+# Subfolder of a checkpoint with the best epoch so far.
 BEST = "fit"
 
 
@@ -92,7 +92,7 @@ def fit_rows(request: Request) -> RowFit:
 
 
 def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -> RowFit:
-    """The fit as it is now."""
+    """The fit at its present state."""
     target, told, held = epochs.target, epochs.progress.epochs, epochs.validation
     columns = list(zip(*told, strict=True)) or [()] * len(Epoch._fields)
     history = {n: np.array(c) for n, c in zip(Epoch._fields, columns, strict=True)}
@@ -131,7 +131,7 @@ def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
             f"has {target.rows}."
         )
     own = {id(p) for p in target.parameters()}
-    # What guide and model share, as with a prior made of the guide, stays shared.
+    # Parameters that guide and model share stay shared.
     shared = any(id(p) in own for p in guide.parameters())
     new = guide if shared else copy.deepcopy(guide)
     new = new.to(dtype=target.dtype, device=target.device)
@@ -140,7 +140,7 @@ def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
 
 
 def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Batch | None]:
-    """Places of the rows to train on, and the rows to validate on."""
+    """Split the rows: indices of the training rows, and the validation rows."""
     everything = torch.arange(target.rows)
     if validation is None:
         return everything, None
@@ -161,7 +161,7 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
 
 
 def _log(epochs: Epochs, held: Batch | None) -> list[str]:
-    """What was done, and which epoch is kept."""
+    """Log lines of the training, with the epoch that is kept."""
     state, size = epochs.progress, epochs.settings.batch_size
     log = [f"{len(epochs.rows)} rows in batches of {size}, {len(state.epochs)} epochs"]
     if held is not None and state.epochs:

@@ -1,4 +1,4 @@
-"""Fit latents that all rows share: restarts, one after the other or by an executor."""
+"""Fit latents that all rows share: run the restarts in sequence or by an executor."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Session, Settings
 from flowvi.training.threads import best_threads
 
-# Folder of the best guide so far in that of a checkpoint.
+# Subfolder of a checkpoint with the best guide so far.
 BEST = "fit"
 
 
 def fit_shared(request: Request) -> Fit:
-    """Run the restarts of a fit, and put their guides together; see `flowvi.fit`."""
+    """Run the restarts of a fit, and combine their guides; see `flowvi.fit`."""
     target, settings = request.target, request.settings()
     if isinstance(target, NestedTarget):
         target.weighted = isinstance(settings.objective, Renyi) and settings.objective.alpha < 1
@@ -87,7 +87,7 @@ def fit_shared(request: Request) -> Fit:
 
 
 def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int) -> dict[str, Any]:
-    """The identity of a fit: a checkpoint is gone on with by the same one alone."""
+    """The identity of a fit; only a fit with the same identity can resume its checkpoint."""
     about = {
         "model": target.name,
         "site": latents(target),
@@ -109,7 +109,7 @@ def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int
 
 
 def _finished(target: Target, restarts: list[Restart], settings: Settings, clock: Clock) -> Fit:
-    """The result of all restarts, with what their last check found."""
+    """The result of all restarts, with the findings of their last check."""
     union = None
     if settings.escalate and len(restarts) > 1:
         with suppress(Interrupted), abort_on_interrupt():
@@ -118,7 +118,7 @@ def _finished(target: Target, restarts: list[Restart], settings: Settings, clock
     result = _result(target, restarts, settings, clock, candidates)
     result.meta["check"] = _check_of(target, candidates, settings, clock)
     if result.chains is not None:
-        # Fewer of their draws are judged by all of them.
+        # The verdict on all draws of the chains also applies to a part of these draws.
         found = max(candidates, key=lambda c: c.bound).diagnosis
         result.chains.meta["check"] = found and Check(found.verdict, None, found.draws)._asdict()
     return result
@@ -171,7 +171,7 @@ def _result(
             **target.facts(),
             "specs": [*meta["specs"], target.spec()],
             "outer": particles_of(settings.objective) if target.weighted else 1,
-            # Of draws of such a fit nothing is known but that their training failed.
+            # The only known fact about draws of such a fit is the failure of its training.
             "missed": failures,
         }
         return NestedFit(target, guides, bounds, history, log, meta, None, start)
@@ -184,7 +184,7 @@ def _result(
 def _check_of(
     target: Target, candidates: list[Candidate], settings: Settings, clock: Clock
 ) -> dict[str, Any] | None:
-    """What the last check of the guides found, for the verdict on draws that are made later."""
+    """Findings of the last check of the guides, for the verdict on later draws."""
     if len(candidates) == 1:
         found = None if candidates[0].chains else candidates[0].diagnosis
     elif clock.out_of_time():
@@ -196,5 +196,5 @@ def _check_of(
 
 
 def _missed(candidates: list[Candidate]) -> list[str]:
-    """What no restart covers; with several, each may cover what another leaves out."""
+    """Parts of the posterior that every restart misses."""
     return candidates[0].reasons if all(c.missed for c in candidates) else []

@@ -1,4 +1,4 @@
-"""What a fit is of, in words and numbers that another process can compare."""
+"""The identity of a fit, as strings and numbers that another process can compare."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PROBES = 3
 
 
 def latents(target: Target | LocalTarget) -> dict[str, Any]:
-    """Name, shape, support and columns of each latent site, as JSON has them."""
+    """Name, shape, support and columns of each latent site, in the form of JSON."""
     return {
         name: {
             "shape": list(site.shape),
@@ -25,9 +25,9 @@ def latents(target: Target | LocalTarget) -> dict[str, Any]:
 
 
 def log_density(target: Target) -> list[float]:
-    """The log density at a few fixed points, which another model or other data would change.
+    """The log density at a few fixed points, which depends on the model and the data.
 
-    Empty where the target has parameters of its own, which may start anywhere.
+    Empty for a target with parameters of its own, whose initial values may differ.
     """
     if list(target.parameters()):
         return []
@@ -39,7 +39,7 @@ def log_density(target: Target) -> list[float]:
 
 
 def guide_words(guide: str | Guide) -> Any:
-    """The name of a guide, or the class and the shapes of one of the user's own."""
+    """The name of a guide, or the class and the parameter shapes of a user's guide."""
     if isinstance(guide, str):
         return guide
     shapes = {name: list(value.shape) for name, value in guide.state_dict().items()}

@@ -1,4 +1,4 @@
-"""Save a fit and load it again: tensors as safetensors, the rest as JSON, no pickle."""
+"""Load a saved fit: tensors as safetensors, the rest as JSON, no pickle."""
 
 from __future__ import annotations
 
@@ -58,16 +58,16 @@ def load(
     guide: Guide | None = None,
     inner: Amortised | None = None,
 ) -> Fit | RowFit | NestedFit:
-    """Read a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote.
+    """Load a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote.
 
     Args:
-        folder: Where it was written.
+        folder: The folder of the saved fit.
         target: The same model on the same data; its latent sites are compared.
-        guide: For a fit of a guide of your own making, one of the same build.
-        inner: For a nested fit, the same of the guide of a row.
+        guide: For a fit of a user's guide, a guide of the same architecture.
+        inner: For a nested fit, an inner guide of the same architecture.
 
     Raises:
-        CheckpointError: The folder holds no fit, or one of another model; the
+        CheckpointError: The folder holds no fit, or a fit of another model; the
             message names the file or the site.
     """
     path = path_of("folder", folder)
@@ -154,13 +154,13 @@ def _load_nested(
     density.inner_name = str(of_rows.get("name"))
     density.weighted = meta.get("outer", 1) > 1
     log, history = list(manifest["log"]), _history(files)
-    # Earlier versions saved none.
+    # Earlier versions saved no bounds.
     bounds = list(manifest.get("bounds") or [math.nan])
     return NestedFit(density, [theta], bounds, history, log, meta)
 
 
 def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:
-    """Draws of Markov chains (C, S, D) and what is known of each, (C, S)."""
+    """Draws of Markov chains, (C, S, D), and statistics of each draw, (C, S)."""
     file, seal = files.of(CHAINS)
     arrays = read_tensors(file, seal)
     z = arrays.get("z", torch.empty(0))
@@ -193,13 +193,13 @@ def _same_kind(there: bool, here: bool, path: Path) -> None:
 def _build(
     spec: dict[str, Any], target: Target, own: Guide | None, file: Path, checksum: Checksum | None
 ) -> Guide:
-    """A guide as it was built, with the numbers of a file."""
+    """Build a guide, and load its tensors from a file."""
     name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
     if name in guide_names():
         _check_sizes(sizes, file, checksum)
         try:
             with torch.device("meta"):
-                # Without its numbers, it takes no memory.
+                # On the meta device it takes no memory.
                 check_module(file, make_guide(name, target.dim, **sizes), checksum)
             new = make_guide(name, target.dim, **sizes)
         except CheckpointError:
@@ -219,7 +219,7 @@ def _build(
 
 
 def _check_sizes(sizes: Mapping[str, Any], file: Path, checksum: Checksum | None) -> None:
-    """Refuse more layers than there are bytes in the file, before any are built."""
+    """Reject sizes with more layers than the file has bytes, before any layer is built."""
     read_prefix(file, 1, checksum)
     for value in tree_leaves(dict(sizes)):
         if isinstance(value, int) and value > file.stat().st_size:

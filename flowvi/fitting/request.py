@@ -1,4 +1,4 @@
-"""What a user asks of a fit, checked and completed."""
+"""The arguments of a fit, checked and with defaults filled in."""
 
 from __future__ import annotations
 
@@ -37,19 +37,19 @@ from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Settings
 
 PARTICLES = 64
-# Names of guides that have to know the shapes of sites.
+# Guides that depend on the shapes of sites.
 RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
-# Arguments that have no meaning for the other kind of target; None where they were not given.
+# Arguments that apply to rows only; None if they were not given.
 FOR_ROWS = ("epochs", "batch_size", "validation", "minibatch")
 NOT_FOR_ROWS = ("steps", "particles", "restarts", "executor", "schedule")
 
 
 @dataclass
 class Request:
-    """The arguments of `fit`, each checked; see there.
+    """The checked arguments of `flowvi.fit`.
 
     Attributes:
-        fresh: Whether the guide begins at the start that is found.
+        fresh: Whether a given guide is initialised at the start that is found.
     """
 
     target: Target
@@ -104,7 +104,7 @@ class Request:
 
     @property
     def rows(self) -> Minibatch:
-        """How to go through the rows, with the arguments beside it."""
+        """Settings of the minibatches, with the separate arguments merged."""
         beside: dict[str, Any] = {
             "epochs": self.epochs,
             "batch_size": self.batch_size,
@@ -117,10 +117,10 @@ class Request:
         )
 
     def settings(self) -> Settings:
-        """What the restarts need to know, for latents that all rows share.
+        """Settings of the restarts, for shared latents.
 
         Raises:
-            ValueError: The objective is no bound for this target, or the guide is not for it.
+            ValueError: The objective is no bound for this target, or the guide does not suit it.
         """
         target, objective = self.target, _objective(self.objective, self.particles)
         _check(target, objective, self.restarts)
@@ -138,8 +138,8 @@ class Request:
             self.lr,
             max(1, (self.particles or PARTICLES) // particles_of(objective)),
             self.seed,
-            # Someone who counts the steps does not want them doubled; and the model's own
-            # parameters belong to the guide that they were trained with.
+            # A given number of steps is a limit. The model's own parameters are trained together
+            # with one guide.
             self.escalate
             and self.guide == AUTO
             and self.steps is None
@@ -169,12 +169,12 @@ class Request:
                 )
             self.guide = self.guide.build(self.target)
         elif isinstance(self.guide, Guide):
-            # The guide of rows was trained together with one of theta.
+            # The guide of rows was trained together with a guide of theta.
             self.fresh = not isinstance(self.target, NestedTarget)
 
 
 def _objective(objective: Objective | WakeSleep | str | None, particles: int | None) -> Objective:
-    """The objective that is asked for, by name or as one."""
+    """Resolve the objective from a name or an object."""
     if objective is None:
         return elbo(PARTICLES if particles is None else particles)
     if isinstance(objective, str):
@@ -192,7 +192,7 @@ def _objective(objective: Objective | WakeSleep | str | None, particles: int | N
 
 
 def _schedule(target: Target, objective: Objective) -> Schedule:
-    """How long to train where the user does not say."""
+    """The default schedule for a target and an objective."""
     if not isinstance(target, NestedTarget):
         return schedules.DEFAULT
     return replace(
@@ -203,7 +203,7 @@ def _schedule(target: Target, objective: Objective) -> Schedule:
 
 
 def _check(target: Target, objective: Objective, restarts: int) -> None:
-    """Refuse fits that are not possible for a target of latents that all rows share."""
+    """Raise a ValueError for a fit that is not possible for shared latents."""
     if restarts > 1 and list(target.parameters()):
         raise ValueError(
             f"{target.name} has parameters of its own, which every restart would train anew: "

@@ -1,4 +1,4 @@
-"""One restart of a fit: a start, training in stages, a check, and what to do if it fails."""
+"""One restart of a fit: a start, training in stages, a check, and escalation."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Session, Settings
 from flowvi.training.stages import Stages
 
-# Shares of a time budget at which the check makes do with fewer draws, and annealing is left out.
+# Shares of a time budget after which the check takes fewer draws, and annealing is skipped.
 CHECK_SHARE, ANNEAL_SHARE = 0.9, 0.8
 
 
@@ -42,12 +42,12 @@ class Restart:
 
     Args:
         target: The log density.
-        settings: What the user asked for.
-        session: What the running fit has at hand.
+        settings: The user's settings.
+        session: State of the running fit.
         number: Number of the restart, from 0.
-        name: Of the guide; empty for a guide that is given.
-        guide: A guide of the user's own.
-        fresh: Whether that begins at the start that is found, and does not go on from its own.
+        name: Name of the guide; empty for a given guide.
+        guide: The user's guide.
+        fresh: Whether a given guide is initialised at the start; otherwise it keeps its parameters.
     """
 
     def __init__(
@@ -71,14 +71,14 @@ class Restart:
 
     @property
     def schedule(self) -> Schedule:
-        """How long to train, and with what steps."""
+        """Numbers of steps, step sizes and thresholds."""
         return self.settings.schedule
 
     def run(self, first: Callable[[Restart], Candidate]) -> None:
-        """Find a start, train the first guide, and check it; an interrupt keeps the best.
+        """Find a start, train the first guide, and check it; an interrupt keeps the best guide.
 
         Args:
-            first: Builds the first guide.
+            first: Function that builds the first guide.
         """
         self.best, *self.others = self._start()
         torch.manual_seed(self.seed(BUILD))
@@ -115,25 +115,25 @@ class Restart:
         return [self.gaussian(state)]
 
     def gaussian(self, state: Mapping[str, Any]) -> GaussianApproximation:
-        """A Gaussian from its state, on the device of the target."""
+        """Restore a Gaussian from its state, on the device of the target."""
         device = self.target.device
         loc, scale = state["loc"].to(device), state["scale_tril"].to(device)
         return GaussianApproximation(**{**state, "loc": loc, "scale_tril": scale})
 
     def seed(self, place: int) -> int:
-        """The seed of one of the places where this restart is random."""
+        """Return the seed for one random operation of this restart."""
         return derive_seed(self.settings.seed, 1 + self.number, place)
 
     def stages(self, guide: Guide) -> Stages:
-        """Trains a guide on this restart's target."""
+        """Create the training of a guide on this restart's target."""
         return Stages(self.target, guide, self.settings, self.session, self.number, self.record)
 
     def placed(self, guide: Guide) -> Guide:
-        """The guide in the precision and on the device of the target."""
+        """Move a guide to the precision and the device of the target."""
         return guide.to(dtype=self.target.dtype, device=self.target.device)
 
     def started(self, candidate: Candidate) -> Candidate:
-        """A guide at the best Gaussian, or at several if it has components."""
+        """Initialise a guide at the best Gaussian, or a mixture at several Gaussians."""
         candidate.guide = guide = self.placed(candidate.guide)
         guide.start(self.best.loc, self.best.scale_tril)
         if isinstance(guide, MixtureGuide):
@@ -144,13 +144,13 @@ class Restart:
         return candidate
 
     def train(self, candidate: Candidate, share: float, name: str = "", draws: int = 1) -> None:
-        """Train a guide for as many stages as pay, or for the number of steps asked for.
+        """Train a guide until a stage no longer pays, or for the requested number of steps.
 
         Args:
             candidate: The guide, changed in place.
             share: Share of the time budget at which training has to end.
-            name: What to call the stages.
-            draws: Times the usual number of draws of the first stage.
+            name: Name of the stages.
+            draws: Factor of the number of draws of the first stage.
         """
         stages = self.stages(candidate.guide)
         candidate.evaluation = stages.evaluate()
@@ -183,7 +183,7 @@ class Restart:
             )
 
     def check(self, candidate: Candidate) -> None:
-        """Judge a guide by fresh draws, and by what the search for a start saw."""
+        """Check a guide on fresh draws, and against the modes of the search for a start."""
         candidate.missed = self.left_out(candidate)
         try:
             with abort_on_interrupt():
@@ -221,14 +221,14 @@ class Restart:
         )
 
     def left_out(self, candidate: Candidate) -> list[GaussianApproximation]:
-        """Modes of the search for a start that a guide leaves out."""
+        """Modes from the search for a start that a guide misses."""
         modes = [g for g in self.others if math.isfinite(g.mass)]
         return missed_modes(
             self.target, candidate.guide, candidate.covered, modes, self.seed(COVER)
         )
 
     def wide(self) -> GaussianApproximation:
-        """A normal for the target at a high temperature."""
+        """A normal approximation of the target at a high temperature."""
         if self._wide is None:
             near = [self.best, *self.others]
             self._wide = wide_gaussian(self.target, near, self.seed(WIDE))
@@ -236,7 +236,7 @@ class Restart:
 
     def _beyond(self, guide: Guide, diagnosis: Diagnosis) -> str:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
-        # Where there are several modes, one that is missed has to be known at any price.
+        # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
@@ -246,7 +246,7 @@ class Restart:
         except Interrupted:
             return ""
         except (ValueError, RuntimeError) as error:
-            # It only looks for what may be missing.
+            # Annealing only searches for missed mass; its failure does not affect the guide.
             self.record.log.append(f"annealing from a wide start failed, {error}")
             return ""
 
@@ -260,14 +260,14 @@ class Restart:
         return lr
 
     def searches(self, gap: float) -> bool:
-        """Whether a step size is looked for; not where there is little to gain, or little time."""
+        """Whether to search a step size: not if the gap or the remaining time is small."""
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         little = steps is None and gap < schedule.little
         return not few and not little and clock.seconds_left >= schedule.search_seconds
 
     def tried(self, stages: Stages, lr: float | None = None) -> Trial:
-        """The best of several step sizes, or where one of them leads from there."""
+        """The best of several step sizes, or the result of a given one."""
         steps = self.schedule.race_steps
 
         def further(lr: float) -> Trial:
@@ -288,7 +288,7 @@ class Restart:
         candidate.evaluation = stages.run(stage)
 
     def _by_length(self, stages: Stages, candidate: Candidate) -> None:
-        """Stages of counted steps; one that gained nothing is followed by smaller steps."""
+        """Train stages of fixed lengths; halve the step size after a stage without a gain."""
         rate, clock = candidate.lr, self.session.clock
         for i, length in enumerate(self.schedule.counted(self.settings.steps)):
             if clock.out_of_time() or self.record.stopped:
@@ -309,7 +309,7 @@ class Restart:
     def _until_plateaus(
         self, stages: Stages, candidate: Candidate, share: float, name: str, draws: int
     ) -> None:
-        """Stages with ever more draws and smaller steps, as long as each removes enough."""
+        """Train stages with more draws and smaller steps, until one reduces the gap too little."""
         schedule = self.schedule
         for i in range(schedule.most_stages):
             if self.session.clock.out_of_time(share) or self.record.stopped:
@@ -334,7 +334,7 @@ class Restart:
             if i and gained < schedule.worth * (left + gained):
                 return
             if self.settings.escalate and self.left_out(candidate):
-                # No more steps bring the modes back that this guide leaves out.
+                # Further steps cannot recover modes that this guide misses.
                 return
 
 
@@ -345,14 +345,14 @@ def checked(
     over: Callable[[], bool],
     schedule: Schedule,
 ) -> Diagnosis:
-    """Judge guides by fresh draws, and by more of them where the first could be wrong.
+    """Diagnose fresh draws of guides; take more draws if the first result is uncertain.
 
     Args:
         target: The log density.
         guides: Independent fits to it.
-        seed: Of the draws.
-        over: Asked whether to make do with the first.
-        schedule: Says how many.
+        seed: Seed of the draws.
+        over: Function that returns whether to keep the first result.
+        schedule: The schedule with the numbers of draws.
     """
 
     def drawn(n: int) -> Draws:

@@ -1,4 +1,4 @@
-"""What fits return: guides, their history, and what can be drawn from them."""
+"""Results of fits: guides, history, and draws."""
 
 from __future__ import annotations
 
@@ -29,17 +29,17 @@ from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget, Target
 from flowvi.targets.precision import dtype_name
 
-# Streams of random numbers: of `draw_start`, and of draws of a nested fit.
+# Random streams: for `draw_start`, and for draws of a nested fit.
 START, NESTED_DRAWS = 1_000_000, 2
 
 
 class AnyFit(ABC):
-    """What all fits have. Abstract.
+    """Base class of all fits. Abstract.
 
     Attributes:
-        target: The log density; its own parameters are trained.
-        history: A column for each number that is known of each step or epoch.
-        log: What was decided, and why.
+        target: The log density, with its trained parameters.
+        history: Columns with one number for each step or epoch.
+        log: Decisions and their reasons.
         meta: JSON-able facts.
     """
 
@@ -48,7 +48,7 @@ class AnyFit(ABC):
     log: list[str]
     meta: dict[str, Any]
 
-    # The first line of its text, from `meta`.
+    # Format of the first line of `str(fit)`, filled from `meta`.
     HEAD: ClassVar[str]
 
     def save(self, folder: str | os.PathLike[str]) -> Path:
@@ -57,7 +57,7 @@ class AnyFit(ABC):
 
     @abstractmethod
     def contents(self) -> Contents:
-        """All that `save` writes."""
+        """The contents that `save` writes."""
 
     def __str__(self) -> str:
         facts = {"name": self.target.name, "precision": dtype_name(self.target.dtype), **self.meta}
@@ -69,15 +69,15 @@ class Fit(AnyFit):
     """The result of a fit.
 
     Attributes:
-        target: What was approximated.
+        target: The approximated log density.
         guides: One guide for each restart.
         bounds: The bound of each guide on common fresh draws.
         history: Per step of all restarts: bound, grad_norm, lr, skipped, restart.
-        log: What was chosen, and why.
+        log: Decisions and their reasons.
         meta: JSON-able facts: guide, objective, steps, particles, lr, seed, seconds ...
-        chains: Draws of Markov chains in the space of the best guide, where nothing else
-            was to be trusted.
-        start: The Gaussian that the best restart began with; None for a loaded fit.
+        chains: Draws of Markov chains in the space of the best guide, if no guide was
+            trusted.
+        start: The initial Gaussian of the best restart; None for a loaded fit.
     """
 
     target: Target
@@ -97,17 +97,17 @@ class Fit(AnyFit):
         return self.guides[int(np.argmax(self.bounds))]
 
     def draw(self, n: int = 4000, seed: int = 0, max_memory: memory.MaxMemory = None) -> Draws:
-        """Draw from every restart's guide and evaluate the target there.
+        """Draw from the guide of every restart, and evaluate the target at the draws.
 
-        Where the fit ended in Markov chains their draws are returned, which have no
-        weights; those of the guide are in their attribute `weighted`.
+        If the fit ended with Markov chains, their draws are returned, without weights.
+        Their attribute `weighted` holds the draws of the guide.
 
         Args:
-            n: Draws from each guide, or at most from each chain.
-            seed: Seed of the draws; the caller's generators are left alone.
-            max_memory: What this may take, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or 1 GB,
-                by default. A table that is larger lies in a temporary file. The draws do
-                not depend on it, and densities to rounding.
+            n: Number of draws from each guide, or largest number from each chain.
+            seed: Seed of the draws; the global generators are not changed.
+            max_memory: Memory limit, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or 1 GB, by
+                default. A larger table is stored in a temporary file. The draws do not
+                depend on it, and their densities only to rounding.
         """
         with memory.memory_limit(max_memory):
             drawn = draw(self.target, self.guides, n, seed, self.meta)
@@ -116,14 +116,14 @@ class Fit(AnyFit):
         return replace(self.chains.thinned(n), weighted=drawn)
 
     def draw_start(self, n: int = 1000, seed: int = 0) -> Draws:
-        """Draw from the Gaussian that the fit began with, to see what the guide adds.
+        """Draw from the initial Gaussian of the fit, for a comparison with the guide.
 
         Args:
             n: Number of draws.
-            seed: Seed of the draws; the caller's generators are left alone.
+            seed: Seed of the draws; the global generators are not changed.
 
         Raises:
-            ValueError: The fit was loaded, and a saved fit does not hold its start.
+            ValueError: The fit was loaded; a saved fit does not contain its start.
         """
         if self.start is None:
             raise ValueError("This fit was loaded: its Gaussian start was not saved.")
@@ -146,7 +146,7 @@ class Fit(AnyFit):
 
 @dataclass
 class NestedFit(Fit):
-    """The result of a fit of latents that all rows share and latents of each row.
+    """The result of a fit with shared latents and latents of each row.
 
     Attributes:
         target: The density over the shared latents theta, with the inner guide.
@@ -159,12 +159,12 @@ class NestedFit(Fit):
 
     @property
     def density(self) -> NestedTarget:
-        """The density over theta, with the inner guide: the target."""
+        """The target: the density over theta, with the inner guide."""
         return self.target
 
     @property
     def particles(self) -> int:
-        """Draws K of each row's latents."""
+        """Number of draws K of each row's latents."""
         return self.target.particles
 
     def draw(  # type: ignore[override]
@@ -174,16 +174,16 @@ class NestedFit(Fit):
         seed: int = 0,
         max_memory: memory.MaxMemory = None,
     ) -> Draws:
-        """Draw theta, and evaluate the bound of all rows there.
+        """Draw theta, and evaluate the bound of all rows at the draws.
 
-        `log_p` is log p(theta) plus the log of an unbiased estimate of the likelihood, from
-        K draws of each row: weights p / q estimate the evidence without bias, their mean
-        logarithm is the ELBO outside of the IW bound inside, and `bounds` and `diagnose` hold.
+        `log_p` is log p(theta) plus the log of an unbiased estimate of the likelihood from K
+        draws of each row. The weights p / q thus estimate the evidence without bias, and the mean
+        log weight is the ELBO over theta of the inner IW bound. `bounds` and `diagnose` apply.
 
         Args:
-            n: Draws of theta.
-            particles: Draws K of each row's latents; as many as in the fit without.
-            seed: Of all draws.
+            n: Number of draws of theta.
+            particles: Number of draws K of each row's latents; that of the fit by default.
+            seed: Seed of all draws.
             max_memory: As for `Fit.draw`.
         """
         with memory.memory_limit(max_memory):
@@ -199,10 +199,10 @@ class NestedFit(Fit):
         .. math:: \log \tfrac{1}{M} \sum_m p_K(x \mid \theta_m), \qquad \theta_m \sim q
 
         Args:
-            data: Rows, as the model was given them.
-            n: Draws M of theta.
-            particles: Draws K of each row's latents.
-            seed: Of all draws.
+            data: Rows, in the form that the model takes.
+            n: Number of draws M of theta.
+            particles: Number of draws K of each row's latents.
+            seed: Seed of all draws.
         """
         bound = Renyi(0.0, particles or self.particles, "total")
         with torch.no_grad(), isolated_rng(derive_seed(seed, NESTED_DRAWS)):
@@ -233,14 +233,14 @@ def draw_nested(
     seed: int,
     meta: dict[str, Any],
 ) -> Draws:
-    """Draws of theta with the bound of all rows, as a table of the shared latents.
+    """Draw theta, evaluate the bound of all rows, and return a table of the shared latents.
 
     Args:
         target: The density over theta.
         guide: The guide of theta.
         n: Number of draws.
-        particles: Draws of each row's latents; those of the target without.
-        seed: Of all draws.
+        particles: Number of draws of each row's latents; that of the target by default.
+        seed: Seed of all draws.
         meta: JSON-able facts about the fit.
     """
     bound = Renyi(0.0, particles or target.particles, "total")
@@ -262,10 +262,10 @@ class RowFit(AnyFit):
     """The result of a fit of local latents.
 
     Attributes:
-        target: The log densities of rows; parameters of the model are trained.
+        target: The log densities of rows, with the model's trained parameters.
         guide: A density for every row.
         history: Per epoch: bound, validation, divergence, lr, beta, skipped, seconds.
-        log: What was chosen, and why.
+        log: Decisions and their reasons.
         meta: JSON-able facts: guide, objective, epochs, batch_size, seed, seconds ...
     """
 
@@ -286,14 +286,14 @@ class RowFit(AnyFit):
         progress: bool = False,
         max_memory: memory.MaxMemory = None,
     ) -> RowBounds:
-        """Importance-weighted bounds of rows, in pieces that fit memory.
+        """Importance-weighted bounds of rows, in parts that fit in memory.
 
         Args:
-            data: Rows, as the model was given them; those that it was fitted to without.
+            data: Rows, in the form that the model takes; the rows of the fit by default.
             particles: Number of draws K for each row.
-            seed: Seed of the draws; the caller's generators are left alone.
-            rows: Places of some of the rows that it was fitted to, in place of data.
-            progress: Show a bar, if the error stream is a terminal.
+            seed: Seed of the draws; the global generators are not changed.
+            rows: Indices of rows of the fit, in place of data.
+            progress: Whether to show a progress bar, if the error stream is a terminal.
             max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)
@@ -312,10 +312,10 @@ class RowFit(AnyFit):
         """Draw the latents of rows.
 
         Args:
-            n: Draws for each row.
-            data: Rows, as the model was given them; those that it was fitted to without.
-            seed: Seed of the draws; the caller's generators are left alone.
-            rows: Places of some of the rows that it was fitted to, in place of data.
+            n: Number of draws for each row.
+            data: Rows, in the form that the model takes; the rows of the fit by default.
+            seed: Seed of the draws; the global generators are not changed.
+            rows: Indices of rows of the fit, in place of data.
             max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)

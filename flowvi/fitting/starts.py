@@ -1,4 +1,4 @@
-"""Where a restart begins: Gaussians, of which the best is the start of its guide."""
+"""The start of a restart: Gaussian approximations, the best of which initialises the guide."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt
 from flowvi.targets import Target
 from flowvi.training.records import BUILD, LOOK, MODES
 
-# Largest D for which a normal of shared latents and those of rows is looked for.
+# Largest D for a joint normal of the shared latents and the latents of some rows.
 JOINT_DIM = 500
-# Standard deviations of a start that was not looked for, or not found.
+# Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
 
 
@@ -31,14 +31,14 @@ def global_start(
     diagonal: bool,
     share: float,
 ) -> list[GaussianApproximation]:
-    """The best Gaussian, then further modes, then the ends of other ways to one.
+    """Return the best Gaussian, then other modes, then the ends of other searches.
 
     Args:
         target: The log density.
         seed: Purpose -> seed.
-        clock: Of the fit.
-        say: Takes a line of the log.
-        diagonal: Whether the guide has no correlations.
+        clock: Clock of the fit.
+        say: Function that takes a line of the log.
+        diagonal: Whether the guide has a diagonal covariance.
         share: Share of a time budget for the search.
 
     Raises:
@@ -65,12 +65,12 @@ def global_start(
 
 
 def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:
-    """A normal of theta from some rows, at which a fresh guide of rows begins too.
+    """Fit a normal of theta from some rows, and initialise a fresh guide of rows at it.
 
     Args:
-        target: The density over theta; its guide of rows is changed in place, if it is fresh.
-        seed: Of the rows, points and draws.
-        say: Takes a line of the log.
+        target: The density over theta; a fresh guide of rows is changed in place.
+        seed: Seed of the rows, points and draws.
+        say: Function that takes a line of the log.
     """
     found = start(target.target, seed) if target.dim <= JOINT_DIM else None
     if found is None:
