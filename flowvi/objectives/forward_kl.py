@@ -1,4 +1,4 @@
-"""The forward KL divergence, from draws of the target."""
+"""The forward KL divergence, estimated from given draws of the target."""
 
 from dataclasses import dataclass, field
 from typing import ClassVar
@@ -12,14 +12,14 @@ from flowvi.objectives.estimate import Estimate
 
 @dataclass(frozen=True, eq=False)
 class ForwardKL:
-    r"""Inclusive divergence KL(p || q), for draws that come from elsewhere.
+    r"""Inclusive divergence KL(p || q), estimated from given draws of p.
 
-    For draws :math:`z_s` of the posterior with normalised weights :math:`\omega_s`,
+    For draws :math:`z_s` of the posterior with normalised weights :math:`\omega_s`, it
     maximises
 
     .. math:: -\sum_s \omega_s \log w_s, \qquad w_s = p(x, z_s) / q(z_s),
 
-    whose gradient is that of :math:`E_p[\log q]`: q is fitted by weighted
+    whose gradient estimates that of :math:`E_p[\log q]`: q is fitted by weighted
     maximum likelihood. The draws are fixed, so the model's parameters get no
     gradient.
 
@@ -56,7 +56,7 @@ class ForwardKL:
         Args:
             log_p: Log joint density, (S, *B, D) -> (S, *B).
             guide: The density q.
-            context: What q is conditioned on, (*B, C).
+            context: Context of q, (*B, C).
 
         Returns:
             Estimate with a bound of shape (*B).

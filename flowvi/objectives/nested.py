@@ -1,4 +1,4 @@
-"""The density of latents that all rows share, with a bound over the latents of rows inside."""
+"""The log density of shared latents, with a bound over the latents of rows as likelihood."""
 
 from __future__ import annotations
 
@@ -22,40 +22,40 @@ from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget, Target
 from flowvi.targets.local.rows import split_batch
 
-# Hidden units of the network that mixes a row and theta.
+# Hidden units of the network that combines a row and theta.
 MIXING = 64
-# Draws by which guides are compared, and numbers of the latents of rows that these may take.
+# Least and largest number of draws for comparisons, and limit on the row latents they need.
 FEWEST_DRAWS, MOST_DRAWS, NUMBERS = 30, 500, 2_000_000
-# Draws behind the verdict, and numbers of latents of rows beyond which there is none.
+# Number of draws for the verdict, its least value, and the limit on the row latents they need.
 CHECKED, FEWEST_CHECKED, MOST_CHECKED = 1000, 100, 200_000_000
 
 
 class NestedTarget(Target):
-    r"""A log density over theta whose likelihood is itself a bound over the latents of rows.
+    r"""A log density over theta whose likelihood is a bound over the latents of rows.
 
     .. math::
         \log p(\theta) + \frac{N}{B} \sum_{n \in B} L_K(x_n \mid \theta), \qquad
         L_K = \log \frac{1}{K} \sum_k \frac{p(x_n, z_{nk} \mid \theta)}{q(z_{nk} \mid x_n, \theta)}
 
-    Each L_K is below :math:`\log p(x_n \mid \theta)` in expectation, and the scale N / B stands
-    outside of it: an ELBO over theta of this is a lower bound on the evidence, and unbiased
-    under minibatches. The guide of a row is part of the target: its parameters are trained with
-    the guide of theta, by `flowvi.fit`.
+    Each L_K is below :math:`\log p(x_n \mid \theta)` in expectation, and N / B multiplies the
+    bounds. The ELBO over theta of this density is therefore a lower bound on the evidence, unbiased
+    under minibatches. The guide of a row is part of the target: `flowvi.fit` trains its parameters
+    with the guide of theta.
 
     Args:
-        target: A model with local latents and latents that all rows share.
-        inner: Guide of a row's latents: a name, or an amortised guide that goes on from where it
-            is. The context of one of your own is that of the row, then theta where `sees_theta`.
-        particles: Draws K of each row's latents.
+        target: A model with local latents and shared latents.
+        inner: Guide of a row's latents: a name, or an amortised guide that keeps its parameters.
+            The context of a given guide is that of the row, followed by theta if `sees_theta`.
+        particles: Number of draws K of each row's latents.
         sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x).
-        batch_size: Rows of a step; all of them without.
+        batch_size: Number of rows of a step; all rows by default.
 
     Attributes:
         shared: The log density of theta alone.
         dtype: Precision of theta.
 
     Raises:
-        ValueError: The model has no shared latents, or the guide is one of other latents.
+        ValueError: The model has no shared latents, or the guide does not suit the row latents.
     """
 
     stochastic = True
@@ -98,7 +98,7 @@ class NestedTarget(Target):
         self.observed, self.improper, self.messages = {}, shared.improper, shared.messages
         self.inner_name = inner if isinstance(inner, str) else "own"
         self.inner = _inner(target, inner, sees_theta)
-        # Whether the bound stands in a weight of the bound over theta, and not alone.
+        # Whether the bound is inside a weight of the bound over theta.
         self.weighted = False
         if self.size < target.rows:
             self.subsampled = {target.plate: (target.rows, self.size)}
@@ -123,8 +123,8 @@ class NestedTarget(Target):
     def within(self) -> Renyi:
         """The bound over the latents of a row.
 
-        The score of the inner guide has mean zero where this bound stands alone, and not where
-        the same draws are in a weight of the outer bound.
+        The score of the inner guide has mean zero if this bound is used alone, but not if
+        the same draws are part of a weight of the outer bound.
         """
         return Renyi(0.0, self.particles, "total" if self.weighted else "dreg")
 
@@ -134,7 +134,7 @@ class NestedTarget(Target):
         Args:
             theta: Unconstrained values of the shared latents.
             batch: The rows.
-            bound: Over the latents of a row; that of the fit without.
+            bound: Bound over the latents of a row; that of the fit by default.
         """
         seen = self.inner.context(batch)
         context = seen.expand(len(theta), *seen.shape)
@@ -153,25 +153,25 @@ class NestedTarget(Target):
         return (bound or self.within)(log_p, self.inner.guide, context).bound
 
     def log_prob(self, z: Tensor, batch: Any = None, bound: Renyi | None = None) -> Tensor:
-        """An estimate of the density, without bias on the natural scale. (*S, G) -> (*S).
+        """Estimate the log density; unbiased on the natural scale. (*S, G) -> (*S).
 
         Args:
             z: Unconstrained values of the shared latents theta.
-            batch: A `Batch` of rows, or plate -> their places; all rows without.
-            bound: Over the latents of a row; that of the fit without.
+            batch: A `Batch` of rows, or a mapping from plate to indices; all rows by default.
+            bound: Bound over the latents of a row; that of the fit by default.
         """
         if isinstance(batch, Mapping):
             (places,) = batch.values() if batch else [torch.arange(self.target.rows)]
             batch = self.target.batch(places.cpu())
         rows = self.target.batch() if batch is None else batch
         theta = z.reshape(-1, self.dim)
-        # N / B multiplies the bounds, not the weights in them.
+        # N / B multiplies the bounds, not the weights inside them.
         scale = self.target.rows / len(rows.places)
         total = sum(found.to(z.dtype).sum(-1) for found in self._in_pieces(theta, rows, bound))
         return (self.shared.log_prob(theta) + scale * total).reshape(z.shape[:-1])
 
     def every_row(self, theta: Tensor, batch: Batch, bound: Renyi | None = None) -> Tensor:
-        """Bounds of many rows, in pieces that fit memory. (T, G) -> (T, B)."""
+        """Bounds of many rows, in parts that fit in memory. (T, G) -> (T, B)."""
         return torch.cat(list(self._in_pieces(theta, batch, bound)), -1)
 
     def compared(self, z: Tensor) -> Tensor:
@@ -197,30 +197,30 @@ class NestedTarget(Target):
         return [self.shared.uses(), self.target.uses()]
 
     def own_state(self) -> dict[str, Tensor]:
-        """Parameters of the model and the inner guide, and buffers of that."""
+        """Parameters of the model and the inner guide, and buffers of the inner guide."""
         buffers = {f"inner.{name}": b for name, b in self.inner.named_buffers()}
         return {**dict(self.named_parameters()), **buffers}
 
     def chunk(self) -> int:
-        """How many values of theta to evaluate at a time: the same whatever `max_memory` is.
+        """Number of values of theta in one call, independent of `max_memory`.
 
-        The draws of rows do not depend on it: they are made in pieces of one size.
+        Draws of rows are made in parts of this size, and thus do not depend on `max_memory`.
         """
         return max(1, self._drawn_at_once // len(self._places))
 
     def at_once(self) -> int:
-        """How many draws of theta a step may evaluate at a time, of the rows of one step."""
+        """Number of draws of theta whose step fits in memory, for the rows of one step."""
         return max(
             1, self._step_cost.points_within(memory.evaluation_bytes(), memory.ANY) // self.size
         )
 
     def evaluation_draws(self, outer: int) -> int:
-        """By how many draws guides are compared, where a bound over theta takes `outer` each."""
+        """Number of draws for comparisons of guides, with `outer` draws of theta in a bound."""
         fit = NUMBERS // (len(self._places) * self.particles * self.target.dim)
         return max(FEWEST_DRAWS * outer, int(np.clip(fit, FEWEST_DRAWS, MOST_DRAWS)))
 
     def check_draws(self) -> int:
-        """By how many draws the result is judged; none where all rows would take too long."""
+        """Number of draws for the check; zero if all rows would take too long."""
         each = self.target.rows * self.particles * self.target.dim
         draws = int(np.clip(MOST_CHECKED // (10 * each), FEWEST_CHECKED, CHECKED))
         return draws if draws * each <= MOST_CHECKED else 0
@@ -230,7 +230,7 @@ class NestedTarget(Target):
         return {"inner": self.inner_name, "particles": self.particles, "batch_size": self.size}
 
     def spec(self) -> dict[str, Any]:
-        """What the inner guide is built again from."""
+        """Arguments that rebuild the inner guide."""
         mixes = isinstance(self.inner, SharedAmortised)
         return {"name": self.inner_name, "sees_theta": self.sees_theta, "mixes": mixes}
 
@@ -238,7 +238,7 @@ class NestedTarget(Target):
         rows = f"{self.target.rows} rows, K = {self.particles}"
         return f"NestedTarget({self.name}: D = {self.dim} shared; {rows})"
 
-    # Pairs of a value of theta and a row, and the memory that they take.
+    # Pairs of a value of theta and a row, and their memory.
 
     @cached_property
     def _step_cost(self) -> memory.Cost:
@@ -248,7 +248,7 @@ class NestedTarget(Target):
 
     @cached_property
     def _drawn_at_once(self) -> int:
-        """How many pairs have their latents drawn at a time."""
+        """Number of pairs whose latents are drawn in one call."""
         with torch.no_grad():
             return self._cost(self.rows).points_within(memory.PIECE, memory.ANY)
 
@@ -265,13 +265,13 @@ class NestedTarget(Target):
             return self._cost(density)
 
     def _cost(self, evaluate: Callable[[Tensor, Batch], object]) -> memory.Cost:
-        """Memory of an evaluation for any number of pairs, and for each of them."""
+        """Memory of an evaluation: a constant part, and a part for each pair."""
         theta = self.shared.starts(torch.Generator(self.device).manual_seed(0))[:1].detach()
 
         def some(n: int) -> object:
             return evaluate(theta.clone(), self.target.batch(torch.arange(n) % self.target.rows))
 
-        # What is recorded of the model does not depend on when this is measured.
+        # The measurement must not count as a use of the model.
         seen = self.uses()
         with isolated_rng():
             found = memory.measure_cost(some)
@@ -279,14 +279,14 @@ class NestedTarget(Target):
         return found
 
     def _rows_at_once(self, thetas: int, rows: int) -> int:
-        """How many rows to evaluate at a time, at the draws that were made for all of them."""
+        """Number of rows in one evaluation of the density, at draws that exist for all rows."""
         if torch.is_grad_enabled():
             return rows
         fits = self._density_cost.points_within(memory.evaluation_bytes(), memory.ANY)
         return max(1, min(rows, fits // thetas))
 
     def _in_pieces(self, theta: Tensor, batch: Batch, bound: Renyi | None) -> list[Tensor]:
-        """Bounds of rows, (T, B') each; in one piece where a gradient is wanted of all of them."""
+        """Bounds of rows, (T, B') each; in one part if a gradient is needed."""
         many = len(batch.places)
         size = many if torch.is_grad_enabled() else max(1, self._drawn_at_once // len(theta))
         return [self.rows(theta, piece, bound) for piece in split_batch(batch, size)]
@@ -297,9 +297,9 @@ def inner_guide(target: LocalTarget, name: str, sees_theta: bool, mixes: bool) -
 
     Args:
         target: The model.
-        name: Row of `GUIDES` or `FLOWS`.
-        sees_theta: Whether it is given theta.
-        mixes: Whether it follows products of the row and theta; earlier versions did not.
+        name: Name in `GUIDES` or `FLOWS`.
+        sees_theta: Whether its context includes theta.
+        mixes: Whether a network combines the row and theta; earlier versions had none.
     """
     assert target.shared is not None
     built: Amortised = amortised(target, check_choice("guide", name, sorted(guide_names())))
@@ -327,12 +327,12 @@ def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amo
 
 
 def _made_again(make: Any, inner: str | Amortised, *rest: Any) -> NestedTarget:
-    """The same target in another process; its parameters come beside it."""
+    """Create the target in another process, without the values of its parameters."""
     return NestedTarget(make(), inner, *rest)
 
 
 def check_outer(target: NestedTarget, outer: int) -> None:
-    """Refuse weights of theta that hold some of the rows only."""
+    """Raise a ValueError if a weight of theta would contain a part of the rows only."""
     if outer > 1 and target.subsampled:
         raise ValueError(
             f"With outer = {outer}, every weight of theta needs all {target.target.rows} rows: of "

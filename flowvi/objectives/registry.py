@@ -1,4 +1,4 @@
-"""Objectives by name, and in the words of the literature."""
+"""Objectives by name, and their descriptions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Objective = Renyi | ForwardKL
 
 
 def describe_rows(objective: Renyi | WakeSleep) -> str:
-    """An objective in the words of the literature."""
+    """Describe an objective by its name in the literature."""
     if isinstance(objective, WakeSleep):
         return f"reweighted wake-sleep (K = {objective.particles})"
     kind = "total" if objective.gradient == "total" else "STL" if objective.alpha == 1 else "DReG"
@@ -29,7 +29,7 @@ def describe_rows(objective: Renyi | WakeSleep) -> str:
 
 
 def describe(objective: Objective) -> str:
-    """An objective in the words of the literature."""
+    """Describe an objective by its name in the literature."""
     if isinstance(objective, ForwardKL):
         return f"forward KL ({len(objective.z)} draws)"
     if objective.alpha == 1.0:

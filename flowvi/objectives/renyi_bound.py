@@ -1,4 +1,4 @@
-"""Objectives: bounds on the log evidence whose gradients are right."""
+"""Rényi bounds on the log evidence, from the ELBO to the importance-weighted bound."""
 
 import math
 from dataclasses import dataclass
@@ -22,21 +22,21 @@ class Renyi:
         L_\alpha = \frac{1}{1 - \alpha} \log \frac{1}{K} \sum_{k=1}^K w_k^{1 - \alpha}.
 
     The limit :math:`\alpha \to 1` is the ELBO, averaged over the K draws;
-    :math:`\alpha = 0` is the IW-ELBO. The value is the same, to the bit, for
-    every kind of gradient. A draw outside the support of p has weight zero, in
-    the bound and in the gradient; a NaN makes the whole estimate NaN.
+    :math:`\alpha = 0` is the IW-ELBO. The value is the same, to the bit, for every
+    gradient estimator. A draw outside the support of p has weight zero in the bound
+    and in the gradient. A NaN makes the whole estimate NaN.
 
-    A mixture is drawn in strata, K from each component m; 1 / K becomes the
-    share :math:`s_k = \pi_m / K` of a draw of component m. The bound holds for
-    any shares, and is tighter than with K draws of the mixture.
+    A mixture is sampled in strata, K draws from each component m. The factor 1 / K is
+    replaced by the share :math:`s_k = \pi_m / K` of a draw of component m. The bound
+    is valid for any shares, and tighter than with K draws of the mixture.
 
     Args:
         alpha: Order of the bound, in [0, 1].
-        particles: Number of draws K from each part of the guide.
-        gradient: ``"total"`` differentiates the bound as written. ``"dreg"``
-            drops the score of q and reweights what is left; it has the same
-            expectation and its variance vanishes as q approaches p. ``"stl"``
-            is the name of ``"dreg"`` at alpha = 1.
+        particles: Number of draws K from each component of the guide.
+        gradient: ``"total"`` differentiates the bound as written. ``"dreg"`` drops the
+            score of q and reweights the path gradient; it has the same expectation, and
+            its variance vanishes as q approaches p. ``"stl"`` is the name of ``"dreg"``
+            at alpha = 1.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519: alpha = 0.
@@ -75,8 +75,8 @@ class Renyi:
         Args:
             log_p: Log joint density, (K, *repeats, *B, D) -> (K, *repeats, *B).
             guide: The density q.
-            context: What q is conditioned on, (*B, C).
-            repeats: Independent estimates to make of each row's bound.
+            context: Context of q, (*B, C).
+            repeats: Shape of independent estimates of each row's bound.
 
         Returns:
             Estimate with a bound of shape (*repeats, *B).
@@ -88,19 +88,19 @@ class Renyi:
             _scale_gradient(z, torch.ones_like(log_w), log_w)
             return Estimate(self.bound(log_w, log_share), _check_particles(log_w, log_share))
 
-        # q depends on its parameters and on the context; both scores are dropped: what is left
-        # of log q is its dependence on z.
+        # q depends on its parameters and on the context; both scores are dropped, and only the
+        # dependence of log q on z remains.
         z, log_q, log_share, score = guide.sample_with_score(shape, context)
         path = (score * z).sum(-1)
         log_joint = guide.joint_density(log_p)(z)
         log_w = (log_joint - log_q).detach()
         v = self._path_weights(log_w, log_share.detach())
-        # The model's parameters see v; the path through z sees alpha v + (1 - alpha) v^2.
+        # The model's parameters get v; the path through z gets alpha v + (1 - alpha) v^2.
         _scale_gradient(z, self.alpha + (1 - self.alpha) * v, log_w)
         surrogate = v * (log_joint - path).masked_fill(log_w.isneginf(), 0.0)
         if self.alpha < 1.0:
-            # A stratum's draws follow q_m, not q: the path accounts for the score of q_m, and
-            # that of q_m / q remains. Its average over the shares is zero; v - s has less noise.
+            # The draws of a stratum follow q_m, not q. The path gradient covers the score of q_m;
+            # that of q_m / q remains. Its mean over the shares is zero, so v - s has less noise.
             excess = v - log_share.detach().exp()
             surrogate = surrogate + excess * guide.log_component_ratio(z.detach(), context)
         surrogate = surrogate.sum(0)
@@ -112,7 +112,7 @@ class Renyi:
 
         Args:
             log_w: Log weights, (K, *B).
-            log_share: Log of what each counts, adding up to one; equal by default.
+            log_share: Log share of each weight; the shares add up to one and are equal by default.
         """
         if log_share is None:
             log_share = log_w.new_full((), -math.log(len(log_w)))
@@ -125,7 +125,7 @@ class Renyi:
         """Derivative of the bound with respect to each log weight, (K, *B)."""
         if self.alpha == 1.0:
             return log_share.exp().expand_as(log_w)  # 0 times minus infinity is NaN.
-        # All draws outside the support: the bound is minus infinity, its derivative none.
+        # If all draws are outside the support, the bound is minus infinity and its gradient zero.
         v = torch.softmax(log_share + (1 - self.alpha) * log_w, dim=0)
         return v.masked_fill(log_w.isneginf(), 0.0)
 
@@ -146,12 +146,12 @@ def renyi(alpha: float = 0.5, particles: int = 16, gradient: Gradient = "dreg") 
 
 
 def _scale_gradient(z: Tensor, factor: Tensor, log_w: Tensor) -> None:
-    """Multiply the gradient that reaches z, and drop that of draws without weight."""
+    """Multiply the gradient of z by a factor, and drop that of draws with weight zero."""
     dead = log_w.isneginf().unsqueeze(-1)
     if z.requires_grad:
         z.register_hook(lambda g: (g * factor.unsqueeze(-1)).masked_fill(dead, 0.0))
 
 
 def _check_particles(log_w: Tensor, log_share: Tensor) -> Tensor:
-    """Detached log weights that count by their shares: the same ones where these are equal."""
+    """Detached log weights, corrected for the shares; unchanged if the shares are equal."""
     return (log_w + (log_share + math.log(len(log_w)))).detach()

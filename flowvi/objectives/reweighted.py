@@ -14,12 +14,12 @@ from flowvi.runtime.arguments import check_integer
 
 @dataclass(frozen=True)
 class WakeSleep:
-    r"""Reweighted wake-sleep: the IW bound for the model, the inclusive divergence for the guide.
+    r"""Reweighted wake-sleep: the IW bound for the model, inclusive KL for the guide.
 
-    With K draws :math:`z_k \sim q` that carry no gradient, weights :math:`w_k = p / q` and
-    :math:`v = \mathrm{softmax}(\log w)`, the model's parameters follow
-    :math:`\sum_k v_k \nabla \log p(x, z_k)`, the gradient of the IW bound, and the
-    guide's follow :math:`\sum_k v_k \nabla \log q(z_k)`, an estimate of the gradient of
+    With K draws :math:`z_k \sim q` without gradient, weights :math:`w_k = p / q` and
+    :math:`v = \mathrm{softmax}(\log w)`, the gradient for the model's parameters is
+    :math:`\sum_k v_k \nabla \log p(x, z_k)`, that of the IW bound. The gradient for the
+    guide is :math:`\sum_k v_k \nabla \log q(z_k)`, an estimate of the gradient of
     :math:`-KL(p(z \mid x) \| q)`. The value is the IW bound.
 
     Args:
@@ -45,13 +45,13 @@ class WakeSleep:
         context: Tensor | None = None,
         repeats: tuple[int, ...] = (),
     ) -> Estimate:
-        """Evaluate the bound for every row of the context; as `Renyi` does."""
+        """Evaluate the bound for every row of the context, like `Renyi`."""
         with torch.no_grad():
             z = guide.sample((self.particles, *repeats), context).z
         log_joint, log_q = log_p(z), guide.log_prob(z, context)
         log_w = (log_joint - log_q).detach()
         bound = self.bound(log_w)
-        # All draws outside the support: the bound is minus infinity, its derivative none.
+        # If all draws are outside the support, the bound is minus infinity and its gradient zero.
         v = torch.softmax(log_w, dim=0).masked_fill(log_w.isneginf(), 0.0)
         surrogate = (v * (log_joint + log_q).masked_fill(log_w.isneginf(), 0.0)).sum(0)
         return Estimate(bound + (surrogate - surrogate.detach()), log_w)

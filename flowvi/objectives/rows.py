@@ -1,4 +1,4 @@
-"""One step over a batch of rows: the bound of the batch and its gradient."""
+"""The bound of a batch of rows."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from flowvi.targets import Batch, LocalTarget
 
 
 class RowStep(NamedTuple):
-    """What a step maximises, and what it tells.
+    """The objective and the bound of a step.
 
     Attributes:
-        objective: Mean over the batch, to be differentiated.
+        objective: Mean of the rows' objectives, which is differentiated.
         bound: Mean of the rows' bounds, at beta = 1 and without free bits.
-        divergence: Mean of log q - log p(z); NaN where the density has no parts.
+        divergence: Mean of log q(z) - log p(z); NaN if the density has no separate prior.
     """
 
     objective: Tensor
@@ -38,16 +38,16 @@ def row_step(
 ) -> RowStep:
     r"""Evaluate the bound of a batch of rows.
 
-    With weight beta the objective sees :math:`\log p(x \mid z) / \beta + \log p(z)`, and its
-    value is multiplied by beta.
+    With weight beta the objective of :math:`\log p(x \mid z) / \beta + \log p(z)` is
+    evaluated, and multiplied by beta.
 
     Args:
         target: The log densities of rows.
         guide: A density for every row.
         objective: The bound.
         batch: The rows.
-        beta: Weight of prior and guide.
-        free_bits: Nats of divergence that are free.
+        beta: Weight of the prior and the guide.
+        free_bits: Nats of divergence without a penalty.
     """
     seen: list[Tensor] = []
 
@@ -55,7 +55,7 @@ def row_step(
         seen[:] = target.terms(z, batch).unbind(-1)
         return seen[0] + seen[1] if beta == 1.0 else seen[0] / beta + seen[1]
 
-    context: Any = batch  # a guide for rows is conditioned on them
+    context: Any = batch  # the rows are the context of a guide for rows
     estimate = objective(log_p, guide, context)
     likelihood = seen[0]
     wanted = beta * estimate.bound.mean()
