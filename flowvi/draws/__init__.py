@@ -1,1 +1,1 @@
-"""The table of draws: sampling, resampling, the verdict, predictions."""
+"""Tables of draws: sampling, resampling, verdict, predictions."""

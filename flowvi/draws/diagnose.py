@@ -1,4 +1,4 @@
-"""The verdict on a table of draws, and bounds of the evidence."""
+"""The verdict on a table of draws, and bounds on the evidence."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -17,11 +17,11 @@ from flowvi.targets import Target, outside
 
 
 def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
-    """Say whether draws can be trusted: all of them, and those of each row where there are rows.
+    """Judge whether draws can be trusted; with a row axis, also the draws of each row.
 
     Args:
-        draws: Draws of a fit, or log weights as an array, (draw) or (chain,
-            draw). For resampled draws, the diagnosis of the original ones.
+        draws: Draws of a fit, or log weights as an array, (draw) or (chain, draw).
+            Resampled draws return the diagnosis of the original ones.
     """
     draws_wanted("diagnose", draws)
     if not isinstance(draws, Draws):
@@ -62,7 +62,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
 
 
 def _outside(draws: Draws) -> str:
-    """Why draws have no positive density; empty where all have, or their model is gone."""
+    """Reason why some draws have density zero; empty if there are none, or no model."""
     inside = np.isfinite(draws.log_p)
     if inside.all() or not inside.any() or not isinstance(draws.target, Target):
         return ""
@@ -72,7 +72,7 @@ def _outside(draws: Draws) -> str:
 
 
 def where(draws: Draws) -> Where:
-    """Say where in the space of parameters the heaviest weights are, and of which rows they are.
+    """Locate the heaviest weights in the space of parameters, and among the rows.
 
     Args:
         draws: Draws of a fit, not resampled.
@@ -83,23 +83,23 @@ def where(draws: Draws) -> Where:
 
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
-    """All values and, beside them, the unconstrained coordinates of each site."""
+    """All values, and the unconstrained coordinates of each site."""
     return {**draws.values, **_coordinates(draws)}
 
 
 def axes_of(draws: Draws, rows: bool = True) -> dict[str, list[Sequence[Any] | None]]:
-    """The labels of every axis of these, as the user gave them; None without.
+    """The user's labels of every axis of `named_values`; None for an axis without labels.
 
     Args:
         draws: The draws.
-        rows: Whether the axis of the rows is among them.
+        rows: Whether to include the row axis.
     """
     coords = draws.coords
     lead: list[Sequence[Any] | None] = [coords.get(draws.plate)] if draws.by_row and rows else []
     axes: dict[str, list[Sequence[Any] | None]] = {
         name: [*lead, *(coords.get(dim) for dim in own)] for name, own in draws.target.dims.items()
     }
-    # Of a vector in R^n, coordinates are elements.
+    # For a vector in R^n the coordinates are its elements.
     flat = {
         f"unconstrained {name}": labels
         for name, labels in axes.items()
@@ -113,10 +113,9 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
     """Importance-weighted bounds on the log evidence, with standard errors.
 
     Args:
-        draws: Draws of a fit, or log weights as an array. Of draws with rows, the bounds are
-            those on the evidence of all rows, and `rows` has those of each row.
-        particles: Numbers of particles K. Where there are fewer draws than K
-            the bound is NaN.
+        draws: Draws of a fit, or log weights as an array. With a row axis, the bounds are
+            on the evidence of all rows, and `rows` holds those of each row.
+        particles: Numbers of particles K. With fewer draws than K the bound is NaN.
     """
     draws_wanted("bounds", draws)
     if isinstance(draws, Draws):
@@ -132,7 +131,7 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
 
 
 def as_weights(given: ArrayLike) -> np.ndarray:
-    """Log weights, as an array."""
+    """Convert log weights to an array."""
     try:
         return np.asarray(given, dtype=np.float64)
     except (TypeError, ValueError):
@@ -142,7 +141,7 @@ def as_weights(given: ArrayLike) -> np.ndarray:
 
 
 def check_proper(improper: Sequence[str]) -> None:
-    """Refuse to speak of the evidence where a prior is improper."""
+    """Raise a ValueError if a prior is improper, because there is no evidence then."""
     if improper:
         names = ", ".join(f"'{name}'" for name in improper)
         raise ValueError(
@@ -152,7 +151,7 @@ def check_proper(improper: Sequence[str]) -> None:
 
 
 def _of_chains(draws: Draws) -> Diagnosis:
-    """The verdict on MCMC draws, by every coordinate, the log density and all deterministics."""
+    """The verdict on MCMC draws, from every coordinate, the log density and deterministics."""
     named = {name: draws[name] for name in draws.target.deterministics}
     diagnosis = diagnostics.diagnose_chains(
         {**_coordinates(draws), "log p": draws.log_p, **named},
@@ -184,7 +183,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
 
 
 def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]) -> Diagnosis:
-    """The verdict on some draws of chains that have been judged as a whole."""
+    """The verdict on some draws of Markov chains whose full set was checked."""
     reason = (
         f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "
         f"as a whole: {check.verdict}. Draw more for all of them: "
@@ -195,7 +194,7 @@ def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[st
 
 
 def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
-    """The unconstrained coordinates of each site; those of heavy-tailed values have moments."""
+    """The unconstrained coordinates of each site, which have moments even for heavy tails."""
     columns = {name: draws.z[..., part] for name, part in draws.target.slices.items()}
     return {
         f"unconstrained {name}": z[..., 0] if z.shape[-1] == 1 else z for name, z in columns.items()

@@ -1,4 +1,4 @@
-"""The table of draws: all that is known of a fit once the guide has been called."""
+"""The table of draws, which all later analyses read."""
 
 from __future__ import annotations
 
@@ -19,25 +19,25 @@ EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 
 @dataclass(frozen=True, eq=False)
 class Draws:
-    """Draws of one or several guides, independent, the chain axis is the guides; or of MCMC.
+    """Draws of one or several guides, or of Markov chains. Each guide is one chain.
 
-    Draws of latents of rows have an axis for the rows behind that of the draws, and weights
-    for each row.
+    For latents of rows, a row axis follows the draw axis, and each row has weights of
+    its own.
 
     Attributes:
         z: Unconstrained draws, (chain, draw, [row,] D).
         log_p: Log density of the target at z, Jacobian included; -inf where
             it is zero or not a number. (chain, draw[, row]).
         log_q: Log density of the guide at z, (chain, draw[, row]).
-        values: Latents, then deterministics, named and constrained as in the
-            model, each (chain, draw, [row,] *shape).
-        target: Where names, dims and data come from.
+        values: Constrained latents, then deterministics, by their names in the model,
+            each (chain, draw, [row,] *shape).
+        target: The target, with names, dims and data.
         meta: JSON-able facts about the fit.
-        stats: Facts about each draw of MCMC, (chain, draw), by ArviZ's names.
-        weighted: For draws of MCMC that a fit ended in, those of its guide, with their weights.
+        stats: Statistics of each MCMC draw, (chain, draw), by ArviZ's names.
+        weighted: For MCMC draws at the end of a fit, the weighted draws of its guide.
         batch: The rows; None without a row axis.
-        guide: What drew the latents of the rows.
-        diagnosis: Of resampled draws, the verdict on the original ones.
+        guide: The guide of the latents of rows.
+        diagnosis: For resampled draws, the verdict on the original ones.
     """
 
     z: np.ndarray
@@ -54,7 +54,7 @@ class Draws:
 
     @property
     def log_weights(self) -> np.ndarray:
-        """Log p - log q, (chain, draw[, row]). Resampled draws and those of MCMC have none."""
+        """Log p - log q, (chain, draw[, row]). Resampled and MCMC draws have no weights."""
         if self.mcmc:
             raise ValueError(
                 "These draws are of Markov chains, not of the guide: they have no weights, and "
@@ -69,18 +69,18 @@ class Draws:
 
     @property
     def khat(self) -> np.ndarray:
-        """Pareto shape of the weights of all draws, (), or of those of each row, (row)."""
+        """Pareto shape of the weights, (), or of the weights of each row, (row)."""
         rows = self.log_p.shape[2:]
         return psis_of_rows(self.log_weights.reshape(len(self), -1).T).khat.reshape(rows)
 
     @property
     def by_row(self) -> bool:
-        """Whether there is a row axis, with weights for each row."""
+        """Whether the draws have a row axis, with weights for each row."""
         return self.log_p.ndim > 2
 
     @property
     def labels(self) -> list[Any]:
-        """What to call the rows: their coordinates, or their places in the data; none without."""
+        """Labels of the rows: their coordinates or indices; empty without a row axis."""
         if self.batch is None:
             return []
         places = self.batch.places.tolist()
@@ -96,41 +96,41 @@ class Draws:
 
     @property
     def dims(self) -> dict[str, tuple[str, ...]]:
-        """For each value, the names of its axes behind those of chains and draws."""
+        """Names of the axes of each value after those of chains and draws."""
         rows = (self.plate,) if self.by_row else ()
         return {name: (*rows, *own) for name, own in self.target.dims.items()}
 
     @property
     def coords(self) -> dict[str, list[Any]]:
-        """Labels along these axes."""
+        """Labels along the axes in `dims`."""
         rows = {self.plate: self.labels} if self.batch is not None else {}
         return {**self.target.coords, **rows}
 
     @property
     def observed(self) -> dict[str, Tensor]:
-        """The data that the model observes, those of the rows where there is a row axis."""
+        """Observed data of the model; with a row axis, of its rows."""
         if isinstance(self.target, LocalTarget):
             return self.target.observations(self.batch)
         return dict(self.target.observed)
 
     @property
     def improper(self) -> Sequence[str]:
-        """Sites whose prior has no integral, so that there is no evidence."""
+        """Sites with an improper prior, for which there is no evidence."""
         return () if isinstance(self.target, LocalTarget) else self.target.improper
 
     @property
     def resampled(self) -> bool:
-        """Whether `resample` made these draws."""
+        """Whether these are resampled draws."""
         return bool(self.meta.get("resampled", False))
 
     @property
     def mcmc(self) -> bool:
-        """Whether `neutra` made these draws."""
+        """Whether these are draws of Markov chains."""
         return "mcmc" in self.meta
 
     @property
     def title(self) -> str:
-        """What was fitted, in one line."""
+        """Description of the fit, in one line."""
         if self.mcmc:
             where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
             return f"{self.target.name}: {' '.join(where.split())}"
@@ -168,7 +168,7 @@ class Draws:
         return self.values[name]
 
     def __len__(self) -> int:
-        """Number of draws, of each row where there is a row axis."""
+        """Number of draws; with a row axis, of each row."""
         return self.log_p.shape[0] * self.log_p.shape[1]
 
     def __str__(self) -> str:
@@ -185,19 +185,19 @@ class Draws:
 
 
 def checked(meta: Mapping[str, Any]) -> Check | None:
-    """What the check of a fit found, from the facts that it left."""
+    """The check of the fit, from its meta data."""
     return Check(**meta["check"]) if meta.get("check") else None
 
 
-# What draws with a row axis were called before there was one table for both.
+# The name that the table for rows had in earlier versions.
 RowDraws = Draws
 
 
 def weights_of(function: str, draws: Draws) -> np.ndarray:
-    """The log weights of draws, for a function that is named where there are none.
+    """The log weights of draws.
 
     Raises:
-        ValueError: They are resampled, or of Markov chains.
+        ValueError: The draws have no weights; the message names the function that needs them.
     """
     if not draws.mcmc and not draws.resampled:
         return draws.log_weights
@@ -210,7 +210,7 @@ def weights_of(function: str, draws: Draws) -> np.ndarray:
 
 
 def scored(log_p: np.ndarray, log_q: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both log densities of a table, in double; a draw that cannot be scored has weight zero."""
+    """Both log densities in double precision; weight zero for draws with an undefined density."""
     log_p, log_q = log_p.astype(np.float64), log_q.astype(np.float64)
     log_p[~(np.isfinite(log_p) & np.isfinite(log_q))] = -np.inf
     log_q[~np.isfinite(log_q)] = 0.0

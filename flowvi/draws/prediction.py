@@ -1,4 +1,4 @@
-"""Predictions: a model on new arguments, given draws of its posterior."""
+"""Predictions of a model for new arguments, given draws of its posterior."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Arrays = Mapping[str, np.ndarray]
 
 @dataclass(frozen=True, eq=False)
 class Prediction:
-    """What a model says about new arguments, one value for each draw of its posterior.
+    """Predictions for new arguments, one value for each draw of the posterior.
 
     Attributes:
-        values: Deterministic values, and draws of sites that were observed in the fit or have
-            no data now, each (chain, draw, *shape).
-        log_likelihood: Of the data that the new arguments bring, each (chain, draw, *rows).
+        values: Deterministic values, and draws of sites that were observed in the fit or are
+            unobserved now, each (chain, draw, *shape).
+        log_likelihood: Log likelihood of data in the new arguments, each (chain, draw, *rows).
     """
 
     values: Arrays
@@ -65,7 +65,7 @@ class Prediction:
         lines += [f"  {name:<16} {value.shape[2:]}" for name, value in self.values.items()]
         for name in self.log_likelihood:
             found = self.log_density(name)
-            # Rows behind a mask have a density of one whatever is drawn.
+            # The log density of masked rows is zero for every draw.
             found = found[(self.log_likelihood[name] != 0).any(axis=(0, 1))]
             if not found.size:
                 continue
@@ -84,22 +84,21 @@ class Prediction:
 def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Prediction:
     """Run the model on new arguments, given draws of its posterior.
 
-    Sites that these arguments bring no data for are drawn given the latents,
-    and so are observed ones: what is predicted are new data, not those passed.
-    Data among the arguments are scored, given these draws. Of a nested fit, the latents of rows
-    are among what is drawn. Of latents for each row, the arguments hold other data of the same
-    rows, and without any those of the draws are meant. Draws are taken as they are, with equal
-    weights: see `resample` for those of a guide that is not quite right.
+    Given the latents, new values are drawn for sites without data and for observed sites:
+    predictions are new data. Data in the arguments are also scored under each draw. For a
+    nested fit, the latents of rows are drawn as well. For draws with a row axis, the
+    arguments hold other data of the same rows; without arguments the rows of the draws are
+    used. All draws have equal weight: use `resample` first where the verdict recommends it.
 
     Args:
         draws: Draws of a fit to a target from `from_pyro`.
-        *args: New arguments of the model, in place of those that it was captured with.
-        seed: Of the data that are drawn.
+        *args: New arguments of the model, in place of the captured ones.
+        seed: Seed of the drawn data.
         **kwargs: New keyword arguments of the model.
 
     Raises:
-        ModelError: A latent has another shape with these arguments, as those of a plate of
-            other rows have; or the target is a plain density.
+        ModelError: A latent has another shape with these arguments, for example in a plate of
+            other rows; or the target is a plain density.
     """
     draws_wanted("predict", draws)
     check_type("draws", draws, Draws, EXPECTED)
@@ -125,7 +124,7 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
 def _of_rows(
     draws: Draws, target: LocalTarget, args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
 ) -> Prediction:
-    """Data of rows given their latents, and the log likelihood of the data that came."""
+    """Draw data of rows given their latents, and score the data that were passed."""
     rows = draws.batch
     assert rows is not None
     if args or kwargs:
@@ -140,7 +139,7 @@ def _of_rows(
     values = target.predictive(z, rows, seed=seed)
     names = [*target.observations(rows)]
     if len(names) != 1 or not target.has_parts:
-        # Of several sites, or of summed ones, the terms have no name.
+        # The terms of several sites, or of summed ones, have no name.
         return Prediction(values, {})
     with torch.no_grad():
         scores = pairs_of(target, rows).each(

@@ -1,4 +1,4 @@
-"""Draws of equal weight, by stratified resampling."""
+"""Resample draws to equal weights."""
 
 import warnings
 from dataclasses import replace
@@ -13,18 +13,18 @@ from flowvi.runtime.arguments import check_integer, check_type, draws_wanted, op
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
-    """Resample by Pareto-smoothed importance weights: draws of p, if k-hat allows.
+    """Resample draws by their Pareto-smoothed importance weights.
 
-    Stratified, with replacement. All chains are pooled into one, because
-    their weights are on one scale: a guide that found little of the posterior
-    contributes little. Draws of rows are resampled row by row: their posteriors
-    are independent. The diagnosis of the original draws stays with the
-    result, and `diagnose` returns it.
+    Stratified resampling with replacement; the result approximates p where k-hat is
+    small. All chains are pooled into one, because their weights share one scale: a guide
+    that covers little of the posterior contributes little. Draws of rows are resampled
+    row by row, because their posteriors are independent. `diagnose` of the result
+    returns the diagnosis of the original draws.
 
     Args:
         draws: Draws of a fit, not resampled yet.
         seed: Seed of the resampling.
-        n: Draws wanted, of each row where there are rows; as many as there are without it.
+        n: Number of draws, with a row axis of each row; as many as given by default.
 
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
@@ -36,7 +36,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     if diagnosis.khat >= diagnosis.khat_threshold and diagnosis.verdict != diagnostics.VERDICTS[1]:
         warnings.warn(_poor(diagnosis), stacklevel=2)
     log_w = log_w.reshape(len(draws), -1)
-    # Of a row without any weight its draws as they are: its verdict says what they are worth.
+    # A row whose weights are all zero keeps its draws; its verdict reports them.
     log_w = np.where(np.isfinite(log_w).any(0), log_w, 0.0)
     weights = np.exp(diagnostics.psis_of_rows(log_w.T).log_weights)
     rng = np.random.default_rng(seed)
@@ -61,7 +61,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
 
 
 def _poor(diagnosis: Diagnosis) -> str:
-    """What to say of weights that nothing can be resampled by."""
+    """Warning about weights that are too heavy for resampling."""
     limit = diagnosis.khat_threshold
     if diagnosis.rows is None:
         return (
@@ -76,9 +76,9 @@ def _poor(diagnosis: Diagnosis) -> str:
 
 
 def stratified(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
-    """Indices drawn in proportion to the weights, one from each n-th of their sum, shuffled."""
+    """Stratified sampling of n indices in proportion to weights, in random order."""
     heights = np.cumsum(weights)
     points = (np.arange(n) + rng.random(n)) / n
-    # Below the top even after rounding; then no weight of zero is ever hit.
+    # Points stay below one after rounding, so that no weight of zero is selected.
     points = np.minimum(points, np.nextafter(1.0, 0.0)) * heights[-1]
     return rng.permutation(np.searchsorted(heights, points, side="right"))

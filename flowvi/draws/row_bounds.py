@@ -1,4 +1,4 @@
-"""Importance-weighted bounds of the evidence, row by row."""
+"""Importance-weighted bounds on the evidence of each row."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class RowBounds:
     .. math:: L_K(x_n) = \log \frac{1}{K} \sum_k \frac{p(x_n, z_k)}{q(z_k \mid x_n)}
 
     Attributes:
-        values: :math:`L_K` of each row, (N): one estimate of K draws.
+        values: :math:`L_K` of each row, (N): one estimate from K draws.
         elbo: The ELBO of each row, (N), from the same draws.
         particles: K.
     """
@@ -48,26 +48,26 @@ class RowBounds:
 
     @property
     def mean(self) -> float:
-        """Mean bound of a row."""
+        """Mean bound over rows."""
         return float(self.values.mean())
 
     @property
     def se(self) -> float:
-        """Its standard error, over rows."""
+        """Standard error of the mean bound, over rows."""
         return _se(self.values)
 
     @property
     def elbo_mean(self) -> float:
-        """Mean ELBO of a row."""
+        """Mean ELBO over rows."""
         return float(self.elbo.mean())
 
     @property
     def elbo_se(self) -> float:
-        """Its standard error, over rows."""
+        """Standard error of the mean ELBO, over rows."""
         return _se(self.elbo)
 
     def minus(self, other: RowBounds) -> Difference:
-        """How much better this model is than another on the same rows, pair by pair."""
+        """Mean difference to the bounds of another model on the same rows, paired by row."""
         if len(other.values) != len(self.values):
             raise ValueError(
                 f"Paired differences need the same rows; got {len(self.values)} and "
@@ -91,15 +91,15 @@ def row_bounds(
     seed: int,
     progress: bool = False,
 ) -> RowBounds:
-    """Evaluate the bounds of rows in pieces that fit memory.
+    """Evaluate the bounds of rows in parts that fit in memory.
 
     Args:
         target: The log densities.
         guide: A density for every row.
         batch: The rows.
-        particles: Number of draws K for each.
+        particles: Number of draws K for each row.
         seed: Seed of the draws.
-        progress: Whether to show a bar.
+        progress: Whether to show a progress bar.
     """
     particles = check_integer("particles", particles)
     with torch.no_grad(), isolated_rng():

@@ -1,4 +1,4 @@
-"""What is read off a guide for local latents: bounds of rows, and draws for them."""
+"""Draw the latents of rows, and evaluate the target at the draws."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.local.rows import split_batch
 
-# Most pairs of a draw and a row at a time.
+# Largest number of (draw, row) pairs in one evaluation.
 MOST = 100_000
 BOUNDS, DRAWING = 1, 0
 
@@ -31,15 +31,15 @@ def row_draws(
     seed: int,
     meta: dict[str, Any] | None = None,
 ) -> Draws:
-    """Draw the latents of rows and evaluate the target there.
+    """Draw the latents of rows, and evaluate the target at the draws.
 
     Args:
         target: The log densities.
         guide: A density for every row.
         batch: The rows.
-        n: Draws for each.
+        n: Number of draws for each row.
         seed: Seed of the draws.
-        meta: JSON-able facts about the fit, kept with the draws.
+        meta: JSON-able facts about the fit, stored in the table.
     """
     n = check_integer("n", n)
 
@@ -69,7 +69,7 @@ def row_draws(
 
 
 class Pairs(NamedTuple):
-    """Bytes that an evaluation for draws of rows takes: always, a row, and a draw of a row."""
+    """Memory in bytes of an evaluation: a constant, for each row, for each draw of a row."""
 
     fixed: float
     row: float
@@ -77,7 +77,7 @@ class Pairs(NamedTuple):
 
     @classmethod
     def measured(cls, function: Callable[[int, Batch], object], batch: Batch) -> Pairs:
-        """What a function of a number of draws and some rows takes."""
+        """Measure the memory of a function of a number of draws and a batch of rows."""
 
         def rows(n: int) -> Batch:
             some = torch.arange(n, device=batch.places.device) % len(batch.places)
@@ -88,13 +88,13 @@ class Pairs(NamedTuple):
         return cls(by_row.fixed, max(by_row.per_point - by_draw.per_point, 0.0), by_draw.per_point)
 
     def fit(self, size: int, rows: int, draws: int) -> tuple[int, int]:
-        """How many rows at a time, and how many draws of each, fit into a number of bytes."""
+        """Numbers of rows, and of draws of each row, that fit in a number of bytes."""
         draws = memory.Cost(self.fixed + self.row, self.draw).points_within(size, min(draws, MOST))
         each = memory.Cost(self.fixed, self.row + draws * self.draw)
         return each.points_within(size, max(1, min(rows, MOST // draws))), draws
 
     def each(self, function: Callable[[Tensor, Batch], Tensor], z: Tensor, part: Batch) -> Tensor:
-        """A function of draws and rows, in parts that fit memory. (K, B, D) -> (K, B)."""
+        """Apply a function of draws and rows in parts that fit in memory. (K, B, D) -> (K, B)."""
         size, count = self.fit(memory.evaluation_bytes(), len(part.places), len(z))
         columns = [
             torch.cat([function(some, rows) for some in own.split(count)])
@@ -104,7 +104,7 @@ class Pairs(NamedTuple):
 
 
 def pairs_of(target: LocalTarget, batch: Batch) -> Pairs:
-    """How many pairs of a draw and a row are scored at once."""
+    """Memory of the log density for pairs of a draw and a row."""
 
     def scores(k: int, part: Batch) -> Tensor:
         z = torch.zeros(k, len(part.places), target.dim, dtype=target.dtype, device=target.device)
@@ -112,11 +112,11 @@ def pairs_of(target: LocalTarget, batch: Batch) -> Pairs:
 
     with torch.no_grad():
         found = Pairs.measured(scores, batch)
-    # Where rows are evaluated together, each draw has a copy of its row.
+    # If rows are evaluated together, each draw has a copy of its row.
     return found._replace(draw=found.draw + sum(t[0].nbytes for t in batch.data))
 
 
 def sample_rows(guide: Guide, k: int, part: Batch) -> tuple[Tensor, Tensor]:
-    """K draws of each row of a batch, and their log densities."""
+    """Draw K times for each row of a batch; return draws and log densities."""
     context: Any = part
     return guide.sample((k,), context)

@@ -1,4 +1,4 @@
-"""Draw from a guide, and put the draws into a table."""
+"""Draw from a guide into a table."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -16,9 +16,9 @@ from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Target
 
 DRAWING = 0
-# Columns of the table beside those of the values, which have names.
+# Columns of the table without names; values have named columns.
 POINT, LOG_P, LOG_Q = range(3)
-# Number n -> draws (n, D) and their log density (n).
+# Function from a number n to draws (n, D) and their log density (n).
 Sample = Callable[[int], tuple[Tensor, Tensor]]
 
 
@@ -29,16 +29,16 @@ def draw(
     seed: int = 0,
     meta: dict[str, Any] | None = None,
 ) -> Draws:
-    """Draw from each guide and evaluate the target there, within `memory.limit()`.
+    """Draw from each guide, and evaluate the target at the draws, within `memory.limit()`.
 
-    The caller's random number generators are left as they were.
+    The global random number generators are not changed.
 
     Args:
-        target: What the guides approximate.
+        target: The approximated log density.
         guides: Independent fits, one for each chain.
-        n: Draws from each guide.
+        n: Number of draws from each guide.
         seed: Seed of the draws.
-        meta: JSON-able facts about the fit, kept with the draws.
+        meta: JSON-able facts about the fit, stored in the table.
     """
     n = check_integer("n", n)
     with torch.no_grad(), isolated_rng(derive_seed(seed, DRAWING)):
@@ -52,14 +52,14 @@ def tabulate(
     meta: dict[str, Any] | None = None,
     stats: dict[str, np.ndarray] | None = None,
 ) -> Draws:
-    """Evaluate the target at draws and put all into one table.
+    """Evaluate the target at draws, and collect the results in one table.
 
     Args:
         target: The log density.
-        n: Draws of each chain.
-        chains: For each chain, pieces z (k, D) and log q (k) of so many draws.
+        n: Number of draws of each chain.
+        chains: For each chain, parts of its draws: z (k, D) and log q (k).
         meta: JSON-able facts about the draws.
-        stats: Facts about each draw, (chain, draw).
+        stats: Statistics of each draw, (chain, draw).
     """
     columns: Columns[int | str] = Columns(n * len(chains))
     for pieces in chains:
@@ -77,29 +77,29 @@ def tabulate(
 
 
 def sampler(guide: Guide) -> Sample:
-    """A guide as a function of the number of draws."""
+    """Return a function from a number of draws to draws of the guide."""
     return lambda n: guide.sample((n,))
 
 
 def piece(sample: Sample) -> int:
-    """How many draws to make at a time: as many whatever `max_memory` is, on which no draw depends.
+    """Number of draws in one call; draws do not depend on `max_memory`, so neither may this.
 
     Args:
-        sample: What draws them, as `sampler` makes it.
+        sample: Function that draws, the result of `sampler`.
     """
     with torch.no_grad(), isolated_rng():
         return memory.measure_cost(sample).points_within(memory.PIECE)
 
 
 def in_pieces(sample: Sample, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Draws z (k, D) and their log density (k), n in all, each piece made when it is asked for."""
+    """Generate draws z (k, D) and their log density (k) in parts, n draws in total."""
     size = piece(sample)
     for start in range(0, n, size):
         yield sample(min(size, n - start))
 
 
 def _piece(target: Target, z: Tensor, log_q: Tensor) -> dict[int | str, Tensor]:
-    """A piece of the table: points, both densities, and the values there."""
+    """Columns of the table for some draws: points, both log densities, and values."""
     found: dict[int | str, Tensor] = {POINT: z, LOG_P: target.log_prob(z), LOG_Q: log_q}
     found.update(target.constrain(z))
     return found

@@ -1,4 +1,4 @@
-"""Tables of draws that no guide can make again, as states."""
+"""Save and restore tables of draws that cannot be drawn again."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from flowvi.targets import Target
 
 
 def to_state(draws: Draws) -> dict[str, Any]:
-    """What a table cannot be evaluated from anew, as `write_state` takes it."""
+    """The columns from which the table can be evaluated again, as `write_state` takes them."""
     arrays = {"z": draws.z, "log_q": draws.log_q, **draws.stats}
     return {
         "arrays": {name: torch.as_tensor(array) for name, array in arrays.items()},
@@ -22,7 +22,7 @@ def to_state(draws: Draws) -> dict[str, Any]:
 
 
 def from_state(target: Target, state: Mapping[str, Any]) -> Draws:
-    """The table, evaluated anew."""
+    """Restore a table: evaluate the target at the saved draws."""
     arrays = dict(state["arrays"])
     z, log_q = arrays.pop("z"), arrays.pop("log_q")
     pieces = [[(a.to(target.device), b.to(target.device))] for a, b in zip(z, log_q, strict=True)]
