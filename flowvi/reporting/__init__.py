@@ -1,4 +1,4 @@
-"""One file that tells a colleague what was fitted, and whether to believe it."""
+"""Reports: one HTML file with the fit, its verdict and its pictures."""
 
 from flowvi.reporting.page import report
 

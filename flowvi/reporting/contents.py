@@ -1,4 +1,4 @@
-"""What a report is made of, read from a folder of results or from a fit."""
+"""Collect the contents of a report from a folder of results or from a fit."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ if TYPE_CHECKING:
     import arviz as az
 
 GUIDE = "guide.nc"
-PREDICTED = 200  # draws for which data are simulated
-MOST_ROWS = 1000  # rows whose latents are reported
+PREDICTED = 200  # draws with simulated data
+MOST_ROWS = 1000  # largest number of rows in a report
 POSTERIOR, RESAMPLED = "posterior.nc", "resampled.nc"
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What there is to report.
+    """Contents of a report.
 
     Attributes:
-        plain: Draws as they came from the guide or the chains, in ArviZ's groups.
+        plain: Draws of the guide or the chains, in ArviZ's groups.
         kept: The draws that the verdict recommends.
-        facts: How it was fitted, and on what.
-        diagnosis: The verdict; None where there were too few draws to judge.
-        weighted: The guide's draws with their weights, where there are any.
-        evidence: Bounds and estimates; None where a prior is improper.
-        history: Bound of each step, and the restart and stage that it belongs to.
-        log: What the fit decided.
+        facts: Settings and data of the fit.
+        diagnosis: The verdict; None with too few draws.
+        weighted: Weighted draws of the guide, if there are any.
+        evidence: Bounds and estimates; None if a prior is improper.
+        history: Bound, restart and stage of each step.
+        log: Decisions of the fit.
         sites: Latent sites: shape, support, columns.
     """
 
@@ -59,7 +59,7 @@ class Contents:
 
     @property
     def kind(self) -> str:
-        """What to call the draws that are shown."""
+        """Name of the kind of draws in the report."""
         if self.kept.mcmc:
             word = "draws of NUTS in the guide's space"
         else:
@@ -69,14 +69,14 @@ class Contents:
 
     @property
     def start(self) -> Draws | None:
-        """Draws of the Gaussian that the fit began with."""
+        """Draws of the initial Gaussian of the fit."""
         if not has_group(self.plain, "gaussian_start"):
             return None
         return draws_of(self.plain, "gaussian_start")
 
 
 def of_folder(folder: Path) -> Contents:
-    """Read a folder that `flowvi fit` wrote; the model file is neither needed nor run.
+    """Read a folder that `flowvi fit` wrote, without the model file.
 
     Raises:
         ValueError: The folder holds no results.
@@ -115,9 +115,9 @@ def _read(folder: Path) -> Contents:
 
 
 def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
-    """Draw from a fit and gather what there is to report.
+    """Draw from a fit, and collect the contents of a report.
 
-    Of latents of rows at most 1,000 rows are reported, evenly spaced.
+    A report on latents of rows covers at most 1,000 rows, evenly spaced.
     """
     if isinstance(fit, RowFit):
         shown = min(fit.target.rows, MOST_ROWS)

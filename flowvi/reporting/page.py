@@ -1,4 +1,4 @@
-"""The page itself: one HTML file that needs no network."""
+"""The report as one HTML file that works without network access."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ from flowvi.runtime.files import write_atomic
 from flowvi.runtime.rng import isolated_rng
 
 REPORT = "report.html"
-ROWS = 200  # of the table of the posterior
-LEAST = 20  # rows of the data that are trusted least
+ROWS = 200  # of the posterior table
+LEAST = 20  # number of the least trusted rows that are listed
 NO_RHAT = "–"
 TEMPLATE = "report.html.j2"
 TONES = dict(zip(VERDICTS, ("good", "care", "bad"), strict=True))
@@ -50,7 +50,7 @@ REFERENCES = (
 
 
 class Scalar(NamedTuple):
-    """A row of the table of the posterior."""
+    """A row of the posterior table."""
 
     name: str
     mean: str
@@ -68,19 +68,19 @@ def report(
     draws: int = 4000,
     seed: int = 0,
 ) -> Path:
-    """Write a report on a fit: one HTML file, with its pictures in it.
+    """Write a report on a fit as one HTML file that includes its pictures.
 
     Args:
-        source: A folder that ``flowvi fit`` wrote, of which only files are read; or a fit.
-        out: The file to write. For a folder, report.html in it without.
-        draws: For a fit, draws from each guide; for one of rows, of each row.
+        source: A fit, or a folder that ``flowvi fit`` wrote; only files of the folder are read.
+        out: The file to write. For a folder the default is its report.html.
+        draws: For a fit, number of draws from each guide, or for each row.
         seed: For a fit, seed of the draws.
 
     Returns:
-        The file.
+        The path of the file.
 
     Raises:
-        ValueError: The folder holds no results, or a fit was given and no file.
+        ValueError: The folder holds no results, or a fit was given without `out`.
     """
     kinds = (Fit, RowFit, NestedFit)
     like = "a fit, or a folder that flowvi fit wrote"
@@ -97,7 +97,7 @@ def report(
 
 
 def page(contents: Contents) -> str:
-    """The text of the page; whatever the user named is escaped."""
+    """HTML text of the page, with all names of the user escaped."""
     import jinja2
 
     loader = jinja2.PackageLoader("flowvi.reporting", "templates")
@@ -140,7 +140,7 @@ def page(contents: Contents) -> str:
 
 
 def _numbers(c: Contents) -> Iterator[tuple[str, str, str]]:
-    """The few numbers that matter most: name, value, what it says."""
+    """The most important numbers: name, value, explanation."""
     d = c.diagnosis
     if d is None:
         return
@@ -162,7 +162,7 @@ def _numbers(c: Contents) -> Iterator[tuple[str, str, str]]:
 
 
 def _least_trusted(d: Diagnosis | None) -> Iterator[tuple[str, ...]]:
-    """A line for each of the rows that are trusted least."""
+    """Table lines of the least trusted rows of the data."""
     if d is None or d.rows is None:
         return
     r = d.rows
@@ -214,7 +214,7 @@ def _sizes(c: Contents, group: str) -> str:
 
 
 def _scalars(c: Contents) -> Iterator[Scalar]:
-    """Mean, sd, quantiles and R-hat across restarts of every scalar."""
+    """Mean, sd, quantiles and R-hat over restarts of every scalar."""
     plain = _by_restart(c)
     for name in c.kept.values:
         restarts = {label: x for _, label, x in elements(plain, name)}
@@ -228,23 +228,23 @@ def _scalars(c: Contents) -> Iterator[Scalar]:
 
 
 def _by_restart(c: Contents) -> Draws:
-    """The draws whose chains are restarts or Markov chains: resampled ones are pooled."""
+    """Draws whose chains are restarts or Markov chains; resampled draws have one chain only."""
     return c.weighted if c.kept.resampled and c.weighted is not None else c.kept
 
 
 def _guide_references(name: str) -> list[str]:
-    """What the docstrings of a guide's or flow's parts refer to."""
+    """References from the docstrings of the parts of a guide or flow."""
     if name not in guide_names():
         return []
     with isolated_rng(0):
         try:
             parts = make_guide(name, 4).modules()
-        except ValueError:  # some suit certain D alone
+        except ValueError:  # some flows need a certain D
             return []
     found: dict[str, None] = {}
     for kind in dict.fromkeys(type(part) for part in parts):
         _, _, after = (inspect.getdoc(kind) or "").partition("References:\n")
-        # An entry begins with a line that has its year; the lines that follow are its rest.
+        # An entry begins with a line that contains a year; the following lines belong to it.
         entries = re.split(r"\n(?=[^\n]*\(\d{4}\))", after.split("\n\n")[0])
         found |= {" ".join(entry.split()): None for entry in entries if entry.strip()}
     return list(found)
@@ -260,7 +260,7 @@ def _versions(facts: Any) -> list[tuple[str, str]]:
 
 
 def _command(facts: Any) -> str:
-    """What to type, or to call, for the same fit."""
+    """The command or call that repeats the fit."""
     if "command" in facts:
         return str(facts["command"])
     names = ("guide", "inner", "steps", "epochs", "restarts", "seed")

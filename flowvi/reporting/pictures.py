@@ -1,4 +1,4 @@
-"""The pictures of a report, as data that the page holds itself."""
+"""The pictures of a report, as data URIs."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 DPI = 144
-SITES = 4  # observed sites whose prediction is shown
+SITES = 4  # observed sites with a predictive check
 
 
 @dataclass(frozen=True)
@@ -39,11 +39,11 @@ class Picture:
     """One picture.
 
     Attributes:
-        key: The section that it belongs to.
+        key: Section of the report.
         source: The image, as a data URI.
-        width: Width in points of the page.
-        alt: What it shows, for those who do not see it.
-        caption: How to read it.
+        width: Width on the page in points.
+        alt: Text alternative of the image.
+        caption: Explanation of the picture.
     """
 
     key: str
@@ -54,7 +54,7 @@ class Picture:
 
 
 def pictures(contents: Contents) -> list[Picture]:
-    """Draw what there is to draw."""
+    """Draw all pictures of a report."""
     import matplotlib as mpl
 
     with mpl.rc_context({"backend": "agg"}):
@@ -187,7 +187,7 @@ def _picture(key: str, draw: Callable[[], Figure], alt: str, caption: str) -> Pi
     import matplotlib.pyplot as plt
 
     with warnings.catch_warnings():
-        # A name may have letters that the font has not: its boxes are no reason to warn.
+        # A name may have letters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
         figure = draw()
         content = io.BytesIO()
