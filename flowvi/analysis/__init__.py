@@ -1,1 +1,1 @@
-"""Numbers from draws: evidence, LOO, comparison, NUTS, calibration."""
+"""Analyses of draws: evidence, LOO, model comparison, NUTS, calibration."""

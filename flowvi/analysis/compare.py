@@ -1,4 +1,4 @@
-"""Models against each other: by their evidence, and by leave-one-out prediction."""
+"""Compare models by their evidence and by leave-one-out prediction."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ class Model:
     """One model in a comparison.
 
     Attributes:
-        name: What the caller calls it.
-        log_evidence, log_evidence_se: NaN where there is none.
-        difference, difference_se: To the largest log evidence; the models' errors are
-            independent, so their squares add. Of two models with latents for each row, the
-            sum of the differences row by row, and its error over rows.
-        probability: Of this model among all that have an evidence, if each was as
-            probable as the others before the data.
-        note: Why there is no evidence, or why not to rely on it.
+        name: Name given by the caller.
+        log_evidence, log_evidence_se: Log evidence and its error; NaN if undefined.
+        difference, difference_se: Difference to the largest log evidence. The models' errors are
+            independent, so their variances add. For two models with latents for each row, the
+            sum of the differences over rows, and its error over rows.
+        probability: Posterior probability among the models with an evidence, for equal prior
+            probabilities.
+        note: Reason for a missing or unreliable evidence.
     """
 
     name: str
@@ -61,9 +61,9 @@ class ModelComparison:
 
     Attributes:
         models: One row for each model; those without an evidence at the end.
-        loo: What `az.compare` makes of the pointwise log likelihoods; None
+        loo: Result of `az.compare` on the pointwise log likelihoods; None
             without at least two models that have them.
-        notes: What is to be said of the draws behind `loo`.
+        notes: Remarks on the draws used for `loo`.
     """
 
     models: tuple[Model, ...]
@@ -96,14 +96,14 @@ def compare(
 ) -> ModelComparison:
     """Compare models of the same data.
 
-    By evidence: from the weights of each fit's draws, all models equally
-    probable beforehand; of draws with rows, row by row, for the same rows. By leave-one-out
-    prediction, corrected for the approximation (`flowvi.loo`), where the log likelihood of every
-    observation is there.
+    The evidence is estimated from the weights of each fit's draws, with equal prior
+    probabilities of the models; for draws with a row axis, on the same rows. Leave-one-out
+    prediction is corrected for the approximation (`flowvi.loo`), and needs the log likelihood
+    of every observation.
 
     Args:
-        models: Name -> draws of a fit, or what `to_inference_data` made of them.
-        var_name: The observed site to predict, where models have several.
+        models: Mapping from names to draws of a fit, or to results of `to_inference_data`.
+        var_name: The observed site to predict, for models with several.
 
     Raises:
         ValueError: Fewer than two models, or models of different data.
@@ -131,7 +131,7 @@ def compare(
 
 
 class _Found(NamedTuple):
-    """The log evidence of a model, what speaks against it, and that of its rows, (R)."""
+    """Log evidence of a model with a note on its reliability, and of its rows, (R)."""
 
     value: float
     se: float
@@ -186,7 +186,7 @@ def _untrusted(name: str, source: Draws | az.InferenceData) -> str:
 
 
 def _check_data(groups: Mapping[str, az.InferenceData]) -> None:
-    """Refuse models whose observed values, or rows of them, are not the same numbers."""
+    """Raise a ValueError if the observed values of the models differ, in total or by row."""
     by_row = [name for name, idata in groups.items() if _by_row(idata)]
     _check_same({name: _observed(idata, False) for name, idata in groups.items()}, "data")
     _check_same(
@@ -200,7 +200,7 @@ def _by_row(idata: az.InferenceData) -> bool:
 
 
 def _observed(idata: az.InferenceData, rows: bool) -> np.ndarray | None:
-    """Observed values in order of size: all of them, or those of each row; None without data."""
+    """Sorted observed values, in total or of each row; None without data."""
     if not has_group(idata, "observed_data"):
         return None
     arrays = [v.values for v in idata["observed_data"].data_vars.values()]
@@ -235,7 +235,7 @@ def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataF
                 "by var_name."
             )
     with warnings.catch_warnings(record=True) as said:
-        # How ArviZ calls pandas is not the caller's affair.
+        # Warnings about ArviZ's use of pandas do not concern the caller.
         warnings.simplefilter("always")
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)

@@ -1,4 +1,4 @@
-"""The evidence of a model, from draws or from a saved table of them."""
+"""Estimate the evidence of a model from draws or from a saved table of draws."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ def evidence(
     mcmc: Draws | az.InferenceData | None = None,
     particles: Sequence[int] = LADDER,
 ) -> Evidence:
-    """Estimate the log evidence, bound it, and say whether to believe the estimate.
+    """Estimate and bound the log evidence, and judge the estimate.
 
-    Of draws with rows, each row has an evidence, in `rows`, and the numbers are sums over rows;
-    parameters of the model that were trained are taken as they are.
+    For draws with a row axis, `rows` holds the evidence of each row, and all numbers are sums
+    over rows. Trained parameters of the model count as constants.
 
     Args:
-        draws: Draws of a fit, or what `to_inference_data` made of them. Where a fit ended in
-            Markov chains, those of its guide and of the chains are both used.
+        draws: Draws of a fit, or a result of `to_inference_data`. If a fit ended with Markov
+            chains, the draws of its guide and of the chains are both used.
         mcmc: Draws of the posterior from `neutra`, for an upper bound.
         particles: Numbers of particles K of the lower bounds.
 
     Raises:
         ValueError: A prior is improper, so that there is no evidence; or the
-            draws carry no weights.
+            draws have no weights.
     """
     for given in (draws, mcmc):
         draws_wanted("evidence", given)
@@ -90,7 +90,7 @@ def evidence(
 
 
 class _Table(NamedTuple):
-    """What the evidence needs of draws: log p - log q at each, and where they come from."""
+    """Log weights of draws, with the facts on their origin that the evidence needs."""
 
     kind: str
     log_weights: np.ndarray
@@ -116,7 +116,7 @@ def _read(source: Draws | az.InferenceData) -> _Table:
     weights = stats["log_p"].values - stats["log_q"].values
     missed: list[str] = json.loads(facts.get("missed", "[]"))
     improper: list[str] = json.loads(facts.get("improper", "[]"))
-    # Files of the first versions name no improper sites, but have no evidence either.
+    # Files of the first versions list no improper sites, but their evidence is NaN.
     if not improper and kind == "guide" and np.isnan(facts.get("log_evidence", 0.0)):
         improper = ["a latent site"]
     title = facts.get("title", "") or facts.get("model", "")
@@ -128,7 +128,7 @@ def _read(source: Draws | az.InferenceData) -> _Table:
 
 
 def _stats(source: az.InferenceData) -> Any:
-    """The group that holds log_p and log_q."""
+    """The group with log_p and log_q."""
     if not has_group(source, "sample_stats"):
         raise ValueError(MISSING)
     stats = source["sample_stats"]

@@ -22,24 +22,24 @@ if TYPE_CHECKING:
 def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     r"""Expected log predictive density of left-out observations, corrected for the guide.
 
-    Draws of q stand in for those of the posterior without :math:`y_n` with weights
+    Draws of q represent the posterior without :math:`y_n` by the weights
 
     .. math:: r_{ns} = \frac{1}{p(y_n \mid \theta_s)} \cdot \frac{p(\theta_s, y)}{q(\theta_s)},
               \qquad \widehat{elpd}_n = \log \sum_s \tilde r_{ns} \, p(y_n \mid \theta_s),
 
-    Pareto-smoothed and normalised to :math:`\tilde r`. `az.loo` takes the second factor for a
-    constant, which it is for resampled draws and those of Markov chains alone; for these the
-    result is that of `az.loo`. Rows behind a mask are not observed and are left out.
+    Pareto-smoothed and normalised to :math:`\tilde r`. `az.loo` assumes that the second factor is
+    constant, which holds only for resampled draws and Markov chains; for these the results agree.
+    Masked rows are left out.
 
     Args:
-        source: Draws of a fit, or what `to_inference_data` made of them.
-        var_name: The observed site to predict, where the model has several.
+        source: Draws of a fit, or a result of `to_inference_data`.
+        var_name: The observed site to predict, for models with several.
 
     Returns:
-        ArviZ's record of LOO, pointwise, for `az.compare` and `az.plot_khat`.
+        ArviZ's `ELPDData`, pointwise, for `az.compare` and `az.plot_khat`.
 
     Raises:
-        ValueError: There is no pointwise log likelihood, or no one site was named.
+        ValueError: There is no pointwise log likelihood, or `var_name` is ambiguous.
 
     References:
         Magnusson, Andersen, Jonasson and Vehtari (2019), "Bayesian leave-one-out
@@ -48,7 +48,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     """
     draws_wanted("loo", source)
     if isinstance(source, Draws):
-        # Of rows nothing is evaluated: they are refused.
+        # Draws with a row axis are rejected below, without a log likelihood.
         source = to_inference_data(source, log_likelihood=not source.by_row)
     idata = source
     _check(idata)
@@ -90,7 +90,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
 
 
 def _check(idata: az.InferenceData) -> None:
-    """Refuse draws in which no row has a log likelihood given what the rows share."""
+    """Reject draws that have no log likelihood of a row given shared latents."""
     if not has_group(idata, "sample_stats"):
         return
     stats = idata["sample_stats"]
@@ -108,7 +108,7 @@ def _check(idata: az.InferenceData) -> None:
 
 
 def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:
-    """Groups without the rows of a site that are masked: their density is one in every draw."""
+    """Remove masked rows of a site, whose density is one in every draw."""
     scores = idata["log_likelihood"][name]
     rows = scores.values.reshape(scores.shape[0] * scores.shape[1], -1)
     kept = (rows != 0).any(0)
@@ -117,7 +117,7 @@ def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:
     if not kept.any():
         raise ValueError(f"All rows of '{name}' are masked: there is nothing to predict.")
     dims = scores.dims[2:]
-    # Labels of the rows would be an index of tuples, which no file holds.
+    # Row labels would become an index of tuples, which NetCDF does not support.
     flat = scores.drop_vars(list(scores.coords)).stack({f"{name}_row": dims}, create_index=False)
     groups = {
         group: to_dataset(idata[group])

@@ -1,4 +1,4 @@
-"""Markov chains in the space of a fitted guide, where the posterior is nearly its base density."""
+"""NUTS in the base space of a fitted guide, where the posterior is close to the base density."""
 
 from __future__ import annotations
 
@@ -21,23 +21,23 @@ def neutra(
     target_accept: float = 0.8,
     progress: bool = True,
 ) -> Draws:
-    """Sample the posterior by NUTS, in the base space of the best guide.
+    """Sample the posterior by NUTS in the base space of the best guide.
 
-    The result does not depend on the guide's quality, only the time does:
-    `diagnose` judges it by R-hat, effective draws and divergences. See
+    The guide's quality affects the run time, not the sampled distribution. `diagnose` judges
+    the draws by R-hat, effective sample size and divergences. See
     `flowvi.samplers.nuts.run_nuts` for the density that is sampled.
 
     Args:
-        fit: A fit whose best guide pushes noise through a map: a flow, full rank, mean field.
-        warmup: Steps that adapt step size and scales, and are dropped.
-        draws: Draws kept from each chain.
+        fit: A fit whose best guide maps noise: a flow, full rank, mean field.
+        warmup: Number of adaptation steps, which are dropped.
+        draws: Number of draws of each chain.
         chains: Number of chains, at least 2.
-        seed: Of all chains; the caller's generators are left alone.
-        target_accept: Acceptance probability aimed at; a larger one takes smaller steps.
-        progress: Show a bar, if the error stream is a terminal.
+        seed: Seed of all chains; the global generators are not changed.
+        target_accept: Target acceptance probability; a larger one gives smaller steps.
+        progress: Whether to show a progress bar, if the error stream is a terminal.
 
     Returns:
-        Draws of the posterior, with log q of the guide at each of them.
+        Draws of the posterior, with the log density of the guide at each draw.
 
     References:
         Hoffman et al. (2019), "NeuTra-lizing bad geometry in Hamiltonian Monte
@@ -60,7 +60,7 @@ def neutra(
 def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
     for name, count in counts.items():
         check_integer(name, count, 100)
-    # R-hat compares chains.
+    # R-hat needs at least two chains.
     check_integer("chains", chains, 2)
     if not 0 < target_accept < 1:
         raise ValueError(f"target_accept must lie between 0 and 1; got {target_accept}.")

@@ -1,4 +1,4 @@
-"""Simulation-based calibration: fits to data whose true parameters are known."""
+"""Simulation-based calibration: fits to simulated data with known parameters."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicab
 
 Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
-# Fits that a process of an executor makes with one capture of the model.
+# Number of fits that an executor runs in one task, with one capture of the model.
 TOGETHER = 5
-# Simulated rows that one guide draws for at once.
+# Number of simulated rows in one call of an amortised guide.
 AT_ONCE = 50
-# The names that a fit's settings can have.
+# Names of the settings of a fit.
 SETTINGS = [*signature(fit).parameters]
 
 
@@ -53,29 +53,29 @@ def sbc(
     progress: bool = True,
     **settings: Any,
 ) -> Calibration:
-    """Fit a model to many data sets that it simulated, and rank the truth among the draws.
+    """Fit a model to simulated data sets, and rank the true parameters among the draws.
 
-    Parameters come from the prior and data from the model given them. If a
-    fit is right, the true value is one more draw of the posterior, and its rank
-    uniform; resampled draws are ranked as well. P_q(theta < truth) is
-    symmetric about 1/2 if the guide's centre is right (VSBC).
+    Parameters are drawn from the prior, and data from the model given them. If the fits are
+    calibrated, the rank of the true value among independent draws is uniform. Ranks are computed
+    for plain and for resampled draws. P_q(theta < truth) is symmetric about 1/2 if the centre of
+    the guide is right (VSBC).
 
-    For an amortised guide one fit serves all: `sbc(row_fit, fits=1000)` simulates rows
-    and asks its guide for each.
+    An amortised guide needs one fit only: `sbc(row_fit, fits=1000)` simulates rows and draws
+    from its guide for each of them.
 
     Args:
-        model: A Pyro model; or a `RowFit`, whose guide is judged.
-        *args: Its arguments. Observed values in them are replaced by simulated ones.
-        simulate: Seed -> (arguments of the model, true values by name), where the
-            model cannot simulate its own data, or the design is to vary.
+        model: A Pyro model; or a `RowFit`, whose guide is tested.
+        *args: Arguments of the model. Observed values in them are replaced by simulated ones.
+        simulate: Function from a seed to (arguments of the model, true values by name), for a
+            model that cannot simulate its own data, or for a design that varies.
         fits: Number M of simulated data sets.
-        draws: Draws of each guide, behind its weights and the probabilities.
-        levels: Number L of draws behind a rank, from 0 to L.
-        seed: Of everything random.
-        file: Where finished fits are kept (NumPy's .npz); a later call goes on from there.
-        executor: Runs the fits, such as a `ProcessPoolExecutor`; one after the other without.
-        progress: Show a bar, if the error stream is a terminal.
-        **settings: Of `flowvi.fit`, such as guide and steps.
+        draws: Number of draws of each guide, for its weights and the probabilities.
+        levels: Number L of draws for a rank, which lies between 0 and L.
+        seed: Seed of all random numbers.
+        file: File of the finished fits (NumPy's .npz); a later call resumes from it.
+        executor: Runs the fits in parallel, such as a `ProcessPoolExecutor`.
+        progress: Whether to show a progress bar, if the error stream is a terminal.
+        **settings: Arguments of `flowvi.fit`, such as guide and steps.
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788: SBC.
@@ -107,7 +107,7 @@ def sbc(
 
 
 class _Common(NamedTuple):
-    """What all fits share."""
+    """Arguments that all fits share."""
 
     model: Callable[..., Any]
     draws: int
@@ -117,7 +117,7 @@ class _Common(NamedTuple):
 
 
 class _Task(NamedTuple):
-    """One fit: arguments and observed values of the model, and the truth behind them."""
+    """One fit: arguments and observed values of the model, and the true parameters."""
 
     common: _Common
     number: int
@@ -132,7 +132,7 @@ def _given(simulate: Simulate, common: _Common, fits: int) -> list[_Task]:
 
 
 def _own(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]:
-    """Data that the model itself simulates."""
+    """Simulate the data sets from the model itself."""
     target = from_pyro(common.model, *args)
     _check(target)
     values = target.prior(fits, derive_seed(common.seed, 0))
@@ -184,14 +184,14 @@ def _listed(tasks: Sequence[_Task]) -> list[Outcome]:
 
 
 def _several(tasks: Sequence[_Task]) -> Iterator[Outcome]:
-    """Fit one simulated data set after the other, with one capture of the model for all."""
+    """Fit several simulated data sets in sequence, with one capture of the model."""
     shared = _shared(tasks[0]) if len(tasks) > 1 and tasks[0].observed else None
     for task in tasks:
         yield _one(task, shared)
 
 
 def _shared(task: _Task) -> GlobalTarget | None:
-    """The model with replaceable data, if it allows that."""
+    """Capture the model with replaceable data, if it allows that."""
     try:
         target = replicable(task.common.model, *task.args)
     except ModelError:
@@ -200,7 +200,7 @@ def _shared(task: _Task) -> GlobalTarget | None:
 
 
 def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
-    """Fit one simulated data set, and rank its truth."""
+    """Fit one simulated data set, and rank the true parameters."""
     common, seed = task.common, derive_seed(task.common.seed, 1, task.number) % 2**32
     names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
@@ -208,9 +208,9 @@ def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
             target = shared.observing(task.observed)
         else:
             target = from_pyro(poutine.condition(common.model, data=task.observed), *task.args)
-        # Ranks need independent draws of one guide, whatever they are worth.
+        # Ranks need independent draws of one guide, even if the guide is poor.
         settings = {"escalate": False, "compile": False, **common.settings}
-        # Fits share the model's own parameters: each begins where the first did.
+        # Fits share the model's own parameters, and each starts from their initial values.
         own = own_state_of(target)
         try:
             fitted = fit(target, seed=seed, progress=False, **settings)
@@ -232,7 +232,7 @@ def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
 
 
 def _flat(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Labels of all scalars, and their draws of the first chain, (draw, P)."""
+    """Labels of all scalars, and their draws in the first chain, (draw, P)."""
     parts = [(name + i, x[0, :, k]) for name, s, x in blocks(values) for k, i in enumerate(s)]
     return tuple(label for label, _ in parts), np.stack([x for _, x in parts], axis=-1)
 
@@ -240,8 +240,8 @@ def _flat(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray
 def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Calibration:
     """Rank the true latents of simulated rows among the draws of one amortised guide.
 
-    Latents come from the prior and rows from the model given them, both with the
-    parameters that were trained.
+    Latents are drawn from the prior, and rows from the model given them, both with the
+    trained parameters.
     """
     target = fit.target
     simulated = target.prior(fits, derive_seed(seed, 0) % 2**32)

@@ -1,4 +1,4 @@
-"""What came out of the fits of a calibration, in memory and on disk."""
+"""Results of the fits of a calibration, in memory and on disk."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from flowvi.runtime.files import atomic_replace, error_reason
 
 
 class Outcome(NamedTuple):
-    """What came out of one fit; a message where it failed."""
+    """Result of one fit, or the message of its failure."""
 
     number: int
     labels: tuple[str, ...]
@@ -27,11 +27,11 @@ class Outcome(NamedTuple):
 
 
 class Store:
-    """Outcomes by number, and the file in which they survive.
+    """Results by number of the fit, and the file that stores them.
 
     Args:
-        file: Where to; nowhere without it.
-        key: Settings that outcomes of one file share.
+        file: The file; None stores nothing.
+        key: Settings that all results of the file share.
     """
 
     def __init__(self, file: Path | None, key: Mapping[str, Any]) -> None:
@@ -41,7 +41,7 @@ class Store:
             self._read(file)
 
     def add(self, outcome: Outcome) -> None:
-        """Keep an outcome, on disk too."""
+        """Add a result, and write the file."""
         self.done[outcome.number] = outcome
         if self.file is None:
             return
@@ -62,7 +62,7 @@ class Store:
             )
 
     def calibration(self, levels: int) -> Calibration:
-        """What all outcomes say together, in the order of their numbers."""
+        """Combine all results, in the order of their numbers."""
         rows = [self.done[i] for i in sorted(self.done)]
         good = [row for row in rows if not row.failure]
         failures = tuple(row.failure for row in rows if row.failure)
