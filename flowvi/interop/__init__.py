@@ -1,1 +1,1 @@
-"""Types of other libraries: ArviZ's groups, Pyro's guides and losses."""
+"""Conversions to other libraries: ArviZ groups, Pyro guides and losses."""

@@ -1,4 +1,4 @@
-"""Draws as ArviZ InferenceData, ready for NetCDF."""
+"""Convert draws to ArviZ InferenceData, which NetCDF can store."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import arviz as az
 
 
-# Groups with a number for each draw and observation are left out beyond this many (400 MB).
+# Largest size of a group with a number for each draw and observation (400 MB).
 MAX_NUMBERS = 50_000_000
 
 
@@ -45,27 +45,27 @@ def to_inference_data(
     seed: int = 0,
     particles: int = 1000,
 ) -> az.InferenceData:
-    """Bring draws into ArviZ's groups.
+    """Convert draws to ArviZ's groups.
 
-    posterior (latents and deterministics) and sample_stats always; observed
-    and constant data, pointwise log likelihood where the model has them. Names
-    that a file cannot hold are changed, and kept as the attribute
-    ``original_name``. Every group carries the verdict and its numbers; where there are rows,
-    those of each are in a group of flowvi's own, ``row_diagnosis``.
+    The result contains posterior (latents and deterministics) and sample_stats, and, if the
+    model has them, observed and constant data and the pointwise log likelihood. Names that a
+    file cannot store are changed, and the original is the attribute ``original_name``. Every
+    group carries the verdict and its numbers as attributes. With a row axis, those of each
+    row are in the additional group ``row_diagnosis``.
 
     Args:
         draws: Draws of a fit, plain or resampled.
-        prior: Draws wanted from the prior and the prior predictive.
-        predictive: Whether to simulate data for every draw, or for how many of each chain.
-        log_likelihood: Whether to evaluate it for every draw and observation.
-        predictions: From `predict`, or values at new data, each (chain, draw, ...).
-        dims: Names of the axes of variables, in place of those of the model's plates.
+        prior: Number of draws from the prior and the prior predictive.
+        predictive: Whether to simulate data for every draw, or for how many draws of each chain.
+        log_likelihood: Whether to evaluate the log likelihood of every draw and observation.
+        predictions: Result of `predict`, or values at new data, each (chain, draw, ...).
+        dims: Names of the axes of variables, in place of the model's plates.
         coords: Labels along dims, in place of the model's.
-        start: Draws of the Gaussian that the fit began with, from `fit.draw_start`; for
-            a group of flowvi's own, ``gaussian_start``.
+        start: Draws of the initial Gaussian, from `fit.draw_start`, for the additional group
+            ``gaussian_start``.
         seed: Seed of the prior and the predictive draws.
-        particles: For draws for rows, whose log likelihood is an importance-weighted bound on
-            log p(x_n): its number of particles.
+        particles: For draws with a row axis, number of particles of the importance-weighted
+            bound on log p(x_n) that is the log likelihood.
     """
     draws_wanted("to_inference_data", draws)
     check_type("draws", draws, Draws, EXPECTED)
@@ -106,10 +106,10 @@ def to_inference_data(
 
 
 def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
-    """Refuse what cannot be drawn of latents of rows, or of those of a nested fit.
+    """Reject simulations that are not possible for latents of rows or for nested fits.
 
     Raises:
-        ValueError: Names the argument and the way out.
+        ValueError: Names the argument and an alternative.
     """
     if prior and draws.by_row:
         raise ValueError(
@@ -125,29 +125,29 @@ def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
 
 
 def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> az.InferenceData:
-    """Every group that the model has and that is not too large, for a file or a report.
+    """Convert draws to all groups that the model supports and that are not too large.
 
     Args:
         draws: Draws of a fit.
-        start: Draws of the Gaussian that the fit began with.
-        predicted: Draws of each chain for which data are simulated, if the model can.
+        start: Draws of the initial Gaussian of the fit.
+        predicted: Draws of each chain with simulated data, if the model can simulate.
     """
     rows = sum(value.numel() for value in draws.observed.values())
     some = predicted if 0 < predicted * rows <= MAX_NUMBERS and "inner" not in draws.meta else 0
-    # That of rows takes draws of its own, and the weights tell the same.
+    # For rows the log likelihood needs more draws, and adds nothing to the weights.
     scored = len(draws) * rows <= MAX_NUMBERS and not draws.by_row
     made = partial(to_inference_data, draws, log_likelihood=scored, start=start)
     try:
         return made(predictive=some)
-    except ModelError:  # a model that can be scored need not be one to draw data from
+    except ModelError:  # some models can be scored but not simulated
         return made()
 
 
 def attributes(draws: Draws) -> tuple[dict[str, str | int | float], Arrays | None]:
-    """Attributes by ArviZ's conventions: who made the draws, how, and what they are worth.
+    """Attributes by ArviZ's conventions: origin, settings and verdict of the draws.
 
     Returns:
-        The attributes; and where there are rows, and enough draws, what each row is worth.
+        The attributes; and the diagnosis of each row, if there are rows and enough draws.
     """
     facts: dict[str, Any] = {
         "created_at": datetime.now(UTC).isoformat(),
@@ -179,7 +179,7 @@ def attributes(draws: Draws) -> tuple[dict[str, str | int | float], Arrays | Non
 def _log_likelihood(draws: Draws, particles: int, seed: int) -> Arrays:
     """Pointwise log likelihood of every observed site, (chain, draw, *rows).
 
-    Of rows, their importance-weighted bound on log p(x_n), in which z is integrated out.
+    For rows, the importance-weighted bound on log p(x_n), in which z is integrated out.
     """
     target = draws.target
     if isinstance(target, LocalTarget):
@@ -196,7 +196,7 @@ def _log_likelihood(draws: Draws, particles: int, seed: int) -> Arrays:
 
 
 def _prior(target: Target, n: int, seed: int) -> dict[str, Arrays]:
-    """Draws from the prior and the data that they predict, as one chain."""
+    """Draws from the prior and the prior predictive, as one chain."""
     simulated = {name: value[None] for name, value in target.prior(n, seed).items()}
     return {
         "prior": {n: v for n, v in simulated.items() if n not in target.observed},
@@ -213,7 +213,7 @@ def _predictive(draws: Draws, seed: int) -> Arrays:
 
 
 def _predictions(draws: Draws, found: Prediction | Mapping[str, ArrayLike]) -> Arrays:
-    """Values at new data, checked: one for each draw."""
+    """Values at new data; the chains and draws have to match."""
     values = found.values if isinstance(found, Prediction) else found
     arrays = {name: np.asarray(value) for name, value in values.items()}
     for name, array in arrays.items():

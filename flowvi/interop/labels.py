@@ -1,4 +1,4 @@
-"""Names of dimensions and coordinates, as files can hold them."""
+"""Names of dimensions and coordinates that files can store."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 Arrays = Mapping[str, np.ndarray]
-# Slashes part the names of groups; the rest cannot be encoded, or ends a name.
+# A slash separates group names; the other characters cannot be encoded, or end a name.
 UNSAVEABLE = re.compile(r"[/\x00-\x1f\x7f\ud800-\udfff]")
 LONGEST_NAME = 200
 SAMPLE = ("chain", "draw")
@@ -28,7 +28,7 @@ STATS = {
 class Labels:
     """Names of variables and dims that xarray and NetCDF accept, the same in every group.
 
-    A dim has one size and is no variable's name; where a model's dims break
+    A dim has one size, and a name that is no variable's. Where a model's dims violate
     this, the axis is called ``<variable>_dim_<axis>``, ArviZ's default.
 
     Args:
@@ -53,7 +53,7 @@ class Labels:
                 self.names[name] = _unused(_saveable(name), {*self.names.values(), *SAMPLE})
 
     def dataset(self, arrays: Arrays, lead: Sequence[str], attrs: Mapping[str, Any]) -> xr.Dataset:
-        """A group whose variables all begin with the lead dims."""
+        """A group whose variables all begin with the given leading dims."""
         import xarray as xr
 
         variables: dict[str, xr.Variable] = {}
@@ -69,7 +69,7 @@ class Labels:
         return xr.Dataset(variables, coords, attrs)
 
     def _axes(self, name: str, shape: tuple[int, ...]) -> list[str]:
-        """Names for the axes of a variable."""
+        """Names of the axes of a variable."""
         axes: list[str] = []
         given = [*self.dims.get(name, ())]
         for axis, size in enumerate(shape):
@@ -93,13 +93,13 @@ class Labels:
 
 
 def _saveable(name: str) -> str:
-    """A name that a file can hold, and a terminal can show."""
+    """A name that files can store and terminals can show."""
     words = UNSAVEABLE.sub("_", name).strip()[:LONGEST_NAME]
     return words if words.strip(".") else f"_{len(words)}"
 
 
 def _written(name: str) -> str:
-    """A name as an attribute can hold it."""
+    """A name in a form that an attribute can store."""
     return name.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
@@ -110,14 +110,14 @@ def _unused(name: str, taken: set[str]) -> str:
 
 
 def _coordinate(labels: Sequence[Any]) -> np.ndarray:
-    """Labels as one array of numbers, or else of strings."""
+    """Convert labels to an array of numbers, or else of strings."""
     if all(isinstance(label, (int, float)) for label in labels):
         return np.asarray(labels)
     return np.asarray([str(label) for label in labels])
 
 
 def storable(value: Any) -> str | int | float:
-    """What a NetCDF attribute can hold: numbers and strings; the rest as JSON."""
+    """Convert a value to a NetCDF attribute: numbers and strings; the rest as JSON."""
     if isinstance(value, bool):
         return int(value)
     return value if isinstance(value, (str, int, float)) else json.dumps(value)

@@ -1,4 +1,4 @@
-"""What guides for Pyro are made of: densities as distributions, places, and parameters."""
+"""Shared parts of the Pyro guides: distributions, sample sites, plates, parameters."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ class GuideDistribution(dist.TorchDistribution):
     """A guide as a Pyro distribution over vectors, for guides written by hand.
 
     ``pyro.sample("z", GuideDistribution(guide, encoder(x)))`` draws from the guide and trains its
-    parameters, once ``pyro.module`` has registered them. The density of a draw is the one that
-    came with it; that of any other value takes the guide's inverse.
+    parameters, once ``pyro.module`` has registered them. The density of its own draws is computed
+    with the draw; the density of other values needs the guide's inverse.
 
     Args:
         guide: Density on R^D.
-        context: What it is conditioned on, (*B, C); its rows are the batch shape.
+        context: Context of the guide, (*B, C); its rows are the batch shape.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
@@ -43,7 +43,7 @@ class GuideDistribution(dist.TorchDistribution):
 
     @property
     def has_rsample(self) -> bool:
-        """Whether draws carry the whole gradient; those of a mixture do not."""
+        """Whether draws carry the whole gradient; draws of a mixture do not."""
         return self.guide.pathwise
 
     def rsample(self, sample_shape: Any = ()) -> Tensor:
@@ -60,7 +60,7 @@ class GuideDistribution(dist.TorchDistribution):
             return self.rsample(sample_shape)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Score values. (*S, *B, D) -> (*S, *B)."""
+        """Log density of values. (*S, *B, D) -> (*S, *B)."""
         if self._drawn is not None:
             z, log_q, graph = self._drawn
             if value is z and graph >= torch.is_grad_enabled():
@@ -68,7 +68,7 @@ class GuideDistribution(dist.TorchDistribution):
         return self.guide.log_prob(value, self.context)
 
     def expand(self, batch_shape: Any, _instance: Any = None) -> GuideDistribution:
-        """The same distribution at more rows, whose draws are independent."""
+        """The same distribution for more rows, with independent draws."""
         batch_shape, context = Size(batch_shape), self.context
         if context is not None:
             rows = context.shape[:-1]
@@ -80,7 +80,7 @@ class GuideDistribution(dist.TorchDistribution):
 
 
 def own_name() -> str:
-    """A name for a guide: Pyro's parameter store is one for all, and no two may share names."""
+    """A unique name for a guide in Pyro's global parameter store."""
     return f"flowvi_{next(_NUMBERS)}"
 
 
@@ -92,15 +92,15 @@ def sample_site(
     batch: Size,
     plates: Mapping[str, Any],
 ) -> Tensor:
-    """Sample a latent site as a value that was drawn in R^n and mapped to its support.
+    """Sample a latent site with a value that was drawn in R^n and mapped to its support.
 
     Args:
-        message: Pyro's record of the site.
-        value: (*lead, *batch, *event), or flat behind the lead.
+        message: Pyro's message of the site.
+        value: (*lead, *batch, *event), or flat after the lead.
         ladj: Log Jacobian of the map, (*lead, *batch).
-        lead: Shape of the plates around the guide, those of the model included as 1.
+        lead: Shape of the plates around the guide; plates of the model have size 1.
         batch: Batch shape of the site.
-        plates: Those of the model, by name.
+        plates: Plates of the model, by name.
     """
     fn, like = message["fn"], message["value"]
     event = like.shape[like.dim() - fn.event_dim :]
@@ -117,19 +117,19 @@ def sample_site(
 
 
 def placed(value: Tensor, lead: Size, batch: Size, event: Size) -> Tensor:
-    """Put values behind the plates that the guide is called in: axes of size 1 make room.
+    """Reshape values to follow the plates around the guide, with axes of size 1 where needed.
 
     Args:
-        value: (*lead, *batch, *event), or flat behind the lead.
-        lead: Shape of the plates around the guide, those of the model included as 1.
+        value: (*lead, *batch, *event), or flat after the lead.
+        lead: Shape of the plates around the guide; plates of the model have size 1.
         batch: Batch shape of the site.
-        event: Its event shape.
+        event: Event shape of the site.
     """
     return value.reshape((*torch.broadcast_shapes(batch, lead), *event))
 
 
 def check_store(target: Target | LocalTarget) -> None:
-    """Refuse parameters of the model that another training has left in Pyro's store."""
+    """Raise a ModelError if Pyro's store holds other values of the model's parameters."""
     store = pyro.get_param_store()
     for name, (leaf, constraint) in target.parameters_of_model.items():
         if name in store and not torch.equal(store[name], transform_to(constraint)(leaf)):
@@ -140,7 +140,7 @@ def check_store(target: Target | LocalTarget) -> None:
 
 
 def serve(target: Target | LocalTarget) -> None:
-    """Put the model's own parameters into Pyro's store, where they are not there yet."""
+    """Add the model's own parameters to Pyro's store, if they are missing."""
     for name, (leaf, constraint) in target.parameters_of_model.items():
         if constraint is constraints.real:
             pyro.param(name, leaf)

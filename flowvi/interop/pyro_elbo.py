@@ -1,4 +1,4 @@
-"""The importance-weighted bound for Pyro's SVI, right where rows are subsampled."""
+"""The importance-weighted bound for Pyro's SVI, valid for subsampled rows."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from torch import Tensor
 from flowvi.runtime.arguments import check_choice, check_integer
 from flowvi.targets import ModelError
 
-PARTICLES = "num_particles_vectorized"  # the plate in which Pyro draws particles at once
+PARTICLES = "num_particles_vectorized"  # Pyro's plate of vectorised particles
 
 Sites = list[dict[str, Any]]
 
 
 class TracePair(NamedTuple):
-    """One run of guide and model, or K at once.
+    """One run of guide and model, or K runs at once.
 
     Attributes:
-        model: Sites of the model, scored.
-        guide: Sites of the guide, scored.
-        drawn: Random sites as the guide drew them, where those of `guide` are cut off from
-            what they were made of.
+        model: Sites of the model, with log densities.
+        guide: Sites of the guide, with log densities.
+        drawn: Random sites as the guide drew them, if those of `guide` are detached from
+            their inputs.
     """
 
     model: Sites
@@ -42,22 +42,22 @@ class TracePair(NamedTuple):
 class IWELBO(ELBO):
     r"""The importance-weighted bound of K particles, as a loss of `pyro.infer.SVI`.
 
-    Where all sites lie in common plates, their cells n have weights of their own,
+    Where all sites lie in common plates, each cell n of the plates has weights of its own,
 
     .. math::
         L = c \sum_n \log \frac{1}{K} \sum_{k=1}^K w_{nk}, \qquad
         w_{nk} = \frac{p(x_n, z_{nk})}{q(z_{nk})}, \quad z_{nk} \sim q,
 
-    with :math:`c = N / B` where B of N rows are subsampled: an unbiased estimate of a lower
-    bound on the log evidence. Otherwise there is one weight for all sites, and no row may be
-    left out. Pyro's `RenyiELBO` multiplies log weights by N / B inside, which gives no bound.
+    with :math:`c = N / B` if B of N rows are subsampled: an unbiased estimate of a lower
+    bound on the log evidence. Otherwise one weight covers all sites, and subsampling is
+    rejected. Pyro's `RenyiELBO` multiplies log weights by N / B inside, which gives no bound.
 
     Args:
         num_particles: Number of particles K.
-        gradient: ``"dreg"`` drops the score of q and reweights what is left; ``"total"``
+        gradient: ``"dreg"`` drops the score of q and reweights the path gradient; ``"total"``
             differentiates the bound as written. Both have the same expectation.
-        vectorize_particles: Draw all particles at once, by an outer plate.
-        max_plate_nesting: How deep plates are nested; found by a run without it.
+        vectorize_particles: Whether to draw all particles at once, by an outer plate.
+        max_plate_nesting: Depth of the nested plates; by default a run finds it.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519.
@@ -91,7 +91,7 @@ class IWELBO(ELBO):
     def loss_and_grads(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> float:
-        """Minus the bound; its gradient is added to those of all parameters."""
+        """Minus the bound; adds its gradient to the gradients of all parameters."""
         loss = self.differentiable_loss(model, guide, *args, **kwargs)
         if loss.requires_grad:
             loss.backward()
@@ -100,7 +100,7 @@ class IWELBO(ELBO):
     def differentiable_loss(
         self, model: Callable[..., Any], guide: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Tensor:
-        """Minus the bound, with the gradient that was asked for."""
+        """Minus the bound, with the chosen gradient estimator."""
         rows = _SameRows()
         runs = list(self._get_traces(rows(model), rows(guide), args, kwargs))
         plates = common_plates(runs[0])
@@ -120,10 +120,10 @@ class IWELBO(ELBO):
     def _surrogate(
         self, runs: Sequence[TracePair], cells: _Cells, log_p: Tensor, log_w: Tensor
     ) -> Tensor:
-        """A number whose gradient is that of the bound, in expectation.
+        """A scalar whose gradient is that of the bound, in expectation.
 
-        What depends on parameters directly sees v = softmax(log w), the path through the
-        draws sees v^2; log q enters through the draws alone.
+        Direct dependence on parameters has weight v = softmax(log w), the path through the
+        draws has weight v^2; log q contributes through the draws alone.
         """
         v = torch.softmax(log_w.detach(), 0)
         # A site without randomness has no score to drop.
@@ -165,7 +165,7 @@ class IWELBO(ELBO):
                 if name in drawn:
                     site["value"] = site["value"].detach().requires_grad_()
                 elif name in scored and name not in random:
-                    trace.remove_node(name)  # made again, of the draws that were cut off
+                    trace.remove_node(name)  # recomputed from the detached draws
             guide = poutine.replay(guide, trace=trace)
         traces = get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
         run = TracePair(list(_scored(traces[0])), list(_scored(traces[1])), drawn)
@@ -179,7 +179,7 @@ class IWELBO(ELBO):
 
 
 class _SameRows(Messenger):
-    """Let all particles see the rows that the first one drew: a weight is of one row."""
+    """Give all particles the rows that the first one drew, because a weight is of one row."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -195,10 +195,10 @@ class _SameRows(Messenger):
 
 
 class _Cells:
-    """Cells of plates, each with K weights of its own.
+    """Cells of plates, each with K weights.
 
     Args:
-        runs: One for each particle, or one of all.
+        runs: One run for each particle, or one run of all.
         plates: Plates that all sites lie in.
         together: Whether one run holds all particles.
     """
@@ -216,7 +216,7 @@ class _Cells:
         return sums[0] if self.together else torch.stack(sums)
 
     def spread(self, v: Tensor, k: int, site: dict[str, Any]) -> Tensor:
-        """Weights (K, *cells) of the k-th run, as its draws at a site can be multiplied by."""
+        """Weights (K, *cells) of the k-th run, shaped to broadcast with its draws at a site."""
         z = site["value"]
         own = v if self.together else v[k]
         batch = z.dim() - site["fn"].event_dim
@@ -239,7 +239,7 @@ def common_plates(run: TracePair) -> list[Any]:
 
 
 def _check_rows(run: TracePair, plates: Sequence[Any], particles: int) -> None:
-    """Refuse plates that are subsampled where a weight needs all of their rows."""
+    """Raise a ValueError for subsampled plates if a weight needs all of their rows."""
     common = {f.name for f in plates}
     for site in (*run.model, *run.guide):
         for frame in site["cond_indep_stack"]:
@@ -257,7 +257,7 @@ def _check_rows(run: TracePair, plates: Sequence[Any], particles: int) -> None:
 
 
 def _scored(trace: poutine.Trace) -> Iterator[dict[str, Any]]:
-    """Sites that count in the density: no rows of plates, no derived values."""
+    """Sites that contribute to the density: no subsample sites, no deterministics."""
     for site in trace.nodes.values():
         if (
             site["type"] == "sample"

@@ -1,4 +1,4 @@
-"""A fit as a guide for Pyro."""
+"""Convert a fit to a Pyro guide."""
 
 from __future__ import annotations
 
@@ -40,24 +40,24 @@ def pyro_guide(fit: RowFit) -> RowPyroGuide: ...
 
 
 def pyro_guide(fit: Fit | RowFit) -> PyroGuide | RowPyroGuide:
-    """The best guide of a fit as a guide for Pyro.
+    """Convert the best guide of a fit to a Pyro guide.
 
-    It works in `pyro.infer.Predictive`, in `SVI`, where it trains on, in `poutine.trace`, and, if
-    it is one flow and the supports are mapped as Pyro maps them, in `NeuTraReparam`. It is called
-    with the model's arguments, and samples the same values and densities as the fit. Training
-    it leaves the fit as it was; the model's own parameters are the model's, and start where the
-    fit left them. The guide of a fit with `local=` reads the rows in these arguments, whether they
-    are all of them or a batch, and draws in the model's plate.
+    It works in `pyro.infer.Predictive`, in `SVI`, which continues the training, in
+    `poutine.trace`, and, if it is one flow and the supports are mapped as in Pyro, in
+    `NeuTraReparam`. It takes the model's arguments, and has the distribution of the fit's guide.
+    Training it does not change the fit. The model's own parameters remain the model's, and start
+    at their fitted values. The guide of a fit with `local=` reads the rows from these arguments,
+    all rows or a batch, and draws in the model's plate.
 
     Args:
         fit: Fit of a target that `from_pyro` made.
 
     Raises:
-        ModelError: The target is a plain density, rows share latents beside their own, or Pyro's
+        ModelError: The target is a plain density, the model has shared and row latents, or Pyro's
             parameter store holds other values of the model's parameters.
     """
     if isinstance(fit, RowFit):
-        # What the model and its guide share, as with a prior made of the guide, stays shared.
+        # Parameters that model and guide share stay shared.
         kept = {id(p): p for p in fit.target.parameters()}
         return RowPyroGuide(fit.target, copy.deepcopy(fit.guide, kept))
     if isinstance(fit, NestedFit):
@@ -102,14 +102,14 @@ class PyroGuide(AutoContinuous):
                 if frame.vectorized:
                     self._prototype_frames[frame.name] = frame
         self._seen: set[tuple[tuple[int, ...], ...]] = {()}
-        self._create_plates()  # NeuTraReparam asks for them before the first call
+        self._create_plates()  # NeuTraReparam needs them before the first call
         check_store(target)
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
-        """Sample every latent site; the model's arguments are needed for their shapes alone.
+        """Sample every latent site; only the shapes of the model's arguments are used.
 
         Raises:
-            ModelError: With arguments of these shapes the latents have others than in the fit.
+            ModelError: With these arguments the latents have other shapes than in the fit.
         """
         (target,) = self._target
         serve(target)
@@ -130,7 +130,7 @@ class PyroGuide(AutoContinuous):
         return GuideDistribution(self.density)
 
     def get_base_dist(self) -> dist.TorchDistribution:
-        """Standard normal noise, where NUTS in the guide's space starts."""
+        """Standard normal noise, the initial distribution of NUTS in the guide's space."""
         like = torch.zeros(self.latent_dim, dtype=self._target[0].dtype)
         return dist.Normal(like, 1.0).to_event(1)
 
@@ -139,7 +139,7 @@ class PyroGuide(AutoContinuous):
 
         Raises:
             NotImplementedError: The guide is no single flow, or a support is mapped to R^n in
-                another way than Pyro's.
+                another way than in Pyro.
         """
         if not isinstance(self.density, Pushforward):
             raise NotImplementedError(f"A {type(self.density).__name__} is no map from noise.")
@@ -149,7 +149,7 @@ class PyroGuide(AutoContinuous):
         return Transport(self.density)
 
     def _look_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Run the model once for arguments of new shapes: it may have other rows than the fit."""
+        """Run the model once for arguments of new shapes, whose rows may differ from the fit's."""
         leaves = tree_leaves((args, kwargs))
         shapes = tuple(tuple(a.shape) for a in leaves if hasattr(a, "shape"))
         if shapes not in self._seen:
@@ -194,12 +194,12 @@ class Transport(Transform):
 
 
 def _maps_as_pyro(target: GlobalTarget, name: str, message: Any) -> bool:
-    """Whether a site's columns of z are what Pyro makes of its value."""
+    """Whether a site's columns of z are Pyro's unconstrained value of the site."""
     if any(
         n not in target.sites or m["value"].shape != target.sites[n].shape
         for n, m in target.messages.items()
     ):
-        return False  # some elements of a site alone are latent
+        return False  # only some elements of the site are latent
     theirs = biject_to(message["fn"].support).inv(message["value"]).reshape(-1)
     values = {n: m["value"] for n, m in target.messages.items()}
     with poutine.block():

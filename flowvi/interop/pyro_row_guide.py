@@ -1,4 +1,4 @@
-"""A fit of latents of rows as a guide for Pyro."""
+"""Convert a fit of row latents to a Pyro guide."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ from flowvi.targets.local.rows import Call
 class RowPyroGuide(PyroModule):
     """A guide for the rows of a plate as a Pyro guide for the model of a target.
 
-    It opens the model's plate as the model does for the same arguments: all rows, a subsample
-    of them, which the model is then given too, or a batch among the arguments.
+    It opens the model's plate in the same way as the model: with all rows, with a subsample that
+    the model reuses, or with a batch from the arguments.
 
     Args:
         target: From `from_pyro` with `local=`.
         guide: A guide for its rows; it is trained in place.
 
     Raises:
-        ModelError: The target is a plain density, rows share latents beside their own, the guide
+        ModelError: The target is a plain density, the model has shared and row latents, the guide
             is none for rows, or Pyro's store holds other values of the model's parameters.
     """
 
@@ -58,14 +58,14 @@ class RowPyroGuide(PyroModule):
         """Sample the latent sites of the rows in the model's arguments.
 
         Raises:
-            ModelError: The rows are not where they were when the model was captured, or are
-                neither all nor those of the plate.
-            ValueError: They have another shape than the model's, or the guide has parameters for
-                each row and the plate does not say which rows these are.
+            ModelError: The rows are not in the arguments that held them at capture, or are neither
+                all rows nor those of the plate.
+            ValueError: The rows have another shape than the model's, or the guide has parameters
+                for each row and the plate does not identify the rows.
         """
         (target,) = self._target
         serve(target)
-        with poutine.block():  # the model's plate alone is wanted
+        with poutine.block():  # only the model's plate is needed
             call = target.called(args, kwargs)
         given = target.as_batch(call.data)
         plates = {
@@ -90,13 +90,13 @@ class RowPyroGuide(PyroModule):
             batch = list(message["value"].shape[: message["value"].dim() - message["fn"].event_dim])
             axis = len(batch) + self._dim
             batch[axis] = len(rows.places)
-            # The target has the rows in front of all that belongs to one.
+            # The target puts the axis of the rows first.
             value, ladj = (t.movedim(outer, outer + axis) for t in (values[name], ladjs[name]))
             out[name] = sample_site(message, value, ladj, lead, Size(batch), plates)
         return out
 
     def _read(self, call: Call, rows: Batch, index: Tensor | None) -> tuple[Batch, Tensor]:
-        """The rows that the plate holds, and what the guide reads in them, (B, 1, ..., 1, C)."""
+        """Return the rows of the plate, and the guide's context for them, (B, 1, ..., 1, C)."""
         (target,) = self._target
         known = False
         if index is not None:
@@ -107,7 +107,7 @@ class RowPyroGuide(PyroModule):
                     f"Plate '{target.plate}' holds {len(index)} of {call.size} rows; the arguments "
                     f"have {came}, which is neither."
                 )
-            # A model that is called with a batch does not look at rows that its plate draws.
+            # A model that is called with a batch ignores the subsample indices of its plate.
             known = call.size == target.rows and (came == call.size or call.subsample is not None)
             data = tuple(t[index] for t in rows.data) if came == call.size else rows.data
             rows = Batch(index, data)
@@ -116,7 +116,7 @@ class RowPyroGuide(PyroModule):
 
 
 def _check(target: LocalTarget) -> None:
-    """Refuse targets of which a guide of rows does not sample all latents."""
+    """Raise a ModelError if a guide of rows cannot sample all latents of the target."""
     if not target.messages:
         raise ModelError(
             f"{target.name} is a plain density and has no Pyro sites: use fit.draw, or "

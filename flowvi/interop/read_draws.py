@@ -1,4 +1,4 @@
-"""Tables of draws read back from ArviZ's groups."""
+"""Read tables of draws back from ArviZ's groups."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ LISTS = ("reasons", "distances", "improper", "missed")
 
 @dataclass(frozen=True)
 class Names:
-    """What a table of draws knows of its target, once that is gone.
+    """Names and labels of a table of draws whose target is not available.
 
     Attributes:
         name: Name of the model.
         dims: For each value, the names of its axes.
-        coords: Labels along them.
+        coords: Labels along the axes.
         improper: Sites whose prior has no integral.
         sites: None: the latents are among the values.
         slices: None: the unconstrained vector is not kept.
         deterministics: None.
-        plate: Name of the row axis, where there is one.
+        plate: Name of the row axis, if there is one.
     """
 
     name: str
@@ -48,10 +48,10 @@ class Names:
 
 
 def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
-    """The table of draws in a file that flowvi wrote, for pictures and diagnostics.
+    """Read the table of draws from a file of flowvi, for pictures and diagnostics.
 
     Args:
-        idata: What `to_inference_data` made.
+        idata: Result of `to_inference_data`.
         group: The group that holds the values.
     """
     posterior = idata[group]
@@ -83,14 +83,14 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
 def resample_groups(
     idata: az.InferenceData, seed: int = 0, n: int | None = None
 ) -> az.InferenceData:
-    """Draws of a file, resampled by their smoothed weights: one chain, all weigh the same.
+    """Resample the draws of a file by their smoothed weights, to one chain of equal weights.
 
-    Groups with a value for each draw are resampled, those of data kept, others left out.
+    Groups with a value for each draw are resampled. Groups of data are kept, others dropped.
 
     Args:
-        idata: Draws of a guide, as `to_inference_data` made them.
+        idata: Draws of a guide, a result of `to_inference_data`.
         seed: Seed of the resampling.
-        n: Draws wanted; as many as there are without it.
+        n: Number of draws; the original number by default.
 
     Raises:
         ValueError: The draws have no weights.
@@ -120,7 +120,7 @@ def resample_groups(
 
 
 def _picked(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """Rows of the pooled draws, as the one chain of a data set."""
+    """Select rows of the pooled draws, as the one chain of a data set."""
     chain, place = np.divmod(rows, shape[1])
     picked = dataset.isel(chain=xr_index(chain), draw=xr_index(place))
     new = picked.drop_vars(["chain", "draw"], errors="ignore").expand_dims(chain=[0])
@@ -130,12 +130,12 @@ def _picked(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
 
 
 def facts(idata: az.InferenceData) -> dict[str, Any]:
-    """The attributes of the posterior; what was written as JSON is read."""
+    """The attributes of the posterior group, with JSON values decoded."""
     return {str(key): _read(value) for key, value in idata["posterior"].attrs.items()}
 
 
 def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
-    """The verdict that was written with the draws; None where there were too few to judge."""
+    """The verdict that was saved with the draws; None with too few draws."""
     attrs = facts(idata)
     if "khat" not in attrs:
         return None
