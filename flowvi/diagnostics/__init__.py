@@ -1,4 +1,4 @@
-"""What log weights and draws say about a fit: plain arrays in, frozen records out."""
+"""Diagnostics of log weights and draws: functions of arrays that return frozen records."""
 
 from flowvi.diagnostics.energy_distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, RowEvidence, evidence

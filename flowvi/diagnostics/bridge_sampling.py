@@ -1,4 +1,4 @@
-"""The evidence from draws of the guide and of the posterior together."""
+"""Estimate the evidence from draws of the guide and draws of the posterior."""
 
 import math
 
@@ -9,9 +9,9 @@ from flowvi.diagnostics.importance import Estimate, log_evidence
 
 
 def eubo(chains: np.ndarray) -> Estimate:
-    """Mean log weight of posterior draws, whose error allows for their autocorrelation.
+    """Mean log weight of posterior draws, with an error that includes autocorrelation.
 
-    An upper bound on the log evidence: it exceeds it by KL(p || q).
+    The mean is an upper bound on the log evidence, in excess by KL(p || q).
 
     Args:
         chains: Log weights of posterior draws, (chain, draw).
@@ -26,13 +26,13 @@ def _effective(chains: np.ndarray) -> float:
 
 
 def bridge_evidence(log_w: np.ndarray, chains: np.ndarray) -> Estimate:
-    r"""Bridge sampling between the guide's draws and the posterior's.
+    r"""Bridge sampling between draws of the guide and of the posterior.
 
-    With shares s of the draws, the fixed point of
+    With shares s of the two sets of draws, the estimate is the fixed point of
 
     .. math:: Z = \frac{E_q[w / (s_p w + s_q Z)]}{E_p[1 / (s_p w + s_q Z)]}
 
-    Every term is bounded, so the error is finite whatever the tails of the weights.
+    Every term is bounded, so the error is finite for any tail of the weights.
 
     Args:
         log_w: Log weights of independent draws of the guide, (S).

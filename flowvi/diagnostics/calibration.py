@@ -1,4 +1,4 @@
-"""Ranks of true values among posterior draws: tests of uniformity and of symmetry."""
+"""Ranks of true values among posterior draws, with tests of uniformity and symmetry."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Below this, ranks are called miscalibrated.
+# Significance level of the tests.
 LEVEL = 0.01
-# With fewer fits a test that finds nothing says nothing: of one scalar, a standard deviation that
-# is 20 % too small is found in six of ten calibrations of 100 fits.
+# With fewer fits the tests have little power: for one scalar, 100 fits detect a standard
+# deviation that is 20 % too small with probability 0.6.
 ENOUGH = 100
 
 
@@ -28,15 +28,15 @@ def rank(draws: np.ndarray, truth: np.ndarray, rng: np.random.Generator) -> np.n
 
 
 def uniformity(ranks: np.ndarray, levels: int) -> Uniformity:
-    """Test that ranks are uniform on 0, ..., L, as those of a calibrated posterior are.
+    """Test that ranks are uniform on 0, ..., L, as for a calibrated posterior.
 
-    Kolmogorov and Smirnov's test sees shifts; a wrong width is seen by the
-    sum of squares of the normal scores, chi-squared with M degrees of freedom.
-    A rank is spread evenly over its cell, which makes both tests exact.
+    The Kolmogorov-Smirnov test detects shifts. The sum of squares of the normal scores,
+    chi-squared with M degrees of freedom, detects wrong widths. Each rank is spread
+    uniformly over its cell, which makes both tests exact.
 
     Args:
-        ranks: Of M simulations and P scalars, (M, P).
-        levels: Number L of draws behind each rank.
+        ranks: Ranks of M simulations and P scalars, (M, P).
+        levels: Number L of draws for each rank.
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788.
@@ -53,8 +53,8 @@ def uniformity(ranks: np.ndarray, levels: int) -> Uniformity:
 def symmetry(probabilities: np.ndarray) -> np.ndarray:
     """Test that P_q(theta < truth), (M, P), is symmetric about 1/2: p-values (P).
 
-    A guide that is too wide or too narrow may pass; its mean is then right all
-    the same. By Wilcoxon's signed ranks.
+    By Wilcoxon's signed-rank test. A guide that is too wide or too narrow may pass;
+    its mean is right in this case.
 
     References:
         Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538, section 4.
@@ -65,7 +65,7 @@ def symmetry(probabilities: np.ndarray) -> np.ndarray:
 
 
 def adjusted(*p_values: np.ndarray) -> float:
-    """The smallest of all p-values by Bonferroni's correction; 1 where there are none."""
+    """The smallest of all p-values after Bonferroni's correction; 1 without p-values."""
     joined = np.concatenate([np.ravel(p) for p in p_values])
     return float(min(1.0, joined.min() * joined.size)) if joined.size else 1.0
 
@@ -76,12 +76,12 @@ class Calibration:
 
     Attributes:
         labels: Names of the P scalars, such as ``theta[3]``.
-        levels: Number L of draws behind each rank.
+        levels: Number L of draws for each rank.
         plain: Ranks among the guide's draws, (M, P), from 0 to L.
         resampled: Ranks among the resampled draws, (M, P).
         probabilities: P_q(theta < truth), (M, P).
-        verdicts: Of each of the M fits.
-        failures: What stopped each fit that failed; these have no row.
+        verdicts: Verdict on each of the M fits.
+        failures: Messages of the fits that failed; these have no row.
     """
 
     labels: tuple[str, ...]
@@ -94,12 +94,12 @@ class Calibration:
 
     @property
     def enough(self) -> bool:
-        """Whether there are so many fits that ranks which look uniform mean something."""
+        """Whether the number of fits gives the tests enough power."""
         return len(self.plain) >= ENOUGH
 
     @property
     def uniform(self) -> dict[str, float]:
-        """Adjusted p-values of the tests of uniformity, of plain and resampled draws."""
+        """Adjusted p-values of the tests of uniformity, for plain and resampled draws."""
         kinds = {"plain": self.plain, "resampled": self.resampled}
         return {name: adjusted(*uniformity(ranks, self.levels)) for name, ranks in kinds.items()}
 

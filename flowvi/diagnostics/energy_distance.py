@@ -1,4 +1,4 @@
-"""How far restarts are from each other."""
+"""Energy distance between restarts."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Points of each restart; the cost grows with the square.
+# Number of points of each restart; the cost is quadratic in it.
 POINTS = 400
 
 
@@ -17,7 +17,7 @@ class Distances(NamedTuple):
     Attributes:
         matrix: Energy coefficient of each pair, (C, C): 0 for equal
             distributions, 1 for two points apart.
-        noise: What the two halves of one restart differ by, on average over restarts.
+        noise: Coefficient between the two halves of a restart, averaged over restarts.
     """
 
     matrix: np.ndarray
@@ -25,7 +25,7 @@ class Distances(NamedTuple):
 
 
 def distances(z: np.ndarray) -> Distances:
-    r"""Compare the draws of every two restarts by their energy distance.
+    r"""Compare the draws of all pairs of restarts by their energy distance.
 
     .. math:: H = \frac{2 E|X - Y| - E|X - X'| - E|Y - Y'|}{2 E|X - Y|}
 

@@ -1,4 +1,4 @@
-"""The log evidence, from below, in the middle and from above, and whether to believe it."""
+"""Estimates of the log evidence with lower and upper bounds, and their reliability."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from flowvi.diagnostics.importance import (
 )
 
 LADDER = (1, 10, 100, 1000)
-# Chance that a certain bound is wrong.
+# Probability that a certain bound is wrong.
 RISK = 0.05
-# Parts of the draws behind the sharper of the two certain bounds.
+# Number of parts of the draws for the sharper of the two certain bounds.
 PARTS = 20
-# Blocks that a debiased bound needs for its standard error.
+# Least number of blocks for the standard error of a debiased bound.
 BLOCKS = 30
-# Standard errors by which two estimates may differ.
+# Largest difference of two estimates, in standard errors.
 ERRORS = 3.0
 CHAINS = Finding(TRUST, "The chains are not trusted: neither are the bridge and the upper bound.")
 
@@ -42,9 +42,9 @@ class RowEvidence(NamedTuple):
     """The log evidence of each row, (R) each.
 
     Attributes:
-        labels: What to call the rows.
+        labels: Labels of the rows.
         log_evidence, log_evidence_se: The estimate, without its leading bias.
-        reliable: Whether it can be relied on.
+        reliable: Whether the estimate is reliable.
     """
 
     labels: tuple[str, ...]
@@ -55,30 +55,30 @@ class RowEvidence(NamedTuple):
 
 @dataclass(frozen=True)
 class Evidence:
-    """The log evidence and what bounds it.
+    """The log evidence, with bounds.
 
     Attributes:
-        reliable: Whether the estimates of the evidence can be relied on. The
-            bounds hold in any case.
+        reliable: Whether the estimates of the evidence are reliable. The bounds
+            hold in any case.
         log_evidence, log_evidence_se: The best estimate: the bridge where there are
             trusted draws of the posterior, else the log mean weight.
-        mean_weight, mean_weight_se: Log of the mean weight, which is unbiased. Its error
-            allows for the tail that no draw has shown.
-        smoothed, smoothed_se: The same from Pareto-smoothed weights.
+        mean_weight, mean_weight_se: Log of the mean weight, which is unbiased. The error
+            includes an estimate of the unobserved tail.
+        smoothed, smoothed_se: Log of the mean Pareto-smoothed weight.
         debiased, debiased_se: L_K + CV^2 / 2K: a bound without its leading bias.
-        bridge, bridge_se: Estimate from the guide's draws and the posterior's; NaN without.
+        bridge, bridge_se: Estimate from draws of guide and posterior; NaN without the latter.
         bounds: The ELBO (K = 1) and importance-weighted bounds L_K.
         certain: Lower bound that holds with probability 0.95, whatever the
             guide: log mean weight - log 20, by Markov's inequality.
-        certain_parts: As certain, and sharper: the smallest log mean weight of
-            20 equal parts of the draws, less log(20) / 20.
+        certain_parts: A sharper bound with the same probability: the smallest log mean
+            weight of 20 equal parts of the draws, less log(20) / 20.
         eubo, eubo_se: Upper bound E_p[log w], from draws of the posterior; NaN without.
         khat, khat_threshold: Pareto shape of the weights' tail, and its limit.
         draws: Number of weights.
-        reasons: Why the estimates can or cannot be relied on.
-        title: What was fitted.
-        rows: Where there are rows, the evidence of each; the numbers above are then sums over
-            them, the largest k-hat, and the draws of a row.
+        reasons: Reasons for the value of `reliable`.
+        title: Description of the fit.
+        rows: The evidence of each row, if there is a row axis. The other attributes are then
+            sums over rows, the largest k-hat, and the number of draws of a row.
     """
 
     reliable: bool
@@ -126,16 +126,16 @@ def evidence(
 ) -> Evidence:
     """Estimate and bound the log evidence from log weights.
 
-    Restarts that failed are left out, as in `diagnose`, except from the
-    certain bounds, which would not be certain if draws were chosen.
+    Failed restarts are left out, as in `diagnose`. The certain bounds use all
+    restarts, because a selection of draws would invalidate them.
 
     Args:
         log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
         posterior_log_weights: The same at draws of the posterior, for the upper bound.
         trusted: Whether the posterior draws are trusted.
         particles: Numbers of particles K of the lower bounds.
-        doubts: What else speaks against the estimates, in sentences.
-        title: What was fitted.
+        doubts: Further reasons against the estimates, in sentences.
+        title: Description of the fit.
 
     References:
         Burda, Grosse and Salakhutdinov (2016), arXiv:1509.00519: L_K.
@@ -155,7 +155,7 @@ def evidence(
         above, bridge = eubo(posterior), bridge_evidence(log_w, posterior)
         unlike = _unlike(middle, bridge, above) if trusted else [CHAINS]
         if trusted and all(f.verdict == TRUST for f in unlike):
-            # The bridge holds whatever the tail of the weights is like.
+            # The error of the bridge is finite for any tail of the weights.
             best, judged = bridge, [Finding(TRUST, finding.reason) for finding in judged]
         judged += unlike
     found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
@@ -179,10 +179,10 @@ def evidence(
 
 
 def _certain(chains: np.ndarray) -> tuple[float, float]:
-    """Lower bounds on the log evidence, each wrong with probability 0.05 at most.
+    """Lower bounds on the log evidence, each wrong with probability at most 0.05.
 
-    The mean of any weights exceeds c times the evidence with probability 1 / c
-    at most; all of n independent means do with probability c^-n at most.
+    The mean of any weights exceeds c times the evidence with probability at most
+    1 / c; all of n independent means do with probability at most c^-n.
     """
     whole = log_evidence(chains.ravel()).value + math.log(RISK)
     parts = np.array_split(chains, PARTS, axis=1)
@@ -191,9 +191,9 @@ def _certain(chains: np.ndarray) -> tuple[float, float]:
 
 
 def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding]:
-    """Whether draws of the posterior tell of mass that the guide's own weights do not show.
+    """Compare estimates to detect mass that the guide's own weights do not show.
 
-    A guide may leave out a tail without a heavy-tailed weight among its draws.
+    A guide may miss a tail without a heavy weight among its draws.
     """
     error = ERRORS * math.hypot(middle.se, bridge.se)
     values = f"{bridge.value:.3f} by the bridge, {middle.value:.3f} by the weights alone"

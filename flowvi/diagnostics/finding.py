@@ -1,4 +1,4 @@
-"""An observation on the way to a verdict, and the verdict that observations leave open."""
+"""Findings, and the verdict that follows from them."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -7,13 +7,13 @@ VERDICTS = TRUST, RESAMPLE, DISTRUST = ("trust", "trust the resampled draws", "d
 
 
 class Finding(NamedTuple):
-    """An observation.
+    """An observation that limits the verdict.
 
     Attributes:
-        verdict: The best verdict that it leaves open, errors of two standard errors included.
+        verdict: The best verdict that the finding allows, with errors of two standard errors.
         reason: A sentence.
-        granted: The best verdict that it leaves open if these errors speak for the draws; that
-            of `verdict` if empty.
+        granted: The best verdict that it allows if the numbers are better by these errors;
+            empty if it equals `verdict`.
     """
 
     verdict: str
@@ -22,12 +22,12 @@ class Finding(NamedTuple):
 
 
 class Check(NamedTuple):
-    """What the check of a fit found, by draws of its own.
+    """Result of the check of a fit on separate draws.
 
     Attributes:
         verdict: The verdict.
         khat: Pareto shape of the weights' tail; None for Markov chains.
-        draws: Number of draws behind it.
+        draws: Number of draws.
     """
 
     verdict: str
@@ -40,27 +40,27 @@ class Check(NamedTuple):
 
 
 def verdicts(found: Sequence[Finding]) -> tuple[str, str]:
-    """The best verdict that every finding leaves open: as it is, and if errors are granted."""
+    """The best verdicts that all findings allow: as they are, and within their errors."""
     strict = max((f.verdict for f in found), key=VERDICTS.index, default=TRUST)
     return strict, max((f.granted or f.verdict for f in found), key=VERDICTS.index, default=TRUST)
 
 
 def verdict(found: Sequence[Finding]) -> str:
-    """The best verdict that every finding leaves open."""
+    """The best verdict that all findings allow."""
     return verdicts(found)[0]
 
 
 def decided(strict: str, best: str, draws: int, check: Check | None) -> str:
-    """The verdict on draws of a fit that has been checked by others.
+    """The verdict on draws of a fit that was checked on separate draws.
 
-    The check's verdict stands unless the draws speak against it, whatever their errors. A better
-    one takes more draws than the check had.
+    The check's verdict stands unless the draws contradict it beyond their errors. Only more
+    draws than those of the check can improve it.
 
     Args:
         strict: The verdict of the draws alone.
-        best: The verdict if their errors speak for them.
-        draws: How many there are.
-        check: What the check of the fit found.
+        best: The verdict if all numbers are better by their errors.
+        draws: Number of draws.
+        check: Result of the fit's own check.
     """
     if check is None:
         return strict
@@ -70,7 +70,7 @@ def decided(strict: str, best: str, draws: int, check: Check | None) -> str:
 
 
 def reasons(found: Sequence[Finding]) -> tuple[str, ...]:
-    """The sentences, those that decide first."""
+    """The sentences of the findings, the decisive ones first."""
     return tuple(finding.reason for finding in sorted(found, key=_severity, reverse=True))
 
 

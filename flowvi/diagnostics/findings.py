@@ -1,6 +1,6 @@
-"""What is observed on the way to a verdict, each with the sentence that says it.
+"""Findings behind a verdict, each with a sentence.
 
-Every observation is a list of findings, empty where there is nothing to say.
+Each check returns a list of findings, which may be empty.
 """
 
 import math
@@ -20,35 +20,35 @@ from flowvi.diagnostics.importance import (
 from flowvi.diagnostics.moments import Comparison
 from flowvi.diagnostics.pareto import log_sum
 
-# The largest error of a mean, in posterior sds, and of a sd, relative, that "trust" allows.
+# Largest error of a mean, in posterior sds, and largest relative error of a sd, for "trust".
 TOLERANCE = 0.15
-# KL(q || p) moves a mean by at most sqrt(2 KL) sds (Talagrand; exact for Gaussians), and a
-# sd that is off by 15 % costs more than this.
+# KL(q || p) moves a mean by at most sqrt(2 KL) sds (Talagrand; exact for Gaussians). A sd
+# with an error of 15 % needs a larger KL than this.
 MAX_GAP = TOLERANCE**2 / 2
-# A weighted mean is known to 1 / sqrt(ESS) sds, a Gaussian's sd to 1 / sqrt(2 ESS); three of
-# these are the tolerance.
+# The standard error of a weighted mean is 1 / sqrt(ESS) sds, that of a Gaussian's sd
+# 1 / sqrt(2 ESS). The tolerance is three standard errors.
 MIN_ESS = (3 / TOLERANCE) ** 2
 MIN_ESS_SD = MIN_ESS / 2
-# Times fewer effective draws are a want of draws, not of weights, if more draws of the same guide
-# had enough: a fit checks by up to four times what `Fit.draw` makes.
+# Factor by which the effective draws may fall short and still be made up by more draws of the
+# same guide: the check of a fit takes up to four times the draws of `Fit.draw`.
 WANT = 6.0
-# Draws that an advice asks for, at least, and times as many where there are enough of them.
+# Least number of draws to ask for, and the factor for more than this number.
 ASKED, AGAIN = 4000, 4
-# Below this divergence there is next to nothing to correct, so heavy-tailed weights are no
-# reason for distrust. Well below MAX_GAP: part of such a tail goes unseen.
+# Below this divergence, heavy-tailed weights do not matter. The value is well below MAX_GAP,
+# because a part of such a tail is unobserved.
 FLAT_GAP = 0.005
-# Restarts whose means scatter by about a third of a sd.
+# R-hat of restarts whose means scatter by about a third of a sd.
 MAX_RHAT = 1.05
-# Restarts are apart if they differ by so many times what halves of one differ by.
+# Least distance of two restarts, relative to that of the halves of one, to be reported.
 FAR = 3.0
-# A restart with less of the best one's evidence has failed: resampling all but drops it.
+# A restart with a smaller share of the evidence has failed: resampling almost drops it.
 MIN_SHARE = 0.01
-# Log evidences of restarts may differ by this much, and by four standard errors.
+# Largest spread of the restarts' log evidences, beyond four standard errors.
 MAX_SPREAD = 0.05
 
 
 def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
-    """Restarts worth keeping, (chain), and a word on the others."""
+    """Mask of the restarts to keep, (chain), and a finding on the others."""
     evidence = log_sum(chains)
     kept = evidence >= evidence.max() + math.log(MIN_SHARE)
     if kept.all():
@@ -62,11 +62,11 @@ def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
 
 
 def weights(log_w: np.ndarray, outside: str = "") -> list[Finding]:
-    """Weights of zero, constant weights.
+    """Findings on weights that are zero or constant.
 
     Args:
         log_w: Log weights, (S).
-        outside: Why the density is zero at some draws, in a sentence.
+        outside: Sentence with the reason for density zero at some draws.
     """
     found = []
     finite = log_w[np.isfinite(log_w)]
@@ -83,7 +83,7 @@ def weights(log_w: np.ndarray, outside: str = "") -> list[Finding]:
 
 
 def evidences(chains: np.ndarray) -> list[Finding]:
-    """Restarts that found different amounts of evidence."""
+    """Finding on restarts with different evidences."""
     values, errors = np.transpose([log_evidence(chain) for chain in chains])
     low, high = np.argmin(values), np.argmax(values)
     spread = values[high] - values[low]
@@ -97,7 +97,7 @@ def evidences(chains: np.ndarray) -> list[Finding]:
 
 
 def divergence(log_w: np.ndarray) -> list[Finding]:
-    """Whether KL(q || p) alone bounds the error of every moment."""
+    """Whether KL(q || p) is small enough to bound the error of every moment."""
     value, error = gap(log_w)
     if value + 2 * error <= MAX_GAP:
         reason = f"KL(q || p) = {value:.2g}: no mean is off by {TOLERANCE} sd."
@@ -110,7 +110,7 @@ def divergence(log_w: np.ndarray) -> list[Finding]:
 
 
 def moments(c: Comparison) -> list[Finding]:
-    """Whether plain and reweighted draws have the same means and standard deviations."""
+    """Finding on differences of means and sds between plain and reweighted draws."""
     found = []
     if c.skipped:
         names = ", ".join(f"'{name}'" for name in c.skipped)
@@ -135,11 +135,11 @@ def moments(c: Comparison) -> list[Finding]:
 
 
 def off(c: Comparison, errors: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
-    """Whether the plain mean, and the plain sd, of each scalar may be off by too much, (P), (P).
+    """Whether the error of the plain mean, and sd, of each scalar may be too large, (P), (P).
 
     Args:
-        c: Plain against reweighted draws.
-        errors: Standard errors to add; a number below zero asks whether they surely are off.
+        c: Comparison of plain and reweighted draws.
+        errors: Standard errors to add; with a negative number, errors that are certain.
     """
     mean_error = np.abs(c.shift) + errors * c.shift_se
     sd_error = np.expm1(np.abs(c.stretch) + errors * c.stretch_se)
@@ -147,7 +147,7 @@ def off(c: Comparison, errors: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
 
 
 def disagreement(c: Comparison) -> list[Finding]:
-    """Restarts that lie in different places, plain or even reweighted."""
+    """Finding on restarts with different locations, plain or even reweighted."""
     if not c.labels:
         return []
     plain, weighted = np.argmax(c.rhat), np.argmax(c.rhat_weighted)
@@ -165,7 +165,7 @@ def disagreement(c: Comparison) -> list[Finding]:
 
 
 def apart(found: Distances) -> list[Finding]:
-    """The two restarts that are farthest apart, if noise does not explain it."""
+    """Finding on the two most distant restarts, if their distance exceeds noise."""
     i, j = np.unravel_index(np.argmax(found.matrix), found.matrix.shape)
     largest = found.matrix[i, j]
     if largest <= FAR * found.noise:
@@ -178,13 +178,13 @@ def apart(found: Distances) -> list[Finding]:
 
 
 def effective(ess: float, draws: int, c: Comparison | None, best: str) -> list[Finding]:
-    """Too few effective draws, for some mean or sd, for resampled draws to be of use.
+    """Finding on too few effective draws, for any mean or sd, for resampling.
 
     Args:
         ess: 1 / sum of squared normalised weights.
         draws: Number of draws.
-        c: Plain against reweighted draws.
-        best: The best verdict that is left if all errors speak for the draws.
+        c: Comparison of plain and reweighted draws.
+        best: The best verdict that remains if all numbers are better by their errors.
     """
     needs = [(MIN_ESS / ess, ess, "")]
     if c is not None and c.labels:
@@ -205,14 +205,14 @@ def effective(ess: float, draws: int, c: Comparison | None, best: str) -> list[F
 
 
 def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: str) -> list[Finding]:
-    """Weights with a heavy tail, which matter unless all the weights are nearly equal.
+    """Finding on a heavy tail of the weights, which matters unless they are nearly equal.
 
     Args:
         log_w: Log weights, (S).
-        khat: Shape of their tail.
-        threshold: Its limit for so many.
-        so_far: The verdict without it.
-        best: The same if all errors speak for the draws.
+        khat: Pareto shape of the tail.
+        threshold: Limit of k-hat for this number of weights.
+        so_far: The verdict of all other findings.
+        best: That verdict if all numbers are better by their errors.
     """
     if khat < threshold:
         return []
@@ -245,20 +245,20 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: st
 
 
 def open_tail(khat: float, draws: int) -> bool:
-    """Whether k-hat may be below the limit of many draws, but for its error."""
+    """Whether k-hat is within two standard errors of the limit for many draws."""
     return khat - 2 * khat_error(khat, draws) < MOST_KHAT
 
 
 def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | None) -> list[str]:
-    """Say that more draws are wanted where these are too few to tell, and how that was decided.
+    """Sentences that ask for more draws if there are too few, and give the check's verdict.
 
     Args:
-        draws: How many there are.
+        draws: Number of draws.
         strict: The verdict of the draws alone.
-        poor: Whether they show, whatever their errors, that the guide is poor: too few effective
-            draws do not.
-        final: The verdict, as `decided` gives it.
-        check: What the check of the fit found.
+        poor: Whether the draws show that the guide is poor, beyond their errors. Too few
+            effective draws do not.
+        final: The verdict, the result of `decided`.
+        check: Result of the fit's own check.
     """
     few = draws < MIN_ESS and not poor
     unclear = final == DISTRUST and not poor
@@ -281,12 +281,12 @@ def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | No
 
 
 def _more(draws: int) -> int:
-    """How many draws to ask for where there are too few."""
+    """Number of draws to ask for."""
     return ASKED if draws < ASKED else AGAIN * draws
 
 
 def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
-    """Whether the mean of the weights is known as well as its standard error says."""
+    """Finding on the reliability of the mean weight and its standard error."""
     if khat < threshold:
         shown = f"k-hat {khat:.2f} is below {threshold:.2f}"
         if khat < 0.5:
@@ -314,7 +314,7 @@ def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
 
 
 def flat(log_w: np.ndarray, errors: float = 2.0) -> bool:
-    """Whether the weights vary so little that there is next to nothing to correct.
+    """Whether the weights vary so little that a correction has no effect.
 
     Args:
         log_w: Log weights, (S).
@@ -325,7 +325,7 @@ def flat(log_w: np.ndarray, errors: float = 2.0) -> bool:
 
 
 def priors(improper: Sequence[str]) -> list[Finding]:
-    """Priors without which there is no evidence."""
+    """Finding on improper priors, for which there is no evidence."""
     if not improper:
         return []
     names = ", ".join(f"'{name}'" for name in improper)

@@ -1,7 +1,7 @@
-"""Importance weights: k-hat, evidence and bounds, each with its uncertainty.
+"""Importance weights: k-hat, evidence and bounds, each with its standard error.
 
-Log weights are log p(x, z) - log q(z) of independent draws z ~ q. A weight of
-zero (-inf) is a draw outside the support of p; NaN and +inf are refused.
+Log weights are log p(x, z) - log q(z) of independent draws z ~ q. A draw outside the
+support of p has weight zero (-inf); NaN and +inf are rejected.
 """
 
 import math
@@ -15,38 +15,38 @@ from flowvi.diagnostics.pareto import PRIOR, log_sum, psislw, tail_size
 from flowvi.runtime.arguments import check_integer
 
 MIN_DRAWS = 100
-# The limit of k-hat for many draws.
+# Limit of k-hat for many draws.
 MOST_KHAT = 0.7
-# Log weights that differ by less are equal: single precision cannot tell them apart.
+# Differences below this are rounding errors of single precision.
 ROUNDING = 1e-3
-# Random partitions over which a bound is averaged; more change only the last digit.
+# Number of random partitions that a bound is averaged over; more change only the last digit.
 PARTITIONS = 32
-# Of these for each of many rows.
+# The same number for each of many rows.
 FEWEST = 4
 
 
 class Estimate(NamedTuple):
-    """A number and its standard error."""
+    """An estimate and its standard error."""
 
     value: float
     se: float
 
 
 class Psis(NamedTuple):
-    """Smoothed, normalised log weights (S), and the shape of their right tail."""
+    """Smoothed, normalised log weights (S), and the Pareto shape of their right tail."""
 
     log_weights: np.ndarray
     khat: float
 
 
 class RowPsis(NamedTuple):
-    """The same of rows, (R, S) and (R)."""
+    """Smoothed, normalised log weights of rows, (R, S), and their Pareto shapes, (R)."""
 
     log_weights: np.ndarray
     khat: np.ndarray
 
     def row(self, n: int) -> Psis:
-        """That of one row."""
+        """Log weights and shape of one row."""
         return Psis(self.log_weights[n], float(self.khat[n]))
 
 
@@ -70,7 +70,7 @@ class Bounds(tuple[Bound, ...]):
     """One importance-weighted bound per number of particles.
 
     Attributes:
-        rows: Where there are rows, the bounds of each of them, of which those here are the sums.
+        rows: The bounds of each row, if there is a row axis; the elements are then their sums.
     """
 
     rows: tuple[RowBound, ...] = ()
@@ -88,7 +88,7 @@ class Bounds(tuple[Bound, ...]):
 
 
 def as_chains(log_weights: ArrayLike) -> np.ndarray:
-    """Check log weights once and bring them to (chain, draw); (S) is one chain."""
+    """Check log weights, and convert them to (chain, draw); (S) is one chain."""
     log_w = np.atleast_2d(np.asarray(log_weights, dtype=np.float64))
     if log_w.ndim > 2:
         raise ValueError(f"Log weights have shape (draw) or (chain, draw); got {log_w.shape}.")
@@ -97,7 +97,7 @@ def as_chains(log_weights: ArrayLike) -> np.ndarray:
 
 
 def check_weights(log_w: np.ndarray) -> None:
-    """Refuse log weights, (chain, draw) or (chain, draw, row), that are too few or impossible."""
+    """Reject log weights, (chain, draw) or (chain, draw, row), that are too few or undefined."""
     chains, draws = log_w.shape[:2]
     if draws < MIN_DRAWS:
         raise ValueError(
@@ -118,7 +118,7 @@ def check_weights(log_w: np.ndarray) -> None:
 
 
 def khat_threshold(draws: int) -> float:
-    """Largest k-hat at which S draws carry a mean: min(1 - 1 / log10 S, 0.7).
+    """Largest k-hat at which S draws estimate a mean reliably: min(1 - 1 / log10 S, 0.7).
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed
@@ -128,11 +128,11 @@ def khat_threshold(draws: int) -> float:
 
 
 def khat_error(khat: float, draws: int) -> float:
-    r"""Standard error of a k-hat from S draws; infinite where k-hat is.
+    r"""Standard error of a k-hat from S draws; infinite if k-hat is.
 
     .. math:: \frac{1 + k}{\sqrt{M}} \cdot \frac{M}{M + 10}
 
-    for a tail of M draws: that of the maximum likelihood, shrunk as k-hat is by its prior.
+    for a tail of M draws: the asymptotic error of maximum likelihood, shrunk by the prior of k-hat.
 
     Args:
         khat: Shape of the tail, from `psis`.
@@ -148,9 +148,9 @@ def khat_error(khat: float, draws: int) -> float:
 def psis(log_w: np.ndarray) -> Psis:
     """Smooth the largest weights by a generalised Pareto fit to their tail.
 
-    k-hat is -inf, and nothing is smoothed, where the weights of the tail are
-    equal to rounding: they are bounded, as when the guide equals the target.
-    It is +inf where a handful of draws carries all the weight.
+    If the weights of the tail are equal up to rounding, as when the guide equals the
+    target, they are bounded: k-hat is -inf, and nothing is smoothed. If a few draws
+    carry all the weight, k-hat is +inf.
 
     Args:
         log_w: Log weights, (S).
@@ -162,17 +162,17 @@ def psis(log_w: np.ndarray) -> Psis:
 
 
 def psis_of_rows(log_w: np.ndarray) -> RowPsis:
-    """The same as `psis` for weights of rows, each by itself. (R, S)."""
+    """Smooth the weights of each row separately, as `psis` does. (R, S)."""
     top = np.partition(log_w, -tail_size(log_w.shape[1]), axis=1)[:, -tail_size(log_w.shape[1]) :]
     with np.errstate(all="ignore"):  # hopeless weights overflow inside the fit: k-hat is then inf
         smooth, khat = psislw(log_w)
         equal = top.max(1) - top.min(1) <= ROUNDING
-    # Of a tail of few different values, to which nothing can be fitted, or of such weights.
+    # No fit is possible for tails with few distinct values, or with such weights.
     failed = np.isnan(smooth).any(1)
     khat[equal] = -math.inf
     khat[np.isnan(khat)] = math.inf
     plain = equal | failed
-    with np.errstate(invalid="ignore"):  # of weights that are all zero
+    with np.errstate(invalid="ignore"):  # for weights that are all zero
         smooth[plain] = log_w[plain] - log_sum(log_w[plain])[:, None]
     return RowPsis(smooth, khat)
 
@@ -182,9 +182,9 @@ def log_evidence(log_w: np.ndarray) -> Estimate:
 
     .. math:: \log \hat p(x) = \log \tfrac{1}{S} \sum_s w_s
 
-    From the weights as they are, not smoothed: their mean is unbiased for the
-    evidence, whatever the guide. The error is by the delta method, sd(w) /
-    (mean(w) sqrt(S)); it is itself unreliable where k-hat is too large.
+    The weights are not smoothed, so that their mean is unbiased for the evidence of
+    any guide. The error follows from the delta method, sd(w) / (mean(w) sqrt(S));
+    it is unreliable if k-hat is too large.
 
     Args:
         log_w: Log weights, (S).
@@ -194,23 +194,23 @@ def log_evidence(log_w: np.ndarray) -> Estimate:
 
 
 def with_tail(estimate: Estimate, log_w: np.ndarray, khat: float) -> Estimate:
-    r"""An estimate of the log evidence whose error allows for the tail that no draw has shown.
+    r"""Estimate of the log evidence with an error that includes the unobserved tail.
 
-    Heavy weights come seldom: most samples lack them, miss their mass, and
-    have a small standard error. Beyond the quantile 1 - 1 / S of a generalised
-    Pareto tail with threshold u, shape k and scale :math:`\sigma`, above which M
-    of S relative weights lie, there is on average
+    Heavy weights are rare: most samples contain none, underestimate the mean, and have
+    a small standard error. For a generalised Pareto tail with threshold u, shape k and
+    scale :math:`\sigma`, above which M of S relative weights lie, the part of the mean
+    weight beyond the quantile 1 - 1 / S is on average
 
     .. math:: \frac{1}{S} \Big(q + \frac{\sigma + k (q - u)}{1 - k}\Big), \qquad
               q = u + \sigma \frac{M^k - 1}{k},
 
-    of the mean weight, which is added to the standard error in quadrature. It is
-    of the order of max(w) / S where k is small.
+    It is added to the standard error in quadrature, and is of the order of max(w) / S
+    for small k.
 
     Args:
         estimate: The log of the mean weight, with its standard error.
         log_w: Log weights, (S).
-        khat: Shape of their tail, from `psis`.
+        khat: Pareto shape of their tail, from `psis`.
     """
     if khat == -math.inf:
         return estimate
@@ -228,9 +228,9 @@ def smoothed_evidence(log_w: np.ndarray, smooth: Psis) -> Estimate:
 
     Args:
         log_w: Log weights, (S).
-        smooth: What `psis` makes of them.
+        smooth: Result of `psis` for these weights.
     """
-    # Smoothing leaves the smallest weight alone: it ties the two scales together.
+    # Smoothing does not change the smallest weight, which thus relates the two scales.
     least = int(np.argmin(np.where(np.isfinite(log_w), log_w, np.inf)))
     value = log_w[least] - smooth.log_weights[least] - math.log(len(log_w))
     relative = np.exp(smooth.log_weights) * len(log_w)
@@ -256,12 +256,12 @@ def debiased(log_w: np.ndarray, particles: int) -> Estimate:
 
 
 def debiased_of_rows(log_w: np.ndarray, particles: int) -> tuple[np.ndarray, np.ndarray]:
-    """The same as `debiased` for weights of rows, and the errors. (S, R) -> (R), (R)."""
+    """The estimate of `debiased` for each row, and its error. (S, R) -> (R), (R)."""
     draws, rows = log_w.shape
     relative = np.exp(log_w - (log_sum(log_w.T) - math.log(draws)))  # mean 1
     square = (relative**2).mean(0)
     value = _iw_bound(log_w, particles).bound + (square - 1) / (2 * particles)
-    # What each draw adds to CV^2, by the delta method; blocks carry both terms' errors.
+    # Influence of each draw on CV^2, by the delta method; blocks combine the errors of both terms.
     influence = relative**2 - square - 2 * square * (relative - 1)
     shape = draws // particles, particles, rows
     w, i = (a[: shape[0] * particles].reshape(shape) for a in (log_w, influence))
@@ -269,15 +269,15 @@ def debiased_of_rows(log_w: np.ndarray, particles: int) -> tuple[np.ndarray, np.
 
 
 def elbo(log_w: np.ndarray) -> Estimate:
-    """Mean of the log weights; -inf if the guide leaves the target's support."""
+    """Mean of the log weights; -inf if a draw is outside of the target's support."""
     return Estimate(float(log_w.mean()), _standard_error(log_w))
 
 
 def gap(log_w: np.ndarray) -> Estimate:
     r"""Estimate of KL(q || p) from log weights (S): log evidence minus ELBO.
 
-    The two are estimated from the same draws, and the error of their
-    difference is far smaller than that of either when q is close to p.
+    Both are estimated from the same draws. The error of their difference is far
+    smaller than that of either if q is close to p.
     """
     evidence, bound = log_evidence(log_w).value, elbo(log_w).value
     return Estimate(evidence - bound, _standard_error(np.exp(log_w - evidence) - log_w))
@@ -288,11 +288,11 @@ def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
 
     .. math:: L_K = E \log \tfrac{1}{K} \sum_{k=1}^K w_k \le \log p(x)
 
-    Each is a mean over disjoint blocks of K draws, averaged over random
-    partitions into blocks: unbiased for L_K, hence a lower bound in
-    expectation. The standard error is that of one partition, so it can only
-    be too large. It is NaN where there is one block; both are NaN where there
-    are fewer than K draws.
+    Each bound is a mean over disjoint blocks of K draws, averaged over random
+    partitions into blocks. It is unbiased for L_K, hence a lower bound in
+    expectation. The standard error is that of one partition, which is at least the
+    error of the average. It is NaN for one block; both are NaN for fewer than K
+    draws.
 
     Args:
         log_w: Log weights, (S).
@@ -306,7 +306,7 @@ def iw_bounds(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
 
 
 def iw_bounds_of_rows(log_w: np.ndarray, particles: Sequence[int]) -> Bounds:
-    """The sums of the bounds of rows, whose draws are independent, and these bounds.
+    """Sums of the bounds of rows, whose draws are independent, with the bounds of each row.
 
     Args:
         log_w: Log weights, (S, R).
@@ -328,7 +328,7 @@ def _iw_bound(log_w: np.ndarray, particles: int) -> RowBound:
         return RowBound(particles, none, none)
     rng = np.random.default_rng(0)
     means, variances = np.zeros(rows), np.zeros(rows)
-    # Sums over many rows are averages over many partitions already.
+    # A sum over many rows already averages over many partitions.
     partitions = 1 if particles == 1 else max(FEWEST, PARTITIONS // rows)
     for _ in range(partitions):
         parts = log_w[rng.permutation(draws)[: blocks * particles]]
@@ -340,7 +340,7 @@ def _iw_bound(log_w: np.ndarray, particles: int) -> RowBound:
 
 
 def _standard_errors(values: np.ndarray) -> np.ndarray:
-    """Standard errors of means along the first axis; NaN for one value and infinite ones."""
+    """Standard errors of means along the first axis; NaN for one value or infinite values."""
     if len(values) < 2:
         return np.full(values.shape[1:], math.nan)
     finite = np.isfinite(values).all(0)

@@ -1,4 +1,4 @@
-"""The verdict on draws of Markov chains: whether the chains agree, and how much they know."""
+"""The verdict on draws of Markov chains, from convergence and effective sample size."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -14,7 +14,7 @@ from flowvi.diagnostics.verdict import Diagnosis
 # Vehtari et al. (2021), section 4.
 MAX_RHAT = 1.01
 MIN_ESS = 400
-# Share of draws after divergent trajectories: a few are noise, more mark a place not entered.
+# Largest share of divergent draws: a few are noise, more mark a region that was not explored.
 MAX_DIVERGENT = 0.002
 
 
@@ -27,15 +27,15 @@ def diagnose_chains(
 ) -> Diagnosis:
     """Judge draws of Markov chains: R-hat, bulk and tail ESS, divergences.
 
-    They are trusted when every scalar has R-hat < 1.01 and bulk and tail ESS
-    >= 400, and at most 2 in 1000 draws ended a divergent trajectory. There
-    are no weights, hence no k-hat, ELBO or evidence: those numbers are NaN.
+    They are trusted if every scalar has R-hat < 1.01 and bulk and tail ESS >= 400,
+    and if at most 2 in 1000 draws ended a divergent trajectory. k-hat, ELBO and
+    evidence need weights, and are NaN.
 
     Args:
         values: Arrays (chain, draw, ...) by name.
         diverging: Whether a draw ended a divergent trajectory, (chain, draw).
-        title: What was sampled.
-        missed: What is known of the posterior that the chains leave out.
+        title: Description of the sampled density.
+        missed: Known parts of the posterior that the chains miss, in sentences.
         axes: Labels of the elements of the values, for the reasons.
 
     References:
@@ -81,7 +81,7 @@ def _convergence(
             labels.append(name + index)
             rows.append([stats.rhat(x), stats.ess(x, "bulk"), stats.ess(x, "tail")])
     rhat, bulk, tail = np.transpose(np.asarray(rows, dtype=np.float64))
-    # What cannot be computed has not converged.
+    # A value that cannot be computed counts as not converged.
     return labels, np.nan_to_num(rhat, nan=np.inf), np.nan_to_num(bulk), np.nan_to_num(tail)
 
 

@@ -1,4 +1,4 @@
-"""Means and standard deviations of the same draws under two weightings, and by restart."""
+"""Compare means and standard deviations of draws under two weightings, and over restarts."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -7,26 +7,26 @@ from typing import Any
 
 import numpy as np
 
-# By name of an array, the labels of each of its axes beyond chain and draw; None for an axis
-# that has none and is counted from zero.
+# For each name of an array, the labels of each axis after chain and draw; None for an axis
+# that is numbered from zero.
 Axes = Mapping[str, Sequence[Sequence[Any] | None]]
-# Scalars compared at a time, and numbers of all their draws, to bound memory.
+# Largest number of scalars in one comparison, and of their draws, to limit memory.
 COLUMNS, NUMBERS = 256, 4_000_000
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Plain draws against the same draws reweighted; one entry per scalar, (P).
+    """Comparison of plain and reweighted draws; one entry per scalar, (P).
 
     Attributes:
         labels: Names of the scalars, such as ``theta[3]``.
-        skipped: Names of which some scalar is not finite.
+        skipped: Names with a scalar that is not finite.
         shift, shift_se: Reweighted minus plain mean, in reweighted sds.
         stretch, stretch_se: Log of reweighted over plain sd.
-        ess_mean, ess_sd: Effective draws for the reweighted mean and sd: how many
-            independent draws of the target would know them as well.
-        rhat: R-hat of the restarts' plain draws, 1 where they agree.
-        rhat_weighted: The same after each restart is reweighted on its own.
+        ess_mean, ess_sd: Effective draws of the reweighted mean and sd: the number of
+            independent draws of the target with the same error.
+        rhat: R-hat of the restarts' plain draws; 1 if they agree.
+        rhat_weighted: R-hat after each restart is reweighted separately.
     """
 
     labels: tuple[str, ...]
@@ -47,11 +47,11 @@ def compare(
     values: Mapping[str, np.ndarray],
     axes: Axes | None = None,
 ) -> Comparison:
-    """Compare every scalar that varies under equal weights and under the given ones.
+    """Compare every scalar that varies, under equal weights and under given weights.
 
     Args:
         weights: Normalised weights, (chain, draw).
-        inside: Whether a draw has positive density; others are left out, (chain, draw).
+        inside: Whether a draw has positive density, (chain, draw); others are left out.
         values: Arrays (chain, draw, ...) by name.
         axes: Labels of their elements.
     """
@@ -73,7 +73,7 @@ def compare(
 def blocks(
     values: Mapping[str, np.ndarray], axes: Axes | None = None
 ) -> Iterator[tuple[str, list[str], np.ndarray]]:
-    """Name, indices such as "[3]" or labels, and columns (chain, draw, some) of every array."""
+    """Name, indices such as "[3]" or labels, and columns (chain, draw, part) of every array."""
     for name, array in values.items():
         flat = array.reshape(*array.shape[:2], -1)
         indices = _indices(array.shape[2:], (axes or {}).get(name, ()))
@@ -84,7 +84,7 @@ def blocks(
 
 
 def _indices(shape: tuple[int, ...], axes: Sequence[Sequence[Any] | None]) -> list[str]:
-    """What tells the elements of an array apart, in order."""
+    """Labels of the elements of an array, in order."""
     if not shape:
         return [""]
     known = [*axes, *(None for _ in shape)]
@@ -103,7 +103,7 @@ def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarr
     """The numbers of a Comparison, (8, P), for x of shape (chain, draw, P)."""
     before = inside / inside.sum()
     flat = x.reshape(weights.size, x.shape[-1])
-    with np.errstate(divide="ignore", invalid="ignore"):  # a sd of 0: the shift is inf or NaN
+    with np.errstate(divide="ignore", invalid="ignore"):  # the shift of a sd of 0 is inf or NaN
         mean, variance, to_mean, to_sd = _moments(before.ravel(), flat)
         new_mean, new_variance, to_new_mean, to_new_sd = _moments(weights.ravel(), flat)
         sd = np.sqrt(new_variance)
@@ -122,10 +122,10 @@ def _columns(weights: np.ndarray, inside: np.ndarray, x: np.ndarray) -> np.ndarr
 
 
 def _moments(weights: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
-    """Weighted mean and variance, (P), and the draws' influence on mean and log sd, (S, P).
+    """Weighted mean and variance, (P), and influence of the draws on mean and log sd, (S, P).
 
-    The two weightings share their draws: only the difference of the influences gives the
-    standard error of a difference, and it vanishes as the weights become equal.
+    Both weightings share their draws. The standard error of a difference therefore follows
+    from the difference of the influences, and vanishes as the weights become equal.
     """
     mean = weights @ x
     centred = x - mean
@@ -135,10 +135,10 @@ def _moments(weights: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, ...]:
 
 
 def _effective(influence: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Effective draws behind a weighted mean whose draws have the given influence, (P).
+    """Effective draws of a weighted mean, from the influence of each draw, (P).
 
-    The variance that one independent draw of the target would have, over that which all the
-    weighted draws have. Unlike 1 / sum w^2, it sees heavy weights where they matter.
+    The variance of one independent draw of the target, divided by the variance of the weighted
+    mean. Unlike 1 / sum w^2, it depends on where the heavy weights are.
     """
     squares = influence**2
     per_weight = np.divide(squares, weights.reshape(-1, 1), where=squares > 0, out=squares * 0)

@@ -1,39 +1,39 @@
-"""Pareto smoothing of importance weights, which every fit needs, and without ArviZ.
+"""Pareto smoothing of importance weights, without ArviZ.
 
-To import ArviZ takes as long as a short fit trains.
+The import of ArviZ takes as long as the training of a short fit.
 """
 
 import math
 
 import numpy as np
 
-# To fewer weights, no tail is fitted.
+# Least number of weights for a fit of the tail.
 FEWEST = 5
-# Of k, which the fit weighs like so many more draws.
+# Prior mean of k, and its weight as a number of draws.
 PRIOR = 0.5, 10
-# Numbers that the fit of many tails takes at a time, and the least weight of a candidate.
+# Size of a part in the fit of many tails, and the least weight of a candidate.
 NUMBERS, LEAST = 4_000_000, 1e-30
 
 
 def tail_size(draws: int) -> int:
-    """How many weights make the tail that a Pareto distribution is fitted to."""
+    """Number of weights in the tail that the Pareto distribution is fitted to."""
     return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
 
 
 def psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     r"""Pareto-smoothed, normalised log weights of each row, and its k-hat. (R, S) -> (R, S), (R).
 
-    Above the weight u next below the M largest, a generalised Pareto distribution with shape k
-    and scale :math:`\sigma` is fitted to these. The m-th smallest of them becomes
+    A generalised Pareto distribution with shape k and scale :math:`\sigma` is fitted to the M
+    largest weights, with the next smaller weight u as threshold. The m-th smallest of them becomes
 
     .. math:: u + \frac{\sigma}{k} \big((1 - p)^{-k} - 1\big), \qquad p = \frac{m - 1/2}{M},
 
-    but no larger than the largest weight was. Nothing is smoothed where no such distribution
-    fits, as of a tail of few different values, and where it has fewer than five; k-hat is then inf.
+    but at most the largest original weight. Weights are not smoothed if the tail has fewer than
+    five of them, or if no distribution fits, as for few distinct values; k-hat is then inf.
 
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed
-        importance sampling", JMLR 25(72), section 3.1. As in ArviZ.
+        importance sampling", JMLR 25(72), section 3.1. The results agree with ArviZ.
     """
     x = log_w - log_w.max(1, keepdims=True)
     order = np.argsort(x, axis=1)[:, -tail_size(x.shape[1]) - 1 :]
@@ -42,7 +42,7 @@ def psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     sizes = (largest[:, 1:] > cutoff[:, None]).sum(1)
     khat = np.full(len(x), np.inf)
     for size in np.unique(sizes[sizes >= FEWEST]):
-        # Rows of equal tails together.
+        # Rows with equal tail sizes are fitted together.
         rows = np.flatnonzero(sizes == size)
         u = np.exp(cutoff[rows])[:, None]
         khat[rows], sigma = _fitted(np.exp(largest[rows, -size:]) - u)
@@ -57,7 +57,7 @@ def psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def log_sum(x: np.ndarray) -> np.ndarray:
-    """Log of the sum of exponentials along the last axis; -inf where all are."""
+    """Log of the sum of exponentials along the last axis; -inf if all terms are."""
     top = x.max(-1, keepdims=True)
     top = np.where(np.isfinite(top), top, 0.0)
     with np.errstate(divide="ignore"):
@@ -66,9 +66,9 @@ def log_sum(x: np.ndarray) -> np.ndarray:
 
 
 def _fitted(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Shape k and scale of generalised Pareto distributions, of sorted data (R, N).
+    """Shape k and scale of generalised Pareto distributions for sorted data (R, N).
 
-    A mean over candidates b = k / sigma, weighed by their likelihood; k is then shrunk to 1/2.
+    Likelihood-weighted mean over candidates b = k / sigma, with k shrunk towards 1/2.
 
     References:
         Zhang and Stephens (2009), "A new and efficient estimation method for the generalized
@@ -79,7 +79,7 @@ def _fitted(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     parts = [_candidates(x[i : i + size]) for i in range(0, len(x), size)]
     b = np.concatenate(parts)
     k = np.log1p(-b[:, None] * x).mean(1)
-    none = b == 0  # of no likely candidate: the prior of k is left
+    none = b == 0  # no likely candidate: only the prior of k is left
     sigma = np.where(none, 0.0, -k / np.where(none, 1.0, b))
     return (k * n + PRIOR[0] * PRIOR[1]) / (n + PRIOR[1]), sigma
 

@@ -1,4 +1,4 @@
-"""The log evidence of rows, each by its own weights, and of all of them."""
+"""The log evidence of each row, and of all rows together."""
 
 from __future__ import annotations
 
@@ -41,15 +41,15 @@ def evidence_of_rows(
 ) -> Evidence:
     """Estimate and bound the log evidence of each row, and their sum.
 
-    The draws of rows are independent: errors add in squares, and products of mean weights
-    average to the product of the evidences, so that both certain bounds hold for the sum.
+    The draws of rows are independent. Variances therefore add, and the product of the mean
+    weights is unbiased for the product of the evidences: both certain bounds hold for the sum.
 
     Args:
         log_weights: log p - log q of draws of the guide, (chain, draw, row).
-        labels: What to call the rows.
+        labels: Labels of the rows.
         particles: Numbers of particles K of the lower bounds.
-        doubts: What else speaks against the estimates, in sentences.
-        title: What was fitted.
+        doubts: Further reasons against the estimates, in sentences.
+        title: Description of the fit.
     """
     check_weights(log_weights)
     log_w = log_weights.reshape(-1, log_weights.shape[-1]).astype(np.float64)
@@ -98,7 +98,7 @@ def _judged(
     khat: np.ndarray,
     draws: int,
 ) -> list[Finding]:
-    """Whether so many rows can be averaged over."""
+    """Findings on the reliability of the rows' mean weights."""
     if not failed.any():
         return [Finding(TRUST, f"The weights of all {len(labels)} rows can be averaged over.")]
     sure = surely(khat, draws)

@@ -1,4 +1,4 @@
-"""The verdict on draws with a row axis: one for each row, and one over all."""
+"""Verdicts on draws with a row axis: of each row, and of all rows."""
 
 from __future__ import annotations
 
@@ -32,22 +32,22 @@ def diagnose_rows(
     doubts: Sequence[str] = (),
     improper: Sequence[str] = (),
 ) -> Diagnosis:
-    """Judge the draws of each row, and all of them.
+    """Judge the draws of each row, and of all rows together.
 
-    The verdict of a row is that of `diagnose` on its draws alone. All draws are not to be
-    trusted where a row that is not has a k-hat above the limit by more than noise explains
-    (`surely`), or where more than 5 % of the rows are not to be trusted for whatever reason.
-    Otherwise they are to be resampled where the plain draws of a row are off by more than two
-    standard errors, or where more than 5 % of the rows are not to be trusted as they are.
+    The verdict of a row is that of `diagnose` on its draws alone. Over all rows it is "do not
+    trust" if an untrusted row has a k-hat significantly above the limit (`surely`), or if more
+    than 5 % of the rows are untrusted for any reason. Otherwise it is "trust the resampled
+    draws" if the plain draws of a row are off by more than two standard errors, or if more than
+    5 % of the rows do not have the verdict "trust".
 
     Args:
         log_weights: (chain, draw, row).
         values: Arrays (chain, draw, row, ...) by name, the latent vectors among them.
-        labels: What to call the rows.
+        labels: Labels of the rows.
         title: What was fitted, in one line.
-        missed: What is known of the posterior that the draws leave out.
+        missed: Known parts of the posterior that the draws miss, in sentences.
         axes: Labels of the elements of the values of one row.
-        doubts: What speaks against the plain draws beside the weights, in sentences.
+        doubts: Reasons against the plain draws other than the weights, in sentences.
         improper: Sites with improper priors: there is no evidence then.
     """
     log_w = np.asarray(log_weights, dtype=np.float64)
@@ -115,7 +115,7 @@ def _table(judged: Sequence[Diagnosis], log_w: np.ndarray, labels: Sequence[str]
 
 
 def _findings(rows: Rows) -> list[Finding]:
-    """What the rows say together, those that are not to be trusted first."""
+    """Findings over all rows, the least trusted rows first."""
     failed, off = rows.verdict == DISTRUST, rows.verdict == RESAMPLE
     sure = failed & surely(rows.khat, rows.draws)
     found = []
@@ -143,7 +143,7 @@ def _findings(rows: Rows) -> list[Finding]:
 
 
 def _open(rows: Rows, few: bool) -> str:
-    """A word on rows that fail by no more than the errors of their numbers."""
+    """Sentence on rows that fail by no more than the errors of their numbers; else empty."""
     if few:
         return (
             f"The errors of {rows.draws} draws explain so few: the verdict is that of the other "

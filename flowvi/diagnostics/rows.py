@@ -1,4 +1,4 @@
-"""What is said of each row of draws that have weights for each row."""
+"""Verdicts and numbers for draws with weights for each row."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from flowvi.diagnostics.importance import (
     with_tail,
 )
 
-# Rows that a sentence or a table names.
+# Largest number of rows named in a sentence or a table.
 NAMED = 10
-# Chance that an estimate is off by two standard errors, to one side.
+# One-sided probability of an error above two standard errors.
 CHANCE = 0.0228
-# Share of rows that may fail by no more than the errors of their numbers.
+# Share of rows that may fail within the errors of their numbers.
 TOLERATED = 0.05
-# Standard deviations of a normal distribution between its middle and its upper 5 %.
+# The 95 % quantile of the standard normal distribution.
 UPPER = 1.645
 
 
@@ -34,9 +34,9 @@ class Rows:
     """A verdict and its numbers for each row, (R) each.
 
     Attributes:
-        labels: What to call the rows: their coordinates, or their places in the data.
-        verdict: What `diagnose` says of the draws of the row alone.
-        at_best: The same if two standard errors of its numbers speak for the draws.
+        labels: Labels of the rows: their coordinates, or their indices in the data.
+        verdict: Verdict of `diagnose` on the draws of the row alone.
+        at_best: Verdict if all numbers are better by two standard errors.
         khat: Pareto shape of the weights' tail.
         ess: Effective number of draws.
         elbo, elbo_se: Evidence lower bound.
@@ -60,7 +60,7 @@ class Rows:
         return len(self.labels)
 
     def worst(self, n: int = NAMED) -> np.ndarray:
-        """Places of the rows that are trusted least, the worst first."""
+        """Indices of the n least trusted rows, the worst first."""
         rank = np.array([VERDICTS.index(v) for v in self.verdict])
         return np.lexsort((self.ess, -self.khat, -rank))[:n]
 
@@ -78,13 +78,13 @@ class Rows:
 
 
 def named(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: str) -> str:
-    """Such as: 3 of 500 rows are not to be trusted: 17, 33, 240.
+    """Sentence such as: 3 of 500 rows are not to be trusted: 17, 33, 240.
 
     Args:
-        labels: Of all rows.
-        chosen: Which of them are meant, (R); of more than ten the worst are named.
-        badness: How bad each row is, (R).
-        what: What is said of them.
+        labels: Labels of all rows.
+        chosen: Mask of the rows to name, (R); of more than ten, the worst are named.
+        badness: Badness of each row, (R).
+        what: Predicate of the sentence.
     """
     places = np.flatnonzero(chosen)
     worst = places[np.argsort(-badness[places], kind="stable")][:NAMED]
@@ -95,19 +95,20 @@ def named(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: 
 
 
 def surely(khat: np.ndarray, draws: int) -> np.ndarray:
-    """Whether k-hats are too large by more than noise explains, (R).
+    """Whether each k-hat is significantly too large, (R).
 
-    A k-hat is if it is above 0.7 by more than its errors, or above the limit for so many draws
-    and away from the middle of all rows by more than their spread. Two standard errors are
-    allowed for one row, and for R rows as many as keep the chance that any of them is off.
+    A k-hat is too large if it exceeds 0.7 by more than its error allows, or if it exceeds the
+    limit for this number of draws and deviates from the median of all rows by more than their
+    spread allows. The allowance is two standard errors for one row; for R rows it keeps the same
+    probability that any row exceeds it.
 
     Args:
-        khat: Of each row, (R).
+        khat: k-hat of each row, (R).
         draws: Number of draws of a row.
     """
     errors = -float(ndtri(CHANCE / len(khat)))
     slack = np.array([khat_error(k, draws) if math.isfinite(k) else 0.0 for k in khat])
-    # The error of a k-hat grows like 1 + k: on a logarithmic scale all have the same.
+    # The error of a k-hat is proportional to 1 + k, and thus constant on a logarithmic scale.
     scale = np.log1p(np.clip(khat, -0.5, 2.0))
     middle, high = np.quantile(scale, (0.5, 1 - TOLERATED))
     spread = max((high - middle) / UPPER, khat_error(0.0, draws))
@@ -117,15 +118,15 @@ def surely(khat: np.ndarray, draws: int) -> np.ndarray:
 
 
 def too_many(failed: np.ndarray, sure: np.ndarray) -> bool:
-    """Whether rows that fail, (R), are more than noise explains: any surely, or over 5 %."""
+    """Whether failed rows, (R), exceed noise: any significant failure, or over 5 % of rows."""
     return bool((failed & sure).any() or failed.sum() > TOLERATED * len(failed))
 
 
 def evidence_of_each(log_w: np.ndarray, khat: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Log evidence of each row and its error, without the leading bias. (R, S), (R) -> (R), (R).
 
-    A logarithm of a mean with variance v, relative to its square, is v / 2 too low on average:
-    little for a row, and not for the sum over many.
+    The log of a mean with relative variance v is v / 2 too low on average. This bias is small
+    for a row, but not for a sum over many rows.
     """
     plain = [log_evidence(row) for row in log_w]
     full = [with_tail(e, row, k) for e, row, k in zip(plain, log_w, khat, strict=True)]
@@ -134,5 +135,5 @@ def evidence_of_each(log_w: np.ndarray, khat: np.ndarray) -> tuple[np.ndarray, n
 
 
 def total(values: np.ndarray, errors: np.ndarray) -> Estimate:
-    """The sum over rows, whose draws are independent, with its standard error."""
+    """Sum over rows, whose draws are independent, with its standard error."""
     return Estimate(float(values.sum()), float(np.sqrt((errors**2).sum())))

@@ -1,4 +1,4 @@
-"""Means and standard deviations that no number of draws tells, whatever the guide."""
+"""Detect scalars whose mean or standard deviation no number of draws can estimate."""
 
 from collections.abc import Mapping
 
@@ -9,21 +9,21 @@ from flowvi.diagnostics.findings import MIN_ESS, MIN_ESS_SD, off
 from flowvi.diagnostics.importance import khat_threshold, psis
 from flowvi.diagnostics.moments import Axes, Comparison, blocks
 
-# As many scalars are looked at, those known worst first, and named.
+# Largest number of scalars that are tested, the least certain first, and that are named.
 LOOKED_AT, NAMED = 50, 3
 
 
 def heavy(
     c: Comparison, log_w: np.ndarray, values: Mapping[str, np.ndarray], axes: Axes | None
 ) -> list[Finding]:
-    """Name scalars that a verdict blames although their own tails are at fault.
+    """Find scalars that fail the verdict because of the tails of their own distribution.
 
-    The average of |x - median|, or of its square, is known if the Pareto shape of its tail is
-    below the limit for weights (Vehtari et al. 2024, JMLR 25(72)). Where it is not, for plain and
-    for weighted draws, no guide has draws that would tell the mean, or the sd, nor has MCMC.
+    The mean of |x - median|, or of its square, can be estimated if the Pareto shape of its tail
+    is below the limit for weights (Vehtari et al. 2024, JMLR 25(72)). If neither plain nor weighted
+    draws satisfy this, no guide can estimate the mean, or the sd, and neither can MCMC.
 
     Args:
-        c: Plain against reweighted draws.
+        c: Comparison of plain and reweighted draws.
         log_w: Log weights, (chain, draw).
         values: Arrays (chain, draw, ...) by name.
         axes: Labels of their elements.
@@ -44,12 +44,12 @@ def heavy(
 def _shapes(
     wanted: set[str], log_w: np.ndarray, values: Mapping[str, np.ndarray], axes: Axes | None
 ) -> dict[str, tuple[float, float]]:
-    """Pareto shapes of distance and squared distance, where they are too large; else -1."""
+    """Pareto shapes of distance and squared distance that exceed the limit; -1 otherwise."""
     found = {}
     for name, indices, x in blocks(values, axes):
         for i, index in enumerate(indices):
             label = name + index
-            # The same number twice is no two reasons.
+            # A scalar and its equal unconstrained coordinate count once.
             if label not in wanted or label.removeprefix("unconstrained ") in found:
                 continue
             column = x[..., i].ravel()

@@ -1,4 +1,4 @@
-"""The verdict: what the plain and the resampled draws of a fit are good for."""
+"""The verdict on the plain and the resampled draws of a fit."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -28,29 +28,29 @@ from flowvi.diagnostics.weight_regions import where
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What log weights say about the draws of a fit.
+    """Verdict on the draws of a fit, with the numbers behind it.
 
     Attributes:
-        verdict: ``"trust"`` (the plain draws are good as they are), ``"trust
-            the resampled draws"`` or ``"do not trust"``.
-        reasons: The sentences behind the verdict, the weightiest first.
+        verdict: ``"trust"`` (the plain draws), ``"trust the resampled draws"`` or
+            ``"do not trust"``.
+        reasons: Sentences that explain the verdict, the most important first.
         khat: Pareto shape of the weights' tail; -inf for bounded weights.
-        khat_threshold: From here on, nothing that rests on the weights holds.
+        khat_threshold: Smallest k-hat at which the weights are unreliable.
         ess: Effective number of draws, 1 / sum of squared normalised weights.
-        draws: Number of draws behind the numbers.
+        draws: Number of draws.
         elbo, elbo_se: Evidence lower bound and its standard error.
         gap, gap_se: Log evidence minus ELBO: an estimate of KL(q || p).
         log_evidence, log_evidence_se: NaN where a prior is improper.
-        title: What was fitted, in one line.
-        rhat: Largest R-hat, for draws of Markov chains; for these, `ess` is the
-            least bulk or tail ESS, and what rests on weights is NaN.
+        title: Description of the fit, in one line.
+        rhat: Largest R-hat, for draws of Markov chains. For these, `ess` is the smallest
+            bulk or tail ESS, and attributes that need weights are NaN.
         divergences: Number of divergent trajectories.
-        distances: Energy coefficient of every two restarts, 0 where they agree; empty for one.
-        at_best: The verdict if the errors of these numbers, two standard errors each, speak for
-            the draws: where it is not that of the draws alone, other draws could say otherwise.
-        rows: Of draws with a row axis, what is said of each row; None of others. The numbers
-            above are then those of all rows together: the largest k-hat, the fewest effective
-            draws, and sums of ELBOs, gaps and log evidences; `draws` are those of a row.
+        distances: Energy coefficient of every two restarts, 0 if equal; empty for one restart.
+        at_best: Verdict if all numbers are better by two standard errors. If it differs from the
+            verdict of the draws alone, other draws could change the verdict.
+        rows: Verdict and numbers of each row for draws with a row axis; else None. The other
+            attributes then cover all rows: the largest k-hat, the fewest effective draws, sums
+            of ELBOs, gaps and log evidences, and `draws` of each row.
     """
 
     verdict: str
@@ -79,10 +79,10 @@ class Diagnosis:
 
     @property
     def near(self) -> bool:
-        """Whether other draws could well say otherwise.
+        """Whether other draws could change the verdict.
 
-        That is so where the errors of these numbers would better the verdict, or where it rests
-        on a k-hat less than a standard error below its limit.
+        True if the verdict would improve within the errors of these numbers, or if it relies on
+        a k-hat less than a standard error below its limit.
         """
         flat = self.gap + 2 * self.gap_se <= findings.FLAT_GAP
         close = self.khat < self.khat_threshold <= self.khat + self.khat_se
@@ -147,31 +147,30 @@ def diagnose(
     doubts: Sequence[str] = (),
     outside: str = "",
 ) -> Diagnosis:
-    """Judge draws by their log weights and by what reweighting does to their moments.
+    """Judge draws by their log weights and the effect of reweighting on their moments.
 
-    Plain draws are trusted when reweighting moves no mean by more than 0.15
-    sds and no sd by more than 15 %, two standard errors included, and k-hat
-    vouches for the weights, or KL(q || p) <= 0.005 makes them nearly equal.
-    Without values, KL(q || p) <= 0.15^2 / 2 stands in for the moments.
-    Resampled draws are trusted when k-hat is below its threshold, and 400
-    draws are effective for every mean and 200 for every sd. Restarts must
-    agree on the evidence and, for either, on the moments. No draws can show a
-    mode that no guide has found.
+    Plain draws are trusted if reweighting moves no mean by more than 0.15 sds and no
+    sd by more than 15 %, two standard errors included, and if the weights are
+    reliable: k-hat is below its threshold, or KL(q || p) <= 0.005. Without values,
+    the condition on moments is replaced by KL(q || p) <= 0.15^2 / 2. Resampled draws
+    are trusted if k-hat is below its threshold, and if every mean has 400 and every
+    sd 200 effective draws. For either verdict, restarts must agree on the evidence
+    and on the moments. No draws can show a mode that every guide has missed.
 
-    Where a fit has been checked by draws of its own, that verdict stands as long as
-    these draws do not speak against it by more than two standard errors beyond a limit;
-    more draws than the check had may also better it.
+    If the fit was checked on separate draws, the check's verdict stands unless these draws
+    exceed a limit by more than two standard errors. More draws than those of the check may also
+    improve it.
 
     Args:
         log_weights: (draw) or (chain, draw); chains are independent fits.
         values: Arrays (chain, draw, ...) by name, the latent vector among them.
         improper: Sites with improper priors: there is no evidence then.
-        title: What was fitted, in one line.
-        missed: What is known of the posterior that the draws leave out.
+        title: Description of the fit, in one line.
+        missed: Known parts of the posterior that the draws miss, in sentences.
         axes: Labels of the elements of the values, for the reasons.
-        check: What the check of the fit found.
-        doubts: What speaks against the plain draws beside the weights, in sentences.
-        outside: Why draws have weight zero, in a sentence.
+        check: Result of the fit's own check.
+        doubts: Reasons against the plain draws other than the weights, in sentences.
+        outside: Sentence with the reason for draws of weight zero.
     """
     chains = as_chains(log_weights)
     arrays = {name: _by_chain(name, array, log_weights) for name, array in (values or {}).items()}
@@ -192,19 +191,19 @@ def judge(
     outside: str = "",
     explain: bool = True,
 ) -> Diagnosis:
-    """The verdict of `diagnose`.
+    """Compute the verdict of `diagnose`.
 
     Args:
         chains: Log weights, (chain, draw), checked.
         arrays: Values, (chain, draw, ...).
-        smooth: What `psis` makes of the weights, where that is known.
+        smooth: Result of `psis` for the weights, if available.
         axes: Labels of the elements of the values.
-        known: What is known beside the draws.
+        known: Findings from other sources than the draws.
         improper: Sites with improper priors.
-        title: What was fitted.
-        check: What the check of the fit found.
-        outside: Why draws have weight zero.
-        explain: Whether to look for the parameters that are to blame, which takes most of the time.
+        title: Description of the fit.
+        check: Result of the fit's own check.
+        outside: Sentence with the reason for draws of weight zero.
+        explain: Whether to search for the scalars that cause the verdict, the slowest part.
     """
     kept, found = findings.restarts(chains)
     chains = chains[kept]
@@ -255,7 +254,7 @@ def judge(
 
 
 def _by_chain(name: str, array: np.ndarray, log_weights: ArrayLike) -> np.ndarray:
-    """Bring values (draw, ...) or (chain, draw, ...) to the latter."""
+    """Reshape values (draw, ...) or (chain, draw, ...) to (chain, draw, ...)."""
     leading = np.shape(log_weights)
     if np.shape(array)[: len(leading)] != leading:
         raise ValueError(

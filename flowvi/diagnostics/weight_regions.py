@@ -1,4 +1,4 @@
-"""Where in the space of parameters the weights are bad, and for which of them."""
+"""Locate the heaviest weights in the space of parameters."""
 
 from __future__ import annotations
 
@@ -13,26 +13,26 @@ from flowvi.diagnostics.importance import check_weights, psis_of_rows
 from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.pareto import tail_size
 
-# Standard errors by which the heaviest draws have to be off the middle of a scalar.
+# Displacement of the heaviest draws in standard errors that is reported.
 CLEARLY = 5.0
 SHOWN = 5
 
 
 @dataclass(frozen=True, eq=False)
 class Where:
-    """The heaviest weights, scalar by scalar; one entry per scalar, (P).
+    """Location of the heaviest weights for each scalar; one entry per scalar, (P).
 
     Attributes:
-        labels: Names of the scalars, such as ``theta[3]``, those displaced most first.
-        khat: Pareto shape for the mean and sd of each: of the tails of w |x - m| and
-            w (x - m)^2, the larger. Averages of the scalar converge if it is below the
-            threshold, even where the evidence does not.
-        displacement: How far the heaviest draws lie from the middle of all, in
-            standard errors of their mean rank; below zero at low values.
+        labels: Names of the scalars, such as ``theta[3]``, in order of displacement.
+        khat: Pareto shape for the mean and sd of each scalar: the larger of those of
+            w |x - m| and w (x - m)^2. Averages of the scalar converge if it is below the
+            threshold, even if the evidence does not.
+        displacement: Mean rank of the heaviest draws relative to the middle, in standard
+            errors; negative at low values.
         median: Median of the scalar among the heaviest draws.
-        level: Share of all draws below that median.
-        heaviest: Number of draws that count as the heaviest, of each row where there are rows.
-        share: Share of the total weight that they carry; the mean over rows.
+        level: Share of all draws below this median.
+        heaviest: Number of the heaviest draws; with a row axis, of each row.
+        share: Share of the total weight of the heaviest draws; the mean over rows.
     """
 
     labels: tuple[str, ...]
@@ -55,7 +55,7 @@ class Where:
 
     @property
     def sentence(self) -> str:
-        """Where the heaviest draws lie; empty if they lie nowhere in particular."""
+        """Sentence on the location of the heaviest draws; empty without a clear location."""
         if not self.labels or not abs(self.displacement[0]) > CLEARLY:
             return ""
         low = self.displacement[0] < 0
@@ -70,10 +70,10 @@ class Where:
 def where(
     log_weights: ArrayLike, values: Mapping[str, np.ndarray], axes: Axes | None = None
 ) -> Where:
-    """Say where the heaviest weights are, and how heavy they are for each scalar.
+    """Locate the heaviest weights, and estimate k-hat for each scalar.
 
     Args:
-        log_weights: log p - log q of draws of the guide, (draw) or (chain, draw), or of each
+        log_weights: log p - log q of draws of the guide, (draw) or (chain, draw), or for each
             row, (chain, draw, row).
         values: Arrays (chain, draw, [row,] ...) by name.
         axes: Labels of their elements.
@@ -95,7 +95,7 @@ def where(
         first = 0
         for _, indices, x in blocks({name: array}, axes):
             flat = x.reshape(len(log_w), -1)
-            # Elements of one row lie side by side.
+            # Elements of one row are adjacent.
             each = int(np.prod(array.shape[3:]))
             row = (
                 (first + np.arange(flat.shape[1])) // each if rows else np.zeros(flat.shape[1], int)
@@ -126,9 +126,9 @@ def _facts(x: np.ndarray, log_w: np.ndarray, weights: np.ndarray, top: np.ndarra
 
     Args:
         x: Scalars, (S, P).
-        log_w: The log weights of each, (S, P).
+        log_w: Log weights of each scalar, (S, P).
         weights: The weights, up to a factor, (S, P).
-        top: Places of the heaviest, (M, P).
+        top: Indices of the heaviest draws, (M, P).
     """
     draws, heaviest = len(x), len(top)
     mean = (x * weights).sum(0) / weights.sum(0)
