@@ -72,7 +72,7 @@ class Evidence:
             guide: log mean weight - log 20, by Markov's inequality.
         certain_parts: A sharper bound with the same probability: the smallest log mean
             weight of 20 equal parts of the draws, less log(20) / 20.
-        eubo, eubo_se: Upper bound E_p[log w], from draws of the posterior; NaN without.
+        eubo, eubo_se: Upper bound E_p[log w], from draws of the posterior; NaN without such draws.
         khat, khat_threshold: Pareto shape of the weights' tail, and its limit.
         draws: Number of weights.
         reasons: Reasons for the value of `reliable`.
@@ -131,7 +131,7 @@ def evidence(
 
     Args:
         log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
-        posterior_log_weights: The same at draws of the posterior, for the upper bound.
+        posterior_log_weights: Log weights at draws of the posterior, for the upper bound.
         trusted: Whether the posterior draws are trusted.
         particles: Numbers of particles K of the lower bounds.
         doubts: Further reasons against the estimates, in sentences.

@@ -43,7 +43,7 @@ MAX_RHAT = 1.05
 FAR = 3.0
 # A restart with a smaller share of the evidence has failed: resampling almost drops it.
 MIN_SHARE = 0.01
-# Largest spread of the restarts' log evidences, beyond four standard errors.
+# Largest spread of the restarts' log evidences, unless four standard errors are larger.
 MAX_SPREAD = 0.05
 
 

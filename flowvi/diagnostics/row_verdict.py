@@ -44,7 +44,7 @@ def diagnose_rows(
         log_weights: (chain, draw, row).
         values: Arrays (chain, draw, row, ...) by name, the latent vectors among them.
         labels: Labels of the rows.
-        title: What was fitted, in one line.
+        title: Description of the fit, in one line.
         missed: Known parts of the posterior that the draws miss, in sentences.
         axes: Labels of the elements of the values of one row.
         doubts: Reasons against the plain draws other than the weights, in sentences.

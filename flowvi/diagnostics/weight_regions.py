@@ -13,7 +13,7 @@ from flowvi.diagnostics.importance import check_weights, psis_of_rows
 from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.pareto import tail_size
 
-# Displacement of the heaviest draws in standard errors that is reported.
+# Least displacement of the heaviest draws, in standard errors, that is reported.
 CLEARLY = 5.0
 SHOWN = 5
 

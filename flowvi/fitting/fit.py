@@ -164,15 +164,15 @@ def fit(
         escalate: Whether to try other guides, and finally Markov chains, while the result is
             not trusted; only with guide="auto" and without steps.
         compile: Whether a C++ compiler compiles the gradient of a step. "auto": a long fit
-            compiles in another process and switches when that is done; any fit uses a step that
-            an earlier one left in FLOWVI_CACHE (~/.cache/flowvi). The variable FLOWVI_COMPILE,
-            on or off, overrides "auto". Steps on a GPU are not compiled.
+            compiles in another process and switches when that is done, or at once to a step
+            that an earlier fit left in FLOWVI_CACHE (~/.cache/flowvi). The variable
+            FLOWVI_COMPILE, on or off, overrides "auto". Steps on a GPU are not compiled.
         progress: Whether to show a progress bar, if the error stream is a terminal.
         callback: Function called with a `Step` after each step, or for rows with an `Epoch`
             after each epoch; a true answer stops the fit.
         epochs: For rows: number of passes over the rows; 40 by default.
         batch_size: For rows: number of rows of a step; 100 by default.
-        validation: For rows: other rows, or the share of rows to hold out, for early stopping.
+        validation: For rows: other rows, or the share of rows to hold out; selects the best epoch.
         minibatch: For rows: all other settings, such as the warm-up of the prior's weight.
         schedule: Numbers of steps, step sizes and thresholds: a
             `flowvi.training.schedule.Schedule`.

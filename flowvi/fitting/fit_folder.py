@@ -23,7 +23,7 @@ from flowvi.runtime.tensors import cpu_state_dict, read_tensors, serialize
 from flowvi.targets import LocalTarget
 
 FORMAT = 2
-# The first format has no checksums, and its file names no part of them.
+# The first format has no checksums, neither in its manifest nor in its file names.
 READABLE = (1, 2)
 MANIFEST = "fit.json"
 # Kinds of fits with latents for each row: rows alone, or rows and shared latents.
@@ -63,7 +63,7 @@ def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
     """Write a fit to a folder.
 
     Args:
-        fit: Its contents.
+        fit: The contents of the fit.
         folder: The folder; it is created if it does not exist.
     """
     path = made(folder, "a fit")

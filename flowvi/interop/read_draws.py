@@ -32,7 +32,7 @@ class Names:
         coords: Labels along the axes.
         improper: Sites whose prior has no integral.
         sites: None: the latents are among the values.
-        slices: None: the unconstrained vector is not kept.
+        slices: None: the unconstrained vector is not stored.
         deterministics: None.
         plate: Name of the row axis, if there is one.
     """
@@ -139,7 +139,7 @@ def diagnosis_of(idata: az.InferenceData) -> Diagnosis | None:
     attrs = facts(idata)
     if "khat" not in attrs:
         return None
-    names = [f.name for f in fields(Diagnosis) if f.name != "rows"]  # of a fit, their number
+    names = [f.name for f in fields(Diagnosis) if f.name != "rows"]  # "rows" is their number
     known = {name: attrs[name] for name in names if name in attrs}
     known["reasons"] = tuple(known.get("reasons", ()))
     known["distances"] = tuple(map(tuple, known.get("distances", ())))

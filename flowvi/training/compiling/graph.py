@@ -116,7 +116,7 @@ def trace(bound: Bound, rows: Sequence[Tensor] = (), dtype: torch.dtype | None =
     state = torch.get_rng_state()
     try:
         module = make_fx(step)(flat, *rows)
-    except Exception as error:  # what a recording can stumble over has many types
+    except Exception as error:  # a recording can fail with many types of errors
         words = str(error).strip().splitlines() or [type(error).__name__]
         raise NotOneGraph(words[0]) from error
     finally:
