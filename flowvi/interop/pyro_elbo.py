@@ -239,7 +239,7 @@ def common_plates(run: TracePair) -> list[Any]:
 
 
 def _check_rows(run: TracePair, plates: Sequence[Any], particles: int) -> None:
-    """Raise a ValueError for subsampled plates if a weight needs all of their rows."""
+    """Raise a ModelError for subsampled plates if a weight needs all of their rows."""
     common = {f.name for f in plates}
     for site in (*run.model, *run.guide):
         for frame in site["cond_indep_stack"]:
