@@ -134,6 +134,8 @@ def test_every_form_trains(target, evidence, outer, sees_theta):
     fit = nested(*guides, **form, steps=60)
 
     assert isinstance(fit.draw(50), Draws) and np.isfinite(fit.history["bound"]).all()
+    # The score of the inner guide drops out where its bound stands alone, and not in a weight.
+    assert fit.target.within.gradient == ("dreg" if outer == 1 else "total")
     improved(fit, untrained(*guides, **form), evidence)
 
 
