@@ -21,6 +21,7 @@ from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
 from flowvi.training.row_gradient import RowGradient
+from flowvi.training.trainer import Trainer
 
 N, D, P = 40, 2, 3
 
@@ -526,3 +527,28 @@ def test_a_fit_of_rows_goes_on_where_it_was_cut_off(ppca, tmp_path, cut):
         assert torch.equal(a, b)
     with pytest.raises(ValueError, match="checkpoint of another fit: 'seed' was 2"):
         flowvi.fit(target, "realnvp", **{**settings, "seed": 3}, checkpoint=tmp_path, resume=True)
+
+
+@pytest.mark.parametrize("at", [3, 6])
+def test_a_fit_of_rows_goes_on_from_within_an_epoch(ppca, tmp_path, monkeypatch, at):
+    """An interrupt ends the present step; a fit that goes on has the bits of a whole one."""
+    target, _ = ppca
+    settings = {"epochs": 3, "batch_size": 9, "validation": 0.2, "seed": 2, "progress": False}
+    whole = flowvi.fit(target, "realnvp", **settings)
+    taken, step = [], Trainer._step
+
+    def pressed(trainer, *rest):
+        taken.append(rest)
+        if len(taken) == at:
+            trainer.session.clock.interrupt()
+        return step(trainer, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Trainer, "_step", pressed)
+        cut = flowvi.fit(target, "realnvp", **settings, checkpoint=tmp_path)
+    back = flowvi.fit(target, "realnvp", **settings, checkpoint=tmp_path, resume=True)
+
+    assert cut.meta["interrupted"] and len(taken) == at
+    np.testing.assert_array_equal(back.history["bound"], whole.history["bound"])
+    for a, b in zip(back.guide.parameters(), whole.guide.parameters(), strict=True):
+        assert torch.equal(a, b)
