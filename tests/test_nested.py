@@ -2,6 +2,7 @@
 
 import json
 import math
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyro
@@ -318,3 +319,15 @@ def test_recipes_are_guides_of_theta(guide, data, tmp_path):
 def test_arguments_out_of_range_are_named(target, arguments, message):
     with pytest.raises((ValueError, TypeError), match=message):
         nested(target, **arguments)
+
+
+def test_an_executor_trains_the_same_bound(target):
+    """The worker makes its own target: weights of theta need the same gradient inside as here."""
+    few = {"inner": "meanfield", "particles": 2, "draws": 2, "steps": 12, "outer": 3, "seed": 4}
+
+    with ThreadPoolExecutor(1) as executor:
+        there = nested(target, **few, executor=executor)
+    here = nested(target, **few)
+
+    np.testing.assert_array_equal(there.history["bound"], here.history["bound"])
+    assert there.meta["outer"] == here.meta["outer"] == 3

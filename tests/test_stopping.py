@@ -1,10 +1,13 @@
 """The plateau rule fires on plateaus, not on trends, and a clock keeps its budget."""
 
+import re
+
 import numpy as np
 import pytest
 
 from flowvi.runtime.clock import Clock
 from flowvi.training.plateau import EVERY, Plateau
+from flowvi.training.schedule import Schedule
 
 TRACES = 100
 SIGMA = 0.05
@@ -87,3 +90,18 @@ def test_a_clock_keeps_its_budget():
 
     assert clock.out_of_time(0.5) and not clock.out_of_time()
     assert clock.seconds == pytest.approx(6.0, abs=1.0)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "words"),
+    [
+        ({"rates": ()}, "rates must be a tuple of at least one number; got ()"),
+        ({"rates": (0.1, -1.0)}, "rates must be a positive number; got -1.0"),
+        ({"lengths": (10, 0)}, "lengths must be a whole number of at least 1; got 0"),
+        ({"most_stages": 0}, "most_stages must be a whole number of at least 1; got 0"),
+        ({"steady_steps": 1.5}, "steady_steps must be a whole number of at least 1; got 1.5"),
+    ],
+)
+def test_schedules_that_cannot_be_are_refused(numbers, words):
+    with pytest.raises(ValueError, match=re.escape(words)):
+        Schedule(**numbers)

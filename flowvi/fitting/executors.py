@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +41,6 @@ class Plan:
     """Arguments that all restarts of a fit share.
 
     Args:
-        target: The log density.
         guide: Name of a guide, or a guide.
         fresh: Whether a given guide is initialised at the start that is found.
         settings: The user's settings.
@@ -50,7 +49,6 @@ class Plan:
         resume: Whether to resume from the state in that folder.
     """
 
-    target: Target
     guide: str | Guide
     fresh: bool
     settings: Settings
@@ -58,11 +56,11 @@ class Plan:
     folder: Path | None
     resume: bool
 
-    def restart(self, session: Session, number: int) -> Restart:
-        """Create a restart."""
+    def restart(self, target: Target, session: Session, number: int) -> Restart:
+        """Create a restart for a target."""
         given = self.guide
         name, own = (given, None) if isinstance(given, str) else ("", copy.deepcopy(given))
-        return Restart(self.target, self.settings, session, number, name, own, self.fresh)
+        return Restart(target, self.settings, session, number, name, own, self.fresh)
 
 
 @dataclass(frozen=True)
@@ -71,7 +69,7 @@ class Task:
 
     Args:
         make: Function that makes the target, the same one in every process.
-        plan: The plan, without its target.
+        plan: The plan.
         number: Number of the restart.
         budget: Time limit in seconds.
         dtype: Default precision of new tensors.
@@ -95,11 +93,14 @@ def run_restart(restart: Restart) -> None:
     restart.interrupted = restart.interrupted or restart.session.clock.interrupted
 
 
-def run_in_executor(plan: Plan, session: Session, number: int, executor: Executor) -> list[Restart]:
+def run_in_executor(
+    plan: Plan, target: Target, session: Session, number: int, executor: Executor
+) -> list[Restart]:
     """Run restarts by an executor, each on a target of its own, and collect their results.
 
     Args:
         plan: Arguments that the restarts share.
+        target: The log density.
         session: State of the running fit.
         number: Number of restarts.
         executor: Runs the restarts.
@@ -107,14 +108,12 @@ def run_in_executor(plan: Plan, session: Session, number: int, executor: Executo
     Raises:
         ValueError: The model or an argument cannot be sent to another process.
     """
-    target = plan.target
     if session.callback is not None:
         raise ValueError("callback is called in this process: leave it out, or the executor.")
     if target.made is None:
         raise ValueError(f"{target.name} cannot be made again elsewhere: leave out the executor.")
     own, dtype = _arrays(own_state_of(target)), torch.get_default_dtype()
-    sent: Any = replace(plan, target=None)  # type: ignore[arg-type]
-    tasks = [Task(target.made, sent, i, session.clock.budget, dtype, own) for i in range(number)]
+    tasks = [Task(target.made, plan, i, session.clock.budget, dtype, own) for i in range(number)]
     futures = [executor.submit(run_in_worker, task) for task in tasks]
     try:
         answers = [future.result() for future in futures]
@@ -129,7 +128,7 @@ def run_in_executor(plan: Plan, session: Session, number: int, executor: Executo
         for future in futures:
             future.cancel()
     with isolated_rng():
-        return [from_message(plan, session, i, answer) for i, answer in enumerate(answers)]
+        return [from_message(plan, target, session, i, answer) for i, answer in enumerate(answers)]
 
 
 def run_in_worker(task: Task) -> dict[str, Any]:
@@ -137,13 +136,14 @@ def run_in_worker(task: Task) -> dict[str, Any]:
     # With a thread executor, other threads must not draw random numbers meanwhile.
     limit = memory.memory_limit(task.plan.settings.max_memory)
     with isolated_rng(), default_dtype(task.dtype), limit:
-        plan = replace(task.plan, target=task.make())
-        plan.target.set_own_state(_tensors(task.own))
-        return _arrays(to_message(_run(plan, task)))
+        target = task.make()
+        target.set_own_state(_tensors(task.own))
+        return _arrays(to_message(_run(target, task)))
 
 
-def _run(plan: Plan, task: Task) -> Restart:
-    clock, settings, target = Clock(task.budget), plan.settings, plan.target
+def _run(target: Target, task: Task) -> Restart:
+    clock, plan = Clock(task.budget), task.plan
+    settings = plan.settings
     session = Session(clock, Checkpointer(clock, target))
     folder = None if plan.folder is None else plan.folder / f"restart-{task.number}"
     with (
@@ -151,7 +151,7 @@ def _run(plan: Plan, task: Task) -> Restart:
         open_checkpoint(folder, plan.about, plan.resume) as session.checkpointer.shelf,
     ):
         session.checkpointer.own_state(target, Record())
-        restart = plan.restart(session, task.number)
+        restart = plan.restart(target, session, task.number)
         run_restart(restart)
     return restart
 
@@ -179,11 +179,13 @@ def to_message(restart: Restart) -> dict[str, Any]:
     }
 
 
-def from_message(plan: Plan, session: Session, number: int, message: dict[str, Any]) -> Restart:
+def from_message(
+    plan: Plan, target: Target, session: Session, number: int, message: dict[str, Any]
+) -> Restart:
     """The restart, as if it had run in this process."""
-    found, target = _tensors(message), plan.target
+    found = _tensors(message)
     diagnosis: Diagnosis | None = found["diagnosis"]
-    restart = plan.restart(session, number)
+    restart = plan.restart(target, session, number)
     restart.record.extend(found["record"])
     restart.best, restart.interrupted = restart.gaussian(found["best"]), found["interrupted"]
     restart.others = [restart.gaussian(state) for state in found["others"]]

@@ -10,10 +10,9 @@ from typing import Any, overload
 from flowvi.fitting.fit_rows import fit_rows
 from flowvi.fitting.fit_shared import fit_shared
 from flowvi.fitting.request import Request
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, RowFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
-from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import Objective
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
@@ -26,6 +25,7 @@ from flowvi.training.records import Step
 from flowvi.training.schedule import Schedule
 
 
+# A target of rows is a `Target` too: the first signature that fits counts.
 @overload
 def fit(  # type: ignore[overload-overlap]
     target: LocalTarget,
@@ -45,30 +45,6 @@ def fit(  # type: ignore[overload-overlap]
     resume: bool = ...,
     max_memory: memory.MaxMemory = ...,
 ) -> RowFit: ...
-
-
-@overload
-def fit(
-    target: NestedTarget,
-    guide: str | Guide | Blocks | Multiplicative = ...,
-    objective: Objective | WakeSleep | str | None = ...,
-    *,
-    steps: int | None = ...,
-    lr: float | None = ...,
-    particles: int | None = ...,
-    restarts: int = ...,
-    seed: int = ...,
-    budget: float | None = ...,
-    escalate: bool = ...,
-    compile: Compile = ...,
-    progress: bool = ...,
-    callback: Callable[[Step], object] | None = ...,
-    checkpoint: str | os.PathLike[str] | None = ...,
-    resume: bool = ...,
-    executor: Executor | None = ...,
-    schedule: Schedule | None = ...,
-    max_memory: memory.MaxMemory = ...,
-) -> NestedFit: ...
 
 
 @overload

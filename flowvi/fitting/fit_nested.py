@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from concurrent.futures import Executor
+from typing import cast
 
 from flowvi.fitting.fit import fit
 from flowvi.fitting.result import NestedFit
@@ -100,7 +101,7 @@ def nested(
     with isolated_rng(derive_seed(seed, INNER)):
         density = NestedTarget(target, inner, particles, sees_theta, batch_size)
     check_outer(density, outer)
-    return fit(
+    found = fit(
         density,
         "auto" if guide is None else guide,
         Renyi(0.0 if outer > 1 else 1.0, outer, "dreg"),
@@ -117,3 +118,4 @@ def nested(
         executor=executor,
         max_memory=max_memory,
     )
+    return cast(NestedFit, found)

@@ -22,7 +22,6 @@ from flowvi.fitting.result import Fit, NestedFit
 from flowvi.guides.guide import Guide
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import describe
-from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed, memory
 from flowvi.runtime.checkpoint_folder import open_checkpoint, warn_if_unwritable
 from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt, interruptible
@@ -43,14 +42,12 @@ BEST = "fit"
 def fit_shared(request: Request) -> Fit:
     """Run the restarts of a fit, and combine their guides; see `flowvi.fit`."""
     target, settings = request.target, request.settings()
-    if isinstance(target, NestedTarget):
-        target.weighted = isinstance(settings.objective, Renyi) and settings.objective.alpha < 1
     clock, folder = Clock(request.budget), request.folder
     checkpointer = Checkpointer(clock, target)
     session = Session(clock, checkpointer, request.progress, request.callback)
     guide = cast(str | Guide, request.guide)
     about = _about(target, guide, settings, request.restarts)
-    plan = Plan(target, guide, request.fresh, settings, about, folder, request.resume)
+    plan = Plan(guide, request.fresh, settings, about, folder, request.resume)
     restarts: list[Restart] = []
 
     def save() -> None:
@@ -61,7 +58,7 @@ def fit_shared(request: Request) -> Fit:
 
     checkpointer.saved = save
     if request.executor is not None:
-        restarts += run_in_executor(plan, session, request.restarts, request.executor)
+        restarts += run_in_executor(plan, target, session, request.restarts, request.executor)
     with (
         isolated_rng(),
         memory.memory_limit(settings.max_memory),
@@ -73,7 +70,7 @@ def fit_shared(request: Request) -> Fit:
         if request.executor is None:
             checkpointer.own_state(target, Record())
         for number in range(len(restarts), request.restarts):
-            restarts.append(plan.restart(session, number))
+            restarts.append(plan.restart(target, session, number))
             run_restart(restarts[-1])
             if restarts[-1].interrupted:
                 break

@@ -16,7 +16,7 @@ from flowvi.guides.registry import guide_names
 from flowvi.initialization.preflight import check_size
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.nested import NestedTarget, check_outer
-from flowvi.objectives.registry import OBJECTIVES, Objective, describe
+from flowvi.objectives.registry import OBJECTIVES, Objective, describe, weighs
 from flowvi.objectives.renyi_bound import Renyi, elbo
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
@@ -214,9 +214,8 @@ def _check(target: Target, objective: Objective, restarts: int) -> None:
             f"objective must be one such as elbo() or iwelbo(16); got {type(objective).__name__}."
         )
     if isinstance(target, NestedTarget):
-        weighted = isinstance(objective, Renyi) and objective.alpha < 1
-        check_outer(target, particles_of(objective) if weighted else 1)
-    if target.subsampled and isinstance(objective, Renyi) and objective.alpha < 1:
+        check_outer(target, particles_of(objective) if weighs(objective) else 1)
+    if target.subsampled and weighs(objective):
         plate = next(iter(target.subsampled))
         raise ValueError(
             f"{describe(objective)} over global latents needs every row in each weight, but plate "

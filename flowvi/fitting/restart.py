@@ -24,6 +24,7 @@ from flowvi.guides.registry import starts_diagonal
 from flowvi.initialization.gaussian import GaussianApproximation, distinct_candidates
 from flowvi.initialization.missed_modes import missed_modes
 from flowvi.objectives.nested import NestedTarget
+from flowvi.objectives.registry import weighs
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.runtime.rng import derive_seed
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
@@ -62,6 +63,8 @@ class Restart:
     ) -> None:
         self.target, self.settings, self.session, self.number = target, settings, session, number
         self.name, self.given, self.fresh = name, guide, fresh
+        if isinstance(target, NestedTarget):
+            target.weighted = weighs(settings.objective)
         self.record = Record()
         self.interrupted = False
         self.best: GaussianApproximation

@@ -172,7 +172,7 @@ class NestedTarget(Target):
 
     def every_row(self, theta: Tensor, batch: Batch, bound: Renyi | None = None) -> Tensor:
         """Bounds of many rows, in parts that fit in memory. (T, G) -> (T, B)."""
-        return torch.cat(list(self._in_pieces(theta, batch, bound)), -1)
+        return torch.cat(self._in_pieces(theta, batch, bound), -1)
 
     def compared(self, z: Tensor) -> Tensor:
         return self.log_prob(z, self.target.batch(self._places))

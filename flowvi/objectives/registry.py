@@ -28,6 +28,11 @@ def describe_rows(objective: Renyi | WakeSleep) -> str:
     return f"{name} (K = {objective.particles}, {kind})"
 
 
+def weighs(objective: Objective) -> bool:
+    """Whether the objective has importance weights of the log density inside."""
+    return isinstance(objective, Renyi) and objective.alpha < 1
+
+
 def describe(objective: Objective) -> str:
     """Describe an objective by its name in the literature."""
     if isinstance(objective, ForwardKL):

@@ -21,9 +21,6 @@ from flowvi.training.flat import Flat
 from flowvi.training.gradient import Gradient
 from flowvi.training.minibatch import Minibatch
 
-# Number of rows used to measure the memory of one row.
-MEASURED = 9
-
 
 class RowGradient(Gradient):
     """Estimates row bounds from fresh draws, and the gradient of minus their mean.
@@ -101,10 +98,9 @@ class RowGradient(Gradient):
 
     def measure(self) -> None:
         """Measure the number of rows whose step fits in memory."""
-        places = torch.arange(min(MEASURED, self.target.rows))
 
         def step(n: int) -> object:
-            batch = self.target.batch(places[torch.arange(n) % len(places)])
+            batch = self.target.batch(torch.arange(n) % self.target.rows)
             return row_step(self.target, self.guide, self.objective, batch).objective
 
         with isolated_rng():

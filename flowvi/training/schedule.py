@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flowvi.runtime.arguments import check_integer, check_positive
 from flowvi.samplers.nuts import NutsSettings
+
+# Fields that count something, at least one. A check of zero draws is left out.
+COUNTS = (
+    *("trial_steps", "steady_steps", "few_steps", "least_decay", "most_stages", "race_steps"),
+    *("evaluation_draws", "again"),
+)
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,17 @@ class Schedule:
     check_draws: int = 4000
     again: int = 4
     chains: tuple[NutsSettings, ...] = (NutsSettings(), NutsSettings(draws=3000))
+
+    def __post_init__(self) -> None:
+        for name in COUNTS:
+            check_integer(name, getattr(self, name))
+        for name, values in (("rates", self.rates), ("lengths", self.lengths or (1,))):
+            if not isinstance(values, tuple) or not values:
+                raise ValueError(f"{name} must be a tuple of at least one number; got {values!r}.")
+        for rate in self.rates:
+            check_positive("rates", rate)
+        for length in self.lengths or ():
+            check_integer("lengths", length)
 
     @property
     def middle_rate(self) -> float:
