@@ -331,3 +331,10 @@ def test_an_executor_trains_the_same_bound(target):
 
     np.testing.assert_array_equal(there.history["bound"], here.history["bound"])
     assert there.meta["outer"] == here.meta["outer"] == 3
+
+
+def test_settings_of_rows_alone_are_refused_by_name(target):
+    density = flowvi.NestedTarget(target, "meanfield")
+
+    with pytest.raises(ValueError, match="has a batch_size of its own: epochs has no meaning"):
+        flowvi.fit(density, epochs=4)

@@ -152,6 +152,8 @@ class Request:
     def _refuse_the_other_kind(self) -> None:
         rows = isinstance(self.target, LocalTarget)
         why = "has latents for each row" if rows else "has no latents for each row (local=)"
+        if isinstance(self.target, NestedTarget):
+            why = "is a NestedTarget, which has a batch_size of its own"
         for name in NOT_FOR_ROWS if rows else FOR_ROWS:
             value = getattr(self, name)
             if value is not None and not (name == "restarts" and value == 1):
