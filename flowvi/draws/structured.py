@@ -1,0 +1,191 @@
+"""Draws of shared and local latents, weighted by estimates of the density of the shared ones."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from flowvi.diagnostics import khat_threshold, psis_of_rows
+from flowvi.diagnostics.rows import surely
+from flowvi.draws.draws import Draws, scored
+from flowvi.draws.sampling import tabulate
+from flowvi.guides.guide import Guide
+from flowvi.runtime.columns import Columns
+from flowvi.runtime.rng import derive_seed, isolated_rng
+from flowvi.targets.structure import MarginalTarget
+
+# Random streams.
+THETA, LOCAL, UNITS = 11, 12, 13
+# Numbers of weights that are kept for the check of units, and draws of each unit at one theta.
+WEIGHTS, FEWEST, MOST, EACH = 30_000_000, 128, 2048, 32
+# Relative variance of the weights of a unit that matters to no result.
+FLAT = 1e-3
+# Largest number of units named in a sentence or a table.
+NAMED = 10
+POINT, LOG_P, LOG_Q = range(3)
+
+
+@dataclass(frozen=True, eq=False)
+class Units:
+    """How well the conditional of each unit fits, (G) each.
+
+    Attributes:
+        plate: Name of the axis of the units.
+        labels: Labels of the units.
+        khat: Pareto shape of the weights of the unit's draws.
+        variance: Variance of these weights over the square of their mean.
+        bad: Whether the unit is not to be trusted.
+        draws: Number of draws of a unit.
+    """
+
+    plate: str
+    labels: tuple[str, ...]
+    khat: np.ndarray
+    variance: np.ndarray
+    bad: np.ndarray
+    draws: int
+
+    @property
+    def reason(self) -> str:
+        """A sentence on the units that are not to be trusted; empty if there are none."""
+        if not self.bad.any():
+            return ""
+        places = np.flatnonzero(self.bad)
+        worst = np.sort(places[np.argsort(-self.khat[places], kind="stable")][:NAMED])
+        names = ", ".join(f"{self.plate}[{self.labels[i]}]" for i in worst)
+        more = ", ..." if len(places) > NAMED else "."
+        count = f"{len(places)} of {len(self.bad)} units of '{self.plate}'"
+        verb = "is" if len(places) == 1 else "are"
+        return (
+            f"{count} {verb} not to be trusted: {names}{more} The conditional of such a unit does "
+            "not fit: the weights of its draws have Pareto k-hat up to "
+            f"{self.khat[places].max():.2f}, where the limit is "
+            f"{khat_threshold(self.draws):.2f}."
+        )
+
+    def __str__(self) -> str:
+        order = np.argsort(-self.khat, kind="stable")[:NAMED]
+        lines = [f"{'unit':<24} {'k-hat':>7} {'variance':>10}"]
+        for i in order:
+            name = f"{self.plate}[{self.labels[i]}]"
+            mark = "  not to be trusted" if self.bad[i] else ""
+            lines.append(f"{name:<24} {self.khat[i]:>7.2f} {self.variance[i]:>10.2g}{mark}")
+        return "\n".join(lines)
+
+
+def theta_draws(
+    target: MarginalTarget, guide: Guide, n: int, seed: int, meta: dict[str, Any] | None = None
+) -> Draws:
+    """Draw shared latents, with unbiased estimates of their density in place of it.
+
+    Args:
+        target: The density of the shared latents.
+        guide: Their guide.
+        n: Number of draws.
+        seed: Seed of all draws.
+        meta: JSON-able facts about the fit.
+    """
+    generator = _generator(target, seed)
+    with torch.no_grad(), isolated_rng(derive_seed(seed, THETA)):
+        theta, log_q = guide.sample((n,))
+        log_p = torch.cat([found.log_p for found in target.corrected(theta, generator)])
+        table = tabulate(_Plain(target), n, [[(theta, log_q)]], meta)
+    values = log_p.double().cpu().numpy()[None]
+    return replace(table, log_p=np.where(np.isfinite(table.log_p), values, -np.inf), target=target)
+
+
+def structured_draws(
+    target: MarginalTarget,
+    guides: Sequence[Guide],
+    n: int,
+    seed: int,
+    meta: dict[str, Any] | None = None,
+) -> Draws:
+    """Draw all latents: the shared ones, then K of each unit, one of which is kept.
+
+    The weight of a draw is :math:`\\hat p(\\theta) / q(\\theta)` with the unbiased estimate of
+    `Correction`. `log_q` is the log density of all latents less the log weight.
+
+    Args:
+        target: The density of the shared latents.
+        guides: Guides of the shared latents, one for each chain.
+        n: Number of draws of each guide.
+        seed: Seed of all draws.
+        meta: JSON-able facts about the fit.
+    """
+    generator = _generator(target, seed)
+    columns: Columns[int | str] = Columns(n * len(guides))
+    with torch.no_grad(), isolated_rng(derive_seed(seed, THETA)):
+        for guide in guides:
+            theta, log_q = guide.sample((n,))
+            start = 0
+            for found in target.corrected(theta, generator):
+                stop = start + len(found.z)
+                log_w = found.log_p - log_q[start:stop]
+                values = target.whole.constrain(found.z)
+                log_joint = found.log_joint
+                columns.add(
+                    {POINT: found.z, LOG_P: log_joint, LOG_Q: log_joint - log_w, **values}
+                )
+                start = stop
+    table = {
+        name: column.reshape(len(guides), n, *column.shape[1:])
+        for name, column in columns.arrays.items()
+    }
+    z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    named = {str(name): column for name, column in table.items()}
+    return Draws(z, *scored(log_p, log_q), named, target.whole, dict(meta or {}))
+
+
+def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
+    """Judge the conditional of each unit by the weights of its draws at values of theta.
+
+    Args:
+        target: The density of the shared latents, with the conditionals.
+        theta: Values of the shared latents, (S, p).
+        seed: Seed of the draws.
+    """
+    count = target.structure.units
+    draws = int(np.clip(WEIGHTS // count, FEWEST, MOST))
+    generator = torch.Generator(target.device).manual_seed(derive_seed(seed, UNITS))
+    points = theta[: max(1, math.ceil(draws / EACH))]
+    weights = [
+        found.log_weights.flatten(0, 1).float().cpu().numpy()
+        for found in target.corrected(points, generator, EACH)
+    ]
+    log_w = np.concatenate(weights).T.astype(np.float64)
+    relative = np.exp(np.minimum(log_w, 700.0))
+    variance = relative.var(1) / np.maximum(relative.mean(1), 1e-300) ** 2
+    khat = np.full(count, -np.inf)
+    uneven = variance > FLAT
+    if uneven.any():
+        khat[uneven] = psis_of_rows(log_w[uneven]).khat
+    found = uneven & (khat >= khat_threshold(log_w.shape[1]))
+    if found.any():
+        found[uneven] &= surely(khat[uneven], log_w.shape[1])
+    plate = target.structure.plate
+    labels = target.whole.coords.get(plate, range(count))
+    return Units(plate, tuple(map(str, labels)), khat, variance, found, log_w.shape[1])
+
+
+def _generator(target: MarginalTarget, seed: int) -> torch.Generator:
+    return torch.Generator(target.device).manual_seed(derive_seed(seed, LOCAL))
+
+
+class _Plain:
+    """The values of a target without its density, which is evaluated elsewhere."""
+
+    def __init__(self, target: MarginalTarget) -> None:
+        self.target = target
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.target, name)
+
+    def log_prob(self, z: Tensor) -> Tensor:
+        return z.new_zeros(z.shape[:-1])

@@ -1,0 +1,90 @@
+"""The start of a fit of shared latents whose density is found by Newton's method for the others."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy.optimize import minimize
+from torch import Tensor
+
+from flowvi.initialization.gaussian import (
+    GaussianApproximation,
+    curvature,
+    evaluate,
+    refine,
+    value_and_score,
+    with_elbo,
+)
+from flowvi.targets.structure import MarginalTarget
+
+# Ascents, and steps of each.
+ASCENTS, STEPS = 3, 100
+# Draws by which normals are compared, and rounds of their refinement.
+JUDGE, ROUNDS = 200, 3
+# Smallest eigenvalue of a precision, in units of each coordinate's own width.
+FLATTEST = 0.02
+# Numbers of a density beyond which a normal is not refined.
+LARGE = 100_000
+
+
+def marginal_start(
+    target: MarginalTarget,
+    seed: int,
+    say: Callable[[str], object],
+    out_of_time: Callable[[], bool] = lambda: False,
+) -> list[GaussianApproximation]:
+    """Find normal approximations of the density of the shared latents, the best first.
+
+    Args:
+        target: The density; its reference is changed in place.
+        seed: Seed of the start points and draws.
+        say: Function that takes a line of the log.
+        out_of_time: Returns whether the time for the search is spent.
+    """
+    say(str(target.structure))
+    generator = torch.Generator(target.device).manual_seed(seed)
+    points = target.starts(generator)
+    values = evaluate(target, points)
+    order = values.nan_to_num(nan=-torch.inf).argsort(descending=True)[:ASCENTS]
+    ends: list[tuple[float, Tensor]] = []
+    for i in order:
+        if out_of_time() and ends:
+            break
+        if values[i].isfinite():
+            target.laplace.centre(points[i])
+            ends.append(_ascend(target, points[i]))
+    if not ends:
+        raise ValueError(
+            f"The log density of {target.name} is not finite at the modes of its local latents."
+        )
+    best = max(ends, key=lambda end: end[0])[1]
+    target.laplace.centre(best)
+    width, eigenvalues, vectors = curvature(target, best)
+    # A direction without curvature is as wide as the coordinates of its units.
+    spread = vectors * eigenvalues.clamp(min=FLATTEST).rsqrt()
+    scale = torch.linalg.cholesky((width[:, None] * spread) @ (width[:, None] * spread).mT)
+    found = GaussianApproximation(best, scale, "Laplace at the mode")
+    options = {"generator": generator, "dtype": target.dtype, "device": target.device}
+    judge = torch.randn(JUDGE, target.dim, **options)
+    found = with_elbo(target, found, judge)
+    if target.whole.dim <= LARGE and not out_of_time():
+        found = refine(target, found, generator, judge, False, ROUNDS, out_of_time)
+    say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}")
+    return [replace(found)]
+
+
+def _ascend(target: MarginalTarget, start: Tensor) -> tuple[float, Tensor]:
+    """Value and place of the end of an ascent by L-BFGS."""
+
+    def negative(x: np.ndarray) -> tuple[float, np.ndarray]:
+        value, gradient = value_and_score(target, torch.as_tensor(x).to(start).unsqueeze(0))
+        if not (value.isfinite() and gradient.isfinite().all()):
+            return 1e100, np.zeros_like(x)
+        return -float(value), -gradient[0].double().cpu().numpy()
+
+    x0 = start.double().cpu().numpy()
+    found = minimize(negative, x0, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})
+    return -float(found.fun), torch.as_tensor(found.x).to(start)

@@ -1,0 +1,206 @@
+"""Gradient and curvature of a log density with known sparsity, for many points at a time."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from functools import cached_property
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowvi.runtime import memory
+from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.recording.products import merge_products
+from flowvi.targets.recording.simpler import simpler
+from flowvi.targets.recording.tape import record
+from flowvi.targets.structure.structure import CHAIN, Structure
+from flowvi.targets.structure.terms import Terms
+
+# Directions that are written into a program one by one; more are batched by autograd.
+WRITTEN = 8
+# Programs are written for a number of points after so many evaluations at it.
+PATIENCE = 2
+PROGRAMS_KEPT = 16
+
+
+class Curvature(NamedTuple):
+    """Value, gradient, and products of the Hessian with the probing directions.
+
+    Attributes:
+        log_p: Log density, (S).
+        gradient: Its gradient, (S, D).
+        products: Products of its Hessian with each probe, (S, C, D).
+    """
+
+    log_p: Tensor
+    gradient: Tensor
+    products: Tensor
+
+
+class Derivatives:
+    """Derivatives of a log density whose Hessian has a known sparsity among local latents.
+
+    The Hessian of independent units of d latents is found from d products: probe k is one at
+    latent k of every unit. A chain of order b needs 2 b + 1, a dense field one for each latent
+    (Curtis, Powell and Reid, 1974, doi:10.1093/imamat/13.1.117).
+
+    Args:
+        target: The log density.
+        structure: Its structure.
+
+    Attributes:
+        probes: Probing directions, (C, D).
+        columns: Columns of the local latents, (G, d).
+    """
+
+    def __init__(self, target: GlobalTarget, structure: Structure) -> None:
+        self.target, self.structure = target, structure
+        self.columns = structure.columns.to(target.device)
+        size = structure.size
+        options = {"dtype": target.dtype, "device": target.device}
+        if structure.kind == CHAIN:
+            colours = min(2 * structure.order + 1, size)
+            self.probes = torch.zeros(colours, target.dim, **options)
+            for c in range(colours):
+                self.probes[c, self.columns[0, c::colours]] = 1
+        else:
+            self.probes = torch.zeros(size, target.dim, **options)
+            for k in range(size):
+                self.probes[k, self.columns[:, k]] = 1
+        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._uses: dict[Any, int] = {}
+        self._element = structure.element.to(target.device)
+
+    @cached_property
+    def terms(self) -> Terms:
+        """The elements of the log density."""
+        return Terms(self.target.density.batched, (self._point, *self._behind))
+
+    def curvature(self, z: Tensor) -> Curvature:
+        """Value, gradient and curvature. (S, D) -> (S), (S, D), (S, C, D)."""
+        if len(self.probes) > WRITTEN:
+            parts = [self._batched_curvature(one) for one in z.split(1)]
+            return Curvature(*(torch.cat(p) for p in zip(*parts, strict=True)))
+        return Curvature(*self._run("curvature", self._curvature, z))
+
+    def trace_gradient(self, z: Tensor, weights: Tensor) -> Tensor:
+        """Gradient of the sum over probes of <weights, H probe>. (S, D), (S, C, D) -> (S, D)."""
+        (found,) = self._run("trace", self._trace_gradient, z, weights)
+        return found
+
+    def product(self, z: Tensor, direction: Tensor) -> Tensor:
+        """Product of the Hessian with a direction of each point. (S, D), (S, D) -> (S, D)."""
+        (found,) = self._run("product", self._product, z, direction)
+        return found
+
+    def by_unit(self, z: Tensor) -> Tensor:
+        """Parts of the log density that belong to units. (*S, D) -> (*S, G + 1).
+
+        The last part is that of the shared latents alone.
+        """
+        flat = z.reshape(-1, z.shape[-1])
+        (found,) = self._run("units", self._by_unit, flat)
+        return found.reshape(*z.shape[:-1], -1)
+
+    @cached_property
+    def cost(self) -> memory.Cost:
+        """Memory of the curvature at some points."""
+
+        def evaluate(n: int) -> object:
+            z = self._point.to(self.target.dtype).expand(n, -1).clone()
+            return self._curvature(z) if len(self.probes) <= WRITTEN else self._plain(z)
+
+        return memory.measure_cost(evaluate)
+
+    @property
+    def at_once(self) -> int:
+        """Number of points whose curvature fits in memory."""
+        return max(1, self.cost.points_within(memory.evaluation_bytes()))
+
+    @property
+    def _point(self) -> Tensor:
+        return self.target._trial.points[0]
+
+    @property
+    def _behind(self) -> list[Tensor]:
+        return self.target._behind
+
+    def _log_prob(self, z: Tensor) -> Tensor:
+        found: Tensor = self.target.density.batched(z, *self._behind)
+        return found
+
+    def _plain(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = self._log_prob(z)
+            (gradient,) = torch.autograd.grad(log_p.sum(), z, create_graph=True)
+        return log_p, gradient
+
+    def _curvature(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = self._log_prob(z)
+            gradient = _grad(log_p.sum(), z, create_graph=True)
+            products = [_grad((gradient * v).sum(), z, retain_graph=True) for v in self.probes]
+        return log_p.detach(), gradient.detach(), torch.stack(products, 1)
+
+    def _batched_curvature(self, z: Tensor) -> Curvature:
+        """The same for many probes at one point: the value and gradient are computed once."""
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = self._log_prob(z)
+            gradient = _grad(log_p.sum(), z, create_graph=True)
+            (products,) = torch.autograd.grad(
+                gradient, z, self.probes.unsqueeze(1), is_grads_batched=True
+            )
+        return Curvature(log_p.detach(), gradient.detach(), products.movedim(0, 1))
+
+    def _trace_gradient(self, z: Tensor, weights: Tensor) -> tuple[Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            gradient = _grad(self._log_prob(z).sum(), z, create_graph=True)
+            total = gradient.new_zeros(())
+            for k, probe in enumerate(self.probes):
+                product = _grad((gradient * probe).sum(), z, create_graph=True)
+                total = total + (product * weights[:, k]).sum()
+            return (_grad(total, z),)
+
+    def _product(self, z: Tensor, direction: Tensor) -> tuple[Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            gradient = _grad(self._log_prob(z).sum(), z, create_graph=True)
+            return (_grad((gradient * direction.detach()).sum(), z),)
+
+    def _by_unit(self, z: Tensor) -> tuple[Tensor]:
+        with torch.no_grad():
+            elements = self.terms(z, *self._behind)
+            total = elements.new_zeros(len(z), self.structure.units + 1)
+            return (total.index_add(1, self._element, elements),)
+
+    def _run(self, name: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
+        """Call a function of tensors, by a program once it is called often at these shapes."""
+        inputs = tuple(x.detach().contiguous() for x in inputs)
+        key = (name, *(tuple(x.shape) for x in inputs))
+        self._uses[key] = self._uses.get(key, 0) + 1
+        if key in self._programs:
+            with torch.no_grad():
+                return self._programs[key](*inputs)
+        if self._uses[key] > PATIENCE and len(self._programs) < PROGRAMS_KEPT:
+            try:
+                graph = simpler(merge_products(record(function, list(inputs))), list(inputs))
+            except Exception as error:
+                warnings.warn(f"Keeping the slower curvature: {error}", stacklevel=3)
+                self._programs[key] = function
+            else:
+                self._programs[key] = graph
+        return function(*inputs)
+
+
+def _grad(value: Tensor, z: Tensor, **options: bool) -> Tensor:
+    """Gradient at z; zero if the value does not depend on it."""
+    if not value.requires_grad:
+        return torch.zeros_like(z)
+    (found,) = torch.autograd.grad(value, z, allow_unused=True, **options)
+    return torch.zeros_like(z) if found is None else found

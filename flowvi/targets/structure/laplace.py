@@ -1,0 +1,240 @@
+"""Normal approximations of local latents given the shared ones, by Newton's method."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.structure.derivatives import Curvature, Derivatives
+from flowvi.targets.structure.factors import UNROLLED, Banded, Dense, Factor, Small
+from flowvi.targets.structure.structure import CHAIN, Structure
+
+# Newton's method ends where a further step would gain less than that many nats.
+CONVERGED = 1e-9
+# A step from where the gain is larger is checked, and shortened where it gains nothing.
+CHECKED = 0.05
+MOST_STEPS = 60
+MOST_HALVINGS = 12
+# Multiples of the diagonal that are added to a precision that is not positive definite.
+RIDGES = (0.0, 1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e6)
+# Longest step in units of one, for latents whose conditional is nearly flat.
+LONGEST = 20.0
+# A first guess of a mode that is farther from the reference is not used.
+FARTHEST = 1e6
+
+
+@dataclass
+class Conditional:
+    """Normal approximations N(mode, H^-1) of the latents of units, at values of theta.
+
+    Attributes:
+        z: Points (theta, mode), (S, D).
+        mode: Modes of the units, (S, G, d).
+        log_p: Log density at z, (S).
+        gradient: Its gradient, (S, D).
+        factor: Cholesky factors of the precisions.
+        left: Nats that a further Newton step would gain, (S, G).
+        definite: Whether the precision was positive definite without a ridge, (S, G).
+    """
+
+    z: Tensor
+    mode: Tensor
+    log_p: Tensor
+    gradient: Tensor
+    factor: Factor
+    left: Tensor
+    definite: Tensor
+
+    @property
+    def log_marginal(self) -> Tensor:
+        """Laplace's formula for the log density of theta, (S)."""
+        d = self.mode.shape[-1]
+        per_unit = self.left + 0.5 * (d * math.log(2 * math.pi) - self.factor.log_det)
+        return self.log_p + per_unit.sum(-1)
+
+
+class Laplace:
+    r"""Laplace's approximation of a log density over its local latents.
+
+    .. math::
+        \log p(\theta) \approx \log p(\theta, \hat u(\theta)) + \frac{d}{2} \log 2 \pi
+        - \frac{1}{2} \log |H(\theta)|
+
+    with the mode :math:`\hat u(\theta)` and the negative Hessian H there. Newton's method
+    starts at the mode of a fixed reference, shifted along the derivative of the mode by theta, so
+    that the result is a function of theta alone.
+
+    References:
+        Tierney and Kadane (1986), doi:10.1080/01621459.1986.10478240.
+
+    Args:
+        target: The log density.
+        structure: Its structure.
+    """
+
+    def __init__(self, target: GlobalTarget, structure: Structure) -> None:
+        self.target, self.structure = target, structure
+        self.derivatives = Derivatives(target, structure)
+        self.shared = structure.shared.to(target.device)
+        self.columns = self.derivatives.columns
+        self.reference = torch.zeros(len(self.shared), dtype=target.dtype, device=target.device)
+        self.mode = torch.zeros(self.columns.shape, dtype=target.dtype, device=target.device)
+        self.slope = self.mode.new_zeros(len(self.shared), *self.mode.shape)
+
+    @torch.no_grad()
+    def centre(self, theta: Tensor) -> None:
+        """Take a value of theta (p) as the reference from which Newton's method starts."""
+        found = self.at(theta.unsqueeze(0))
+        self.reference, self.mode = theta.detach().clone(), found.mode[0]
+        # d mode / d theta = H^-1 d^2 log p / du dtheta
+        slopes = []
+        for column in self.shared:
+            direction = torch.zeros_like(found.z)
+            direction[0, column] = 1
+            product = self.derivatives.product(found.z, direction)
+            slopes.append(found.factor.solve(product[:, self.columns])[0])
+        if slopes:
+            self.slope = torch.stack(slopes).nan_to_num(0.0, 0.0, 0.0)
+
+    def points(self, theta: Tensor, mode: Tensor) -> Tensor:
+        """Points of values of theta and of local latents. (*S, p), (*S, G, d) -> (*S, D)."""
+        z = theta.new_empty(*mode.shape[:-2], self.target.dim)
+        z[..., self.shared] = theta.expand(*mode.shape[:-2], -1)
+        z[..., self.columns.flatten()] = mode.flatten(-2)
+        return z
+
+    @torch.no_grad()
+    def at(self, theta: Tensor) -> Conditional:
+        """Approximate the conditionals at values of theta, (S, p)."""
+        mode = self.mode.expand(len(theta), -1, -1)
+        shift = (theta - self.reference) @ self.slope.flatten(1)
+        fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
+        mode = mode + torch.where(fair, shift, 0.0).view_as(mode)
+        found = self._curvature(theta, mode)
+        for _ in range(MOST_STEPS):
+            if not (found.left > CONVERGED).any():
+                break
+            step = found.factor.solve(found.gradient[:, self.columns])
+            far = step.abs().amax(-1, keepdim=True)
+            step = step * (LONGEST / far.clamp(min=LONGEST))
+            tried = mode + step
+            if (found.left > CHECKED).any() or not found.definite.all():
+                tried = self._shortened(theta, mode, step, found)
+            mode, before = tried, found
+            found = self._curvature(theta, mode)
+            if not (found.left < 0.9 * before.left)[before.left > CONVERGED].any():
+                # Rounding, or no progress in any unit.
+                if not (before.left > CHECKED).any():
+                    break
+        return found
+
+    def _shortened(
+        self, theta: Tensor, mode: Tensor, step: Tensor, found: Conditional
+    ) -> Tensor:
+        """The end of a step that lowers no unit's log density: halved where it would."""
+        before = self.derivatives.by_unit(found.z)[..., :-1]
+        size = torch.ones_like(found.left)
+        for _ in range(MOST_HALVINGS):
+            tried = mode + size.unsqueeze(-1) * step
+            after = self.derivatives.by_unit(self.points(theta, tried))[..., :-1]
+            rounding = 1e-10 * before.abs().clamp(min=1.0)
+            worse = ~(after >= before + 1e-4 * size * found.left - rounding)
+            if not worse.any():
+                break
+            size = torch.where(worse, 0.5 * size, size)
+        else:
+            size = torch.where(worse, 0.0, size)
+        return mode + size.unsqueeze(-1) * step
+
+    def _curvature(self, theta: Tensor, mode: Tensor) -> Conditional:
+        z = self.points(theta, mode)
+        log_p, gradient, products = self._derivatives_in_pieces(z)
+        factor, definite = self._factor(products)
+        slope = gradient[:, self.columns]
+        # Newton's estimate of what is left to gain: half of g^T H^-1 g.
+        left = 0.5 * (slope * factor.solve(slope)).sum(-1)
+        left = torch.where(left.isfinite(), left, torch.inf)
+        return Conditional(z, mode, log_p, gradient, factor, left, definite)
+
+    def _derivatives_in_pieces(self, z: Tensor) -> Curvature:
+        size = self.derivatives.at_once
+        if len(z) <= size:
+            return self.derivatives.curvature(z)
+        parts = [self.derivatives.curvature(one) for one in z.split(size)]
+        return Curvature(*(torch.cat(some) for some in zip(*parts, strict=True)))
+
+    def _factor(self, products: Tensor) -> tuple[Factor, Tensor]:
+        """The factor of the precision, with a ridge where it is not positive definite."""
+        first = self._factored(products, torch.zeros(()))
+        if first.ok.all():
+            return first, first.ok
+        ridge = torch.zeros(first.ok.shape, dtype=products.dtype, device=products.device)
+        for size in RIDGES[1:]:
+            ridge = torch.where(self._factored(products, ridge).ok, ridge, size)
+        return self._factored(products, ridge), first.ok
+
+    def _factored(self, products: Tensor, ridge: Tensor) -> Factor:
+        """Factor -H + ridge * (|diagonal| + 1) of each unit; the ridge is () or (S, G)."""
+        size = self.columns.shape[1]
+        if self.structure.kind == CHAIN:
+            bands = self._bands(products)
+            added = ridge.expand(len(products), 1) * (bands[:, 0].abs() + 1)
+            bands[:, 0] += added
+            return Banded(bands.nan_to_num(nan=-1.0), len(self.derivatives.probes))
+        flat = products[..., self.columns.flatten()]
+        blocks = -flat.view(len(products), size, *self.columns.shape).permute(0, 2, 3, 1)
+        blocks = 0.5 * (blocks + blocks.mT)
+        diagonal = blocks.diagonal(dim1=-2, dim2=-1).abs() + 1
+        blocks = blocks + torch.diag_embed(ridge.unsqueeze(-1) * diagonal)
+        blocks = blocks.nan_to_num(nan=-1.0)
+        return Small(blocks) if size <= UNROLLED else Dense(blocks)
+
+    def _bands(self, products: Tensor) -> Tensor:
+        """Elements (t + k, t) of the precision of a chain, (S, b + 1, n)."""
+        order, n = self.structure.order, self.structure.size
+        colours, columns = len(self.derivatives.probes), self.columns[0]
+        place = torch.arange(n, device=products.device)
+        bands = products.new_zeros(len(products), min(order, n - 1) + 1, n)
+        for k in range(bands.shape[1]):
+            rows = columns[k:]
+            bands[:, k, : n - k] = -products[:, (place % colours)[: n - k], rows]
+        return bands
+
+    def marginal_gradient(self, found: Conditional) -> Tensor:
+        """Gradient of Laplace's formula by theta, (S, p).
+
+        With A = H^-1 and H the negative Hessian at the mode, the gradient of -log|H| / 2 is
+        that of tr(A d^2 log p / du^2) / 2, directly and by the mode, whose derivative is
+        A d^2 log p / du dtheta.
+        """
+        weights = self._trace_weights(found)
+        pieces = []
+        size = self.derivatives.at_once
+        for z, w, start in zip(
+            found.z.split(size), weights.split(size), range(0, len(found.z), size), strict=True
+        ):
+            trace = self.derivatives.trace_gradient(z, w)
+            pieces.append((trace, start))
+        trace = torch.cat([piece for piece, _ in pieces])
+        along = found.factor.solve(trace[:, self.columns])
+        direction = torch.zeros_like(found.z)
+        direction[:, self.columns.flatten()] = along.flatten(1)
+        by_mode = torch.cat(
+            [
+                self.derivatives.product(z, v)
+                for z, v in zip(found.z.split(size), direction.split(size), strict=True)
+            ]
+        )
+        whole = found.gradient + 0.5 * (trace + by_mode)
+        return whole[:, self.shared]
+
+    def _trace_weights(self, found: Conditional) -> Tensor:
+        """H^-1 laid out as the products with probes are, (S, C, D)."""
+        inverse = found.factor.inverse()
+        weights = found.z.new_zeros(*inverse.shape[:2], self.target.dim)
+        weights[..., self.columns.flatten()] = inverse.flatten(2)
+        return weights

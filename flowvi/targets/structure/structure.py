@@ -1,0 +1,249 @@
+"""Latents that are independent, or a chain, or one field, given the few shared ones."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from flowvi.runtime.arguments import check_type
+from flowvi.runtime.rng import isolated_rng
+from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.structure.candidates import Group, groups
+from flowvi.targets.structure.terms import Terms
+from flowvi.targets.target import Target
+
+# Kinds of structure.
+UNITS, CHAIN, FIELD, NONE = "units", "chain", "field", "none"
+# Elements that change by less than this, relative to their size, do not depend on what moved.
+SAME = 1e-9
+# Points at which latents are moved. A term that is flat at one of them is not at all of them.
+PAIRS = 3
+# Numbers in one evaluation of the elements.
+AT_ONCE = 20_000_000
+# Largest distance in time at which the latents of a chain depend on each other.
+MOST_ORDER = 4
+# Largest number of latents of a field, whose precision matrix is dense.
+MOST_FIELD = 2000
+# Fewest latents that count as a chain or a field.
+FEWEST = 10
+
+
+@dataclass(frozen=True)
+class Structure:
+    """How the latents of a model depend on each other, given the data.
+
+    Attributes:
+        kind: "units" (independent given the shared latents), "chain", "field", or "none".
+        plate: Name of the axis of the local latents: a plate, or a dim of a site.
+        sites: Names of the local sites.
+        columns: Columns of z of each unit's latents, (G, d). A chain or a field is one unit.
+        shared: Columns of z of the other latents, (p).
+        order: Largest distance along a chain at which latents depend on each other.
+        reason: Why no larger group of latents is independent; empty if there is none.
+        element: Unit of each element of the log density, (T); G for one of shared latents only.
+        shared_sites: Names of the sites of the shared latents.
+    """
+
+    kind: str
+    plate: str = ""
+    sites: tuple[str, ...] = ()
+    columns: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.long))
+    shared: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
+    order: int = 0
+    reason: str = ""
+    element: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
+    shared_sites: tuple[str, ...] = ()
+
+    @property
+    def units(self) -> int:
+        """Number G of units."""
+        return len(self.columns)
+
+    @property
+    def size(self) -> int:
+        """Number d of latents of a unit."""
+        return self.columns.shape[1]
+
+    def __bool__(self) -> bool:
+        return self.kind != NONE
+
+    def __str__(self) -> str:
+        given = f"given {_count(len(self.shared), 'shared latent')}"
+        if self.shared_sites:
+            given += f" ({', '.join(self.shared_sites)})"
+        local = ", ".join(self.sites)
+        if self.kind == UNITS:
+            each = f", {self.size} latents each" if self.size > 1 else ""
+            found = f"{self.units:,} units of '{self.plate}' ({local}{each}) are independent {given}"
+        elif self.kind == CHAIN:
+            found = f"{self.size:,} latents of {local} are a chain of order {self.order} {given}"
+        elif self.kind == FIELD:
+            found = f"{self.size:,} latents of {local} are one dense field {given}"
+        else:
+            return f"no structure: {self.reason}" if self.reason else "no structure"
+        return f"{found}; {self.reason}" if self.reason else found
+
+
+def structure(target: Target, seed: int = 0) -> Structure:
+    """Find local latents that are independent, a chain, or a field given the shared latents.
+
+    The log density is taken apart into the elements of its sums. Latents of a unit are moved,
+    half of the units at a time by the digits of their binary numbers, and the elements that
+    change are compared: units are independent if no element depends on two of them. Plates and
+    axes only propose; the density decides.
+
+    Args:
+        target: From `from_pyro` or `from_density`.
+        seed: Seed of the points at which latents are moved.
+
+    Returns:
+        The largest group of independent units; without one, a chain or a field. Its string says
+        what was found.
+    """
+    check_type("target", target, Target, "what from_pyro or from_density returned")
+    if not isinstance(target, GlobalTarget):
+        return Structure(NONE, reason=f"{target.name} has latents for each row (local=)")
+    if target.subsampled:
+        return Structure(NONE, reason="rows are subsampled")
+    if list(target.parameters()):
+        return Structure(NONE, reason=f"{target.name} has parameters of its own")
+    proposed = groups(target)
+    if not proposed:
+        return Structure(NONE, reason="no plate and no axis holds several latents")
+    try:
+        probe = _Probe(target, seed)
+    except TypeError:
+        return Structure(NONE, reason="the log density is no recorded graph")
+    reason = ""
+    for group in proposed:
+        element, tie = probe.units(group)
+        if element is not None:
+            return _found(target, UNITS, group, element, reason)
+        reason = reason or tie
+    for group in proposed:
+        if group.columns.shape[0] >= FEWEST and group.columns.shape[1] == 1:
+            order = probe.order(group)
+            if order <= min(MOST_ORDER, len(group.columns) // 4):
+                one = group._replace(columns=group.columns.T)
+                return _found(target, CHAIN, one, probe.of_one(one), "", order)
+    for group in proposed:
+        if FEWEST <= group.columns.numel() <= MOST_FIELD:
+            one = group._replace(columns=group.columns.reshape(1, -1))
+            return _found(target, FIELD, one, probe.of_one(one), reason)
+    return Structure(NONE, reason=reason)
+
+
+def _found(
+    target: Target, kind: str, group: Group, element: Tensor, reason: str, order: int = 0
+) -> Structure:
+    local = torch.zeros(target.dim, dtype=torch.bool)
+    local[group.columns.flatten()] = True
+    inside = {n for n, part in target.slices.items() if bool(local[part].any())}
+    others = tuple(name for name in target.slices if name not in inside)
+    shared = (~local).nonzero().flatten()
+    names = tuple(name for name in target.slices if name in inside)
+    return Structure(kind, group.name, names, group.columns, shared, order, reason, element, others)
+
+
+class _Probe:
+    """Elements of a log density, and which of them change where latents move."""
+
+    def __init__(self, target: GlobalTarget, seed: int) -> None:
+        generator = torch.Generator(target.device).manual_seed(seed)
+        with isolated_rng():
+            points = target.starts(generator).to(target.dtype)
+        self.terms = Terms(target.density.batched, (points[0], *target._behind))
+        self.target, self.behind = target, target._behind
+        near = torch.cat([points] * PAIRS)
+        options = {"generator": generator, "dtype": target.dtype, "device": target.device}
+        noise = torch.randn(2, *near.shape, **options)
+        base, moved = near + 0.1 * noise[0], near + 0.5 * noise[1]
+        with torch.no_grad():
+            fine = target.log_prob(base).isfinite() & target.log_prob(moved).isfinite()
+        # Far from where the density is positive, its elements say nothing.
+        keep = fine.nonzero().flatten()[:PAIRS]
+        if not len(keep):
+            raise TypeError("no point of finite density")
+        self.base, self.moved = base[keep], moved[keep]
+        self.values = self._evaluate(self.base)
+
+    def units(self, group: Group) -> tuple[Tensor | None, str]:
+        """The unit of each element, (T), or why there is none.
+
+        Every two units differ in a digit of their binary numbers. An element of one unit alone
+        changes with exactly one of each digit's two halves, and these digits are its unit.
+        """
+        count = len(group.columns)
+        digits = max(1, math.ceil(math.log2(count)))
+        number = torch.arange(count)
+        unit = torch.zeros(self.values.shape[-1], dtype=torch.long)
+        ever = torch.zeros(self.values.shape[-1], dtype=torch.bool)
+        for digit in range(digits):
+            half = (number >> digit) % 2 == 1
+            ones, zeros = (self._changed(group.columns[one]) for one in (half, ~half))
+            both = ones & zeros
+            if both.any():
+                return None, self._tie(group, int(both.nonzero()[0]))
+            unit += ones.long() << digit
+            ever = ones | zeros if digit == 0 else ever
+            if (ever != (ones | zeros)).any():
+                return None, f"the terms of '{group.name}' change at some points only"
+        if not ever.any():
+            return None, f"nothing depends on {', '.join(group.sites)}"
+        return torch.where(ever, unit, count), ""
+
+    def order(self, group: Group) -> int:
+        """Largest distance between two positions on which one element depends."""
+        count = len(group.columns)
+        first = torch.full(self.values.shape[-1:], count)
+        last = torch.full(self.values.shape[-1:], -1)
+        for place in range(count):
+            changed = self._changed(group.columns[place : place + 1], 1)
+            first = torch.where(changed & (first == count), place, first)
+            last = torch.where(changed, place, last)
+            if (last - first).max() > MOST_ORDER and place > 4 * MOST_ORDER:
+                break
+        return int((last - first).max())
+
+    def of_one(self, group: Group) -> Tensor:
+        """0 for an element that depends on the group, 1 for one that does not."""
+        return (~self._changed(group.columns)).long()
+
+    def _changed(self, columns: Tensor, pairs: int = PAIRS) -> Tensor:
+        """Elements that depend on columns, (T)."""
+        z = self.base[:pairs].clone()
+        z[:, columns.flatten()] = self.moved[:pairs, columns.flatten()]
+        before, after = self.values[:pairs], self._evaluate(z)
+        scale = before.abs().clamp(min=1.0)
+        differs = ((after - before).abs() > SAME * scale) | (after.isfinite() != before.isfinite())
+        return differs.any(0)
+
+    @torch.no_grad()
+    def _evaluate(self, z: Tensor) -> Tensor:
+        return torch.cat([self.terms(one, *self.behind) for one in z.split(1)]).cpu()
+
+    def _tie(self, group: Group, element: int) -> str:
+        """Two units on which one element depends, in words."""
+        units = range(len(group.columns))
+        tied: list[int] = []
+        # Halve the set of units until it holds one; then look for another.
+        for avoid in (None, 0):
+            rest = [i for i in units if avoid is None or i != tied[0]]
+            while len(rest) > 1:
+                half = rest[: len(rest) // 2]
+                hit = bool(self._changed(group.columns[torch.tensor(half)])[element])
+                rest = half if hit else rest[len(rest) // 2 :]
+            tied.append(rest[0])
+        first, second = sorted(tied)
+        name = group.sites[0]
+        return (
+            f"units of '{group.name}' depend on each other ({name}[{first}] and {name}[{second}] "
+            "share a term)"
+        )
+
+
+def _count(n: int, what: str) -> str:
+    return f"{n:,} {what}" if n == 1 else f"{n:,} {what}s"
