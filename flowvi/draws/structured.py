@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -14,7 +14,6 @@ from torch import Tensor
 from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.diagnostics.rows import surely
 from flowvi.draws.draws import Draws, scored
-from flowvi.draws.sampling import tabulate
 from flowvi.guides.guide import Guide
 from flowvi.runtime.columns import Columns
 from flowvi.runtime.rng import derive_seed, isolated_rng
@@ -80,24 +79,35 @@ class Units:
 
 
 def theta_draws(
-    target: MarginalTarget, guide: Guide, n: int, seed: int, meta: dict[str, Any] | None = None
+    target: MarginalTarget,
+    guides: Sequence[Guide],
+    n: int,
+    seed: int,
+    meta: dict[str, Any] | None = None,
 ) -> Draws:
     """Draw shared latents, with unbiased estimates of their density in place of it.
 
     Args:
         target: The density of the shared latents.
-        guide: Their guide.
-        n: Number of draws.
+        guides: Their guides, one for each chain.
+        n: Number of draws of each guide.
         seed: Seed of all draws.
         meta: JSON-able facts about the fit.
     """
     generator = _generator(target, seed)
     with torch.no_grad(), isolated_rng(derive_seed(seed, THETA)):
-        theta, log_q = guide.sample((n,))
-        log_p = torch.cat([found.log_p for found in target.corrected(theta, generator)])
-        table = tabulate(_Plain(target), n, [[(theta, log_q)]], meta)
-    values = log_p.double().cpu().numpy()[None]
-    return replace(table, log_p=np.where(np.isfinite(table.log_p), values, -np.inf), target=target)
+        pieces = [guide.sample((n,)) for guide in guides]
+        estimates = [
+            torch.cat([found.log_p for found in target.corrected(theta, generator)])
+            for theta, _ in pieces
+        ]
+        values = [target.constrain(theta) for theta, _ in pieces]
+    theta, log_q = (torch.stack(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
+    log_p = torch.stack(estimates).cpu().numpy()
+    named = {
+        name: torch.stack([value[name] for value in values]).cpu().numpy() for name in values[0]
+    }
+    return Draws(theta, *scored(log_p, log_q), named, target, dict(meta or {}))
 
 
 def structured_draws(
@@ -107,9 +117,9 @@ def structured_draws(
     seed: int,
     meta: dict[str, Any] | None = None,
 ) -> Draws:
-    """Draw all latents: the shared ones, then K of each unit, one of which is kept.
+    r"""Draw all latents: the shared ones, then K of each unit, one of which is kept.
 
-    The weight of a draw is :math:`\\hat p(\\theta) / q(\\theta)` with the unbiased estimate of
+    The weight of a draw is :math:`\hat p(\theta) / q(\theta)` with the unbiased estimate of
     `Correction`. `log_q` is the log density of all latents less the log weight.
 
     Args:
@@ -176,16 +186,3 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
 
 def _generator(target: MarginalTarget, seed: int) -> torch.Generator:
     return torch.Generator(target.device).manual_seed(derive_seed(seed, LOCAL))
-
-
-class _Plain:
-    """The values of a target without its density, which is evaluated elsewhere."""
-
-    def __init__(self, target: MarginalTarget) -> None:
-        self.target = target
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.target, name)
-
-    def log_prob(self, z: Tensor) -> Tensor:
-        return z.new_zeros(z.shape[:-1])

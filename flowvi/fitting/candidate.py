@@ -30,6 +30,7 @@ class Candidate:
         missed: Gaussians of the search for a start that it misses.
         beyond: Sentence about mass outside of it that annealing found; else empty.
         diagnosis: Verdict on its draws.
+        units: Sentence about units whose conditional does not fit; else empty.
         chains: Draws of Markov chains in its space, if they were run.
     """
 
@@ -40,6 +41,7 @@ class Candidate:
     evaluation: Evaluation = UNKNOWN
     missed: Sequence[GaussianApproximation] = ()
     beyond: str = ""
+    units: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
 
@@ -70,4 +72,4 @@ class Candidate:
     def reasons(self) -> list[str]:
         """Reasons of the verdict: the parts of the posterior that the guide misses."""
         seen = [describe_missed_modes(self.missed, self.covered)] if self.missed else []
-        return [*seen, self.beyond] if self.beyond else seen
+        return [*seen, *(sentence for sentence in (self.beyond, self.units) if sentence)]

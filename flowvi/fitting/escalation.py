@@ -17,6 +17,7 @@ from flowvi.draws.sampling import draw
 from flowvi.draws.storage import from_state, to_state
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.first_guide import flow
+from flowvi.fitting.reweighted import likeliest, moments
 from flowvi.fitting.restart import Restart
 from flowvi.flows import Chain
 from flowvi.guides.mixtures import MixtureGuide
@@ -27,6 +28,7 @@ from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.samplers.nuts import NutsSettings, run_nuts
 from flowvi.samplers.tempering import MOST_DIM
+from flowvi.targets.structure import MarginalTarget
 from flowvi.training.fab import refine_fab
 from flowvi.training.records import ANNEAL, CHAINS, CHECK
 
@@ -60,7 +62,9 @@ def escalate(restart: Restart) -> None:
         hopeless = (
             restart.interrupted or restart.record.stopped or restart.session.clock.out_of_time(0.9)
         )
-        if trusted(restart.candidate) or hopeless:
+        if hopeless or (trusted(restart.candidate) and attempt not in CHEAP):
+            return
+        if attempt in CHEAP and restart.candidate.trust_rank == 0:
             return
         try:
             with abort_on_interrupt():
@@ -133,6 +137,8 @@ def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
     """Splines of each coordinate, trained from a flat density to the target."""
     if not candidate.reasons or restart.target.dim > MOST_DIM:
         return None
+    if isinstance(restart.target, MarginalTarget):
+        return None
     wide = restart.wide()
     new = Candidate(
         restart.placed(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
@@ -201,6 +207,8 @@ def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
         candidate.guide, MixtureGuide | FlowGuide
     ):
         return None
+    if isinstance(restart.target, MarginalTarget):
+        return None
     clock = restart.session.clock
     new = Candidate(copy.deepcopy(candidate.guide), candidate.name, candidate.sizes, candidate.lr)
     restart.session.checkpointer.run_once(
@@ -224,6 +232,9 @@ def annealed(restart: Restart, candidate: Candidate) -> Candidate | None:
 def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
     """NUTS in the space of the guide."""
     if not isinstance(candidate.guide, Pushforward) or candidate.reasons:
+        return None
+    if isinstance(restart.target, MarginalTarget):
+        # Chains would be draws of Laplace's formula, without weights that correct it.
         return None
     began, clock = restart.session.clock.seconds, restart.session.clock
     found: Draws | None = None
@@ -281,8 +292,12 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     return new if trusted(new) else None
 
 
+# Attempts that need no further gradients; they improve a trusted guide too.
+CHEAP: tuple[Attempt, ...] = (moments, likeliest)
 # The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
+    ("A normal with the weighted moments of the draws", moments),
+    ("A flow fitted to the weighted draws", likeliest),
     ("A mixture with a component for each mode that was left out", components),
     ("Splines of each coordinate, trained from a flat density to the full one", tempered),
     ("A deeper flow with heavier tails, trained on with more draws", richer),

@@ -15,6 +15,7 @@ from flowvi.guides.skewed import HELD_DIM
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Interrupted
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
+from flowvi.targets.structure import MarginalTarget
 
 AUTO = "auto"
 # Numbers of couplings for a gap above a nat, and for a smaller one.
@@ -38,6 +39,9 @@ def first_guide(restart: Restart) -> Candidate:
         return restart.started(Candidate(make_guide(restart.name, target.dim), restart.name))
     if isinstance(target, NestedTarget):
         name = "fullrank" if target.dim <= NESTED_DIM else "meanfield"
+        return restart.started(Candidate(make_guide(name, target.dim), name))
+    if isinstance(target, MarginalTarget):
+        name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
         return restart.started(Candidate(make_guide(name, target.dim), name))
     return _by_the_gap(restart)
 

@@ -8,7 +8,7 @@ from concurrent.futures import Executor
 from typing import Any, overload
 
 from flowvi.fitting.fit_rows import fit_rows
-from flowvi.fitting.fit_shared import fit_shared
+from flowvi.fitting.fit_structured import fit_global
 from flowvi.fitting.request import Request
 from flowvi.fitting.result import Fit, RowFit
 from flowvi.guides.guide import Guide
@@ -126,7 +126,8 @@ def fit(
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
-        guide: "auto", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`, or `Multiplicative`.
+        guide: "auto", "structured", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`, or
+            `Multiplicative`.
         objective: Result of `elbo()`, `iwelbo(K)` or `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
         steps: Number of steps. By default the fit decides.
@@ -167,4 +168,4 @@ def fit(
             bound for this target.
     """
     request = Request(**locals())
-    return fit_rows(request) if isinstance(target, LocalTarget) else fit_shared(request)
+    return fit_rows(request) if isinstance(target, LocalTarget) else fit_global(request)

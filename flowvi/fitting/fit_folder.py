@@ -28,6 +28,8 @@ READABLE = (1, 2)
 MANIFEST = "fit.json"
 # Kinds of fits with latents for each row: rows alone, or rows and shared latents.
 ROWS, NESTED = "rows", "nested"
+# Kind of fits with local latents that are integrated.
+STRUCTURED = "structured"
 HISTORY, OWN, CHAINS = "history", "target", "chains"
 FIELDS = {"latents": dict, "guides": int, "bounds": list, "log": list, "meta": dict}
 NAME = re.compile(r"[a-z_]+\d*(-[0-9a-f]{8})?\.safetensors")

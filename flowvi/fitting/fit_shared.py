@@ -18,8 +18,9 @@ from flowvi.fitting.executors import Plan, run_in_executor, run_restart
 from flowvi.fitting.identity import guide_words, latents, log_density
 from flowvi.fitting.request import PARTICLES, Request
 from flowvi.fitting.restart import Restart, checked
-from flowvi.fitting.result import Fit, NestedFit
+from flowvi.fitting.result import Fit, NestedFit, StructuredFit
 from flowvi.guides.guide import Guide
+from flowvi.guides.structured import StructuredGuide
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import describe
 from flowvi.runtime import distributed, memory
@@ -28,6 +29,7 @@ from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt, interru
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Target
 from flowvi.targets.precision import dtype_name
+from flowvi.targets.structure import MarginalTarget
 from flowvi.training.checkpointer import Checkpointer
 from flowvi.training.evaluation import particles_of
 from flowvi.training.records import CHECK, Record, Row
@@ -172,6 +174,13 @@ def _result(
             "missed": failures,
         }
         return NestedFit(target, guides, bounds, history, log, meta, None, start)
+    if isinstance(target, MarginalTarget):
+        meta |= {"shared": target.dim, "structure": str(target.structure)}
+        # Draws of all latents are judged with what the check said of the units.
+        wrapped: list[Guide] = [StructuredGuide(target, g) for g in guides]
+        return StructuredFit(
+            target.whole, wrapped, bounds, history, log, meta, None, start, marginal=target
+        )
     chains = best.chains
     if chains is not None:
         chains = replace(chains, meta={**meta, **chains.meta})
@@ -194,4 +203,6 @@ def _check_of(
 
 def _missed(candidates: list[Candidate]) -> list[str]:
     """Parts of the posterior that every restart misses."""
-    return candidates[0].reasons if all(c.missed for c in candidates) else []
+    if all(c.missed or c.units for c in candidates):
+        return candidates[0].reasons
+    return []

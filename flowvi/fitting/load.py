@@ -20,23 +20,26 @@ from flowvi.fitting.fit_folder import (
     NESTED,
     OWN,
     ROWS,
+    STRUCTURED,
     FitFiles,
     all_latents,
     compare_latents,
     read_manifest,
 )
 from flowvi.fitting.identity import latents
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
 from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
+from flowvi.guides.structured import StructuredGuide
 from flowvi.objectives.nested import NestedTarget, inner_guide
 from flowvi.runtime.arguments import check_path as path_of
 from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
-from flowvi.targets import LocalTarget, Target
+from flowvi.targets import GlobalTarget, LocalTarget, Target
+from flowvi.targets.structure import MarginalTarget, structure
 
 
 @overload
@@ -81,6 +84,8 @@ def load(
     compare_latents(manifest["latents"], latents(target), path)
     if isinstance(target, LocalTarget):
         return _load_rows(files, manifest, target, guide)
+    if kind == STRUCTURED:
+        return _load_structured(files, manifest, target, guide)
     guides = []
     for i in range(manifest["guides"]):
         file, seal = files.of(f"guide_{i}")
@@ -157,6 +162,32 @@ def _load_nested(
     # Earlier versions saved no bounds.
     bounds = list(manifest.get("bounds") or [math.nan])
     return NestedFit(density, [theta], bounds, history, log, meta)
+
+
+def _load_structured(
+    files: FitFiles, manifest: dict[str, Any], target: Target, guide: Guide | None
+) -> StructuredFit:
+    found = structure(target)
+    if not found or not isinstance(target, GlobalTarget):
+        raise CheckpointError(
+            f"{files.path} was fitted with local latents that are integrated, but {target.name} "
+            f"has {found}."
+        )
+    marginal = MarginalTarget(target, found)
+    file, seal = files.of(OWN)
+    own, wanted = read_tensors(file, seal), marginal.own_state()
+    for name, value in wanted.items():
+        if name not in own or own[name].shape != value.shape or not own[name].isfinite().all():
+            raise CheckpointError(f"{file}: '{name}' of the local latents is missing or not finite.")
+    marginal.set_own_state({n: own[n].to(value) for n, value in wanted.items()})
+    specs, guides = manifest["meta"]["specs"], []
+    for i in range(manifest["guides"]):
+        with isolated_rng():
+            shared = _build(specs[i], marginal, guide, *files.of(f"guide_{i}"))
+        guides.append(StructuredGuide(marginal, shared))
+    bounds = [float(b) for b in manifest.get("bounds") or [math.nan] * len(guides)]
+    log, meta, history = list(manifest["log"]), manifest["meta"], _history(files)
+    return StructuredFit(target, guides, bounds, history, log, meta, marginal=marginal)
 
 
 def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:

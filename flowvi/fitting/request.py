@@ -29,6 +29,7 @@ from flowvi.runtime.arguments import (
     optional,
 )
 from flowvi.targets import LocalTarget, Target
+from flowvi.targets.structure import MarginalTarget
 from flowvi.training import schedule as schedules
 from flowvi.training.compiling import Compile, asked
 from flowvi.training.evaluation import particles_of
@@ -37,6 +38,8 @@ from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Settings
 
 PARTICLES = 64
+# The name that asks for a guide of shared latents, with conditionals of the local ones.
+STRUCTURED = "structured"
 # Guides that depend on the shapes of sites.
 RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
 # Arguments that apply to rows only; None if they were not given.
@@ -125,7 +128,9 @@ class Request:
         target, objective = self.target, _objective(self.objective, self.particles)
         _check(target, objective, self.restarts)
         if isinstance(self.guide, str):
-            check_choice("guide", self.guide, [AUTO, *sorted({*guide_names(), *RECIPES})])
+            check_choice(
+                "guide", self.guide, [AUTO, STRUCTURED, *sorted({*guide_names(), *RECIPES})]
+            )
             check_size(target.dim, self.guide)
         if isinstance(self.guide, Guide) and self.guide.dim != target.dim:
             whose = f" but {target.name} has"
@@ -195,6 +200,8 @@ def _objective(objective: Objective | WakeSleep | str | None, particles: int | N
 
 def _schedule(target: Target, objective: Objective) -> Schedule:
     """The default schedule for a target and an objective."""
+    if isinstance(target, MarginalTarget):
+        return schedules.structured(target.whole.dim)
     if not isinstance(target, NestedTarget):
         return schedules.DEFAULT
     return replace(

@@ -14,6 +14,7 @@ from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
+from flowvi.draws.structured import check_units, theta_draws
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.result import draw_nested
 from flowvi.fitting.starts import global_start, nested_start
@@ -22,20 +23,35 @@ from flowvi.guides.mixture_overlap import overlap
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.registry import starts_diagonal
 from flowvi.initialization.gaussian import GaussianApproximation, distinct_candidates
+from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.missed_modes import missed_modes
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import weighs
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
-from flowvi.runtime.rng import derive_seed
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
-from flowvi.training.records import ANNEAL, BUILD, CHECK, COVER, WIDE, Record, Stage, Trial
+from flowvi.targets.structure import MarginalTarget
+from flowvi.training.records import (
+    ADAPT,
+    ANNEAL,
+    BUILD,
+    CHECK,
+    COVER,
+    WIDE,
+    Evaluation,
+    Record,
+    Stage,
+    Trial,
+)
 from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Session, Settings
 from flowvi.training.stages import Stages
 
 # Shares of a time budget after which the check takes fewer draws, and annealing is skipped.
 CHECK_SHARE, ANNEAL_SHARE = 0.9, 0.8
+# Values of the shared latents at which the conditionals of units are fitted and checked.
+UNIT_POINTS = 64
 
 
 class Restart:
@@ -87,7 +103,11 @@ class Restart:
         torch.manual_seed(self.seed(BUILD))
         self.candidate = first(self)
         share = self.schedule.first_share if self.settings.escalate else 1.0
-        self.train(self.candidate, share)
+        if isinstance(self.target, MarginalTarget) and self.settings.steps is None:
+            # The normal of the shared latents is nearly exact; `escalate` improves it.
+            self.candidate.evaluation = self.stages(self.candidate.guide).evaluate()
+        else:
+            self.train(self.candidate, share)
         self.check(self.candidate)
 
     def _start(self) -> list[GaussianApproximation]:
@@ -99,7 +119,18 @@ class Restart:
                 self.record,
                 lambda: nested_start(target, self.seed(BUILD), say),
                 lambda found: [found[0].state(), [*target.own_state().items()]],
-                lambda state: self._nested(target, *state),
+                lambda state: self._with_own(target, *state),
+            )
+        if isinstance(target, MarginalTarget):
+            clock, share = self.session.clock, self.schedule.start_share
+            return once(
+                "start",
+                self.record,
+                lambda: marginal_start(
+                    target, self.seed(BUILD), say, lambda: clock.out_of_time(share)
+                ),
+                lambda found: [found[0].state(), [*target.own_state().items()]],
+                lambda state: self._with_own(target, *state),
             )
         flat = starts_diagonal(self.name) if self.given is None else self.given.flat
         clock, share = self.session.clock, self.schedule.start_share
@@ -111,8 +142,8 @@ class Restart:
             lambda found: [self.gaussian(g) for g in found],
         )
 
-    def _nested(
-        self, target: NestedTarget, state: Mapping[str, Any], own: Sequence[tuple[str, Tensor]]
+    def _with_own(
+        self, target: Target, state: Mapping[str, Any], own: Sequence[tuple[str, Tensor]]
     ) -> list[GaussianApproximation]:
         target.set_own_state(dict(own))
         return [self.gaussian(state)]
@@ -190,6 +221,8 @@ class Restart:
         candidate.missed = self.left_out(candidate)
         try:
             with abort_on_interrupt():
+                if isinstance(self.target, MarginalTarget):
+                    candidate.units = self._adapt(self.target, candidate.guide)
                 candidate.diagnosis = found = self._diagnosed(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
@@ -205,9 +238,35 @@ class Restart:
             f"{found.ess:.0f} of {found.draws} draws effective"
             + (f"; {len(candidate.missed)} modes left out" if candidate.missed else "")
         )
+        if isinstance(self.target, MarginalTarget):
+            # The corrected density counts, not that of Laplace's formula.
+            candidate.evaluation = Evaluation(found.elbo, found.elbo_se, found.gap, found.khat)
+            self.record.log += [candidate.units] if candidate.units else []
+            return
         if self.settings.escalate and not candidate.missed:
             candidate.beyond = self._beyond(candidate.guide, found)
             self.record.log += [candidate.beyond] if candidate.beyond else []
+
+    def _adapt(self, target: MarginalTarget, guide: Guide) -> str:
+        """Fit the conditionals of units where a guide has its draws, and check them."""
+
+        def work() -> str:
+            with torch.no_grad(), isolated_rng(self.seed(ADAPT)):
+                theta, _ = guide.sample((UNIT_POINTS,))
+            target.adapt(theta, self.seed(ADAPT), self.record.log.append)
+            return check_units(target, theta, self.seed(ADAPT)).reason
+
+        def restored(state: Sequence[Any]) -> str:
+            target.set_own_state(dict(state[1]))
+            return str(state[0])
+
+        return self.session.checkpointer.run_once(
+            "units",
+            self.record,
+            work,
+            lambda reason: [reason, [*target.own_state().items()]],
+            restored,
+        )
 
     def _diagnosed(self, candidate: Candidate) -> Diagnosis | None:
         if candidate.chains:
@@ -361,6 +420,8 @@ def checked(
     def drawn(n: int) -> Draws:
         if isinstance(target, NestedTarget):
             return draw_nested(target, guides[0], n, None, seed, {})
+        if isinstance(target, MarginalTarget):
+            return theta_draws(target, guides, n, seed)
         return draw(target, guides, n, seed)
 
     found = diagnose(drawn(schedule.check_draws))

@@ -124,3 +124,16 @@ DEFAULT = Schedule()
 # The default for a target whose parameters include the guide of rows. Its draws are
 # expensive, and its stages have fixed lengths.
 NESTED = Schedule(lengths=(100, 200, 400, 800), again=1)
+
+
+def structured(dim: int) -> Schedule:
+    """The default for shared latents whose density integrates many local ones.
+
+    Args:
+        dim: Number D of all latents; the more there are, the fewer draws.
+    """
+    return Schedule(
+        evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
+        check_draws=min(4000, max(400, 4_000_000 // dim)),
+        again=1,
+    )

@@ -1,0 +1,88 @@
+"""Choose between a structured guide and a guide of all latents together."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from flowvi.diagnostics import VERDICTS
+from flowvi.fitting.first_guide import AUTO
+from flowvi.fitting.fit_shared import fit_shared
+from flowvi.fitting.request import STRUCTURED, Request
+from flowvi.fitting.result import Fit
+from flowvi.targets import GlobalTarget
+from flowvi.targets.structure import MarginalTarget, Structure, structure
+from flowvi.targets.structure.structure import UNITS
+
+# Fewest local latents for which a structured guide is tried without being asked for: of
+# independent units, and of a chain or a field.
+FEWEST_UNITS, FEWEST_CHAIN = 30, 60
+# Largest share of shared latents, and largest number of all latents for which a guide of all of
+# them is tried too.
+MOST_SHARED, MOST_TOGETHER = 0.5, 300
+
+
+def fit_global(request: Request) -> Fit:
+    """Fit latents that all rows share, with a structured guide where it pays; see `flowvi.fit`."""
+    target = request.target
+    asked = request.guide == STRUCTURED
+    if not isinstance(target, GlobalTarget) or not (asked or _open(request)):
+        if asked:
+            raise ValueError(
+                f"guide='structured' is for a model from from_pyro or from_density; {target.name} "
+                f"is a {type(target).__name__}. Leave out the guide."
+            )
+        return fit_shared(request)
+    found = structure(target)
+    if asked and not found:
+        raise ValueError(
+            f"guide='structured' needs local latents that are independent, a chain or a field "
+            f"given the others; {target.name} has {found}. Leave out the guide."
+        )
+    if not asked and not pays(found):
+        return _with_line(fit_shared(request), str(found))
+    marginal = MarginalTarget(target, found)
+    result = fit_shared(replace(request, target=marginal, guide=AUTO))
+    return result if asked or _enough(result, request) else _better(result, request)
+
+
+def pays(found: Structure) -> bool:
+    """Whether a structured guide is worth trying."""
+    local = found.columns.numel()
+    fewest = FEWEST_UNITS if found.kind == UNITS else FEWEST_CHAIN
+    few = len(found.shared) <= MOST_SHARED * (local + len(found.shared))
+    return bool(found) and local >= fewest and few and len(found.shared) > 0
+
+
+def _open(request: Request) -> bool:
+    """Whether the arguments leave the choice of the guide to the fit."""
+    given = (request.objective, request.steps, request.lr, request.schedule)
+    return request.guide == AUTO and not any(given) and request.target.dim >= FEWEST_UNITS
+
+
+def _enough(result: Fit, request: Request) -> bool:
+    """Whether no guide of all latents has to be tried."""
+    check = result.meta["check"] or {}
+    trusted = check.get("verdict") in VERDICTS[:2] and not result.meta["missed"]
+    spent = request.budget is not None and result.meta["seconds"] > 0.8 * request.budget
+    large = request.target.dim > MOST_TOGETHER
+    return trusted or spent or large or result.meta["interrupted"] or not request.escalate
+
+
+def _better(result: Fit, request: Request) -> Fit:
+    """The better of a structured fit that is not trusted, and a guide of all latents."""
+    budget = request.budget and request.budget - result.meta["seconds"]
+    checkpoint = request.folder and request.folder / "together"
+    other = fit_shared(replace(request, budget=budget, checkpoint=checkpoint))
+    one, two = (fit.meta["check"] or {} for fit in (result, other))
+    ranks = [
+        VERDICTS.index(check.get("verdict", VERDICTS[-1])) if not fit.meta["missed"] else 2
+        for check, fit in ((one, result), (two, other))
+    ]
+    kept, dropped = (other, result) if ranks[1] <= ranks[0] else (result, other)
+    kept.log[:0] = [*dropped.log, f"the {dropped.meta['guide']} guide was dropped"]
+    return kept
+
+
+def _with_line(result: Fit, line: str) -> Fit:
+    result.log.insert(0, line)
+    return result

@@ -1,0 +1,133 @@
+"""Guides of shared latents fitted to their weighted draws, without further gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from flowvi.diagnostics import psis
+from flowvi.draws.structured import theta_draws
+from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.restart import Restart
+from flowvi.guides.guide import Guide
+from flowvi.guides.registry import make_guide
+from flowvi.initialization.gaussian import factor_of
+from flowvi.runtime.rng import isolated_rng
+from flowvi.runtime.tensors import cpu_state_dict, load_tensors
+from flowvi.targets.structure import MarginalTarget
+from flowvi.training.adam import Adam
+from flowvi.training.learning_rate import decayed
+from flowvi.training.records import REWEIGHT
+
+# Fewest effective draws for each dimension whose moments mean something.
+FEWEST = 20
+# Couplings of a flow of the shared latents, steps of its training, draws of a step, step size.
+COUPLINGS, STEPS, BATCH, RATE = 6, 400, 512, 5e-3
+# Largest dimension of a flow that is fitted to draws alone.
+MOST_DIM = 50
+
+
+class WeightedDraws(NamedTuple):
+    """Shared latents with smoothed, normalised weights: (S, p) and (S)."""
+
+    theta: Tensor
+    weight: Tensor
+
+    @property
+    def effective(self) -> float:
+        """Effective number of draws."""
+        return float(1 / self.weight.square().sum())
+
+
+def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
+    """A normal with the weighted moments of the guide's draws."""
+    drawn = _drawn(restart, candidate)
+    if drawn is None:
+        return None
+    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
+    shift = drawn.theta - loc
+    covariance = (drawn.weight[:, None] * shift).mT @ shift
+    new = Candidate(restart.placed(make_guide("fullrank", restart.target.dim)), "fullrank")
+    new.guide.start(loc, factor_of(covariance))
+    return new
+
+
+def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
+    """A flow of the largest weighted likelihood of the guide's draws.
+
+    The gradient of the forward KL divergence needs no density of the target (Naesseth, Lindsten
+    and Blei, 2020, arXiv:2003.10374).
+    """
+    drawn = _drawn(restart, candidate)
+    if drawn is None or not 1 < restart.target.dim <= MOST_DIM:
+        return None
+    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
+    shift = drawn.theta - loc
+    scale = factor_of((drawn.weight[:, None] * shift).mT @ shift)
+    sizes = {"depth": COUPLINGS, "base": "student_t"}
+    new = Candidate(
+        restart.placed(make_guide("realnvp", restart.target.dim, **sizes)), "realnvp", sizes
+    )
+    new.guide.start(loc, scale)
+    restart.session.checkpointer.run_once(
+        "likeliest",
+        restart.record,
+        lambda: _train(restart, new.guide, drawn),
+        lambda _: cpu_state_dict(new.guide),
+        lambda tensors: load_tensors(new.guide, tensors, "The checkpoint"),
+    )
+    return new
+
+
+def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
+    """Weighted draws of a guide; None if they are too few to fit anything to."""
+    target = restart.target
+    if not isinstance(target, MarginalTarget):
+        return None
+    n = restart.schedule.check_draws
+    draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))
+    smoothed, _ = psis(draws.log_weights.ravel())
+    options = {"dtype": target.dtype, "device": target.device}
+    weight = torch.as_tensor(smoothed, **options).exp()
+    found = WeightedDraws(torch.as_tensor(draws.z[0], **options), weight)
+    return found if found.effective >= FEWEST * target.dim else None
+
+
+def _train(restart: Restart, guide: Guide, drawn: WeightedDraws) -> None:
+    """Maximise the weighted log likelihood; half of the draws tell when to stop."""
+    trained = [p for p in guide.parameters() if p.requires_grad]
+    optimiser = Adam(trained)
+    best, kept = math.inf, nn.utils.parameters_to_vector(trained).detach().clone()
+    held = torch.arange(len(drawn.theta)) % 4 == 0
+    with isolated_rng(restart.seed(REWEIGHT)):
+        for step, rows in enumerate(_batches(drawn.weight * ~held)):
+            lr = decayed(step, STEPS, RATE)
+            loss = -guide.log_prob(drawn.theta[rows]).mean()
+            gradients = torch.autograd.grad(loss, trained, allow_unused=True)
+            flat = [
+                (torch.zeros_like(p) if g is None else g).reshape(-1)
+                for p, g in zip(trained, gradients, strict=True)
+            ]
+            gradient = torch.cat(flat)
+            if not gradient.isfinite().all():
+                break
+            optimiser.step(gradient, lr)
+            if step % 20 == 19:
+                with torch.no_grad():
+                    log_q = guide.log_prob(drawn.theta[held])
+                    loss = -(drawn.weight[held] * log_q).sum() / drawn.weight[held].sum()
+                if float(loss) < best:
+                    best = float(loss)
+                    kept = nn.utils.parameters_to_vector(trained).detach().clone()
+    with torch.no_grad():
+        nn.utils.vector_to_parameters(kept, trained)
+    restart.record.log.append(f"flow fitted to {len(drawn.theta)} weighted draws")
+
+
+def _batches(weight: Tensor) -> Iterator[Tensor]:
+    for _ in range(STEPS):
+        yield torch.multinomial(weight, min(BATCH, len(weight)), replacement=True)
