@@ -103,10 +103,8 @@ class Restart:
         torch.manual_seed(self.seed(BUILD))
         self.candidate = first(self)
         share = self.schedule.first_share if self.settings.escalate else 1.0
-        if isinstance(self.target, MarginalTarget) and self.settings.steps is None:
-            # The normal of the shared latents is nearly exact; `escalate` improves it.
-            self.candidate.evaluation = self.stages(self.candidate.guide).evaluate()
-        else:
+        if not isinstance(self.target, MarginalTarget) or self.settings.steps is not None:
+            # A normal of the shared latents is nearly exact: `escalate` improves it.
             self.train(self.candidate, share)
         self.check(self.candidate)
 
@@ -241,6 +239,7 @@ class Restart:
         if isinstance(self.target, MarginalTarget):
             # The corrected density counts, not that of Laplace's formula.
             candidate.evaluation = Evaluation(found.elbo, found.elbo_se, found.gap, found.khat)
+            self.record.stages.append(f"weights of {candidate.name}")
             self.record.log += [candidate.units] if candidate.units else []
             return
         if self.settings.escalate and not candidate.missed:

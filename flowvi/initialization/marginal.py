@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -16,7 +17,6 @@ from flowvi.initialization.gaussian import (
     evaluate,
     refine,
     value_and_score,
-    with_elbo,
 )
 from flowvi.targets.structure import MarginalTarget
 
@@ -26,6 +26,8 @@ ASCENTS, STEPS = 3, 100
 JUDGE, ROUNDS = 200, 3
 # Smallest eigenvalue of a precision, in units of each coordinate's own width.
 FLATTEST = 0.02
+# A gap that needs no refinement.
+NEARLY = 0.02
 # Numbers of a density beyond which a normal is not refined.
 LARGE = 100_000
 
@@ -69,11 +71,23 @@ def marginal_start(
     found = GaussianApproximation(best, scale, "Laplace at the mode")
     options = {"generator": generator, "dtype": target.dtype, "device": target.device}
     judge = torch.randn(JUDGE, target.dim, **options)
-    found = with_elbo(target, found, judge)
-    if target.whole.dim <= LARGE and not out_of_time():
+    found, left = _judged(target, found, judge)
+    if left > NEARLY and target.whole.dim <= LARGE and not out_of_time():
         found = refine(target, found, generator, judge, False, ROUNDS, out_of_time)
-    say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}")
-    return [replace(found)]
+    say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}, KL about {left:.2g}")
+    return [found]
+
+
+def _judged(
+    target: MarginalTarget, g: GaussianApproximation, eps: Tensor
+) -> tuple[GaussianApproximation, float]:
+    """The normal with its ELBO on given noise, and an estimate of KL(q || p)."""
+    square = eps.square().sum(-1) + target.dim * math.log(2 * math.pi)
+    log_w = evaluate(target, g.at(eps)) + 0.5 * square + g.log_det
+    elbo, whole = float(log_w.mean()), float(log_w.logsumexp(0)) - math.log(len(eps))
+    if not math.isfinite(elbo):
+        return g, math.inf
+    return replace(g, elbo=elbo), whole - elbo
 
 
 def _ascend(target: MarginalTarget, start: Tensor) -> tuple[float, Tensor]:

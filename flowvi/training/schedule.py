@@ -133,7 +133,6 @@ def structured(dim: int) -> Schedule:
         dim: Number D of all latents; the more there are, the fewer draws.
     """
     return Schedule(
-        evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
-        check_draws=min(4000, max(400, 4_000_000 // dim)),
+        check_draws=min(2000, max(1000 if dim < 30_000 else 500, 2_000_000 // dim)),
         again=1,
     )

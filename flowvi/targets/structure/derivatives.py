@@ -23,6 +23,8 @@ WRITTEN = 8
 # Programs are written for a number of points after so many evaluations at it.
 PATIENCE = 2
 PROGRAMS_KEPT = 16
+# Numbers of one operation that stay in a processor's cache; more points gain no speed.
+CACHED = 300_000
 
 
 class Curvature(NamedTuple):
@@ -117,7 +119,8 @@ class Derivatives:
     @property
     def at_once(self) -> int:
         """Number of points whose curvature fits in memory."""
-        return max(1, self.cost.points_within(memory.evaluation_bytes()))
+        fits = self.cost.points_within(memory.evaluation_bytes())
+        return max(1, min(fits, CACHED // len(self._element)))
 
     @property
     def _point(self) -> Tensor:
