@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TRUST, _, DISTRUST = VERDICTS
 TRAINED = (
-    "Parameters of the model were trained on rows, not integrated out: more of them give more "
-    "evidence. Compare by rows that were left out, fit.draw(4000, data=rows)."
+    "Parameters of the model were trained, not integrated out: a model with more of them has a "
+    "larger evidence. Compare the models on held-out rows, fit.draw(4000, data=rows)."
 )
 
 

@@ -65,8 +65,8 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     if (khat > limit).any():
         warnings.warn(
             f"Pareto k-hat is above {limit:.2f} for {(khat > limit).sum()} of {len(khat)} "
-            "observations: what is said of them rests on few draws. They are influential, or "
-            "the guide is poor there; fit.draw with more draws, or flowvi.neutra, helps.",
+            "observations: their estimates rest on few draws. These observations are influential, "
+            "or the guide is poor for them: use more draws, fit.draw, or flowvi.neutra.",
             stacklevel=2,
         )
     pointwise = logsumexp(smooth + score, axis=1)

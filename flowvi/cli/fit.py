@@ -58,8 +58,8 @@ Exit codes:
        all others are, and --resume writes the rest
   2    the command line was wrong; nothing was fitted
   3    fitted and written, but the verdict is "do not trust"
-  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
-  143  likewise, by SIGTERM""",
+  130  interrupted (Ctrl-C); the results so far are written; --resume continues the fit
+  143  the same, by SIGTERM""",
 )
 @click.argument("model", type=Path, metavar="MODEL.py")
 @click.option(
@@ -106,25 +106,25 @@ Exit codes:
     type=click.IntRange(0, MAX_SEED),
     default=0,
     show_default=True,
-    help="Of everything random.",
+    help="Seed of all random numbers.",
 )
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Time that the fit may take.  [default: as much as it needs]",
+    help="Largest wall-clock time of the fit.  [default: no limit]",
 )
 @click.option(
     "--no-escalate",
     is_flag=True,
-    help="Do not go on with other guides and NUTS where the result is not to be trusted.",
+    help="Do not try other guides and NUTS after a result that is not to be trusted.",
 )
 @click.option(
     "--compile",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Compile the step; auto: beside a long fit, which goes on meanwhile.",
+    help="Compile the gradient step; auto: only for long fits, in the background.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
 @click.option(

@@ -104,8 +104,8 @@ Exit codes:
   0    the ranks of the true values look uniform, or are too few to tell (fewer than 100 fits)
   1    the model file failed, or it cannot simulate its data
   2    the command line was wrong
-  3    some ranks are not uniform: fits of this model are off
-  130  interrupted; the fits until then are kept, and a second call goes on""",
+  3    some ranks are not uniform: fits of this model are not calibrated
+  130  interrupted; the finished fits are kept, and the same command continues""",
 )
 @MODEL
 @DATA

@@ -32,7 +32,7 @@ memory_option = click.option(
     callback=limit_memory,
     expose_value=False,
     metavar="SIZE",
-    help="What evaluating draws may take, as in 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
+    help="Memory for the evaluation of draws, such as 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
 )
 
 

@@ -34,7 +34,7 @@ Exit codes:
   3    written, but the weights cannot be trusted: neither can the draws""",
 )
 @click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option("--draws", type=click.IntRange(min=1), help="How many.  [default: all]")
+@click.option("--draws", type=click.IntRange(min=1), help="Number of draws.  [default: all]")
 @click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
 @json_option
 @click.pass_context

@@ -177,7 +177,7 @@ def write(
 def _report(folder: Path) -> ResultFile:
     from flowvi.reporting import report
 
-    what = "all of this on one page, to read and to pass on"
+    what = "these results as one HTML file"
     return ResultFile(REPORT, what, lambda file: report(folder, file))
 
 
@@ -222,8 +222,8 @@ def describe_failures(
         if resume
         else "repeat the command"
     )
-    done = "All else" if some else "Nothing"
-    return f"Could not write {words}. {done} is written: make room, and {rest}."
+    done = "All other files are" if some else "Nothing is"
+    return f"Could not write {words}. {done} written: free disk space, and {rest}."
 
 
 @contextmanager

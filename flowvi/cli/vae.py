@@ -59,8 +59,8 @@ Exit codes:
   1    the images cannot be used; or a file could not be written (a full disk): all
        others are, and --resume writes the rest
   2    the command line was wrong; nothing was trained
-  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
-  143  likewise, by SIGTERM""",
+  130  interrupted (Ctrl-C); the results so far are written; --resume continues the fit
+  143  the same, by SIGTERM""",
 )
 @click.option(
     "--data",
@@ -102,7 +102,7 @@ Exit codes:
     callback=one_of("net", NETS),
     default="mlp",
     show_default=True,
-    help="mlp: two hidden layers; conv: gated convolutions; maps: those, with an image as code.",
+    help="mlp: two hidden layers; conv: gated convolutions; maps: conv with an image as code.",
 )
 @click.option("--latent", type=click.IntRange(min=1), help="Latent dimensions.  [default: 64]")
 @click.option(
@@ -111,8 +111,8 @@ Exit codes:
     metavar="OBJECTIVE",
     help='elbo (the default), "iwelbo(50)": see `flowvi list objectives`.',
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Visits of every image.  [default: 40]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a step.  [default: 100]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs.  [default: 40]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images per step.  [default: 100]")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
 @click.option(
     "--warmup",
@@ -124,14 +124,14 @@ Exit codes:
     type=click.IntRange(min=1),
     default=500,
     show_default=True,
-    help="Draws K of the test bound of an image.",
+    help="Importance samples K per image for the test bound.",
 )
 @click.option(
     "--test-images",
     type=click.IntRange(min=2),
     default=1000,
     show_default=True,
-    help="How many of the test images it is for, at most.",
+    help="Largest number of test images for that bound.",
 )
 @click.option(
     "--against",

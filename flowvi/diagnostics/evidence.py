@@ -196,7 +196,7 @@ def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding
     A guide may miss a tail without a heavy weight among its draws.
     """
     error = ERRORS * math.hypot(middle.se, bridge.se)
-    values = f"{bridge.value:.3f} by the bridge, {middle.value:.3f} by the weights alone"
+    values = f"{bridge.value:.3f} by bridge sampling, {middle.value:.3f} by the weights alone"
     if bridge.value - middle.value > error:
         reason = f"The guide leaves out a part of the posterior: log evidence {values}."
         return [Finding(TRUST, reason)]
@@ -208,8 +208,8 @@ def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding
 
 def _rows(e: Evidence) -> list[tuple[str, str, str]]:
     rows = [
-        ("at least (95 %)", f"{e.certain:.4f}", "certain: Markov's inequality on the mean weight"),
-        ("", f"{e.certain_parts:.4f}", f"certain: the same on {PARTS} parts of the draws"),
+        ("at least (95 %)", f"{e.certain:.4f}", "by Markov's inequality for the mean weight"),
+        ("", f"{e.certain_parts:.4f}", f"the same for {PARTS} parts of the draws"),
     ]
     for particles, bound, se in e.bounds:
         name = "ELBO" if particles == 1 else f"L_{particles}"

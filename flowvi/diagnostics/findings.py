@@ -56,7 +56,7 @@ def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     names = ", ".join(str(chain) for chain in np.flatnonzero(~kept))
     reason = (
         f"Restart {names} found less than {MIN_SHARE:.0%} of the best restart's evidence. The "
-        "numbers are those of the others; resampling all but drops its draws."
+        "numbers are those of the other restarts. Resampling keeps almost none of its draws."
     )
     return kept, [Finding(RESAMPLE, reason)]
 
@@ -104,7 +104,7 @@ def divergence(log_w: np.ndarray) -> list[Finding]:
         return [Finding(TRUST, reason)]
     reason = (
         f"KL(q || p) = {value:.2g}: a mean of the plain draws may be off by up to "
-        f"{math.sqrt(2 * value):.2g} sd. Diagnosing the draws, not only their weights, tells."
+        f"{math.sqrt(2 * value):.2g} sd. To tell, diagnose the draws, not only their weights."
     )
     return [Finding(RESAMPLE, reason, TRUST if value - 2 * error <= MAX_GAP else RESAMPLE)]
 
@@ -114,7 +114,7 @@ def moments(c: Comparison) -> list[Finding]:
     found = []
     if c.skipped:
         names = ", ".join(f"'{name}'" for name in c.skipped)
-        found.append(Finding(TRUST, f"Not judged, for values that are not finite: {names}."))
+        found.append(Finding(TRUST, f"Not judged, because of values that are not finite: {names}."))
     if not c.labels:
         return found
     shift, stretch = np.argmax(np.abs(c.shift)), np.argmax(np.abs(c.stretch))
@@ -123,7 +123,7 @@ def moments(c: Comparison) -> list[Finding]:
         f"of {c.labels[stretch]} by {math.expm1(c.stretch[stretch]):+.1%}"
     )
     if not np.any(off(c)):
-        return [*found, Finding(TRUST, f"{moved}; no other moves more.")]
+        return [*found, Finding(TRUST, f"{moved}; no mean or sd changes more.")]
     if np.any(off(c, -2.0)):
         return [*found, Finding(RESAMPLE, f"{moved}: the plain draws are off.")]
     i, j = np.argmax(np.abs(c.shift) + 2 * c.shift_se), np.argmax(c.stretch_se)
@@ -232,7 +232,7 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: st
     if open_to == TRUST:
         reason = (
             f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, the limit for {len(log_w)} "
-            f"draws, but its standard error is {error:.2g}: it may be."
+            f"draws; with its standard error of {error:.2g}, the true value may be below."
         )
         return [Finding(DISTRUST, reason, TRUST)]
     reason = (
@@ -269,14 +269,14 @@ def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | No
     if check is not None:
         place = VERDICTS.index
         if place(final) > place(check.verdict):
-            against = "are too few to be resampled" if unclear else "speak against it"
+            against = "are too few to be resampled" if unclear else "contradict it"
             words.append(f"{check}; these {draws} draws {against}.")
         elif place(final) < place(check.verdict):
-            words.append(f"{check}; these are more draws, and decide.")
+            words.append(f"{check}; these draws are more, so their verdict counts.")
         elif few or final != strict:
-            words.append(f"{check}; these {draws} draws do not speak against it.")
+            words.append(f"{check}; these {draws} draws do not contradict it.")
     elif unclear:
-        words.append("Nothing here shows that the guide is poor, nor that it is good.")
+        words.append("These draws do not show whether the guide is good or poor.")
     return [" ".join(words)] if words else []
 
 
@@ -301,9 +301,9 @@ def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
         return Finding(TRUST, reason)
     if open_tail(khat, len(log_w)):
         reason = (
-            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, but may be, by its standard "
-            f"error of {khat_error(khat, len(log_w)):.2g}: draw more, for example "
-            f"fit.draw({_more(len(log_w))}). The lower bounds hold all the same."
+            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}; with its standard error of "
+            f"{khat_error(khat, len(log_w)):.2g}, the true value may be below. Draw more, for "
+            f"example fit.draw({_more(len(log_w))}). The lower bounds hold in any case."
         )
         return Finding(DISTRUST, reason)
     reason = (

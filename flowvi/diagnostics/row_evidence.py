@@ -109,7 +109,7 @@ def _judged(
         f"Row {labels[worst]}: {found[worst].reason}",
     ]
     if verdict == TRUST:
-        reasons.append(f"The errors of {draws} draws explain so few.")
+        reasons.append(f"So few rows can fail by the errors of {draws} draws alone.")
     return [Finding(verdict, reason) for reason in reasons]
 
 

@@ -146,8 +146,9 @@ def _open(rows: Rows, few: bool) -> str:
     """Sentence on rows that fail by no more than the errors of their numbers; else empty."""
     if few:
         return (
-            f"The errors of {rows.draws} draws explain so few: the verdict is that of the other "
-            "rows. Draw more of these to tell, for example fit.draw(4000, rows=[...])."
+            f"So few rows can fail by the errors of {rows.draws} draws alone: the verdict is that "
+            "of the other rows. To tell, draw more of these, for example "
+            "fit.draw(4000, rows=[...])."
         )
     more = max(ASKED, AGAIN * rows.draws)
     return (

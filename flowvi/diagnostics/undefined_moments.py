@@ -72,6 +72,6 @@ def _sentence(what: str, shapes: Mapping[str, float]) -> str:
     others = len(shapes) - NAMED
     more = f" and {others} other{'s' * (others > 1)}" if others > 0 else ""
     return (
-        f"No draws, by whatever method, tell the {what} of {named}{more}: the tails are too heavy, "
-        "by the Pareto shape in brackets. Read the quantiles."
+        f"No sampling method can estimate the {what} of {named}{more}: the tails are too heavy "
+        "(Pareto shapes in brackets). Use the quantiles."
     )

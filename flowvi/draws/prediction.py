@@ -71,7 +71,7 @@ class Prediction:
                 continue
             lines.append(
                 f"  {name}: log predictive density {found.sum():.2f} of {found.size} rows, "
-                f"{found.mean():.3f} a row"
+                f"{found.mean():.3f} per row"
             )
         return "\n".join(lines)
 

@@ -248,7 +248,7 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
             lambda state: None if state is None else from_state(restart.target, state),
         )
         if longer is None:
-            restart.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
+            restart.record.log.append("NUTS stopped at its time limit; neutra(fit) has no limit")
             break
         found = longer
         if diagnose(found).verdict == VERDICTS[0]:
@@ -284,8 +284,8 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
 # The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A mixture with a component for each mode that was left out", components),
-    ("Splines of each coordinate, trained from a flat density to the full one", tempered),
-    ("A deeper flow with heavier tails, trained on with more draws", richer),
-    ("Training on annealed draws, which go where the guide's own do not", annealed),
+    ("Splines of each coordinate, trained on tempered densities", tempered),
+    ("A deeper flow with heavier tails, trained with more draws", richer),
+    ("Training on annealed draws, which reach modes that the guide misses", annealed),
     ("NUTS in the space of the flow", sampled),
 )

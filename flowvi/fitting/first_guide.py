@@ -57,7 +57,7 @@ def _by_the_gap(restart: Restart) -> Candidate:
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
     gaussian = restart.started(Candidate(make_guide(name, target.dim), name))
     gap = restart.stages(gaussian.guide).evaluate().gap
-    restart.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
+    restart.record.log.append(f"Gaussian: KL(q || p) about {gap:.2g}")
     if gap < schedule.nothing_left or restart.session.clock.interrupted:
         return gaussian
     if target.dim > HELD_DIM:
@@ -85,7 +85,7 @@ def _raced(restart: Restart, plain: Candidate) -> Candidate:
     best = found[1].bound > found[0].bound + schedule.further
     candidate, trial = racers[best], found[best]
     candidate.lr = trial.lr
-    restart.record.log.append(f"the guide is {candidate.name}, by these trials")
+    restart.record.log.append(f"guide: {candidate.name}, the better of these trials")
     return candidate
 
 

@@ -167,7 +167,8 @@ def _log(epochs: Epochs, held: Batch | None) -> list[str]:
     if held is not None and state.epochs:
         best = int(np.argmax([e.validation for e in state.epochs])) + 1
         log.append(
-            f"kept epoch {best}, by the bound {state.best_bound:.4f} on {len(held.places)} rows"
+            f"kept epoch {best}: the best bound, {state.best_bound:.4f}, on {len(held.places)} "
+            "held-out rows"
         )
     if epochs.interrupted:
         log.append(f"interrupted after {len(state.epochs)} epochs")

@@ -143,7 +143,7 @@ class Restart:
             starts = distinct_candidates([self.best, *self.others], len(guide.components))
             whole = itertools.islice(itertools.cycle(starts), len(guide.components))
             guide.start_components([(g.loc, g.scale_tril) for g in whole])
-            self.record.log.append(f"components started at {len(starts)} different places")
+            self.record.log.append(f"components initialised at {len(starts)} different Gaussians")
         return candidate
 
     def train(self, candidate: Candidate, share: float, name: str = "", draws: int = 1) -> None:
@@ -181,8 +181,8 @@ class Restart:
             self.record.log += overlap(candidate.guide).complaints
         if self.schedule.lengths is not None and not math.isfinite(candidate.bound):
             self.record.failures.append(
-                f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, after "
-                "training as before it: the guides put mass where the density is not finite."
+                f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, also "
+                "after training: the guides put mass where the density is not finite."
             )
 
     def check(self, candidate: Candidate) -> None:
@@ -198,7 +198,9 @@ class Restart:
             self.record.log.append(f"check: {error}")
             return
         if found is None:
-            self.record.log.append("check: left out, since all rows would take too long")
+            self.record.log.append(
+                "check: skipped, because an evaluation of all rows takes too long"
+            )
             return
         self.record.log.append(
             f"check: {found.verdict}, k-hat {found.khat:.2f}, "

@@ -141,7 +141,7 @@ def best_gaussian(
     refined = refine_fully(
         target, best, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal
     )
-    log(f"start: {best.name}, the best of {len(tried)}")
+    log(f"start: {best.name}, the best of {len(tried)} candidates")
     log(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return StartSearch(refined, [g for g in tried if g is not best], torch.stack(ends))
 
@@ -292,11 +292,11 @@ def candidates(
             GaussianApproximation(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
         with suppress(Interrupted), abort_on_interrupt():
-            group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
+            group += _pathfinder(target, [z, *path], f"on the path to mode {i}", dense)
             if dense:
                 few = path[:-1] if target.dim <= 100 else []
                 for k, point in enumerate(_thin(few, PATH_POINTS)):
-                    group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
+                    group.append(laplace(target, point, f"Laplace {k} on the path to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield StartCandidates(group, path[-1])
 

@@ -76,8 +76,8 @@ def further_modes(
     first = _search(climb, places, log, out_of_time) if target.dim <= LARGE else climb.count
     if climb.count > 1:
         log(
-            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
-            "of other ascents are none"
+            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} other "
+            "ascents did not end at a mode"
         )
     return _with_masses(target, home, climb.peaks, seed, out_of_time)
 
@@ -93,7 +93,7 @@ def _search(
     first = climb.count
     found = symmetries(target, places)
     for symmetry in found:
-        log(f"the density stays the same: {symmetry.description}")
+        log(f"symmetry of the density: {symmetry.description}")
     for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
         climb.count_end(image)
     if climb.count > 1:

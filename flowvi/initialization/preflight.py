@@ -155,7 +155,7 @@ def check_integrable(target: Target, g: GaussianApproximation) -> str:
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
     return (
         f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
-        f"axes in a ratio of 1 to {condition:.2g}"
+        f"longest axis {condition:.2g} times the shortest"
     )
 
 

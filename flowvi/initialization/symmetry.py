@@ -98,7 +98,7 @@ def _permutations(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
     for size in sizes:
         having = [name for name, v in values.items() if size in v.shape[1:]]
         for names in [having, *([name] for name in having if len(having) > 1)]:
-            words = f"entries of {_listed(names)} can trade places"
+            words = f"entries of {_listed(names)} can be permuted"
             # Of several axes of that length all, as of a transition matrix, or the first.
             every = {
                 n: [d for d, m in enumerate(values[n].shape) if d and m == size] for n in names
@@ -131,7 +131,7 @@ def _sign_flips(target: Target) -> Iterator[tuple[list[str], Symmetry]]:
         def images(values: Values, names: list[str] = names) -> Iterator[Values]:
             yield values | {name: -values[name] for name in names}
 
-        yield names, Symmetry(f"the sign of {_listed(names)} can be turned", images)
+        yield names, Symmetry(f"the sign of {_listed(names)} can be flipped", images)
 
 
 def _is_real(support: Constraint) -> bool:

@@ -151,8 +151,8 @@ class Checkpointer:
         found = shelf.read(entry) if entry.what == self._what else None
         if entry.what != self._what:
             warnings.warn(
-                f"{shelf.folder}: the fit had gone on with '{entry.what}', and does with "
-                f"'{self._what}' now; what came after is done again.",
+                f"{shelf.folder}: the step after this one was '{entry.what}' and is "
+                f"'{self._what}' now; the fit repeats all steps from here.",
                 stacklevel=4,
             )
         if found is None:
