@@ -13,7 +13,7 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
-from flowvi.fitting.restart import checked
+from flowvi.fitting.restart import diagnose_fresh_draws
 from flowvi.guides import FullRank
 from flowvi.training.schedule import Schedule
 
@@ -168,8 +168,11 @@ def test_a_check_takes_more_draws_near_a_limit(scale, times):
     guide = FullRank(1).to(target.dtype)
     guide.start(torch.zeros(1, dtype=target.dtype), torch.full((1, 1), scale, dtype=target.dtype))
 
-    assert checked(target, [guide], 0, lambda: False, Schedule()).draws == times * CHECK_DRAWS
-    assert checked(target, [guide], 0, lambda: True, Schedule()).draws == CHECK_DRAWS
+    assert (
+        diagnose_fresh_draws(target, [guide], 0, lambda: False, Schedule()).draws
+        == times * CHECK_DRAWS
+    )
+    assert diagnose_fresh_draws(target, [guide], 0, lambda: True, Schedule()).draws == CHECK_DRAWS
 
 
 # Densities that are not everywhere.

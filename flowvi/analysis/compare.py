@@ -17,7 +17,7 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import check_type, draws_wanted, suggest_spelling
+from flowvi.runtime.arguments import check_type, refuse_fit, suggest_spelling
 from flowvi.targets import NOWHERE
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def compare(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."
         )
     for source in models.values():
-        draws_wanted("compare", source)
+        refuse_fit("compare", source)
     groups = {name: _groups(source) for name, source in models.items()}
     _check_data(groups)
     found = {name: _evidence(source) for name, source in models.items()}

@@ -13,7 +13,7 @@ from flowvi.compat.arviz_stats import loo_record
 from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import check_choice, draws_wanted
+from flowvi.runtime.arguments import check_choice, refuse_fit
 
 if TYPE_CHECKING:
     import arviz as az
@@ -46,7 +46,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
         cross-validation for large data", arXiv:1904.10679.
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
-    draws_wanted("loo", source)
+    refuse_fit("loo", source)
     if isinstance(source, Draws):
         # Draws with a row axis are rejected below, without a log likelihood.
         source = to_inference_data(source, log_likelihood=not source.by_row)

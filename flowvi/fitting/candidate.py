@@ -39,7 +39,7 @@ class Candidate:
     lr: float = 0.0
     evaluation: Evaluation = UNKNOWN
     missed: Sequence[GaussianApproximation] = ()
-    beyond: str = ""
+    missed_mass: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
 
@@ -70,4 +70,4 @@ class Candidate:
     def reasons(self) -> list[str]:
         """Reasons of the verdict: the parts of the posterior that the guide misses."""
         seen = [describe_missed_modes(self.missed, self.covered)] if self.missed else []
-        return [*seen, self.beyond] if self.beyond else seen
+        return [*seen, self.missed_mass] if self.missed_mass else seen

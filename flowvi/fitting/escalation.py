@@ -122,7 +122,7 @@ def components(restart: Restart, candidate: Candidate) -> Candidate | None:
     if len(starts) > MOST_COMPONENTS:
         sizes["component"] = "fullrank"
     new = Candidate(
-        restart.placed(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
+        restart.to_target(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
     )
     cast(MixtureGuide, new.guide).start_components([(g.loc, g.scale_tril) for g in starts])
     restart.train(new, 0.7, "mixture")
@@ -133,9 +133,9 @@ def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
     """Splines of each coordinate, trained from a flat density to the target."""
     if not candidate.reasons or restart.target.dim > MOST_DIM:
         return None
-    wide = restart.wide()
+    wide = restart.tempered_normal()
     new = Candidate(
-        restart.placed(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
+        restart.to_target(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
     )
     new.guide.start(wide.loc, wide.scale_tril)
     couplings = cast(Chain, cast(FlowGuide, new.guide).flow).layers[0].parameters()
@@ -275,7 +275,7 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     bounds = torch.tensor([part.bound for part in parts])
     guide = MixtureGuide([part.guide for part in parts], bounds - bounds.max())
     sizes = {"parts": [{"name": part.name, **part.sizes} for part in parts]}
-    new = Candidate(first.placed(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
+    new = Candidate(first.to_target(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
     first.train(new, 1.0, "mixture of restarts")
     first.check(new)
     return new if trusted(new) else None

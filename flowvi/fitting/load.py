@@ -32,7 +32,7 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.objectives.nested import NestedTarget, inner_guide
-from flowvi.runtime.arguments import check_path as path_of
+from flowvi.runtime.arguments import check_path
 from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
@@ -70,7 +70,7 @@ def load(
         CheckpointError: The folder holds no fit, or a fit of another model; the
             message names the file or the site.
     """
-    path = path_of("folder", folder)
+    path = check_path("folder", folder)
     manifest = read_manifest(path)
     kind = manifest.get("kind")
     _same_kind(kind in (ROWS, NESTED), isinstance(target, LocalTarget), path)

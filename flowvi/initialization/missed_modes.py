@@ -18,7 +18,7 @@ SHARE = 0.02
 EXCESS = 3.0
 # Scale of the draws, in units of the mode's widths: a guide without correlations covers only the
 # middle of a mode.
-MIDDLE = 0.5
+DRAW_SCALE = 0.5
 
 
 def missed_modes(
@@ -38,7 +38,7 @@ def missed_modes(
         seed: Of the draws.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    noise = MIDDLE * torch.randn(
+    noise = DRAW_SCALE * torch.randn(
         DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
 

@@ -21,13 +21,13 @@ from flowvi.targets import Target
 # Further starts: in any case, and where there is more than one mode at least and at most.
 FIRST, FEWEST, MOST = 3, 8, 40
 # With more modes than this, the search ends.
-ENOUGH = 13
+MOST_MODES = 13
 # Chance that the next start leads to a mode that none has led to, below which it is enough.
-UNSEEN = 0.05
+NEW_MODE_CHANCE = 0.05
 # Draws behind the mass of a mode.
 MASS_DRAWS = 1000
 # Largest error, in nats, that Laplace's approximation of a mode's mass is assumed to have.
-WRONG = 5.0
+LAPLACE_ERROR = 5.0
 
 
 def further_modes(
@@ -151,8 +151,8 @@ def _search_further(climb: _ModeSearch, places: Tensor, out_of_time: Callable[[]
     """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
     for i, start in enumerate(places[:MOST]):
-        rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
-        if out_of_time() or climb.count > ENOUGH or (i >= FEWEST and rare):
+        rare = climb.hits.count(1) < NEW_MODE_CHANCE * max(sum(climb.hits) - before, 1)
+        if out_of_time() or climb.count > MOST_MODES or (i >= FEWEST and rare):
             return
         climb.count_end(ascend(climb.target, start)[-1])
 
@@ -175,7 +175,7 @@ def _with_masses(
     for i, peak in enumerate(peaks):
         laplace = peak.laplace(f"mode {i + 1}")
         volume = laplace.log_det + target.dim / 2 * math.log(2 * math.pi)
-        if peak.height + float(volume) < home.elbo + math.log(SHARE) - WRONG:
+        if peak.height + float(volume) < home.elbo + math.log(SHARE) - LAPLACE_ERROR:
             continue
         g = with_elbo(target, laplace, judge)
         better = refine(target, g, generator, judge, False, TRY_ROUNDS, out_of_time)

@@ -31,9 +31,9 @@ LEAST_FALL = 3.0
 # A site belongs to a direction if its largest coordinate is at least this share of the largest.
 SHARE = 0.1
 # Changes of the log density below this many nats count as zero.
-STILL = 1e-3
+NO_CHANGE = 1e-3
 # Nats of rounding that hide a posterior.
-LOST = 0.1
+ROUNDING_NATS = 0.1
 # Largest D at which improper priors have the curvature looked at, and the least that counts.
 CURVED, FLAT = 200, 1e-10
 # Coordinates named for a direction, and the share of the largest loading that each has.
@@ -169,7 +169,7 @@ def _remedy(target: Target, step: Tensor) -> str:
 
 def _describe_drop(fall: float) -> str:
     """Describe a change of the log density along a line: it falls by so many nats."""
-    if abs(fall) < STILL:
+    if abs(fall) < NO_CHANGE:
         return "does not fall"
     return f"rises by {-fall:.2g} nats" if fall < 0 else f"falls by no more than {fall:.2g} nats"
 
@@ -177,7 +177,7 @@ def _describe_drop(fall: float) -> str:
 def _check_precision(target: Target, g: GaussianApproximation) -> None:
     """Refuse a log density of such a size that a nat is lost in its rounding."""
     size = abs(float(evaluate(target, g.loc[None])[0]))
-    if math.isfinite(size) and size * sys.float_info.epsilon > LOST:
+    if math.isfinite(size) and size * sys.float_info.epsilon > ROUNDING_NATS:
         largest = {n: float(v.abs().max()) for n, v in target.observed.items() if v.numel()}
         name = max(largest, key=lambda n: largest[n], default="")
         words = f" Site '{name}' has values up to {largest[name]:.2g}." if name else ""

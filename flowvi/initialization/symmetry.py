@@ -19,7 +19,7 @@ Values = dict[str, Tensor]
 # predictions do not depend on their order, often many more.
 MOST_LABELS = 3
 # Sites of which pairs are turned at most.
-MOST_TURNED = 8
+MOST_FLIPPED = 8
 # Places at which two densities are compared, and how far apart they may be: nats, and
 # relative to the value.
 PLACES, ROUNDING = 4, (1e-3, 1e-5)
@@ -125,7 +125,7 @@ def _permute_entries(axes: dict[str, list[int]], size: int) -> Callable[[Values]
 
 def _sign_flips(target: Target) -> Iterator[tuple[list[str], Symmetry]]:
     """Guesses at real sites whose sign can be turned."""
-    real = [name for name, site in target.sites.items() if _is_real(site.support)][:MOST_TURNED]
+    real = [name for name, site in target.sites.items() if _is_real(site.support)][:MOST_FLIPPED]
     for names in [*([name] for name in real), *map(list, itertools.combinations(real, 2))]:
 
         def images(values: Values, names: list[str] = names) -> Iterator[Values]:

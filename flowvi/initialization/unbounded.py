@@ -16,7 +16,7 @@ SMALL, BEGIN = -10.0, -18.0
 # to rise by for each unit: s^-n of n values, less one for each mean that becomes as narrow.
 DEEPER, RISE = (3.0, 6.0, 12.0), 0.4
 # Widths up to so many times a scale go to zero with it.
-WITH_IT = 1e3
+SHRINKING_RATIO = 1e3
 DRAWS = 64
 # Scales that are looked at, the smallest first, and the largest D for which that is cheap.
 LOOKED_AT, MOST_DIM = 5, 200
@@ -77,7 +77,7 @@ def _bound_rises(
     inverse = torch.argsort(torch.tensor(order, device=factor.device))
     factor = factor[inverse]
     own = g.loc[column].exp()
-    narrow = factor.norm(dim=-1) <= WITH_IT * own
+    narrow = factor.norm(dim=-1) <= SHRINKING_RATIO * own
     narrow[column] = False
 
     def at(deeper: float) -> tuple[Tensor, float]:

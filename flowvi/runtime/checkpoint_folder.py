@@ -24,10 +24,10 @@ from flowvi.runtime.files import (
     Checksum,
     error_reason,
     lock_folder,
+    make_folder,
     read_json,
     write_json,
 )
-from flowvi.runtime.files import make_folder as made
 from flowvi.runtime.tensors import read_state, write_state
 
 FORMAT = 1
@@ -218,7 +218,7 @@ def open_checkpoint(
     if folder is None:
         yield None
         return
-    made(folder, "a checkpoint")
+    make_folder(folder, "a checkpoint")
     shelf = CheckpointFolder(folder, about)
     with lock_folder(folder) if distributed.rank() == 0 else _unlocked():
         if any((folder / name).exists() for name in (MANIFEST, PREVIOUS)):
