@@ -104,16 +104,11 @@ def _load_rows(
     meta = manifest["meta"]
     spec = meta["specs"][0]
     file, seal = files.of("guide_0")
-    if guide is not None:
-        new = copy.deepcopy(guide)
-    elif not spec.get("own") and spec.get("name") in guide_names():
+    if guide is None and not spec.get("own") and spec.get("name") in guide_names():
         with isolated_rng():
-            new = amortised(target, spec["name"])
+            new: Guide = amortised(target, spec["name"])
     else:
-        raise CheckpointError(
-            f"{file.parent} holds a guide of your own making ({spec.get('name')}); "
-            "pass one of the same build: flowvi.load(folder, target, guide=...)."
-        )
+        new = _copy_of_own(guide, file, spec.get("name"))
     new = new.to(dtype=target.dtype, device=target.device)
     read_module(file, new, seal)
     if files.has(OWN):
@@ -206,16 +201,20 @@ def _build(
             raise
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{file} fits no guide '{name}' of {sizes}: {error}") from None
-    elif own is not None:
-        new = copy.deepcopy(own)
     else:
+        new = _copy_of_own(own, file, name)
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, checksum)
+    return new
+
+
+def _copy_of_own(own: Guide | None, file: Path, name: str | None) -> Guide:
+    if own is None:
         raise CheckpointError(
             f"{file.parent} holds a guide of your own making ({name}); "
             "pass one of the same build: flowvi.load(folder, target, guide=...)."
         )
-    new = new.to(dtype=target.dtype, device=target.device)
-    read_module(file, new, checksum)
-    return new
+    return copy.deepcopy(own)
 
 
 def _check_sizes(sizes: Mapping[str, Any], file: Path, checksum: Checksum | None) -> None:

@@ -244,29 +244,15 @@ def refine_fully(
     diagonal: bool = False,
 ) -> GaussianApproximation:
     """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
-    try:
-        with abort_on_interrupt():
-            return _refine_fully(target, g, generator, judge, out_of_time, rounds, diagonal)
-    except Interrupted:
-        return g
-
-
-def _refine_fully(
-    target: StartDensity,
-    g: GaussianApproximation,
-    generator: torch.Generator,
-    judge: Tensor,
-    out_of_time: Callable[[], bool],
-    rounds: int,
-    diagonal: bool,
-) -> GaussianApproximation:
-    dense = not diagonal and g.scale_tril.dim() == 2
-    if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
-        found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
-        if not found.overshot:
-            return found
-        g = replace(g, overshot=True)
-    return refine(target, g, generator, judge, diagonal, rounds, out_of_time)
+    best, dense = g, not diagonal and g.scale_tril.dim() == 2
+    with suppress(Interrupted), abort_on_interrupt():
+        if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
+            found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
+            if not found.overshot:
+                return found
+            g = replace(g, overshot=True)
+        best = refine(target, g, generator, judge, diagonal, rounds, out_of_time)
+    return best
 
 
 def candidates(

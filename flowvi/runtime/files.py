@@ -155,11 +155,11 @@ def read_prefix(file: Path, size: int, checksum: Checksum | None = None) -> byte
         return source.read(size)
 
 
-def read_json(file: Path, checksum: Checksum | None = None) -> Any:
+def read_json(file: Path) -> Any:
     """Read a file of JSON."""
     if len(read_prefix(file, LONGEST_TEXT + 1)) > LONGEST_TEXT:
         raise CheckpointError(f"{file} is longer than any that flowvi writes.")
-    return parse_json(read_checked(file, checksum), file)
+    return parse_json(read_checked(file), file)
 
 
 def parse_json(text: bytes, file: Path) -> Any:
