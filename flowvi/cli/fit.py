@@ -234,7 +234,7 @@ def _report(
     kept = results.recommended_draws(draws, diagnosis, seed)
     numbers = results.summary(kept)
     try:
-        # All files before the first word: whoever reads the output may hang up early.
+        # Write all files before the first output: its reader may close the pipe early.
         written, failed = results.write(fitted, draws, kept, numbers, out)
     finally:
         if not as_json:
@@ -245,10 +245,10 @@ def _report(
         print_answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
     elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
-        # The folder of the fit is the last to be named.
+        # The folder of the fit is listed last.
         for file in sorted(written, key=lambda file: file.name.endswith("/")):
             click.echo(f"  {file.name:<13} {file.what}")
     elif failed:
-        # What cannot be read in a file.
+        # Files are missing, so the table is printed in spite of --quiet.
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}")
     return diagnosis.verdict, written, failed

@@ -11,7 +11,7 @@ import click
 from flowvi.cli.results import FILES, check_folder
 from flowvi.runtime import files
 
-# Folder of the checkpoint inside of that of the results; removed once these are written.
+# Subfolder with the checkpoint; it is removed once the results are written.
 CHECKPOINT = "checkpoint"
 
 resume_option = click.option(

@@ -28,7 +28,7 @@ from flowvi.training.minibatch import Minibatch
 from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, code_shape, load
 from flowvi.vae.model import PLATE
 
-# How pixels are read for a likelihood, unless they are to be black and white.
+# Default preprocessing of pixels for each likelihood.
 READ = {
     "bernoulli": "static",
     "categorical": "levels",
@@ -37,7 +37,7 @@ READ = {
     "gaussian": "grey",
     "gaussian_fixed": "grey",
 }
-# Default sizes for the digits, which are few and small, and for files.
+# Default sizes for scikit-learn's digits, and for image files.
 SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
 LARGE = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
 

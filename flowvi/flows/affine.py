@@ -169,7 +169,7 @@ def nearest_scales(scale_tril: Tensor) -> Tensor:
 
 def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool = False, unit: bool = False) -> Tensor:
     """Solve M x = y for every vector, M triangular; with `unit`, it has ones on its diagonal."""
-    # One matrix against all vectors: with leading dimensions the matrix would be copied for each.
+    # Flatten the leading dimensions; otherwise the solver copies the matrix for each vector.
     rows = y.reshape(-1, y.shape[-1])
     x = solve_triangular(matrix.mT, rows, upper=not upper, left=False, unitriangular=unit)
     return x.reshape(y.shape)

@@ -8,8 +8,8 @@ from flowvi.flows.affine import nearest_scales
 from flowvi.flows.layer import Layer
 from flowvi.flows.nets import ContextParameter, times
 
-# V = 0 is the identity, but its gradient is zero there; Adam's first steps do not see how small
-# V is.
+# Initial size of V. At V = 0, the identity, the gradient is zero. The first steps of Adam do not
+# depend on the size.
 SMALL = 1e-5
 
 

@@ -12,12 +12,12 @@ from flowvi.initialization.gaussian import GaussianApproximation, evaluate
 from flowvi.targets import Target
 
 DRAWS = 200
-# Mass that matters, relative to what the guide holds.
+# Least mass of a missed mode that is reported, relative to the mass that the guide covers.
 SHARE = 0.02
-# Nats by which the median log weight in a mode exceeds that of the guide, if the guide lacks it.
+# Least difference in nats between the median log weight in a missed mode and that of the guide.
 EXCESS = 3.0
-# Scale of the draws, in units of the mode's widths: a guide without correlations covers only the
-# middle of a mode.
+# Scale of the draws, relative to the sds of the mode: a guide without correlations covers only
+# the middle of a mode.
 DRAW_SCALE = 0.5
 
 

@@ -18,15 +18,15 @@ from flowvi.initialization.peaks import Peak, are_separate, connected_place, con
 from flowvi.initialization.symmetry import images, symmetries
 from flowvi.targets import Target
 
-# Further starts: in any case, and where there is more than one mode at least and at most.
+# Numbers of further starts: always, and the least and largest with more than one mode.
 FIRST, FEWEST, MOST = 3, 8, 40
-# With more modes than this, the search ends.
+# Number of modes at which the search ends.
 MOST_MODES = 13
-# Chance that the next start leads to a mode that none has led to, below which it is enough.
+# The search ends if the next start finds a new mode with a smaller probability than this.
 NEW_MODE_CHANCE = 0.05
-# Draws behind the mass of a mode.
+# Number of draws that estimate the mass of a mode.
 MASS_DRAWS = 1000
-# Largest error, in nats, that Laplace's approximation of a mode's mass is assumed to have.
+# Largest error that Laplace's approximation of the mass of a mode is assumed to have, in nats.
 LAPLACE_ERROR = 5.0
 
 
@@ -68,7 +68,7 @@ def further_modes(
         population parameters", Biometrika 40.
     """
     if target.dim > FULL_RANK_DIM:
-        # There is no room for curvatures.
+        # Hessians would take too much memory.
         return []
     climb = _ModeSearch(target, home)
     for end in ends:
@@ -112,7 +112,7 @@ class _ModeSearch:
     def __init__(self, target: Target, home: GaussianApproximation) -> None:
         self.target = target
         top = converged_peak(target, ascend(target, home.loc)[-1])
-        # Where there is no mode, as in a centred hierarchy, the place itself.
+        # A centred hierarchy, for example, has no mode: the location itself is used.
         self.places: list[Tensor] = [home.loc if top is None else top.loc]
         self.peaks: list[Peak] = []
         self.hits = [0]

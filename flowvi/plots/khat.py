@@ -38,7 +38,7 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
     rank = np.arange(1, len(order) + 1)
     tail = slice(math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w)))))
     raw = log_w[order] - log_evidence(log_w).value
-    # Smoothing leaves the smallest weight alone: it ties the two scales together.
+    # Smoothing does not change the smallest weight, which thus relates the two scales.
     fitted = smooth[order] - smooth[order[-1]] + raw[-1]
     good = khat < threshold
     with style():

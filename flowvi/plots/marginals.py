@@ -52,7 +52,7 @@ def plot_marginals(
         figure, axes = plt.subplots(
             down,
             across,
-            # The names of the sets stand above all panels, also above a single one.
+            # The legend is above all panels, and needs its width also with a single panel.
             figsize=(max(2.4 * across, 1.5 * len(sets)), 1.75 * down + 0.3),
             squeeze=False,
             layout="constrained",

@@ -13,7 +13,7 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-# Draws that an example asks for.
+# Number of draws in the examples of messages.
 EXAMPLE_DRAWS = 4000
 
 P = ParamSpec("P")
