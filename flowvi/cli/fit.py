@@ -18,7 +18,7 @@ from flowvi.cli.errors import (
     one_line_warnings,
 )
 from flowvi.cli.model_file import check_path, load_target
-from flowvi.cli.options import guide_name, memory_option, objective_call
+from flowvi.cli.options import guide_name, memory_option, objective_call, out_option, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.cli.resume import (
     CHECKPOINT,
@@ -35,7 +35,6 @@ from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
 from flowvi.training.compiling import Compile
 
-MAX_SEED = 2**32 - 1
 COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -101,13 +100,7 @@ Exit codes:
     type=click.IntRange(min=1),
     help="Processes in which restarts run.  [default: one after the other in this one]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, MAX_SEED),
-    default=0,
-    show_default=True,
-    help="Seed of all random numbers.",
-)
+@seed_option
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
@@ -127,12 +120,7 @@ Exit codes:
     help="Compile the gradient step; auto: only for long fits, in the background.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
-@click.option(
-    "--out",
-    type=Path,
-    metavar="DIR",
-    help="Folder of the results; made if needed.",
-)
+@out_option
 @memory_option
 @resume_option
 @json_option

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import click
 
+from flowvi.cli.options import EXISTING_FOLDER
 from flowvi.cli.results import FILES, check_folder
 from flowvi.runtime import files
 
@@ -16,7 +17,7 @@ CHECKPOINT = "checkpoint"
 
 resume_option = click.option(
     "--resume",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     metavar="DIR",
     help="Continue the interrupted fit in DIR: replaces --out; all other options as before.",
 )

@@ -11,8 +11,14 @@ import click
 
 from flowvi.cli import vae_results as results
 from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
-from flowvi.cli.fit import MAX_SEED
-from flowvi.cli.options import memory_option, objective_call, one_of
+from flowvi.cli.options import (
+    EXISTING_FOLDER,
+    memory_option,
+    objective_call,
+    one_of,
+    out_option,
+    seed_option,
+)
 from flowvi.cli.results import describe_failures
 from flowvi.cli.resume import (
     CHECKPOINT,
@@ -135,18 +141,13 @@ Exit codes:
 )
 @click.option(
     "--against",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     metavar="DIR",
     help="Results of another run, to compare with image by image.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@seed_option
 @click.option("--quiet", is_flag=True, help="No progress bar; print the bounds only.")
-@click.option(
-    "--out",
-    type=Path,
-    metavar="DIR",
-    help="Folder of the results; made if needed.",
-)
+@out_option
 @memory_option
 @resume_option
 @click.pass_context
