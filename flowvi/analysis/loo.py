@@ -97,8 +97,8 @@ def _check(idata: az.InferenceData) -> None:
     if "log_p" in stats and stats["log_p"].ndim > 2:
         raise ValueError(
             "loo is for latents that all rows share, and got draws with latents for each row "
-            "(local=): with a row left out its density is its evidence, which "
-            "evidence(draws).rows has, and compare sums and pairs."
+            "(local=). The density of such a row without its own data is its evidence: see "
+            "evidence(draws).rows; compare has paired sums."
         )
     if "inner" in stats.attrs:
         raise ValueError(

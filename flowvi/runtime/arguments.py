@@ -35,7 +35,7 @@ def check_integer(name: str, value: Any, least: int = 1) -> int:
     return number
 
 
-def check_positive(name: str, value: Any) -> float:
+def check_positive(name: str, value: Any, what: str = "number") -> float:
     """Check that an argument is a positive, finite number.
 
     Raises:
@@ -43,7 +43,7 @@ def check_positive(name: str, value: Any) -> float:
     """
     number = float(value) if isinstance(value, Real) and not isinstance(value, bool) else math.nan
     if not 0 < number < math.inf:
-        raise ValueError(f"{name} must be a positive number; got {value!r}.")
+        raise ValueError(f"{name} must be a positive {what}; got {value!r}.")
     return number
 
 
