@@ -170,7 +170,7 @@ def test_a_hierarchy_with_one_mode_has_no_other(dtype):
     fit = flowvi.fit(target, "meanfield", steps=1, escalate=False, progress=False)
 
     assert fit.meta["missed"] == [] and not any("modes" in line for line in fit.log)
-    assert any(line.endswith("the best of 3") for line in fit.log)
+    assert any(line.endswith("the best of 3 candidates") for line in fit.log)
 
 
 @pytest.mark.parametrize("seed", [2, 5, 8])
