@@ -173,7 +173,7 @@ def test_a_compiled_fit_is_the_eager_one_and_the_second_finds_it(cache):
     second = flowvi.fit(target, compile=True, **settings)
 
     assert [path.suffix for path in cache.iterdir()] == [".pt2"]
-    assert any("compiled meanwhile" in line for line in first.log)
+    assert any("compiled in the background" in line for line in first.log)
     assert any("(found" in line for line in second.log)
     for fit in (first, second):
         np.testing.assert_allclose(fit.history["bound"], eager.history["bound"], rtol=1e-8)

@@ -171,7 +171,7 @@ def test_restarts_in_different_modes_are_joined(short):
     settings = Settings(flowvi.elbo(), None, 1e-3, escalate=True, schedule=schedule.DEFAULT)
     runs = [restart.Restart(target, settings, Session(), i, "auto", None) for i in range(2)]
     for one, side in zip(runs, (-5.0, 5.0), strict=True):
-        guide = one.placed(make_guide("fullrank", 2))
+        guide = one.to_target(make_guide("fullrank", 2))
         guide.start(torch.full((2,), side), torch.eye(2))
         one.best = GaussianApproximation(torch.full((2,), side), torch.eye(2), "a side")
         one.candidate = Candidate(
@@ -192,7 +192,7 @@ def test_good_weights_that_are_few_for_many_dimensions_are_looked_at_again():
     normal = flowvi.from_density(lambda v: -v["x"].square().sum() / 2, {"x": flowvi.Site((dim,))})
     settings = Settings(flowvi.elbo(), None, 1e-3)
     one = restart.Restart(normal, settings, Session(), 0, "auto", None)
-    guide = one.placed(make_guide("meanfield", dim))
+    guide = one.to_target(make_guide("meanfield", dim))
     guide.start(torch.zeros(dim), 1.15 * torch.eye(dim))
     few = flowvi.diagnose(draw(normal, [guide], 4000))
     assert few.verdict == DISTRUST and few.khat < few.khat_threshold

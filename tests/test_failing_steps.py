@@ -75,7 +75,7 @@ def test_a_fit_that_keeps_failing_names_the_site_and_keeps_the_best():
     (words,) = fit.meta["failures"]
     assert words in {str(w.message) for w in caught}
     assert "halved 3 times" in words and "The log density is -inf at" in words
-    assert sum("half the step" in line for line in fit.log) == 3
+    assert sum("halved the learning rate" in line for line in fit.log) == 3
     assert len(fit.history["bound"]) < 900
     assert fit.meta["skipped"] == fit.history["skipped"].sum() >= 40
     assert fit.history["lr"][-1] < 1e-3 / 8

@@ -13,7 +13,7 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
-from flowvi.fitting.restart import checked
+from flowvi.fitting.restart import diagnose_fresh_draws
 from flowvi.guides import FullRank
 from flowvi.training.schedule import Schedule
 
@@ -74,7 +74,7 @@ def test_more_draws_than_the_check_had_overrule_it():
     d = diagnose(*good, check=Check(DISTRUST, 0.74, 3_000))
 
     assert d.verdict == TRUST
-    assert "these are more draws, and decide" in d.reasons[0]
+    assert "these draws are more, so their verdict counts" in d.reasons[0]
 
 
 def test_draws_that_speak_against_the_check_are_believed():
@@ -83,7 +83,7 @@ def test_draws_that_speak_against_the_check_are_believed():
     d = diagnose(*bad, check=Check(TRUST, 0.2, 16_000))
 
     assert d.verdict == DISTRUST
-    assert any("speak against it" in reason for reason in d.reasons)
+    assert any("contradict it" in reason for reason in d.reasons)
 
 
 def test_few_effective_draws_are_a_want_of_draws_if_the_check_had_enough():
@@ -104,7 +104,7 @@ def test_too_few_draws_to_resample_do_not_speak_against_a_check():
 
     assert d.verdict == DISTRUST
     assert "100 draws are few" in d.reasons[0] and "too few to be resampled" in d.reasons[0]
-    assert not any("speak against" in reason for reason in d.reasons)
+    assert not any("contradict it" in reason for reason in d.reasons)
 
 
 def test_doubts_leave_no_more_than_resampled_draws():
@@ -168,8 +168,11 @@ def test_a_check_takes_more_draws_near_a_limit(scale, times):
     guide = FullRank(1).to(target.dtype)
     guide.start(torch.zeros(1, dtype=target.dtype), torch.full((1, 1), scale, dtype=target.dtype))
 
-    assert checked(target, [guide], 0, lambda: False, Schedule()).draws == times * CHECK_DRAWS
-    assert checked(target, [guide], 0, lambda: True, Schedule()).draws == CHECK_DRAWS
+    assert (
+        diagnose_fresh_draws(target, [guide], 0, lambda: False, Schedule()).draws
+        == times * CHECK_DRAWS
+    )
+    assert diagnose_fresh_draws(target, [guide], 0, lambda: True, Schedule()).draws == CHECK_DRAWS
 
 
 # Densities that are not everywhere.

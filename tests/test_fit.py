@@ -125,9 +125,9 @@ def test_skews_are_added_to_couplings_where_they_get_further(further, expected, 
     fit = flowvi.fit(target, escalate=False, progress=False)
 
     assert fit.meta["guide"] == expected
-    assert sum(line.startswith("step size") for line in fit.log) == 2
+    assert sum(line.startswith("learning rate") for line in fit.log) == 2
     assert sum("more steps" in line for line in fit.log) == 2
-    assert f"the guide is {expected}, by these trials" in fit.log
+    assert f"guide: {expected}, the better of these trials" in fit.log
 
 
 def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypatch):
@@ -135,7 +135,7 @@ def test_training_begins_where_the_best_trial_of_a_step_size_led(brief, monkeypa
 
     fit = flowvi.fit(banana(), "realnvp", progress=False)
 
-    (trials,) = (line for line in fit.log if line.startswith("step size"))
+    (trials,) = (line for line in fit.log if line.startswith("learning rate"))
     (stage,) = (line for line in fit.log if line.startswith("stage 1"))
     tried = {float(lr): float(bound) for lr, bound in re.findall(r"([\d.]+): (-?[\d.]+)", trials)}
     assert set(tried) == set(schedule.DEFAULT.rates)

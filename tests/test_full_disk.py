@@ -219,7 +219,7 @@ def test_all_that_fits_is_written_and_the_rest_later(folder):
     assert "Verdict: " in done.stdout and "Posterior (" in done.stdout
     words = " ".join(done.stderr.split())
     assert "Could not write out/posterior.nc: File too large; report.html" in words
-    assert "All else is written" in words and "--resume out" in words
+    assert "All other files are written" in words and "--resume out" in words
     assert (folder / "out/summary.csv").exists() and (folder / "out/fit/fit.json").exists()
     assert not (folder / "out/posterior.nc").exists() and not hidden(folder)
 

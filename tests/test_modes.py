@@ -76,10 +76,10 @@ def places(target):
 @pytest.mark.parametrize(
     ("model", "words"),
     [
-        (clusters, ["entries of 'p', 'mu', 's' can trade places"]),
-        (chain, ["entries of 'first', 'move', 'mu' can trade places"]),
-        (product, ["the sign of 'a', 'b' can be turned"]),
-        (matrices, ["entries of 'precision' can trade places"]),
+        (clusters, ["entries of 'p', 'mu', 's' can be permuted"]),
+        (chain, ["entries of 'first', 'move', 'mu' can be permuted"]),
+        (product, ["the sign of 'a', 'b' can be flipped"]),
+        (matrices, ["entries of 'precision' can be permuted"]),
         (line, []),
     ],
 )
@@ -118,7 +118,7 @@ def test_further_starts_find_what_the_first_have_not():
     signs = {tuple(g.loc.sign().int().tolist()) for g in found}
     assert signs == {(1, -1), (-1, 1), (-1, -1)} and len(found) == 3
     assert all(abs(g.mass) < 4 * g.mass_se + 1e-3 for g in found)
-    assert log[0] == "the density stays the same: the sign of 'a' can be turned"
+    assert log[0] == "symmetry of the density: the sign of 'a' can be flipped"
 
 
 def test_one_mode_takes_no_further_starts():
@@ -170,7 +170,7 @@ def test_a_hierarchy_with_one_mode_has_no_other(dtype):
     fit = flowvi.fit(target, "meanfield", steps=1, escalate=False, progress=False)
 
     assert fit.meta["missed"] == [] and not any("modes" in line for line in fit.log)
-    assert any(line.endswith("the best of 3") for line in fit.log)
+    assert any(line.endswith("the best of 3 candidates") for line in fit.log)
 
 
 @pytest.mark.parametrize("seed", [2, 5, 8])

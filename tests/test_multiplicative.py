@@ -21,7 +21,7 @@ from flowvi.objectives import Renyi, elbo
 
 # Two matrices of (3, 2) and (2, 2), an input and an output the unit, and one number beside them.
 MATRICES = [[0, 3, 2, 1], [7, 2, 2, 0]]
-DIM, UNITS, ALONE = 11, 4, 6
+DIM, UNITS = 11, 4
 
 
 def built(std=0.3):

@@ -338,3 +338,14 @@ def test_settings_of_rows_alone_are_refused_by_name(target):
 
     with pytest.raises(ValueError, match="has a batch_size of its own: epochs has no meaning"):
         flowvi.fit(density, epochs=4)
+
+
+def test_a_divergence_that_does_not_train_the_guide_of_rows_is_refused_by_name(target):
+    """Its draws of theta are given: neither the guide of rows nor the model has a gradient."""
+    density = flowvi.NestedTarget(target, "meanfield")
+    objective = flowvi.OBJECTIVES["forward_kl"](torch.zeros(4, 1, dtype=density.dtype))
+
+    with pytest.raises(
+        ValueError, match=r"forward_kl .*rows of model.*NestedTarget use .*elbo\(\)"
+    ):
+        flowvi.fit(density, objective=objective, steps=2, progress=False)

@@ -257,7 +257,9 @@ def test_a_damaged_state_leaves_the_one_before(cut, harm, newest):
     for file in _states(folder)[:newest]:
         harm(file)
 
-    with pytest.warns(UserWarning, match=r"state-\d+\.safetensors .*what came before"):
+    with pytest.warns(
+        UserWarning, match=r"state-\d+\.safetensors .*continues from the checkpoint before"
+    ):
         found = _fit(folder, resume=True)
 
     same(found, whole)
@@ -283,7 +285,7 @@ def test_a_damaged_manifest_leaves_the_one_before(cut, harm):
     folder, whole = cut
     harm(folder / "manifest.json")
 
-    with pytest.warns(UserWarning, match=r"manifest\.json .*Going on from"):
+    with pytest.warns(UserWarning, match=r"manifest\.json .*continues from"):
         found = _fit(folder, resume=True)
 
     same(found, whole)
@@ -372,7 +374,7 @@ def test_other_software_is_said(cut, monkeypatch):
     folder, whole = cut
     monkeypatch.setattr("flowvi.runtime.checkpoint_folder.__version__", "99.0")
 
-    with pytest.warns(UserWarning, match=r"flowvi 0\.1\.0 is now 99\.0.*not the same to the bit"):
+    with pytest.warns(UserWarning, match=r"flowvi 0\.1\.0 is now 99\.0.*not identical to the bit"):
         found = _fit(folder, resume=True)
 
     assert found.bounds == whole.bounds

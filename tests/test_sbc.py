@@ -63,9 +63,9 @@ def test_a_right_fit_is_calibrated(calibrated):
         (
             4,
             1.0,
-            "Too few fits to tell: nothing speaks against the plain and resampled draws, by 4",
+            "Too few fits to decide: there is no evidence against the plain and resampled draws,",
         ),
-        (99, 1.0, "Too few fits to tell"),
+        (99, 1.0, "Too few fits to decide"),
         (100, 1.0, "The plain and resampled draws are calibrated, by 100 fits"),
         (30, 0.2, "Not calibrated, by 30 fits"),
     ],
@@ -77,7 +77,7 @@ def test_few_fits_are_said_to_tell_nothing_but_faults(fits, stretch, head):
     found = calibration.Calibration(("a", "b"), LEVELS, ranks, ranks, probabilities, verdicts)
 
     assert str(found).startswith(head)
-    assert ("at least 100" in str(found)) is head.startswith("Too few")
+    assert ("At least 100" in str(found)) is head.startswith("Too few")
     assert found.enough is (fits >= 100)
 
 

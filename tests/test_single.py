@@ -96,7 +96,7 @@ def test_a_flow_that_single_precision_cannot_hold_is_trained_in_double(target):
         escalate=False,
     )
 
-    assert "from here in double precision" in fit.log
+    assert "the next steps are in double precision" in fit.log
     assert not any("ended early" in line for line in fit.log)
     assert fit.history["skipped"].sum() == 10 and math.isfinite(fit.bounds[0])
     assert float(fit.guide.flow.layers[0].shift.detach()) != 0.0

@@ -84,7 +84,7 @@ def test_a_stored_fit_is_loaded(folder):
 
 
 @pytest.mark.parametrize("folder", sorted(STORED.glob("checkpoint-*")), ids=lambda f: f.name)
-@pytest.mark.filterwarnings("ignore:.*goes on with other software")
+@pytest.mark.filterwarnings("ignore:.*is resumed with other software")
 def test_a_stored_checkpoint_is_gone_on_with(folder, tmp_path):
     """From its last step; with other software to rounding only."""
     shutil.copytree(folder, tmp_path / "run")

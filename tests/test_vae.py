@@ -412,7 +412,7 @@ def test_the_command_reads_pixels_as_the_likelihood_needs_them(tiny):
     done = run("--likelihood", "discretised_logistic", "--net", "conv", "--out", "c")
 
     assert done.exit_code == 0, done.output
-    assert "bits a pixel" in done.output
+    assert "bits per pixel" in done.output
 
 
 @pytest.mark.parametrize(

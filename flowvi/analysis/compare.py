@@ -17,7 +17,7 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import check_type, draws_wanted, suggest_spelling
+from flowvi.runtime.arguments import check_type, refuse_fit, suggest_spelling
 from flowvi.targets import NOWHERE
 
 if TYPE_CHECKING:
@@ -26,8 +26,8 @@ if TYPE_CHECKING:
 
 TRUST, _, DISTRUST = VERDICTS
 TRAINED = (
-    "Parameters of the model were trained on rows, not integrated out: more of them give more "
-    "evidence. Compare by rows that were left out, fit.draw(4000, data=rows)."
+    "Parameters of the model were trained, not integrated out: a model with more of them has a "
+    "larger evidence. Compare the models on held-out rows, fit.draw(4000, data=rows)."
 )
 
 
@@ -114,7 +114,7 @@ def compare(
             f"A comparison needs at least two models; got {', '.join(models) or 'none'}."
         )
     for source in models.values():
-        draws_wanted("compare", source)
+        refuse_fit("compare", source)
     groups = {name: _groups(source) for name, source in models.items()}
     _check_data(groups)
     found = {name: _evidence(source) for name, source in models.items()}

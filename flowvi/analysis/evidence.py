@@ -13,7 +13,7 @@ from flowvi.compat.arviz_groups import has_group
 from flowvi.diagnostics import LADDER, VERDICTS, Evidence
 from flowvi.draws.diagnose import check_proper, diagnose
 from flowvi.draws.draws import Draws
-from flowvi.runtime.arguments import draws_wanted
+from flowvi.runtime.arguments import refuse_fit
 
 if TYPE_CHECKING:
     import arviz as az
@@ -46,7 +46,7 @@ def evidence(
             draws have no weights.
     """
     for given in (draws, mcmc):
-        draws_wanted("evidence", given)
+        refuse_fit("evidence", given)
     if isinstance(draws, Draws) and draws.weighted is not None and mcmc is None:
         draws, mcmc = draws.weighted, draws
     table = _read(draws)

@@ -13,7 +13,7 @@ from flowvi.compat.arviz_stats import loo_record
 from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
-from flowvi.runtime.arguments import check_choice, draws_wanted
+from flowvi.runtime.arguments import check_choice, refuse_fit
 
 if TYPE_CHECKING:
     import arviz as az
@@ -46,7 +46,7 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
         cross-validation for large data", arXiv:1904.10679.
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
-    draws_wanted("loo", source)
+    refuse_fit("loo", source)
     if isinstance(source, Draws):
         # Draws with a row axis are rejected below, without a log likelihood.
         source = to_inference_data(source, log_likelihood=not source.by_row)
@@ -65,8 +65,8 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     if (khat > limit).any():
         warnings.warn(
             f"Pareto k-hat is above {limit:.2f} for {(khat > limit).sum()} of {len(khat)} "
-            "observations: what is said of them rests on few draws. They are influential, or "
-            "the guide is poor there; fit.draw with more draws, or flowvi.neutra, helps.",
+            "observations: their estimates rest on few draws. These observations are influential, "
+            "or the guide is poor for them: use more draws, fit.draw, or flowvi.neutra.",
             stacklevel=2,
         )
     pointwise = logsumexp(smooth + score, axis=1)
@@ -97,8 +97,8 @@ def _check(idata: az.InferenceData) -> None:
     if "log_p" in stats and stats["log_p"].ndim > 2:
         raise ValueError(
             "loo is for latents that all rows share, and got draws with latents for each row "
-            "(local=): with a row left out its density is its evidence, which "
-            "evidence(draws).rows has, and compare sums and pairs."
+            "(local=). The density of such a row without its own data is its evidence: see "
+            "evidence(draws).rows; compare has paired sums."
         )
     if "inner" in stats.attrs:
         raise ValueError(

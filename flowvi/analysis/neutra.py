@@ -6,7 +6,7 @@ from typing import cast
 
 from flowvi.draws.draws import Draws
 from flowvi.fitting.result import Fit, NestedFit, RowFit
-from flowvi.runtime.arguments import check_integer, fit_wanted, suggest_spelling
+from flowvi.runtime.arguments import check_integer, require_fit, suggest_spelling
 from flowvi.samplers.nuts import NutsSettings, check_has_map, run_nuts
 
 
@@ -49,7 +49,7 @@ def neutra(
             f"neutra samples one vector of latents, and got a {type(fit).__name__}, with {why}: "
             "capture the model without local=, which puts all latents into one vector."
         )
-    fit_wanted("neutra", fit, Fit, "what flowvi.fit returned")
+    require_fit("neutra", fit, Fit, "what flowvi.fit returned")
     check_has_map(fit.guide)
     _check({"warmup": warmup, "draws": draws}, chains, target_accept)
     plan = NutsSettings(warmup, draws, chains, target_accept)

@@ -33,9 +33,9 @@ from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicab
 Truth = Mapping[str, np.ndarray]
 Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
 # Number of fits that an executor runs in one task, with one capture of the model.
-TOGETHER = 5
+TASKS_PER_SUBMIT = 5
 # Number of simulated rows in one call of an amortised guide.
-AT_ONCE = 50
+ROWS_PER_CALL = 50
 # Names of the settings of a fit.
 SETTINGS = [*signature(fit).parameters]
 
@@ -94,7 +94,9 @@ def sbc(
         return _of_rows(model, fits, draws, levels, seed)
     check_keywords("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
     common = _Common(model, draws, levels, seed, settings)
-    tasks = _given(simulate, common, fits) if simulate else _own(args, common, fits)
+    tasks = (
+        _simulated_tasks(simulate, common, fits) if simulate else _model_tasks(args, common, fits)
+    )
     key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
     store = Store(Path(file) if file is not None else None, key)
     left = [task for task in tasks if task.number not in store.done]
@@ -126,12 +128,12 @@ class _Task(NamedTuple):
     truth: Truth
 
 
-def _given(simulate: Simulate, common: _Common, fits: int) -> list[_Task]:
+def _simulated_tasks(simulate: Simulate, common: _Common, fits: int) -> list[_Task]:
     made = (simulate(common.seed + i) for i in range(fits))
     return [_Task(common, i, args, {}, truth) for i, (args, truth) in enumerate(made)]
 
 
-def _own(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]:
+def _model_tasks(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]:
     """Simulate the data sets from the model itself."""
     target = from_pyro(common.model, *args)
     _check(target)
@@ -166,10 +168,11 @@ def _check(target: Target) -> None:
 
 def _run(tasks: Sequence[_Task], executor: Executor | None) -> Iterator[Outcome]:
     if executor is None:
-        yield from _several(tasks)
+        yield from _fit_tasks(tasks)
         return
     futures = [
-        executor.submit(_listed, tasks[i : i + TOGETHER]) for i in range(0, len(tasks), TOGETHER)
+        executor.submit(_fit_tasks_in_worker, tasks[i : i + TASKS_PER_SUBMIT])
+        for i in range(0, len(tasks), TASKS_PER_SUBMIT)
     ]
     try:
         for future in as_completed(futures):
@@ -179,18 +182,18 @@ def _run(tasks: Sequence[_Task], executor: Executor | None) -> Iterator[Outcome]
             future.cancel()
 
 
-def _listed(tasks: Sequence[_Task]) -> list[Outcome]:
-    return list(_several(tasks))
+def _fit_tasks_in_worker(tasks: Sequence[_Task]) -> list[Outcome]:
+    return list(_fit_tasks(tasks))
 
 
-def _several(tasks: Sequence[_Task]) -> Iterator[Outcome]:
+def _fit_tasks(tasks: Sequence[_Task]) -> Iterator[Outcome]:
     """Fit several simulated data sets in sequence, with one capture of the model."""
-    shared = _shared(tasks[0]) if len(tasks) > 1 and tasks[0].observed else None
+    shared = _capture_once(tasks[0]) if len(tasks) > 1 and tasks[0].observed else None
     for task in tasks:
-        yield _one(task, shared)
+        yield _fit_task(task, shared)
 
 
-def _shared(task: _Task) -> GlobalTarget | None:
+def _capture_once(task: _Task) -> GlobalTarget | None:
     """Capture the model with replaceable data, if it allows that."""
     try:
         target = replicable(task.common.model, *task.args)
@@ -199,10 +202,10 @@ def _shared(task: _Task) -> GlobalTarget | None:
     return target if target.density.batched.how == "tape" else None
 
 
-def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
+def _fit_task(task: _Task, shared: GlobalTarget | None) -> Outcome:
     """Fit one simulated data set, and rank the true parameters."""
     common, seed = task.common, derive_seed(task.common.seed, 1, task.number) % 2**32
-    names, truth = _flat({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
+    names, truth = _scalars({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
         if shared is not None:
             target = shared.observing(task.observed)
@@ -225,13 +228,13 @@ def _one(task: _Task, shared: GlobalTarget | None) -> Outcome:
         none = np.full(len(names), -1)
         return Outcome(task.number, names, none, none, none.astype(float), "", str(error) or "?")
     rng = np.random.default_rng(seed)
-    _, plain = _flat({name: drawn[name] for name in task.truth})
-    _, better = _flat({name: weighed[name] for name in task.truth})
+    _, plain = _scalars({name: drawn[name] for name in task.truth})
+    _, better = _scalars({name: weighed[name] for name in task.truth})
     ranks = _ranks(plain, better, truth[0], common.levels, rng)
     return Outcome(task.number, names, *ranks, diagnosis.verdict, "")
 
 
-def _flat(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
+def _scalars(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
     """Labels of all scalars, and their draws in the first chain, (draw, P)."""
     parts = [(name + i, x[0, :, k]) for name, s, x in blocks(values) for k, i in enumerate(s)]
     return tuple(label for label, _ in parts), np.stack([x for _, x in parts], axis=-1)
@@ -250,8 +253,8 @@ def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Cali
     rng = np.random.default_rng(seed)
     found: list[tuple[np.ndarray, ...]] = []
     verdicts: list[str] = []
-    for start in range(0, fits, AT_ONCE):
-        data = tuple(t[start : start + AT_ONCE] for t in rows.data)
+    for start in range(0, fits, ROWS_PER_CALL):
+        data = tuple(t[start : start + ROWS_PER_CALL] for t in rows.data)
         drawn = fit.draw(draws, data, derive_seed(seed, 1, start) % 2**32)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # k-hat is in the verdict
@@ -259,9 +262,9 @@ def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Cali
         assert weighed.diagnosis is not None and weighed.diagnosis.rows is not None
         verdicts += weighed.diagnosis.rows.verdict.tolist()
         for i in range(len(data[0])):
-            names, true = _flat({n: truth[n][start + i][None, None] for n in truth})
-            _, plain = _flat({n: drawn[n][:, :, i] for n in truth})
-            _, better = _flat({n: weighed[n][:, :, i] for n in truth})
+            names, true = _scalars({n: truth[n][start + i][None, None] for n in truth})
+            _, plain = _scalars({n: drawn[n][:, :, i] for n in truth})
+            _, better = _scalars({n: weighed[n][:, :, i] for n in truth})
             found.append(_ranks(plain, better, true[0], levels, rng))
     ranked, resampled, below = (np.stack(column) for column in zip(*found, strict=True))
     return Calibration(names, levels, ranked, resampled, below, tuple(verdicts))

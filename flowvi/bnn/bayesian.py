@@ -62,7 +62,7 @@ class Bayesian:
             output = output.squeeze(1)
         fn = self._given(output)
         with plate:
-            # Not for the data of a fit: each draw would store as many numbers as there are rows.
+            # Not reported for the data of a fit: each draw would store one value per row.
             reported = poutine.infer_config(config_fn=lambda _: {"reported": y is None})
             with reported:
                 pyro.deterministic("output", output, event_dim=output.dim() - 1)

@@ -10,6 +10,7 @@ import click
 from flowvi.analysis.evidence import evidence
 from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
+from flowvi.cli.options import folder_argument
 from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.arviz_groups import as_written, read_groups
 
@@ -34,9 +35,7 @@ Exit codes:
   2    the command line was wrong
   3    the bounds hold, but the estimates cannot be relied on""",
 )
-@click.argument(
-    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
-)
+@folder_argument
 @click.option(
     "--mcmc",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),

@@ -18,7 +18,7 @@ from flowvi.cli.errors import (
     one_line_warnings,
 )
 from flowvi.cli.model_file import check_path, load_target
-from flowvi.cli.options import guide_name, memory_option, objective_call
+from flowvi.cli.options import guide_name, memory_option, objective_call, out_option, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.cli.resume import (
     CHECKPOINT,
@@ -35,7 +35,6 @@ from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
 from flowvi.training.compiling import Compile
 
-MAX_SEED = 2**32 - 1
 COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -58,8 +57,8 @@ Exit codes:
        all others are, and --resume writes the rest
   2    the command line was wrong; nothing was fitted
   3    fitted and written, but the verdict is "do not trust"
-  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
-  143  likewise, by SIGTERM""",
+  130  interrupted (Ctrl-C); the results so far are written; --resume continues the fit
+  143  the same, by SIGTERM""",
 )
 @click.argument("model", type=Path, metavar="MODEL.py")
 @click.option(
@@ -101,38 +100,27 @@ Exit codes:
     type=click.IntRange(min=1),
     help="Processes in which restarts run.  [default: one after the other in this one]",
 )
-@click.option(
-    "--seed",
-    type=click.IntRange(0, MAX_SEED),
-    default=0,
-    show_default=True,
-    help="Of everything random.",
-)
+@seed_option
 @click.option(
     "--budget",
     type=click.FloatRange(min=0, min_open=True),
     metavar="SECONDS",
-    help="Time that the fit may take.  [default: as much as it needs]",
+    help="Largest wall-clock time of the fit.  [default: no limit]",
 )
 @click.option(
     "--no-escalate",
     is_flag=True,
-    help="Do not go on with other guides and NUTS where the result is not to be trusted.",
+    help="Do not try other guides and NUTS after a result that is not to be trusted.",
 )
 @click.option(
     "--compile",
     type=click.Choice(["auto", "on", "off"]),
     default="auto",
     show_default=True,
-    help="Compile the step; auto: beside a long fit, which goes on meanwhile.",
+    help="Compile the gradient step; auto: only for long fits, in the background.",
 )
 @click.option("--quiet", is_flag=True, help="No progress bar; print the verdict only.")
-@click.option(
-    "--out",
-    type=Path,
-    metavar="DIR",
-    help="Folder of the results; made if needed.",
-)
+@out_option
 @memory_option
 @resume_option
 @json_option
@@ -234,7 +222,7 @@ def _report(
     kept = results.recommended_draws(draws, diagnosis, seed)
     numbers = results.summary(kept)
     try:
-        # All files before the first word: whoever reads the output may hang up early.
+        # Write all files before the first output: its reader may close the pipe early.
         written, failed = results.write(fitted, draws, kept, numbers, out)
     finally:
         if not as_json:
@@ -245,10 +233,10 @@ def _report(
         print_answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
     elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
-        # The folder of the fit is the last to be named.
+        # The folder of the fit is listed last.
         for file in sorted(written, key=lambda file: file.name.endswith("/")):
             click.echo(f"  {file.name:<13} {file.what}")
     elif failed:
-        # What cannot be read in a file.
+        # Files are missing, so the table is printed in spite of --quiet.
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}")
     return diagnosis.verdict, written, failed

@@ -130,7 +130,7 @@ def _errors_at_model_line(path: Path, doing: str = "") -> Iterator[None]:
         yield
     except (Exception, SystemExit) as error:
         where = _where(path, error)
-        # An error that never touched the file is flowvi's own; its traceback is wanted.
+        # An error without a frame in the model file is an error of flowvi: keep its traceback.
         if not where and not isinstance(error, ModelError | ValueError):
             raise
         what = str(error) if isinstance(error, ModelError) else f"{type(error).__name__}: {error}"

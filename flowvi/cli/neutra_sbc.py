@@ -12,9 +12,8 @@ from flowvi.analysis.neutra import neutra
 from flowvi.analysis.sbc import sbc
 from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
-from flowvi.cli.fit import MAX_SEED
 from flowvi.cli.model_file import check_path, load_arguments, load_target
-from flowvi.cli.options import guide_name
+from flowvi.cli.options import folder_argument, guide_name, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.cli.resume import lock_results
 from flowvi.compat.netcdf import write_groups
@@ -25,16 +24,13 @@ from flowvi.fitting.result import Fit
 from flowvi.interop.inference_data import all_groups
 
 MODEL = click.argument("model", type=Path, metavar="MODEL.py")
-FOLDER = click.argument(
-    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
-)
 DATA = click.option(
     "--data",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     metavar="FILE",
     help="The file that the model's data() read for the fit.",
 )
-SEED = click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+
 QUIET = click.option("--quiet", is_flag=True, help="No progress bar.")
 
 
@@ -55,12 +51,12 @@ Exit codes:
   130  interrupted""",
 )
 @MODEL
-@FOLDER
+@folder_argument
 @DATA
 @click.option("--draws", type=click.IntRange(min=100), default=1000, show_default=True)
 @click.option("--warmup", type=click.IntRange(min=100), default=300, show_default=True)
 @click.option("--chains", type=click.IntRange(min=2), default=4, show_default=True)
-@SEED
+@seed_option
 @QUIET
 @json_option
 @click.pass_context
@@ -104,8 +100,8 @@ Exit codes:
   0    the ranks of the true values look uniform, or are too few to tell (fewer than 100 fits)
   1    the model file failed, or it cannot simulate its data
   2    the command line was wrong
-  3    some ranks are not uniform: fits of this model are off
-  130  interrupted; the fits until then are kept, and a second call goes on""",
+  3    some ranks are not uniform: fits of this model are not calibrated
+  130  interrupted; the finished fits are kept, and the same command continues""",
 )
 @MODEL
 @DATA
@@ -113,7 +109,7 @@ Exit codes:
 @click.option("--draws", type=click.IntRange(min=200), default=1000, show_default=True)
 @click.option("--guide", callback=guide_name, default="auto", show_default=True)
 @click.option("--steps", type=click.IntRange(min=1), help="Steps of each fit.  [default: chosen]")
-@SEED
+@seed_option
 @click.option("--out", type=Path, required=True, metavar="DIR", help="Folder of the results.")
 @QUIET
 @json_option

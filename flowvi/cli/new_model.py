@@ -4,6 +4,8 @@ from pathlib import Path
 
 import click
 
+from flowvi.cli.options import EXISTING_FOLDER
+
 TEMPLATE = '''"""{title}: say here what is modelled, and where the data come from."""
 
 import numpy as np
@@ -67,7 +69,7 @@ Exit codes:
 @click.option(
     "--dir",
     "folder",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     default=".",
     show_default=True,
     help="Where to write it.",

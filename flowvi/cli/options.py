@@ -1,7 +1,8 @@
-"""Options whose values are names of registries; errors suggest the nearest name."""
+"""Options of several commands; errors about names suggest the nearest one."""
 
 import re
 from collections.abc import Callable, Collection
+from pathlib import Path
 
 import click
 
@@ -13,6 +14,7 @@ from flowvi.runtime import memory
 from flowvi.runtime.arguments import check_choice, unknown_choice
 
 AUTO = "auto"
+MAX_SEED = 2**32 - 1
 # The forward KL needs draws of the posterior, which the command line does not have.
 BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
 CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
@@ -32,7 +34,21 @@ memory_option = click.option(
     callback=limit_memory,
     expose_value=False,
     metavar="SIZE",
-    help="What evaluating draws may take, as in 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
+    help="Memory for the evaluation of draws, such as 2GB.  [default: FLOWVI_MAX_MEMORY, or 1GB]",
+)
+
+
+EXISTING_FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
+folder_argument = click.argument("folder", type=EXISTING_FOLDER, metavar="DIR")
+seed_option = click.option(
+    "--seed",
+    type=click.IntRange(0, MAX_SEED),
+    default=0,
+    show_default=True,
+    help="Seed of all random numbers.",
+)
+out_option = click.option(
+    "--out", type=Path, metavar="DIR", help="Folder of the results; made if needed."
 )
 
 

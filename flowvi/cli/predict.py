@@ -7,7 +7,8 @@ import click
 from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
 from flowvi.cli.model_file import check_path, load_arguments
-from flowvi.cli.neutra_sbc import DATA, FOLDER, MODEL, SEED, load_fit
+from flowvi.cli.neutra_sbc import DATA, MODEL, load_fit
+from flowvi.cli.options import folder_argument, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.netcdf import write_groups
 from flowvi.draws.diagnose import diagnose
@@ -31,7 +32,7 @@ Exit codes:
   3    predicted and written, but the draws behind it are not to be trusted""",
 )
 @MODEL
-@FOLDER
+@folder_argument
 @DATA
 @click.option(
     "--new",
@@ -41,7 +42,7 @@ Exit codes:
     help="New data, which the model's data() reads.",
 )
 @click.option("--draws", type=click.IntRange(min=1), default=1000, show_default=True)
-@SEED
+@seed_option
 @json_option
 @click.pass_context
 def predict_command(

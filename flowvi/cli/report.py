@@ -5,6 +5,7 @@ from pathlib import Path
 import click
 
 from flowvi.cli.errors import errors_without_traceback, one_line_warnings
+from flowvi.cli.options import folder_argument
 
 
 @click.command(
@@ -21,9 +22,7 @@ Exit codes:
   1    a file cannot be read or written
   2    the command line was wrong""",
 )
-@click.argument(
-    "folder", type=click.Path(exists=True, file_okay=False, path_type=Path), metavar="DIR"
-)
+@folder_argument
 @click.option(
     "--out",
     type=click.Path(dir_okay=False, path_type=Path),

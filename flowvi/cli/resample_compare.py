@@ -9,13 +9,11 @@ import click
 from flowvi.analysis.compare import compare
 from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
-from flowvi.cli.fit import MAX_SEED
+from flowvi.cli.options import EXISTING_FOLDER, folder_argument, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.arviz_groups import as_written, read_groups
 from flowvi.compat.netcdf import write_groups
 from flowvi.interop.read_draws import diagnosis_of, resample_groups
-
-FOLDER = click.Path(exists=True, file_okay=False, path_type=Path)
 
 
 @click.command(
@@ -33,9 +31,9 @@ Exit codes:
   2    the command line was wrong
   3    written, but the weights cannot be trusted: neither can the draws""",
 )
-@click.argument("folder", type=FOLDER, metavar="DIR")
-@click.option("--draws", type=click.IntRange(min=1), help="How many.  [default: all]")
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@folder_argument
+@click.option("--draws", type=click.IntRange(min=1), help="Number of draws.  [default: all]")
+@seed_option
 @json_option
 @click.pass_context
 def resample_command(
@@ -77,7 +75,7 @@ Exit codes:
   1    the models are of different data, or a file cannot be read
   2    the command line was wrong""",
 )
-@click.argument("folders", type=FOLDER, nargs=-1, required=True, metavar="DIR DIR...")
+@click.argument("folders", type=EXISTING_FOLDER, nargs=-1, required=True, metavar="DIR DIR...")
 @click.option("--site", metavar="NAME", help="Observed site to predict, where there are several.")
 @json_option
 def compare_command(folders: tuple[Path, ...], site: str | None, as_json: bool) -> None:

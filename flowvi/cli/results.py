@@ -28,7 +28,7 @@ REPORT, DRAWS, RESAMPLED, GUIDES = "report.html", "posterior.nc", "resampled.nc"
 FILES = (DRAWS, RESAMPLED, GUIDES, "summary.csv", "loss.png", "pair.png", REPORT)
 FIT = "fit"
 TABLE_ROWS = 20
-# Draws of each chain for which data are simulated, and of the Gaussian start.
+# Number of draws of each chain with simulated data, and of draws of the Gaussian start.
 PREDICTED, STARTED = 400, 2000
 
 
@@ -119,7 +119,7 @@ def files(
 ) -> Iterator[ResultFile]:
     """Every file of the results but the report, which is made of the others."""
     yield ResultFile(f"{FIT}/", "the fitted guide, for flowvi.load", fit.save)
-    # After an interrupt the user waits: no data are simulated, and no start is drawn.
+    # After an interrupt, skip the simulated data and the draws of the start, which take time.
     hurried = bool(fit.meta["interrupted"])
     start = None if fit.start is None or hurried else fit.draw_start(STARTED)
     predicted = 0 if hurried else PREDICTED
@@ -158,12 +158,12 @@ def write(
 
     mpl.use("agg")  # files are drawn, no windows
     for name in (RESAMPLED, GUIDES, REPORT) if fit.meta["interrupted"] else (RESAMPLED, GUIDES):
-        # A file of an earlier fit would be taken for one of this fit.
+        # Remove files of an earlier fit, which could be mistaken for those of this fit.
         with suppress(OSError):
             (folder / name).unlink(missing_ok=True)
     written, failed = write_files(files(fit, draws, kept, numbers), folder)
     if fit.meta["interrupted"]:
-        # Half of the time after an interrupt, for what `flowvi report` makes at any time.
+        # After an interrupt, skip the report, which `flowvi report` can write later.
         return written, failed
     lacking = {error.path.name for error in failed} & {DRAWS, GUIDES, RESAMPLED}
     if lacking:
@@ -177,7 +177,7 @@ def write(
 def _report(folder: Path) -> ResultFile:
     from flowvi.reporting import report
 
-    what = "all of this on one page, to read and to pass on"
+    what = "these results as one HTML file"
     return ResultFile(REPORT, what, lambda file: report(folder, file))
 
 
@@ -222,8 +222,8 @@ def describe_failures(
         if resume
         else "repeat the command"
     )
-    done = "All else" if some else "Nothing"
-    return f"Could not write {words}. {done} is written: make room, and {rest}."
+    done = "All other files are" if some else "Nothing is"
+    return f"Could not write {words}. {done} written: free disk space, and {rest}."
 
 
 @contextmanager

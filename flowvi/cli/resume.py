@@ -8,17 +8,18 @@ from pathlib import Path
 
 import click
 
+from flowvi.cli.options import EXISTING_FOLDER
 from flowvi.cli.results import FILES, check_folder
 from flowvi.runtime import files
 
-# Folder of the checkpoint inside of that of the results; removed once these are written.
+# Subfolder with the checkpoint; it is removed once the results are written.
 CHECKPOINT = "checkpoint"
 
 resume_option = click.option(
     "--resume",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     metavar="DIR",
-    help="In place of --out, with the other options as before: go on where that fit was cut off.",
+    help="Continue the interrupted fit in DIR: replaces --out; all other options as before.",
 )
 
 
@@ -75,8 +76,8 @@ def lock_results(folder: Path, hint: str) -> None:
 def announce_writing(what: str, folder: Path) -> None:
     """Say that the results of an interrupted fit are being written, which may take a while."""
     click.echo(
-        f"Writing the results of the {what} so far to {folder}; interrupted again, it stops at "
-        f"once, and --resume {folder} goes on all the same.",
+        f"Writing the results of the {what} so far to {folder}. A second interrupt stops at once; "
+        f"--resume {folder} continues the {what} in both cases.",
         err=True,
     )
 
@@ -84,7 +85,7 @@ def announce_writing(what: str, folder: Path) -> None:
 def explain_resume(what: str, folder: Path) -> None:
     """Say that results are of an interrupted fit, and how to go on."""
     click.echo(
-        f"Interrupted: these are the results of the {what} until then. The same command with "
-        f"--resume {folder} in place of --out goes on.",
+        f"Interrupted: these are the results of the {what} so far. The same command with "
+        f"--resume {folder} in place of --out continues the {what}.",
         err=True,
     )

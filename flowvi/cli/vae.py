@@ -11,8 +11,14 @@ import click
 
 from flowvi.cli import vae_results as results
 from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
-from flowvi.cli.fit import MAX_SEED
-from flowvi.cli.options import memory_option, objective_call, one_of
+from flowvi.cli.options import (
+    EXISTING_FOLDER,
+    memory_option,
+    objective_call,
+    one_of,
+    out_option,
+    seed_option,
+)
 from flowvi.cli.results import describe_failures
 from flowvi.cli.resume import (
     CHECKPOINT,
@@ -28,7 +34,7 @@ from flowvi.training.minibatch import Minibatch
 from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, code_shape, load
 from flowvi.vae.model import PLATE
 
-# How pixels are read for a likelihood, unless they are to be black and white.
+# Default preprocessing of pixels for each likelihood.
 READ = {
     "bernoulli": "static",
     "categorical": "levels",
@@ -37,7 +43,7 @@ READ = {
     "gaussian": "grey",
     "gaussian_fixed": "grey",
 }
-# Default sizes for the digits, which are few and small, and for files.
+# Default sizes for scikit-learn's digits, and for image files.
 SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
 LARGE = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
 
@@ -59,8 +65,8 @@ Exit codes:
   1    the images cannot be used; or a file could not be written (a full disk): all
        others are, and --resume writes the rest
   2    the command line was wrong; nothing was trained
-  130  interrupted (Ctrl-C); what there was by then is written; --resume goes on
-  143  likewise, by SIGTERM""",
+  130  interrupted (Ctrl-C); the results so far are written; --resume continues the fit
+  143  the same, by SIGTERM""",
 )
 @click.option(
     "--data",
@@ -102,7 +108,7 @@ Exit codes:
     callback=one_of("net", NETS),
     default="mlp",
     show_default=True,
-    help="mlp: two hidden layers; conv: gated convolutions; maps: those, with an image as code.",
+    help="mlp: two hidden layers; conv: gated convolutions; maps: conv with an image as code.",
 )
 @click.option("--latent", type=click.IntRange(min=1), help="Latent dimensions.  [default: 64]")
 @click.option(
@@ -111,8 +117,8 @@ Exit codes:
     metavar="OBJECTIVE",
     help='elbo (the default), "iwelbo(50)": see `flowvi list objectives`.',
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Visits of every image.  [default: 40]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images a step.  [default: 100]")
+@click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs.  [default: 40]")
+@click.option("--batch-size", type=click.IntRange(min=1), help="Images per step.  [default: 100]")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
 @click.option(
     "--warmup",
@@ -124,29 +130,24 @@ Exit codes:
     type=click.IntRange(min=1),
     default=500,
     show_default=True,
-    help="Draws K of the test bound of an image.",
+    help="Importance samples K per image for the test bound.",
 )
 @click.option(
     "--test-images",
     type=click.IntRange(min=2),
     default=1000,
     show_default=True,
-    help="How many of the test images it is for, at most.",
+    help="Largest number of test images for that bound.",
 )
 @click.option(
     "--against",
-    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    type=EXISTING_FOLDER,
     metavar="DIR",
     help="Results of another run, to compare with image by image.",
 )
-@click.option("--seed", type=click.IntRange(0, MAX_SEED), default=0, show_default=True)
+@seed_option
 @click.option("--quiet", is_flag=True, help="No progress bar; print the bounds only.")
-@click.option(
-    "--out",
-    type=Path,
-    metavar="DIR",
-    help="Folder of the results; made if needed.",
-)
+@out_option
 @memory_option
 @resume_option
 @click.pass_context

@@ -32,9 +32,9 @@ PICTURES = {
     "epochs.png": "the bound over the epochs",
     "reconstructions.png": "test images and the mean images of draws of their codes",
     "samples.png": "mean images of draws from the prior",
-    "interpolation.png": "on the way from some test images to others",
+    "interpolation.png": "interpolations between pairs of test images",
     "traversal.png": "one coordinate of a code changed, for the most active of them",
-    "map.png": "posterior means of test images in the plane",
+    "map.png": "posterior means of test images, projected to two dimensions",
 }
 FILES = (PARTS, BOUNDS, TABLE, *PICTURES)
 SHOWN = 10
@@ -129,11 +129,11 @@ def _rows(
     run: VaeRun, found: RowBounds, other: RowBounds | None
 ) -> Iterator[tuple[str, float, float]]:
     """Name, value and standard error of every line of the table."""
-    yield "-ELBO, nats an image", -found.elbo_mean, found.elbo_se
-    yield f"-L_{found.particles}, nats an image", -found.mean, found.se
+    yield "-ELBO, nats per image", -found.elbo_mean, found.elbo_se
+    yield f"-L_{found.particles}, nats per image", -found.mean, found.se
     pixels = run.images.size[0] * run.images.size[1]
     bits = 1 / (pixels * np.log(2))
-    yield f"-L_{found.particles}, bits a pixel", -found.mean * bits, found.se * bits
+    yield f"-L_{found.particles}, bits per pixel", -found.mean * bits, found.se * bits
     if other is not None:
         elbo = RowBounds(found.elbo, found.elbo, 1).minus(RowBounds(other.elbo, other.elbo, 1))
         yield "ELBO better by, paired", elbo.value, elbo.se

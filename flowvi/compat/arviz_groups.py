@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 ENGINE = "h5netcdf"  # the one that both versions read
 ZARR = ".zarr"
-# Deflation makes a file smaller by so much at most; groups within groups.
+# Largest compression factor of deflation, and largest depth of nested groups.
 MOST_PACKED, DEEPEST = 1032, 8
 
 

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 TAILS = (0.05, 0.95)
 # Probability of the highest-density interval of a summary.
-DENSEST = 0.94
+HDI_PROBABILITY = 0.94
 
 
 def rhat(chains: np.ndarray) -> float:
@@ -38,8 +38,10 @@ def summary(idata: az.InferenceData) -> pd.DataFrame:
     arviz = _arviz()
     if not has_trees():
         quantiles = {f"{q:.0%}": partial(np.quantile, q=q) for q in (TAILS[0], 0.5, TAILS[1])}
-        return arviz.summary(idata, kind="stats", hdi_prob=DENSEST, stat_funcs=quantiles, **exact)
-    densest = arviz.summary(idata, kind="stats", ci_kind="hdi", ci_prob=DENSEST, **exact)
+        return arviz.summary(
+            idata, kind="stats", hdi_prob=HDI_PROBABILITY, stat_funcs=quantiles, **exact
+        )
+    densest = arviz.summary(idata, kind="stats", ci_kind="hdi", ci_prob=HDI_PROBABILITY, **exact)
     width = TAILS[1] - TAILS[0]
     middle = arviz.summary(idata, kind="stats_median", ci_kind="eti", ci_prob=width, **exact)
     low, high = (name for name in middle if name.startswith("eti"))

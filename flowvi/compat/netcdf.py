@@ -43,7 +43,7 @@ def write_groups(idata: az.InferenceData, path: Path) -> None:
     tree: Any = idata if not hasattr(idata, "to_datatree") else idata.to_datatree()
     part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.part")
     try:
-        # The third format has no settled way to write labels yet.
+        # Version 3 of the format does not specify text labels yet.
         tree.to_zarr(str(part), zarr_format=2)
         part.replace(path)
     except OSError as error:
@@ -81,7 +81,7 @@ def image(idata: az.InferenceData) -> memoryview:
         if attrs := dict(getattr(idata, "attrs", {})):
             xr.Dataset(attrs=attrs).dump_to_store(H5NetCDFStore(file))
         for name, dataset in _groups(idata).items():
-            # Text is stored in a form that cannot be deflated.
+            # Variable-length text cannot be compressed.
             packed = {
                 key: {"zlib": True}
                 for key, value in dataset.variables.items()

@@ -3,7 +3,7 @@
 from flowvi.diagnostics.energy_distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, RowEvidence, evidence
 from flowvi.diagnostics.finding import VERDICTS, Check
-from flowvi.diagnostics.findings import apart
+from flowvi.diagnostics.findings import distant_restarts
 from flowvi.diagnostics.importance import (
     MIN_DRAWS,
     Bound,
@@ -45,13 +45,13 @@ __all__ = [
     "RowPsis",
     "Rows",
     "Where",
-    "apart",
     "as_chains",
     "check_weights",
     "diagnose",
     "diagnose_chains",
     "diagnose_rows",
     "distances",
+    "distant_restarts",
     "elbo",
     "evidence",
     "evidence_of_rows",

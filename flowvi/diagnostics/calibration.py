@@ -118,9 +118,9 @@ class Calibration:
             head = f"The {' and '.join(good)} draws are calibrated, {by}"
         else:
             head = (
-                f"Too few fits to tell: nothing speaks against the {' and '.join(good)} draws, "
-                f"{by}. "
-                f"It takes at least {ENOUGH} to see a standard deviation that is 20 % off"
+                f"Too few fits to decide: there is no evidence against the {' and '.join(good)} "
+                f"draws, {by}. "
+                f"At least {ENOUGH} fits are needed to detect a standard deviation that is 20 % off"
             )
         lines = [head]
         rows = [(f"ranks among {n} draws uniform", p, self._worst(n)) for n, p in uniform.items()]
@@ -133,8 +133,8 @@ class Calibration:
         lines.append("  p-values are adjusted for the number of scalars and tests (Bonferroni)")
         if self.failures:
             lines.append(
-                f"  - {len(self.failures)} fits failed and are missing, which may itself be a "
-                f"fault; the first: {self.failures[0]}"
+                f"  - {len(self.failures)} fits failed and are left out, which can bias the ranks; "
+                f"the first: {self.failures[0]}"
             )
         return "\n".join(lines)
 

@@ -149,11 +149,14 @@ def evidence(
     smooth, threshold = psis(log_w), khat_threshold(log_w.size)
     best = middle = with_tail(log_evidence(log_w), log_w, smooth.khat)
     above = bridge = Estimate(math.nan, math.nan)
-    judged = [*findings.evidences(chains[kept]), findings.believable(log_w, smooth.khat, threshold)]
+    judged = [
+        *findings.evidences(chains[kept]),
+        findings.judge_mean_weight(log_w, smooth.khat, threshold),
+    ]
     if posterior_log_weights is not None:
         posterior = as_chains(posterior_log_weights)
         above, bridge = eubo(posterior), bridge_evidence(log_w, posterior)
-        unlike = _unlike(middle, bridge, above) if trusted else [CHAINS]
+        unlike = _compare_estimates(middle, bridge, above) if trusted else [CHAINS]
         if trusted and all(f.verdict == TRUST for f in unlike):
             # The error of the bridge is finite for any tail of the weights.
             best, judged = bridge, [Finding(TRUST, finding.reason) for finding in judged]
@@ -168,7 +171,7 @@ def evidence(
         *debiased(log_w, max(blocks, default=1)),
         *bridge,
         iw_bounds(log_w, particles),
-        *_certain(chains),
+        *_markov_bounds(chains),
         *above,
         smooth.khat,
         threshold,
@@ -178,7 +181,7 @@ def evidence(
     )
 
 
-def _certain(chains: np.ndarray) -> tuple[float, float]:
+def _markov_bounds(chains: np.ndarray) -> tuple[float, float]:
     """Lower bounds on the log evidence, each wrong with probability at most 0.05.
 
     The mean of any weights exceeds c times the evidence with probability at most
@@ -190,13 +193,13 @@ def _certain(chains: np.ndarray) -> tuple[float, float]:
     return whole, least + math.log(RISK) / PARTS
 
 
-def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding]:
+def _compare_estimates(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding]:
     """Compare estimates to detect mass that the guide's own weights do not show.
 
     A guide may miss a tail without a heavy weight among its draws.
     """
     error = ERRORS * math.hypot(middle.se, bridge.se)
-    values = f"{bridge.value:.3f} by the bridge, {middle.value:.3f} by the weights alone"
+    values = f"{bridge.value:.3f} by bridge sampling, {middle.value:.3f} by the weights alone"
     if bridge.value - middle.value > error:
         reason = f"The guide leaves out a part of the posterior: log evidence {values}."
         return [Finding(TRUST, reason)]
@@ -208,8 +211,8 @@ def _unlike(middle: Estimate, bridge: Estimate, above: Estimate) -> list[Finding
 
 def _rows(e: Evidence) -> list[tuple[str, str, str]]:
     rows = [
-        ("at least (95 %)", f"{e.certain:.4f}", "certain: Markov's inequality on the mean weight"),
-        ("", f"{e.certain_parts:.4f}", f"certain: the same on {PARTS} parts of the draws"),
+        ("at least (95 %)", f"{e.certain:.4f}", "by Markov's inequality for the mean weight"),
+        ("", f"{e.certain_parts:.4f}", f"the same for {PARTS} parts of the draws"),
     ]
     for particles, bound, se in e.bounds:
         name = "ELBO" if particles == 1 else f"L_{particles}"

@@ -56,7 +56,7 @@ def restarts(chains: np.ndarray) -> tuple[np.ndarray, list[Finding]]:
     names = ", ".join(str(chain) for chain in np.flatnonzero(~kept))
     reason = (
         f"Restart {names} found less than {MIN_SHARE:.0%} of the best restart's evidence. The "
-        "numbers are those of the others; resampling all but drops its draws."
+        "numbers are those of the other restarts. Resampling keeps almost none of its draws."
     )
     return kept, [Finding(RESAMPLE, reason)]
 
@@ -104,7 +104,7 @@ def divergence(log_w: np.ndarray) -> list[Finding]:
         return [Finding(TRUST, reason)]
     reason = (
         f"KL(q || p) = {value:.2g}: a mean of the plain draws may be off by up to "
-        f"{math.sqrt(2 * value):.2g} sd. Diagnosing the draws, not only their weights, tells."
+        f"{math.sqrt(2 * value):.2g} sd. To tell, diagnose the draws, not only their weights."
     )
     return [Finding(RESAMPLE, reason, TRUST if value - 2 * error <= MAX_GAP else RESAMPLE)]
 
@@ -114,7 +114,7 @@ def moments(c: Comparison) -> list[Finding]:
     found = []
     if c.skipped:
         names = ", ".join(f"'{name}'" for name in c.skipped)
-        found.append(Finding(TRUST, f"Not judged, for values that are not finite: {names}."))
+        found.append(Finding(TRUST, f"Not judged, because of values that are not finite: {names}."))
     if not c.labels:
         return found
     shift, stretch = np.argmax(np.abs(c.shift)), np.argmax(np.abs(c.stretch))
@@ -122,9 +122,9 @@ def moments(c: Comparison) -> list[Finding]:
         f"Reweighting moves the mean of {c.labels[shift]} by {c.shift[shift]:+.2g} sd and the sd "
         f"of {c.labels[stretch]} by {math.expm1(c.stretch[stretch]):+.1%}"
     )
-    if not np.any(off(c)):
-        return [*found, Finding(TRUST, f"{moved}; no other moves more.")]
-    if np.any(off(c, -2.0)):
+    if not np.any(exceeds_tolerance(c)):
+        return [*found, Finding(TRUST, f"{moved}; no mean or sd changes more.")]
+    if np.any(exceeds_tolerance(c, -2.0)):
         return [*found, Finding(RESAMPLE, f"{moved}: the plain draws are off.")]
     i, j = np.argmax(np.abs(c.shift) + 2 * c.shift_se), np.argmax(c.stretch_se)
     reason = (
@@ -134,7 +134,7 @@ def moments(c: Comparison) -> list[Finding]:
     return [*found, Finding(RESAMPLE, reason, TRUST)]
 
 
-def off(c: Comparison, errors: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
+def exceeds_tolerance(c: Comparison, errors: float = 2.0) -> tuple[np.ndarray, np.ndarray]:
     """Whether the error of the plain mean, and sd, of each scalar may be too large, (P), (P).
 
     Args:
@@ -164,7 +164,7 @@ def disagreement(c: Comparison) -> list[Finding]:
     return []
 
 
-def apart(found: Distances) -> list[Finding]:
+def distant_restarts(found: Distances) -> list[Finding]:
     """Finding on the two most distant restarts, if their distance exceeds noise."""
     i, j = np.unravel_index(np.argmax(found.matrix), found.matrix.shape)
     largest = found.matrix[i, j]
@@ -216,7 +216,7 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: st
     """
     if khat < threshold:
         return []
-    if so_far == TRUST and flat(log_w):
+    if so_far == TRUST and nearly_constant(log_w):
         largest = math.exp(log_w.max() - log_evidence(log_w).value)
         reason = (
             f"Trusted although Pareto k-hat {khat:.2f} is not below {threshold:.2f}: k-hat is the "
@@ -226,13 +226,13 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: st
         )
         return [Finding(TRUST, reason)]
     error = khat_error(khat, len(log_w))
-    open_to = TRUST if open_tail(khat, len(log_w)) else DISTRUST
-    if best == TRUST and flat(log_w, -2.0):
+    open_to = TRUST if undecided_tail(khat, len(log_w)) else DISTRUST
+    if best == TRUST and nearly_constant(log_w, -2.0):
         open_to = TRUST
     if open_to == TRUST:
         reason = (
             f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, the limit for {len(log_w)} "
-            f"draws, but its standard error is {error:.2g}: it may be."
+            f"draws; with its standard error of {error:.2g}, the true value may be below."
         )
         return [Finding(DISTRUST, reason, TRUST)]
     reason = (
@@ -244,12 +244,14 @@ def tail(log_w: np.ndarray, khat: float, threshold: float, so_far: str, best: st
     return [Finding(DISTRUST, reason)]
 
 
-def open_tail(khat: float, draws: int) -> bool:
+def undecided_tail(khat: float, draws: int) -> bool:
     """Whether k-hat is within two standard errors of the limit for many draws."""
     return khat - 2 * khat_error(khat, draws) < MOST_KHAT
 
 
-def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | None) -> list[str]:
+def ask_for_draws(
+    draws: int, strict: str, poor: bool, final: str, check: Check | None
+) -> list[str]:
     """Sentences that ask for more draws if there are too few, and give the check's verdict.
 
     Args:
@@ -265,27 +267,29 @@ def undecided(draws: int, strict: str, poor: bool, final: str, check: Check | No
     words = []
     if few or unclear:
         what = "are few" if few else "are too few to tell on which side of a limit the guide is"
-        words.append(f"{draws} draws {what}: draw more, for example fit.draw({_more(draws)}).")
+        words.append(
+            f"{draws} draws {what}: draw more, for example fit.draw({_draws_to_ask_for(draws)})."
+        )
     if check is not None:
         place = VERDICTS.index
         if place(final) > place(check.verdict):
-            against = "are too few to be resampled" if unclear else "speak against it"
+            against = "are too few to be resampled" if unclear else "contradict it"
             words.append(f"{check}; these {draws} draws {against}.")
         elif place(final) < place(check.verdict):
-            words.append(f"{check}; these are more draws, and decide.")
+            words.append(f"{check}; these draws are more, so their verdict counts.")
         elif few or final != strict:
-            words.append(f"{check}; these {draws} draws do not speak against it.")
+            words.append(f"{check}; these {draws} draws do not contradict it.")
     elif unclear:
-        words.append("Nothing here shows that the guide is poor, nor that it is good.")
+        words.append("These draws do not show whether the guide is good or poor.")
     return [" ".join(words)] if words else []
 
 
-def _more(draws: int) -> int:
+def _draws_to_ask_for(draws: int) -> int:
     """Number of draws to ask for."""
     return ASKED if draws < ASKED else AGAIN * draws
 
 
-def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
+def judge_mean_weight(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
     """Finding on the reliability of the mean weight and its standard error."""
     if khat < threshold:
         shown = f"k-hat {khat:.2f} is below {threshold:.2f}"
@@ -296,14 +300,14 @@ def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
             "infinite, and the standard errors too small."
         )
         return Finding(TRUST, reason)
-    if flat(log_w):
+    if nearly_constant(log_w):
         reason = f"The weights hardly vary: KL(q || p) = {gap(log_w).value:.2g}."
         return Finding(TRUST, reason)
-    if open_tail(khat, len(log_w)):
+    if undecided_tail(khat, len(log_w)):
         reason = (
-            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}, but may be, by its standard "
-            f"error of {khat_error(khat, len(log_w)):.2g}: draw more, for example "
-            f"fit.draw({_more(len(log_w))}). The lower bounds hold all the same."
+            f"Pareto k-hat {khat:.2f} is not below {threshold:.2f}; with its standard error of "
+            f"{khat_error(khat, len(log_w)):.2g}, the true value may be below. Draw more, for "
+            f"example fit.draw({_draws_to_ask_for(len(log_w))}). The lower bounds hold in any case."
         )
         return Finding(DISTRUST, reason)
     reason = (
@@ -313,7 +317,7 @@ def believable(log_w: np.ndarray, khat: float, threshold: float) -> Finding:
     return Finding(DISTRUST, reason)
 
 
-def flat(log_w: np.ndarray, errors: float = 2.0) -> bool:
+def nearly_constant(log_w: np.ndarray, errors: float = 2.0) -> bool:
     """Whether the weights vary so little that a correction has no effect.
 
     Args:

@@ -81,7 +81,7 @@ class Bounds(tuple[Bound, ...]):
             if math.isnan(bound):
                 rows.append(f"{particles:9d}  {'-':>12}  needs at least {particles} draws")
             elif math.isnan(se):
-                rows.append(f"{particles:9d}  {bound:12.4f}  +- unknown, for want of draws")
+                rows.append(f"{particles:9d}  {bound:12.4f}  +- unknown: too few draws")
             else:
                 rows.append(f"{particles:9d}  {bound:12.4f}  +- {se:.2g}")
         return "\n".join(rows)

@@ -17,7 +17,7 @@ from flowvi.diagnostics.evidence import (
     RowEvidence,
 )
 from flowvi.diagnostics.finding import DISTRUST, TRUST, Finding
-from flowvi.diagnostics.findings import believable
+from flowvi.diagnostics.findings import judge_mean_weight
 from flowvi.diagnostics.importance import (
     Psis,
     check_weights,
@@ -28,7 +28,13 @@ from flowvi.diagnostics.importance import (
     smoothed_evidence,
 )
 from flowvi.diagnostics.pareto import log_sum
-from flowvi.diagnostics.rows import evidence_of_each, named, surely, too_many, total
+from flowvi.diagnostics.rows import (
+    clearly_above_limit,
+    evidence_of_each,
+    exceed_noise,
+    name_rows,
+    total,
+)
 
 
 def evidence_of_rows(
@@ -66,7 +72,7 @@ def evidence_of_rows(
     for n in np.flatnonzero(seen):
         own = log_w[:, n]
         others[:2, n] = smoothed_evidence(own, Psis(smooth.log_weights[n], khat[n]))
-        found[n] = believable(own, khat[n], threshold)
+        found[n] = judge_mean_weight(own, khat[n], threshold)
     failed = np.array([f.verdict == DISTRUST for f in found])
     judged = _judged(labels, found, failed, khat, draws)
     judged += [Finding(DISTRUST, doubt) for doubt in doubts]
@@ -80,7 +86,7 @@ def evidence_of_rows(
         *total(*others[2:]),
         *nothing,
         iw_bounds_of_rows(log_w, particles),
-        *_certain(log_w),
+        *_markov_bounds(log_w),
         *nothing,
         float(khat.max()),
         threshold,
@@ -101,19 +107,19 @@ def _judged(
     """Findings on the reliability of the rows' mean weights."""
     if not failed.any():
         return [Finding(TRUST, f"The weights of all {len(labels)} rows can be averaged over.")]
-    sure = surely(khat, draws)
-    verdict = DISTRUST if too_many(failed, sure) else TRUST
+    sure = clearly_above_limit(khat, draws)
+    verdict = DISTRUST if exceed_noise(failed, sure) else TRUST
     worst = int(np.argmax(np.where(failed, khat, -np.inf)))
     reasons = [
-        named(labels, failed, khat, "not to be relied on"),
+        name_rows(labels, failed, khat, "not to be relied on"),
         f"Row {labels[worst]}: {found[worst].reason}",
     ]
     if verdict == TRUST:
-        reasons.append(f"The errors of {draws} draws explain so few.")
+        reasons.append(f"So few rows can fail by the errors of {draws} draws alone.")
     return [Finding(verdict, reason) for reason in reasons]
 
 
-def _certain(log_w: np.ndarray) -> tuple[float, float]:
+def _markov_bounds(log_w: np.ndarray) -> tuple[float, float]:
     """Lower bounds on the log evidence of all rows, each wrong with probability 0.05 at most."""
     parts = [log_w, *np.array_split(log_w, PARTS)]
     whole, *each = (float((log_sum(p.T) - math.log(len(p))).sum()) for p in parts)

@@ -16,7 +16,14 @@ from flowvi.diagnostics.importance import (
     psis_of_rows,
 )
 from flowvi.diagnostics.moments import Axes
-from flowvi.diagnostics.rows import Rows, evidence_of_each, named, surely, too_many, total
+from flowvi.diagnostics.rows import (
+    Rows,
+    clearly_above_limit,
+    evidence_of_each,
+    exceed_noise,
+    name_rows,
+    total,
+)
 from flowvi.diagnostics.verdict import Diagnosis, judge
 
 NOWHERE = "No draw has positive density under the model."
@@ -35,10 +42,10 @@ def diagnose_rows(
     """Judge the draws of each row, and of all rows together.
 
     The verdict of a row is that of `diagnose` on its draws alone. Over all rows it is "do not
-    trust" if an untrusted row has a k-hat significantly above the limit (`surely`), or if more
-    than 5 % of the rows are untrusted for any reason. Otherwise it is "trust the resampled
-    draws" if the plain draws of a row are off by more than two standard errors, or if more than
-    5 % of the rows do not have the verdict "trust".
+    trust" if an untrusted row has a k-hat significantly above the limit
+    (`clearly_above_limit`), or if more than 5 % of the rows are untrusted for any reason.
+    Otherwise it is "trust the resampled draws" if the plain draws of a row are off by more than
+    two standard errors, or if more than 5 % of the rows do not have the verdict "trust".
 
     Args:
         log_weights: (chain, draw, row).
@@ -117,10 +124,10 @@ def _table(judged: Sequence[Diagnosis], log_w: np.ndarray, labels: Sequence[str]
 def _findings(rows: Rows) -> list[Finding]:
     """Findings over all rows, the least trusted rows first."""
     failed, off = rows.verdict == DISTRUST, rows.verdict == RESAMPLE
-    sure = failed & surely(rows.khat, rows.draws)
+    sure = failed & clearly_above_limit(rows.khat, rows.draws)
     found = []
     if failed.any():
-        verdict = DISTRUST if too_many(failed, sure) else TRUST
+        verdict = DISTRUST if exceed_noise(failed, sure) else TRUST
         badness = np.where(sure, np.inf, rows.khat)
         worst = int(np.argmax(np.where(failed, badness, -np.inf)))
         middle = float(np.median(rows.khat))
@@ -130,24 +137,25 @@ def _findings(rows: Rows) -> list[Finding]:
             "their own in diagnosis.rows."
         )
         reasons = [
-            named(rows.labels, failed, badness, "not to be trusted"),
-            own if sure.any() else _open(rows, verdict == TRUST),
+            name_rows(rows.labels, failed, badness, "not to be trusted"),
+            own if sure.any() else _borderline(rows, verdict == TRUST),
         ]
         found += [Finding(verdict, reason) for reason in reasons]
     if off.any():
         certain = off & (rows.at_best == RESAMPLE)
-        verdict = RESAMPLE if too_many(off | failed, certain) else TRUST
-        reason = named(rows.labels, off, rows.khat, "to be resampled")
+        verdict = RESAMPLE if exceed_noise(off | failed, certain) else TRUST
+        reason = name_rows(rows.labels, off, rows.khat, "to be resampled")
         found.append(Finding(verdict, reason))
     return found
 
 
-def _open(rows: Rows, few: bool) -> str:
+def _borderline(rows: Rows, few: bool) -> str:
     """Sentence on rows that fail by no more than the errors of their numbers; else empty."""
     if few:
         return (
-            f"The errors of {rows.draws} draws explain so few: the verdict is that of the other "
-            "rows. Draw more of these to tell, for example fit.draw(4000, rows=[...])."
+            f"So few rows can fail by the errors of {rows.draws} draws alone: the verdict is that "
+            "of the other rows. To tell, draw more of these, for example "
+            "fit.draw(4000, rows=[...])."
         )
     more = max(ASKED, AGAIN * rows.draws)
     return (

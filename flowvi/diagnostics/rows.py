@@ -77,7 +77,7 @@ class Rows:
         return "\n".join(lines)
 
 
-def named(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: str) -> str:
+def name_rows(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: str) -> str:
     """Sentence such as: 3 of 500 rows are not to be trusted: 17, 33, 240.
 
     Args:
@@ -94,7 +94,7 @@ def named(labels: Sequence[str], chosen: np.ndarray, badness: np.ndarray, what: 
     )
 
 
-def surely(khat: np.ndarray, draws: int) -> np.ndarray:
+def clearly_above_limit(khat: np.ndarray, draws: int) -> np.ndarray:
     """Whether each k-hat is significantly too large, (R).
 
     A k-hat is too large if it exceeds 0.7 by more than its error allows, or if it exceeds the
@@ -117,7 +117,7 @@ def surely(khat: np.ndarray, draws: int) -> np.ndarray:
     return found
 
 
-def too_many(failed: np.ndarray, sure: np.ndarray) -> bool:
+def exceed_noise(failed: np.ndarray, sure: np.ndarray) -> bool:
     """Whether failed rows, (R), exceed noise: any significant failure, or over 5 % of rows."""
     return bool((failed & sure).any() or failed.sum() > TOLERATED * len(failed))
 

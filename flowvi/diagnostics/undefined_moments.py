@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from flowvi.diagnostics.finding import TRUST, Finding
-from flowvi.diagnostics.findings import MIN_ESS, MIN_ESS_SD, off
+from flowvi.diagnostics.findings import MIN_ESS, MIN_ESS_SD, exceeds_tolerance
 from flowvi.diagnostics.importance import khat_threshold, psis
 from flowvi.diagnostics.moments import Axes, Comparison, blocks
 
@@ -29,7 +29,7 @@ def heavy(
         axes: Labels of their elements.
     """
     known = np.minimum(c.ess_mean / MIN_ESS, c.ess_sd / MIN_ESS_SD)
-    blamed = np.logical_or(*off(c)) | (known < 1)
+    blamed = np.logical_or(*exceeds_tolerance(c)) | (known < 1)
     worst = [i for i in np.argsort(known, kind="stable") if blamed[i]][:LOOKED_AT]
     shapes = _shapes({c.labels[i] for i in worst}, log_w.ravel(), values, axes)
     without_mean = {label: k for label, (k, _) in shapes.items() if k >= 0}
@@ -72,6 +72,6 @@ def _sentence(what: str, shapes: Mapping[str, float]) -> str:
     others = len(shapes) - NAMED
     more = f" and {others} other{'s' * (others > 1)}" if others > 0 else ""
     return (
-        f"No draws, by whatever method, tell the {what} of {named}{more}: the tails are too heavy, "
-        "by the Pareto shape in brackets. Read the quantiles."
+        f"No sampling method can estimate the {what} of {named}{more}: the tails are too heavy "
+        "(Pareto shapes in brackets). Use the quantiles."
     )

@@ -124,7 +124,7 @@ class Diagnosis:
             note = f"weights can be trusted (below {limit})"
         elif self.verdict == TRUST and self.gap <= findings.FLAT_GAP:
             note = f"not below {limit}, of weights that are nearly equal"
-        elif self.verdict != DISTRUST or findings.open_tail(self.khat, self.draws):
+        elif self.verdict != DISTRUST or findings.undecided_tail(self.khat, self.draws):
             note = f"+- {self.khat_se:.2f}: not surely below {limit}"
         else:
             note = f"heavy-tailed weights (not below {limit})"
@@ -215,7 +215,7 @@ def judge(
 
     found += [*findings.weights(log_w, outside), *findings.evidences(chains)]
     comparison = None
-    if findings.flat(log_w, -2.0) or findings.open_tail(khat, log_w.size):
+    if findings.nearly_constant(log_w, -2.0) or findings.undecided_tail(khat, log_w.size):
         if arrays:
             comparison = compare(weights.reshape(chains.shape), np.isfinite(chains), arrays, axes)
             found += [*findings.moments(comparison), *findings.disagreement(comparison)]
@@ -227,7 +227,7 @@ def judge(
         found += findings.effective(ess, log_w.size, comparison, finding.verdicts(found)[1])
     strict, best = finding.verdicts(found)
     final = finding.decided(strict, best, log_w.size, check)
-    first = findings.undecided(log_w.size, strict, poor, final, check)
+    first = findings.ask_for_draws(log_w.size, strict, poor, final, check)
 
     verdict = max(final, finding.verdicts(known)[0], key=VERDICTS.index)
     if explain and khat >= threshold and arrays and verdict != TRUST:

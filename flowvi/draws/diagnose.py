@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike
 from flowvi import diagnostics
 from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
 from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
-from flowvi.runtime.arguments import check_type, draws_wanted
+from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.targets import Target, outside
 
 
@@ -23,7 +23,7 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         draws: Draws of a fit, or log weights as an array, (draw) or (chain, draw).
             Resampled draws return the diagnosis of the original ones.
     """
-    draws_wanted("diagnose", draws)
+    refuse_fit("diagnose", draws)
     if not isinstance(draws, Draws):
         return diagnostics.diagnose(as_weights(draws))
     if draws.diagnosis is not None:
@@ -50,18 +50,18 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         axes_of(draws),
         checked(draws.meta),
         draws.meta.get("failures", ()),
-        _outside(draws),
+        _zero_density_reason(draws),
     )
     diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
     if len(draws.z) == 1:
         return diagnosis
     found = diagnostics.distances(draws.z)
-    apart = tuple(finding.reason for finding in diagnostics.apart(found))
+    apart = tuple(finding.reason for finding in diagnostics.distant_restarts(found))
     matrix = tuple(tuple(row) for row in found.matrix.round(6).tolist())
     return replace(diagnosis, reasons=(*diagnosis.reasons, *apart), distances=matrix)
 
 
-def _outside(draws: Draws) -> str:
+def _zero_density_reason(draws: Draws) -> str:
     """Reason why some draws have density zero; empty if there are none, or no model."""
     inside = np.isfinite(draws.log_p)
     if inside.all() or not inside.any() or not isinstance(draws.target, Target):
@@ -77,7 +77,7 @@ def where(draws: Draws) -> Where:
     Args:
         draws: Draws of a fit, not resampled.
     """
-    draws_wanted("where", draws)
+    refuse_fit("where", draws)
     check_type("draws", draws, Draws, EXPECTED)
     return diagnostics.where(weights_of("where", draws), named_values(draws), axes_of(draws))
 
@@ -117,7 +117,7 @@ def bounds(draws: Draws | ArrayLike, particles: Sequence[int] = (1, 10, 100, 100
             on the evidence of all rows, and `rows` holds those of each row.
         particles: Numbers of particles K. With fewer draws than K the bound is NaN.
     """
-    draws_wanted("bounds", draws)
+    refuse_fit("bounds", draws)
     if isinstance(draws, Draws):
         check_proper(draws.improper)
         draws = draws.weighted or draws
@@ -162,7 +162,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
     )
     check = checked(draws.meta)
     if check is not None and len(draws) < check.draws:
-        diagnosis = _of_all(diagnosis, check, len(draws.z), draws.meta.get("missed", ()))
+        diagnosis = _part_of_chains(diagnosis, check, len(draws.z), draws.meta.get("missed", ()))
     if draws.weighted is None:
         return diagnosis
     trusted = diagnosis.verdict == diagnostics.VERDICTS[0]
@@ -182,7 +182,9 @@ def _of_chains(draws: Draws) -> Diagnosis:
     )
 
 
-def _of_all(diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]) -> Diagnosis:
+def _part_of_chains(
+    diagnosis: Diagnosis, check: Check, chains: int, missed: Sequence[str]
+) -> Diagnosis:
     """The verdict on some draws of Markov chains whose full set was checked."""
     reason = (
         f"These are {diagnosis.draws} of {check.draws} draws of Markov chains, which were judged "

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.row_sampling import pairs_of
-from flowvi.runtime.arguments import check_type, draws_wanted, unknown_choice
+from flowvi.runtime.arguments import check_type, refuse_fit, unknown_choice
 from flowvi.targets import LocalTarget
 
 Arrays = Mapping[str, np.ndarray]
@@ -71,7 +71,7 @@ class Prediction:
                 continue
             lines.append(
                 f"  {name}: log predictive density {found.sum():.2f} of {found.size} rows, "
-                f"{found.mean():.3f} a row"
+                f"{found.mean():.3f} per row"
             )
         return "\n".join(lines)
 
@@ -100,7 +100,7 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
         ModelError: A latent has another shape with these arguments, for example in a plate of
             other rows; or the target is a plain density.
     """
-    draws_wanted("predict", draws)
+    refuse_fit("predict", draws)
     check_type("draws", draws, Draws, EXPECTED)
     target, shape = draws.target, draws.log_p.shape
     if isinstance(target, LocalTarget):

@@ -9,7 +9,7 @@ from flowvi import diagnostics
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import EXPECTED, Draws, weights_of
-from flowvi.runtime.arguments import check_integer, check_type, draws_wanted, optional
+from flowvi.runtime.arguments import check_integer, check_type, optional, refuse_fit
 
 
 def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
@@ -29,7 +29,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
     References:
         Vehtari et al. (2024), "Pareto smoothed importance sampling", JMLR 25(72).
     """
-    draws_wanted("resample", draws)
+    refuse_fit("resample", draws)
     check_type("draws", draws, Draws, EXPECTED)
     optional(check_integer, "n", n)
     log_w, diagnosis = weights_of("resample", draws), diagnose(draws)

@@ -79,7 +79,7 @@ class RowBounds:
     def __str__(self) -> str:
         return (
             f"{len(self.values)} rows: ELBO {self.elbo_mean:.4f} +- {self.elbo_se:.2g}, "
-            f"L_{self.particles} {self.mean:.4f} +- {self.se:.2g} nats a row"
+            f"L_{self.particles} {self.mean:.4f} +- {self.se:.2g} nats per row"
         )
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flowvi.diagnostics import khat_threshold, psis_of_rows
-from flowvi.diagnostics.rows import surely
+from flowvi.diagnostics.rows import clearly_above_limit
 from flowvi.draws.draws import Draws, scored
 from flowvi.guides.guide import Guide
 from flowvi.runtime.columns import Columns
@@ -140,9 +140,7 @@ def structured_draws(
                 log_w = found.log_p - log_q[start:stop]
                 values = target.whole.constrain(found.z)
                 log_joint = found.log_joint
-                columns.add(
-                    {POINT: found.z, LOG_P: log_joint, LOG_Q: log_joint - log_w, **values}
-                )
+                columns.add({POINT: found.z, LOG_P: log_joint, LOG_Q: log_joint - log_w, **values})
                 start = stop
     table = {
         name: column.reshape(len(guides), n, *column.shape[1:])
@@ -178,7 +176,7 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
         khat[uneven] = psis_of_rows(log_w[uneven]).khat
     found = uneven & (khat >= khat_threshold(log_w.shape[1]))
     if found.any():
-        found[uneven] &= surely(khat[uneven], log_w.shape[1])
+        found[uneven] &= clearly_above_limit(khat[uneven], log_w.shape[1])
     plate = target.structure.plate
     labels = target.whole.coords.get(plate, range(count))
     return Units(plate, tuple(map(str, labels)), khat, variance, found, log_w.shape[1])

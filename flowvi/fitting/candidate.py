@@ -40,7 +40,7 @@ class Candidate:
     lr: float = 0.0
     evaluation: Evaluation = UNKNOWN
     missed: Sequence[GaussianApproximation] = ()
-    beyond: str = ""
+    missed_mass: str = ""
     units: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
@@ -72,4 +72,4 @@ class Candidate:
     def reasons(self) -> list[str]:
         """Reasons of the verdict: the parts of the posterior that the guide misses."""
         seen = [describe_missed_modes(self.missed, self.covered)] if self.missed else []
-        return [*seen, *(sentence for sentence in (self.beyond, self.units) if sentence)]
+        return [*seen, *(sentence for sentence in (self.missed_mass, self.units) if sentence)]

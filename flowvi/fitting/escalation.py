@@ -126,7 +126,7 @@ def components(restart: Restart, candidate: Candidate) -> Candidate | None:
     if len(starts) > MOST_COMPONENTS:
         sizes["component"] = "fullrank"
     new = Candidate(
-        restart.placed(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
+        restart.to_target(make_guide("mixture", restart.target.dim, **sizes)), "mixture", sizes
     )
     cast(MixtureGuide, new.guide).start_components([(g.loc, g.scale_tril) for g in starts])
     restart.train(new, 0.7, "mixture")
@@ -139,9 +139,9 @@ def tempered(restart: Restart, candidate: Candidate) -> Candidate | None:
         return None
     if isinstance(restart.target, MarginalTarget):
         return None
-    wide = restart.wide()
+    wide = restart.tempered_normal()
     new = Candidate(
-        restart.placed(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
+        restart.to_target(make_guide("marginals", restart.target.dim)), "marginals", lr=SPLINE_RATE
     )
     new.guide.start(wide.loc, wide.scale_tril)
     couplings = cast(Chain, cast(FlowGuide, new.guide).flow).layers[0].parameters()
@@ -259,7 +259,7 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
             lambda state: None if state is None else from_state(restart.target, state),
         )
         if longer is None:
-            restart.record.log.append("NUTS given up for want of time; neutra(fit) has no limit")
+            restart.record.log.append("NUTS stopped at its time limit; neutra(fit) has no limit")
             break
         found = longer
         if diagnose(found).verdict == VERDICTS[0]:
@@ -286,7 +286,7 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     bounds = torch.tensor([part.bound for part in parts])
     guide = MixtureGuide([part.guide for part in parts], bounds - bounds.max())
     sizes = {"parts": [{"name": part.name, **part.sizes} for part in parts]}
-    new = Candidate(first.placed(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
+    new = Candidate(first.to_target(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
     first.train(new, 1.0, "mixture of restarts")
     first.check(new)
     return new if trusted(new) else None
@@ -299,8 +299,8 @@ ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A normal with the weighted moments of the draws", moments),
     ("A flow fitted to the weighted draws", likeliest),
     ("A mixture with a component for each mode that was left out", components),
-    ("Splines of each coordinate, trained from a flat density to the full one", tempered),
-    ("A deeper flow with heavier tails, trained on with more draws", richer),
-    ("Training on annealed draws, which go where the guide's own do not", annealed),
+    ("Splines of each coordinate, trained on tempered densities", tempered),
+    ("A deeper flow with heavier tails, trained with more draws", richer),
+    ("Training on annealed draws, which reach modes that the guide misses", annealed),
     ("NUTS in the space of the flow", sampled),
 )

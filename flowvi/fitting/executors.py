@@ -165,14 +165,14 @@ def to_message(restart: Restart) -> dict[str, Any]:
             "sizes": found.sizes,
             "lr": found.lr,
             "evaluation": list(found.evaluation),
-            "beyond": found.beyond,
+            "missed_mass": found.missed_mass,
         },
         "guide": cpu_state_dict(found.guide),
         "own": own_state_of(restart.target),
         "missed": [g.state() for g in found.missed],
         "chains": None if found.chains is None else to_state(found.chains),
         "best": restart.best.state(),
-        "others": [g.state() for g in restart.others],
+        "others": [g.state() for g in restart.other_starts],
         "record": restart.record.since((0, 0, 0, 0)),
         "interrupted": restart.interrupted,
         "diagnosis": found.diagnosis,
@@ -188,10 +188,10 @@ def from_message(
     restart = plan.restart(target, session, number)
     restart.record.extend(found["record"])
     restart.best, restart.interrupted = restart.gaussian(found["best"]), found["interrupted"]
-    restart.others = [restart.gaussian(state) for state in found["others"]]
+    restart.other_starts = [restart.gaussian(state) for state in found["others"]]
     facts, own = found["candidate"], restart.given
     guide = make_guide(facts["name"], target.dim, **facts["sizes"]) if own is None else own
-    guide = restart.placed(guide)
+    guide = restart.to_target(guide)
     load_tensors(guide, found["guide"], "The restart")
     # The guide was trained together with these parameters.
     target.set_own_state(found["own"])

@@ -31,19 +31,23 @@ def first_guide(restart: Restart) -> Candidate:
         return restart.session.checkpointer.run_once(
             "guide",
             restart.record,
-            lambda: restart.started(_own(guide)) if restart.fresh else _placed(restart, guide),
+            lambda: (
+                restart.initialised(_as_candidate(guide))
+                if restart.fresh
+                else _unchanged_guide(restart, guide)
+            ),
             lambda candidate: cpu_state_dict(candidate.guide),
-            lambda tensors: _given(restart, guide, tensors),
+            lambda tensors: _initialised_guide(restart, guide, tensors),
         )
     if restart.name != AUTO:
-        return restart.started(Candidate(make_guide(restart.name, target.dim), restart.name))
+        return restart.initialised(Candidate(make_guide(restart.name, target.dim), restart.name))
     if isinstance(target, NestedTarget):
         name = "fullrank" if target.dim <= NESTED_DIM else "meanfield"
-        return restart.started(Candidate(make_guide(name, target.dim), name))
+        return restart.initialised(Candidate(make_guide(name, target.dim), name))
     if isinstance(target, MarginalTarget):
         name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
-        return restart.started(Candidate(make_guide(name, target.dim), name))
-    return _by_the_gap(restart)
+        return restart.initialised(Candidate(make_guide(name, target.dim), name))
+    return _choose_by_gap(restart)
 
 
 def flow(restart: Restart, sizes: dict[str, Any], name: str = "realnvp") -> Candidate:
@@ -52,59 +56,59 @@ def flow(restart: Restart, sizes: dict[str, Any], name: str = "realnvp") -> Cand
     words = ", ".join(f"{key} {value}" for key, value in sizes.items())
     title = f"{name} ({words})" if words else name
     restart.record.log.append(f"guide: {title} on top of the Gaussian")
-    return restart.started(Candidate(guide, name, sizes))
+    return restart.initialised(Candidate(guide, name, sizes))
 
 
-def _by_the_gap(restart: Restart) -> Candidate:
+def _choose_by_gap(restart: Restart) -> Candidate:
     """Return the Gaussian if its gap is small; else couplings, or couplings with skews."""
     target, settings, schedule = restart.target, restart.settings, restart.schedule
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
-    gaussian = restart.started(Candidate(make_guide(name, target.dim), name))
+    gaussian = restart.initialised(Candidate(make_guide(name, target.dim), name))
     gap = restart.stages(gaussian.guide).evaluate().gap
-    restart.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
+    restart.record.log.append(f"Gaussian: KL(q || p) about {gap:.2g}")
     if gap < schedule.nothing_left or restart.session.clock.interrupted:
         return gaussian
     if target.dim > HELD_DIM:
         return flow(restart, {}, "skewed")
     plain = flow(restart, {"depth": MANY_COUPLINGS if gap > WIDE_GAP else FEW_COUPLINGS})
     asked = settings.steps is not None or settings.lr is not None
-    much = gap > schedule.much and restart.searches(gap)
+    much = gap > schedule.much and restart.should_search_rate(gap)
     # Parameters of the model are trained together with one guide only.
     alike = not target.subsampled and not list(target.parameters())
-    return _raced(restart, plain) if much and alike and not asked else plain
+    return _compare_with_skews(restart, plain) if much and alike and not asked else plain
 
 
-def _raced(restart: Restart, plain: Candidate) -> Candidate:
+def _compare_with_skews(restart: Restart, plain: Candidate) -> Candidate:
     """Train couplings, and couplings with skews, for the same steps; keep the better guide."""
     schedule = restart.schedule
     racers = (plain, flow(restart, plain.sizes, "skewed"))
     try:
         stages = [restart.stages(candidate.guide) for candidate in racers]
-        found = [restart.tried(one) for one in stages]
+        found = [restart.try_rates(one) for one in stages]
         if found[1].bound > found[0].bound + schedule.ahead:
             pairs = zip(stages, found, strict=True)
-            found = [restart.tried(one, trial.lr) for one, trial in pairs]
+            found = [restart.try_rates(one, trial.lr) for one, trial in pairs]
     except Interrupted:
         return plain
     best = found[1].bound > found[0].bound + schedule.further
     candidate, trial = racers[best], found[best]
     candidate.lr = trial.lr
-    restart.record.log.append(f"the guide is {candidate.name}, by these trials")
+    restart.record.log.append(f"guide: {candidate.name}, the better of these trials")
     return candidate
 
 
-def _given(restart: Restart, guide: Guide, tensors: Mapping[str, Tensor]) -> Candidate:
+def _initialised_guide(restart: Restart, guide: Guide, tensors: Mapping[str, Tensor]) -> Candidate:
     """Return the user's guide with its initial values."""
-    load_tensors(restart.placed(guide), tensors, "The checkpoint")
-    return _own(guide)
+    load_tensors(restart.to_target(guide), tensors, "The checkpoint")
+    return _as_candidate(guide)
 
 
-def _placed(restart: Restart, guide: Guide) -> Candidate:
+def _unchanged_guide(restart: Restart, guide: Guide) -> Candidate:
     """Return a guide that keeps its present parameters."""
-    return _own(restart.placed(guide))
+    return _as_candidate(restart.to_target(guide))
 
 
-def _own(guide: Guide) -> Candidate:
+def _as_candidate(guide: Guide) -> Candidate:
     """Return the user's guide, with the sizes that rebuild it if they are known."""
     if guide.spec is not None:
         return Candidate(guide, guide.kind, guide.spec)

@@ -17,8 +17,14 @@ from flowvi.draws.draws import Draws
 from flowvi.draws.storage import to_state
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
-from flowvi.runtime.files import CheckpointError, Checksum, read_json, write_atomic, write_json
-from flowvi.runtime.files import make_folder as made
+from flowvi.runtime.files import (
+    CheckpointError,
+    Checksum,
+    make_folder,
+    read_json,
+    write_atomic,
+    write_json,
+)
 from flowvi.runtime.tensors import cpu_state_dict, read_tensors, serialize
 from flowvi.targets import LocalTarget
 
@@ -68,7 +74,7 @@ def save(fit: Contents, folder: str | os.PathLike[str]) -> Path:
         fit: The contents of the fit.
         folder: The folder; it is created if it does not exist.
     """
-    path = made(folder, "a fit")
+    path = make_folder(folder, "a fit")
     parts: dict[str, Mapping[str, Tensor]] = {
         f"guide_{i}": cpu_state_dict(guide) for i, guide in enumerate(fit.guides)
     }

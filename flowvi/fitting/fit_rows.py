@@ -112,7 +112,7 @@ def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -
         "flowvi": __version__,
         "torch": str(torch.__version__),
     }
-    return RowFit(target, guide, history, [*_log(epochs, held), *epochs.record.log], meta)
+    return RowFit(target, guide, history, [*_log_lines(epochs, held), *epochs.record.log], meta)
 
 
 def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
@@ -160,14 +160,15 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
     return order[held:].sort().values, target.batch(order[:held].sort().values)
 
 
-def _log(epochs: Epochs, held: Batch | None) -> list[str]:
+def _log_lines(epochs: Epochs, held: Batch | None) -> list[str]:
     """Log lines of the training, with the epoch that is kept."""
     state, size = epochs.progress, epochs.settings.batch_size
     log = [f"{len(epochs.rows)} rows in batches of {size}, {len(state.epochs)} epochs"]
     if held is not None and state.epochs:
         best = int(np.argmax([e.validation for e in state.epochs])) + 1
         log.append(
-            f"kept epoch {best}, by the bound {state.best_bound:.4f} on {len(held.places)} rows"
+            f"kept epoch {best}: the best bound, {state.best_bound:.4f}, on {len(held.places)} "
+            "held-out rows"
         )
     if epochs.interrupted:
         log.append(f"interrupted after {len(state.epochs)} epochs")

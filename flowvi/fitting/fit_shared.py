@@ -17,7 +17,7 @@ from flowvi.fitting.escalation import joined
 from flowvi.fitting.executors import Plan, run_in_executor, run_restart
 from flowvi.fitting.identity import guide_words, latents, log_density
 from flowvi.fitting.request import PARTICLES, Request
-from flowvi.fitting.restart import Restart, checked
+from flowvi.fitting.restart import Restart, diagnose_fresh_draws
 from flowvi.fitting.result import Fit, NestedFit, StructuredFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.structured import StructuredGuide
@@ -48,7 +48,7 @@ def fit_shared(request: Request) -> Fit:
     checkpointer = Checkpointer(clock, target)
     session = Session(clock, checkpointer, request.progress, request.callback)
     guide = cast(str | Guide, request.guide)
-    about = _about(target, guide, settings, request.restarts)
+    about = _fit_identity(target, guide, settings, request.restarts)
     plan = Plan(guide, request.fresh, settings, about, folder, request.resume)
     restarts: list[Restart] = []
 
@@ -76,7 +76,7 @@ def fit_shared(request: Request) -> Fit:
             run_restart(restarts[-1])
             if restarts[-1].interrupted:
                 break
-        result = _finished(target, restarts, settings, clock)
+        result = _combine_restarts(target, restarts, settings, clock)
         if folder is not None and not distributed.rank():
             with warn_if_unwritable(folder):
                 result.save(folder / BEST)
@@ -85,7 +85,9 @@ def fit_shared(request: Request) -> Fit:
     return result
 
 
-def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int) -> dict[str, Any]:
+def _fit_identity(
+    target: Target, guide: str | Guide, settings: Settings, restarts: int
+) -> dict[str, Any]:
     """The identity of a fit; only a fit with the same identity can resume its checkpoint."""
     about = {
         "model": target.name,
@@ -107,7 +109,9 @@ def _about(target: Target, guide: str | Guide, settings: Settings, restarts: int
     return about
 
 
-def _finished(target: Target, restarts: list[Restart], settings: Settings, clock: Clock) -> Fit:
+def _combine_restarts(
+    target: Target, restarts: list[Restart], settings: Settings, clock: Clock
+) -> Fit:
     """The result of all restarts, with the findings of their last check."""
     union = None
     if settings.escalate and len(restarts) > 1:
@@ -115,7 +119,7 @@ def _finished(target: Target, restarts: list[Restart], settings: Settings, clock
             union = joined(restarts)
     candidates = [union] if union else [r.candidate for r in restarts]
     result = _result(target, restarts, settings, clock, candidates)
-    result.meta["check"] = _check_of(target, candidates, settings, clock)
+    result.meta["check"] = _check_findings(target, candidates, settings, clock)
     if result.chains is not None:
         # The verdict on all draws of the chains also applies to a part of these draws.
         found = max(candidates, key=lambda c: c.bound).diagnosis
@@ -187,7 +191,7 @@ def _result(
     return Fit(target, guides, bounds, history, log, meta, chains, start)
 
 
-def _check_of(
+def _check_findings(
     target: Target, candidates: list[Candidate], settings: Settings, clock: Clock
 ) -> dict[str, Any] | None:
     """Findings of the last check of the guides, for the verdict on later draws."""
@@ -197,7 +201,7 @@ def _check_of(
         found = None
     else:
         seed, guides = derive_seed(settings.seed, 0, CHECK), [c.guide for c in candidates]
-        found = checked(target, guides, seed, clock.out_of_time, settings.schedule)
+        found = diagnose_fresh_draws(target, guides, seed, clock.out_of_time, settings.schedule)
     return None if found is None else Check(found.verdict, found.khat, found.draws)._asdict()
 
 

@@ -34,7 +34,7 @@ from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.guides.structured import StructuredGuide
 from flowvi.objectives.nested import NestedTarget, inner_guide
-from flowvi.runtime.arguments import check_path as path_of
+from flowvi.runtime.arguments import check_path
 from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
@@ -73,7 +73,7 @@ def load(
         CheckpointError: The folder holds no fit, or a fit of another model; the
             message names the file or the site.
     """
-    path = path_of("folder", folder)
+    path = check_path("folder", folder)
     manifest = read_manifest(path)
     kind = manifest.get("kind")
     _same_kind(kind in (ROWS, NESTED), isinstance(target, LocalTarget), path)
@@ -109,16 +109,11 @@ def _load_rows(
     meta = manifest["meta"]
     spec = meta["specs"][0]
     file, seal = files.of("guide_0")
-    if guide is not None:
-        new = copy.deepcopy(guide)
-    elif not spec.get("own") and spec.get("name") in guide_names():
+    if guide is None and not spec.get("own") and spec.get("name") in guide_names():
         with isolated_rng():
-            new = amortised(target, spec["name"])
+            new: Guide = amortised(target, spec["name"])
     else:
-        raise CheckpointError(
-            f"{file.parent} holds a guide of your own making ({spec.get('name')}); "
-            "pass one of the same build: flowvi.load(folder, target, guide=...)."
-        )
+        new = _copy_of_own(guide, file, spec.get("name"))
     new = new.to(dtype=target.dtype, device=target.device)
     read_module(file, new, seal)
     if files.has(OWN):
@@ -178,7 +173,9 @@ def _load_structured(
     own, wanted = read_tensors(file, seal), marginal.own_state()
     for name, value in wanted.items():
         if name not in own or own[name].shape != value.shape or not own[name].isfinite().all():
-            raise CheckpointError(f"{file}: '{name}' of the local latents is missing or not finite.")
+            raise CheckpointError(
+                f"{file}: '{name}' of the local latents is missing or not finite."
+            )
     marginal.set_own_state({n: own[n].to(value) for n, value in wanted.items()})
     specs, guides = manifest["meta"]["specs"], []
     for i in range(manifest["guides"]):
@@ -237,16 +234,20 @@ def _build(
             raise
         except (TypeError, ValueError, KeyError, RuntimeError) as error:
             raise CheckpointError(f"{file} fits no guide '{name}' of {sizes}: {error}") from None
-    elif own is not None:
-        new = copy.deepcopy(own)
     else:
+        new = _copy_of_own(own, file, name)
+    new = new.to(dtype=target.dtype, device=target.device)
+    read_module(file, new, checksum)
+    return new
+
+
+def _copy_of_own(own: Guide | None, file: Path, name: str | None) -> Guide:
+    if own is None:
         raise CheckpointError(
             f"{file.parent} holds a guide of your own making ({name}); "
             "pass one of the same build: flowvi.load(folder, target, guide=...)."
         )
-    new = new.to(dtype=target.dtype, device=target.device)
-    read_module(file, new, checksum)
-    return new
+    return copy.deepcopy(own)
 
 
 def _check_sizes(sizes: Mapping[str, Any], file: Path, checksum: Checksum | None) -> None:

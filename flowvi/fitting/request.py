@@ -223,6 +223,11 @@ def _check(target: Target, objective: Objective, restarts: int) -> None:
             f"objective must be one such as elbo() or iwelbo(16); got {type(objective).__name__}."
         )
     if isinstance(target, NestedTarget):
+        if isinstance(objective, ForwardKL):
+            raise ValueError(
+                f"forward_kl does not train the guide of the rows of {target.name}: over a "
+                "NestedTarget use objective=elbo() or iwelbo(16)."
+            )
         check_outer(target, particles_of(objective) if weighs(objective) else 1)
     if target.subsampled and weighs(objective):
         plate = next(iter(target.subsampled))

@@ -84,8 +84,8 @@ class Restart:
         self.record = Record()
         self.interrupted = False
         self.best: GaussianApproximation
-        self.others: list[GaussianApproximation] = []
-        self._wide: GaussianApproximation | None = None
+        self.other_starts: list[GaussianApproximation] = []
+        self._tempered_normal: GaussianApproximation | None = None
         self.candidate: Candidate
 
     @property
@@ -99,7 +99,7 @@ class Restart:
         Args:
             first: Function that builds the first guide.
         """
-        self.best, *self.others = self._start()
+        self.best, *self.other_starts = self._start()
         torch.manual_seed(self.seed(BUILD))
         self.candidate = first(self)
         share = self.schedule.first_share if self.settings.escalate else 1.0
@@ -160,19 +160,19 @@ class Restart:
         """Create the training of a guide on this restart's target."""
         return Stages(self.target, guide, self.settings, self.session, self.number, self.record)
 
-    def placed(self, guide: Guide) -> Guide:
+    def to_target(self, guide: Guide) -> Guide:
         """Move a guide to the precision and the device of the target."""
         return guide.to(dtype=self.target.dtype, device=self.target.device)
 
-    def started(self, candidate: Candidate) -> Candidate:
+    def initialised(self, candidate: Candidate) -> Candidate:
         """Initialise a guide at the best Gaussian, or a mixture at several Gaussians."""
-        candidate.guide = guide = self.placed(candidate.guide)
+        candidate.guide = guide = self.to_target(candidate.guide)
         guide.start(self.best.loc, self.best.scale_tril)
         if isinstance(guide, MixtureGuide):
-            starts = distinct_candidates([self.best, *self.others], len(guide.components))
+            starts = distinct_candidates([self.best, *self.other_starts], len(guide.components))
             whole = itertools.islice(itertools.cycle(starts), len(guide.components))
             guide.start_components([(g.loc, g.scale_tril) for g in whole])
-            self.record.log.append(f"components started at {len(starts)} different places")
+            self.record.log.append(f"components initialised at {len(starts)} different Gaussians")
         return candidate
 
     def train(self, candidate: Candidate, share: float, name: str = "", draws: int = 1) -> None:
@@ -190,13 +190,13 @@ class Restart:
         if not stages.trained or self.interrupted:
             return
         try:
-            candidate.lr = candidate.lr or self.settings.lr or self._rate(stages, candidate)
+            candidate.lr = candidate.lr or self.settings.lr or self._choose_rate(stages, candidate)
             if self.schedule.lengths is not None:
-                self._by_length(stages, candidate)
+                self._train_fixed_stages(stages, candidate)
             elif self.settings.steps is not None:
-                self._counted(stages, candidate, self.settings.steps)
+                self._train_given_steps(stages, candidate, self.settings.steps)
             else:
-                self._until_plateaus(stages, candidate, share, name, draws)
+                self._train_until_plateaus(stages, candidate, share, name, draws)
         except (Interrupted, KeyboardInterrupt) as interrupt:
             if isinstance(interrupt, KeyboardInterrupt):
                 self.session.clock.interrupt()
@@ -210,18 +210,18 @@ class Restart:
             self.record.log += overlap(candidate.guide).complaints
         if self.schedule.lengths is not None and not math.isfinite(candidate.bound):
             self.record.failures.append(
-                f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, after "
-                "training as before it: the guides put mass where the density is not finite."
+                f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, also "
+                "after training: the guides put mass where the density is not finite."
             )
 
     def check(self, candidate: Candidate) -> None:
         """Check a guide on fresh draws, and against the modes of the search for a start."""
-        candidate.missed = self.left_out(candidate)
+        candidate.missed = self.find_missed_modes(candidate)
         try:
             with abort_on_interrupt():
                 if isinstance(self.target, MarginalTarget):
                     candidate.units = self._adapt(self.target, candidate.guide)
-                candidate.diagnosis = found = self._diagnosed(candidate)
+                candidate.diagnosis = found = self._diagnose(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
             return
@@ -229,7 +229,9 @@ class Restart:
             self.record.log.append(f"check: {error}")
             return
         if found is None:
-            self.record.log.append("check: left out, since all rows would take too long")
+            self.record.log.append(
+                "check: skipped, because an evaluation of all rows takes too long"
+            )
             return
         self.record.log.append(
             f"check: {found.verdict}, k-hat {found.khat:.2f}, "
@@ -243,8 +245,8 @@ class Restart:
             self.record.log += [candidate.units] if candidate.units else []
             return
         if self.settings.escalate and not candidate.missed:
-            candidate.beyond = self._beyond(candidate.guide, found)
-            self.record.log += [candidate.beyond] if candidate.beyond else []
+            candidate.missed_mass = self._describe_missed_mass(candidate.guide, found)
+            self.record.log += [candidate.missed_mass] if candidate.missed_mass else []
 
     def _adapt(self, target: MarginalTarget, guide: Guide) -> str:
         """Fit the conditionals of units where a guide has its draws, and check them."""
@@ -267,13 +269,13 @@ class Restart:
             restored,
         )
 
-    def _diagnosed(self, candidate: Candidate) -> Diagnosis | None:
+    def _diagnose(self, candidate: Candidate) -> Diagnosis | None:
         if candidate.chains:
             return diagnose(candidate.chains)
         if isinstance(self.target, NestedTarget) and not self.schedule.check_draws:
             return None
         clock = self.session.clock
-        return checked(
+        return diagnose_fresh_draws(
             self.target,
             [candidate.guide],
             self.seed(CHECK),
@@ -281,21 +283,21 @@ class Restart:
             self.schedule,
         )
 
-    def left_out(self, candidate: Candidate) -> list[GaussianApproximation]:
+    def find_missed_modes(self, candidate: Candidate) -> list[GaussianApproximation]:
         """Modes from the search for a start that a guide misses."""
-        modes = [g for g in self.others if math.isfinite(g.mass)]
+        modes = [g for g in self.other_starts if math.isfinite(g.mass)]
         return missed_modes(
             self.target, candidate.guide, candidate.covered, modes, self.seed(COVER)
         )
 
-    def wide(self) -> GaussianApproximation:
+    def tempered_normal(self) -> GaussianApproximation:
         """A normal approximation of the target at a high temperature."""
-        if self._wide is None:
-            near = [self.best, *self.others]
-            self._wide = wide_gaussian(self.target, near, self.seed(WIDE))
-        return self._wide
+        if self._tempered_normal is None:
+            near = [self.best, *self.other_starts]
+            self._tempered_normal = wide_gaussian(self.target, near, self.seed(WIDE))
+        return self._tempered_normal
 
-    def _beyond(self, guide: Guide, diagnosis: Diagnosis) -> str:
+    def _describe_missed_mass(self, guide: Guide, diagnosis: Diagnosis) -> str:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
         # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
@@ -303,7 +305,9 @@ class Restart:
             return ""
         try:
             with abort_on_interrupt():
-                return mass_beyond_guide(self.target, diagnosis, self.wide(), self.seed(ANNEAL))
+                return mass_beyond_guide(
+                    self.target, diagnosis, self.tempered_normal(), self.seed(ANNEAL)
+                )
         except Interrupted:
             return ""
         except (ValueError, RuntimeError) as error:
@@ -311,23 +315,25 @@ class Restart:
             self.record.log.append(f"annealing from a wide start failed, {error}")
             return ""
 
-    def _rate(self, stages: Stages, candidate: Candidate) -> float:
+    def _choose_rate(self, stages: Stages, candidate: Candidate) -> float:
         if candidate.name == "skewed" and not candidate.sizes:
             return self.schedule.skew_rate
-        if self.schedule.lengths is not None or not self.searches(candidate.evaluation.gap):
+        if self.schedule.lengths is not None or not self.should_search_rate(
+            candidate.evaluation.gap
+        ):
             return self.schedule.middle_rate
-        lr = self.tried(stages).lr
+        lr = self.try_rates(stages).lr
         candidate.evaluation = stages.evaluate()
         return lr
 
-    def searches(self, gap: float) -> bool:
+    def should_search_rate(self, gap: float) -> bool:
         """Whether to search a step size: not if the gap or the remaining time is small."""
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         little = steps is None and gap < schedule.little
         return not few and not little and clock.seconds_left >= schedule.search_seconds
 
-    def tried(self, stages: Stages, lr: float | None = None) -> Trial:
+    def try_rates(self, stages: Stages, lr: float | None = None) -> Trial:
         """The best of several step sizes, or the result of a given one."""
         steps = self.schedule.race_steps
 
@@ -344,11 +350,11 @@ class Restart:
             lambda state: Trial(*stages.restore(state)),
         )
 
-    def _counted(self, stages: Stages, candidate: Candidate, steps: int) -> None:
+    def _train_given_steps(self, stages: Stages, candidate: Candidate, steps: int) -> None:
         stage = Stage("training", 0, steps, self.settings.repeats, candidate.lr)
         candidate.evaluation = stages.run(stage)
 
-    def _by_length(self, stages: Stages, candidate: Candidate) -> None:
+    def _train_fixed_stages(self, stages: Stages, candidate: Candidate) -> None:
         """Train stages of fixed lengths; halve the step size after a stage without a gain."""
         rate, clock = candidate.lr, self.session.clock
         for i, length in enumerate(self.schedule.counted(self.settings.steps)):
@@ -367,7 +373,7 @@ class Restart:
             rate *= 0.5 ** max(stages.halvings, int(not gained > 0))
         candidate.lr = rate
 
-    def _until_plateaus(
+    def _train_until_plateaus(
         self, stages: Stages, candidate: Candidate, share: float, name: str, draws: int
     ) -> None:
         """Train stages with more draws and smaller steps, until one reduces the gap too little."""
@@ -394,12 +400,12 @@ class Restart:
                 return
             if i and gained < schedule.worth * (left + gained):
                 return
-            if self.settings.escalate and self.left_out(candidate):
+            if self.settings.escalate and self.find_missed_modes(candidate):
                 # Further steps cannot recover modes that this guide misses.
                 return
 
 
-def checked(
+def diagnose_fresh_draws(
     target: Target,
     guides: Sequence[Guide],
     seed: int,

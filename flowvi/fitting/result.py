@@ -289,9 +289,7 @@ class StructuredFit(Fit):
     def contents(self) -> Contents:
         own = self.marginal.own_state()
         return (
-            super()
-            .contents()
-            ._replace(guides=self._shared, own=own, kind=STRUCTURED, chains=None)
+            super().contents()._replace(guides=self._shared, own=own, kind=STRUCTURED, chains=None)
         )
 
 

@@ -51,7 +51,7 @@ def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
     loc = (drawn.weight[:, None] * drawn.theta).sum(0)
     shift = drawn.theta - loc
     covariance = (drawn.weight[:, None] * shift).mT @ shift
-    new = Candidate(restart.placed(make_guide("fullrank", restart.target.dim)), "fullrank")
+    new = Candidate(restart.to_target(make_guide("fullrank", restart.target.dim)), "fullrank")
     new.guide.start(loc, factor_of(covariance))
     return new
 
@@ -70,7 +70,7 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     scale = factor_of((drawn.weight[:, None] * shift).mT @ shift)
     sizes = {"depth": COUPLINGS, "base": "student_t"}
     new = Candidate(
-        restart.placed(make_guide("realnvp", restart.target.dim, **sizes)), "realnvp", sizes
+        restart.to_target(make_guide("realnvp", restart.target.dim, **sizes)), "realnvp", sizes
     )
     new.guide.start(loc, scale)
     restart.session.checkpointer.run_once(

@@ -75,9 +75,9 @@ def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianAppr
     found = start(target.target, seed) if target.dim <= JOINT_DIM else None
     if found is None:
         zero = torch.zeros(target.dim, dtype=target.dtype, device=target.device)
-        say(f"start: a normal of width {START_WIDTH} around zero")
+        say(f"start: a normal with mean 0 and sd {START_WIDTH}")
         return [GaussianApproximation(zero, torch.full_like(zero, START_WIDTH), "zero")]
     if target.inner_name != "own":
         found.begin(target.inner, target.sees_theta)
-    say("start: a normal of the shared latents and those of some rows together")
+    say("start: a joint normal of the shared latents and the latents of a few rows")
     return [GaussianApproximation(found.loc, found.scale_tril, "theta and some rows")]

@@ -103,7 +103,7 @@ FLOWS: dict[str, Callable[..., Layer]] = {
     "sylvester_triangular": sylvester_triangular,
 }
 
-# Densities that a guide's noise comes from: name -> builder(dim).
+# Base densities of guides: name -> builder(dim).
 BASES: dict[str, Callable[..., Base]] = {
     "gaussian_mixture": GaussianMixture,
     "normal": Normal,

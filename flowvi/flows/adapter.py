@@ -60,9 +60,9 @@ def _evaluate(transform: Transform, x: Tensor) -> tuple[Tensor, Tensor]:
     """Output and log determinant, without the cache of the transform."""
     _forget(transform)
     y = transform(x)
-    # Some transforms take their log determinant from the call just made, and only from there.
+    # Some transforms compute their log determinant from values cached by the last call.
     ladj = transform.log_abs_det_jacobian(x, y)
-    # A module that holds the graph of this call could not be copied.
+    # A cached tensor with an autograd graph would prevent copies of the module.
     _forget(transform)
     return y, ladj if transform.domain.event_dim else ladj.sum(-1)
 
@@ -97,6 +97,6 @@ def _inside(transform: Transform, seen: set[int]) -> Iterator[Transform]:
         values += transform.children()
     for value in values:
         for part in value if isinstance(value, list | tuple) else [value]:
-            # A transform and its inverse hold each other.
+            # A transform and its inverse refer to each other.
             if isinstance(part, Transform) and id(part) not in seen:
                 yield from _inside(part, seen)

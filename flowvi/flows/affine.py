@@ -8,7 +8,45 @@ from flowvi.flows.layer import Layer
 from flowvi.flows.nets import ContextParameter
 
 
-class Diagonal(Layer):
+class Scaled(Layer):
+    """An affine layer in units of a constant origin and constant widths, 0 and 1 until `set_`."""
+
+    origin: Tensor
+    width: Tensor
+    params: ContextParameter
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.register_buffer("origin", torch.zeros(dim))
+        self.register_buffer("width", torch.ones(dim))
+
+    @torch.no_grad()
+    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
+        r"""Become the diagonal Gaussian nearest to N(loc, L L^T).
+
+        Nearest in KL(q || p): the scales are :math:`\Lambda_{ii}^{-1/2}`, with
+        :math:`\Lambda` the precision matrix, not the marginal scales.
+
+        Args:
+            loc: Mean, (D).
+            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
+        """
+        self._reset()
+        self.origin.copy_(loc)
+        self.width.copy_(nearest_scales(scale_tril))
+
+    @torch.no_grad()
+    def lean(self, slope: Tensor) -> None:
+        """Add slope times the context to the mean, (D, C)."""
+        self.params.lean(slope / self.width[:, None])
+
+    def _reset(self) -> None:
+        """Set the parameters to those of the identity."""
+        for p in self.parameters():
+            p.zero_()
+
+
+class Diagonal(Scaled):
     r"""Shift and scale every coordinate.
 
     .. math:: y = o + r \odot (m + e^{s} \odot x), \qquad
@@ -24,14 +62,9 @@ class Diagonal(Layer):
         context_dim: Length C of the context; 0 for an unconditional layer.
     """
 
-    origin: Tensor
-    width: Tensor
-
     def __init__(self, dim: int, context_dim: int = 0) -> None:
-        super().__init__()
+        super().__init__(dim)
         self.params = ContextParameter(torch.zeros(2 * dim), context_dim)
-        self.register_buffer("origin", torch.zeros(dim))
-        self.register_buffer("width", torch.ones(dim))
 
     @property
     def single(self) -> bool:
@@ -55,26 +88,6 @@ class Diagonal(Layer):
         shift, log_scale = self.params(context).chunk(2, dim=-1)
         x = ((y - self.origin) / self.width - shift) * (-log_scale).exp()
         return x, -(log_scale + self.width.log()).sum(-1).expand(x.shape[:-1])
-
-    @torch.no_grad()
-    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
-        r"""Become the diagonal Gaussian nearest to N(loc, L L^T).
-
-        Nearest in KL(q || p): the scales are :math:`\Lambda_{ii}^{-1/2}`, with
-        :math:`\Lambda` the precision matrix, not the marginal scales.
-
-        Args:
-            loc: Mean, (D).
-            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
-        """
-        _reset(self.params)
-        self.origin.copy_(loc)
-        self.width.copy_(nearest_scales(scale_tril))
-
-    @torch.no_grad()
-    def lean(self, slope: Tensor) -> None:
-        """Add slope times the context to the mean, (D, C)."""
-        self.params.lean(slope / self.width[:, None])
 
 
 class Triangular(Layer):
@@ -139,9 +152,8 @@ class Triangular(Layer):
             loc: Shift, (D).
             scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
         """
-        _reset(self.params)
-        if self.lower is not None:
-            self.lower.zero_()
+        for p in self.parameters():
+            p.zero_()
         self.origin.copy_(loc)
         self.frame.copy_(scale_tril.diag() if scale_tril.dim() == 1 else scale_tril.tril())
 
@@ -169,12 +181,7 @@ def nearest_scales(scale_tril: Tensor) -> Tensor:
 
 def solve_rows(matrix: Tensor, y: Tensor, *, upper: bool = False, unit: bool = False) -> Tensor:
     """Solve M x = y for every vector, M triangular; with `unit`, it has ones on its diagonal."""
-    # One matrix against all vectors: with leading dimensions the matrix would be copied for each.
+    # Flatten the leading dimensions; otherwise the solver copies the matrix for each vector.
     rows = y.reshape(-1, y.shape[-1])
     x = solve_triangular(matrix.mT, rows, upper=not upper, left=False, unitriangular=unit)
     return x.reshape(y.shape)
-
-
-def _reset(params: ContextParameter) -> None:
-    for p in params.parameters():
-        p.zero_()

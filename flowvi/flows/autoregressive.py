@@ -64,8 +64,8 @@ class Autoregressive(Layer):
         y, ladj = self.map.forward(x, params)
         f = self.map.linearised(x, params)
         own, scale = score - f.change, (-f.log_slope).exp()
-        # J^T is triangular: each pass settles at least one more coordinate, the last one first,
-        # and the others come close long before it is their turn.
+        # J^T is triangular: each pass makes at least one more coordinate exact, from the last to
+        # the first, and the errors of the others decrease meanwhile.
         score = own * scale
         for _ in range(x.shape[-1] - 1):
             last, score = score, (own - pull(f.pull(score))) * scale

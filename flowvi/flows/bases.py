@@ -138,7 +138,7 @@ class GaussianMixture(Base):
                 f"got {weights}."
             )
         self.register_buffer("log_weights", found.log())
-        # Means apart, so that the components can part, and a total variance of about one.
+        # Different means, so that components can separate; the total variance is about one.
         self.loc = nn.Parameter(0.5 * torch.randn(components, dim))
         self.log_scale = nn.Parameter(torch.full((components, dim), 0.5 * math.log(0.75)))
 

@@ -79,7 +79,7 @@ class Continuous(Layer):
         self.context = nn.Linear(context_dim, hidden, bias=False) if context_dim else None
         self.second = nn.Linear(hidden, hidden)
         self.time = nn.Parameter(torch.zeros(2, hidden))
-        # No velocity at the start: the identity.
+        # The initial velocity is zero: the flow starts at the identity.
         self.last = nn.Parameter(torch.zeros(dim, hidden))
         self.register_buffer("signs", torch.ones(probes, dim) if probes else None)
         self.renew()
@@ -103,7 +103,7 @@ class Continuous(Layer):
         if self.steps is None:
             times = torch.tensor([start, end], dtype=x.dtype, device=x.device)
             solver = {"rtol": self.tolerance, "atol": self.tolerance, "method": "dopri5"}
-            # The largest error, not the mean square: every draw is within the tolerance.
+            # The maximum norm of the error keeps every draw within the tolerance.
             options = {"norm": lambda error: error.abs().max()}
             state = adaptive()(slope, state, times, **solver, options=options)[-1]
         else:

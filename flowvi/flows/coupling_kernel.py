@@ -90,9 +90,9 @@ def push(
     return y, ladj, score
 
 
-# Tensors given for each move: what the context adds, three weights and three biases.
+# Input tensors of each coupling: the term of the context, three weights and three biases.
 EACH = 7
-# And those kept for its way back.
+# Tensors of each coupling that the backward pass needs.
 KEPT = 8
 
 
@@ -147,7 +147,7 @@ def _forward(
             x, ladj, score = _forward(part, x, score, given, kept)
             if ladj is not None:
                 ladjs.append(ladj)
-        # In the order of `Chain.forward`, for the same bits.
+        # Sum in the order of `Chain.forward`, for bitwise equal results.
         return x, reduce(torch.add, ladjs) if ladjs else None, score
     lifted, w1, b1, w2, b2, w3, b3 = (next(given) for _ in range(EACH))
     halves = plan.halves
@@ -160,7 +160,7 @@ def _forward(
     s = BOUND * t
     ds, scale = torch.addcmul(t.new_ones(()), t, t, value=-1), s.exp()
     scaled = b * scale
-    # The gradient of log|det| + score_y . y by a, with y's score a constant.
+    # Gradient of log|det| + score_y . y with respect to a; score_y is constant.
     score_y = score_b / scale
     g = torch.cat([score_y, torch.addcmul(ds, score_y * scaled, ds)], dim=-1)
     g = (g @ w3).mul_(dv) @ w2

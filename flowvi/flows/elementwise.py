@@ -59,7 +59,7 @@ class Elementwise(ABC):
             y, ladj = self.forward(x, params)
         change, own = gradients(ladj, (x, params), retain=True)
         (moves,) = gradients(y, (params,))
-        # Coordinates do not act on each other: these are derivatives of each, not of sums.
+        # Coordinates are independent: the gradient of the sum has the derivative of each one.
         return Linearised(
             ladj.detach(), change, lambda g: torch.addcmul(own, g.unsqueeze(-2), moves)
         )

@@ -40,7 +40,7 @@ FACTS = {
         "20-100 networks",
         "numeric",
         True,
-        "smooth densities without a split of the coordinates; right to the solver's tolerance",
+        "smooth densities without a split of the coordinates; exact to the solver's tolerance",
     ),
     "glow": Facts("L (D H + D²)", "L (D H + D²)", "closed", True, "D up to a few hundred; priors"),
     "householder": Facts(
@@ -57,36 +57,50 @@ FACTS = {
         "L D H + D bins",
         "closed",
         False,
-        "many modes along the axes, from a wide start; the fit tries it by itself",
+        "many modes along the axes, from a wide start; a fit tries it automatically",
     ),
     "naf": Facts(
-        "L D H", "20 L D² H", "numeric", True, "posteriors of strange shape, D up to twenty or so"
+        "L D H", "20 L D² H", "numeric", True, "posteriors far from normal, D up to about 20"
     ),
-    "nice": Facts("L D H", "L D H", "closed", False, "a baseline: volume moves by one scale only"),
+    "nice": Facts("L D H", "L D H", "closed", False, "a baseline: its log determinant is constant"),
     "nsf_autoregressive": Facts(
-        "L D H", "L D² H", "closed", True, "strange shapes within five widths of the centre"
+        "L D H",
+        "L D² H",
+        "closed",
+        True,
+        "densities far from normal, within five sds of the centre",
     ),
     "nsf_coupling": Facts(
-        "L D H", "L D H", "closed", True, "strange shapes, where scoring must be cheap too"
+        "L D H",
+        "L D H",
+        "closed",
+        True,
+        "densities far from normal, if log densities must be cheap too",
     ),
     "permutation": Facts("D", "D", "closed", False, "between the layers of a flow of your own"),
     "planar": Facts("L D", "L D", "numeric", False, "D of two or three; amortised flows"),
-    "radial": Facts("L D", "L D", "closed", False, "one bump more or less; amortised flows"),
+    "radial": Facts(
+        "L D",
+        "L D",
+        "closed",
+        False,
+        "one local expansion or contraction per layer; amortised flows",
+    ),
     "realnvp": Facts("L D H", "L D H", "closed", True, "posteriors; the default"),
     "realnvp_clamped": Facts(
         "L D H", "L D H", "closed", True, "D of hundreds and more, heavy tails: training is stable"
     ),
     "sinh_arcsinh": Facts("D", "D", "closed", False, "skew and tails of single coordinates"),
     "spline": Facts(
-        "L D²", "L D²", "closed", False, "marginals of strange shape, little else; D = 1"
+        "L D²", "L D²", "closed", False, "marginals far from normal, linear dependence; D = 1"
     ),
     "sylvester": Facts(
         "L D M", "L D M", "numeric", False, "amortised flows of more capacity than planar"
     ),
     "sylvester_householder": Facts(
-        "L D²", "L D²", "numeric", False, "as sylvester, in all D directions"
+        "L D²", "L D²", "numeric", False, "like sylvester, in all D directions"
     ),
     "sylvester_triangular": Facts(
-        "L D²", "L D²", "numeric", False, "as sylvester, with no basis to compute"
+        "L D²", "L D²", "numeric", False, "like sylvester, without an orthogonal basis"
     ),
 }

@@ -205,7 +205,7 @@ def image_glow(
         raise ValueError(
             f"context_shape {context_shape} does not hold context_dim = {context_dim} numbers."
         )
-    # Channels last inside, so that the channels of a pixel lie side by side.
+    # Channels last, so that the channels of a pixel are adjacent.
     order = torch.arange(dim).reshape(shape).movedim(0, -1).flatten()
     inside = _level(shape, levels, steps, hidden, context_shape)
     return Chain([ActNorm(dim), inside, Permutation(order.argsort())])

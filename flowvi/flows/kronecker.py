@@ -5,12 +5,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from flowvi.flows.affine import nearest_scales, solve_rows
-from flowvi.flows.layer import Layer
+from flowvi.flows.affine import Scaled, solve_rows
 from flowvi.flows.nets import ContextParameter
 
 
-class Kronecker(Layer):
+class Kronecker(Scaled):
     r"""Shift, and multiply a matrix by triangular matrices from both sides.
 
     With x read as a matrix X of R rows and C columns, and A and B lower triangular with
@@ -36,11 +35,8 @@ class Kronecker(Layer):
         Matrix Gaussian Posteriors", arXiv:1603.04733.
     """
 
-    origin: Tensor
-    width: Tensor
-
     def __init__(self, dim: int, context_dim: int = 0, rows: int | None = None) -> None:
-        super().__init__()
+        super().__init__(dim)
         if rows is None:
             rows = next(r for r in range(math.isqrt(dim), 0, -1) if dim % r == 0)
         if rows < 1 or dim % rows:
@@ -49,8 +45,6 @@ class Kronecker(Layer):
         self.params = ContextParameter(torch.zeros(dim), context_dim)
         self.lowers = nn.ParameterList(torch.zeros(n, n) for n in self.shape)
         self.logs = nn.ParameterList(torch.zeros(n) for n in self.shape)
-        self.register_buffer("origin", torch.zeros(dim))
-        self.register_buffer("width", torch.ones(dim))
 
     def forward(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         left, right = self._factors()
@@ -72,24 +66,6 @@ class Kronecker(Layer):
         t = ((y - self.origin) / self.width - self.params(context)).unflatten(-1, self.shape)
         x = solve_rows(left, solve_rows(right, t).mT).mT.flatten(-2)
         return x, -self._ladj().expand(x.shape[:-1])
-
-    @torch.no_grad()
-    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Become the diagonal Gaussian nearest to N(loc, L L^T).
-
-        Args:
-            loc: Mean, (D).
-            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
-        """
-        for p in self.parameters():
-            p.zero_()
-        self.origin.copy_(loc)
-        self.width.copy_(nearest_scales(scale_tril))
-
-    @torch.no_grad()
-    def lean(self, slope: Tensor) -> None:
-        """Add slope times the context to the mean, (D, C)."""
-        self.params.lean(slope / self.width[:, None])
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         made = [u.tril(-1) + s.exp().diag() for u, s in zip(self.lowers, self.logs, strict=True)]

@@ -67,7 +67,7 @@ class Layer(nn.Module):
         self, x: Tensor, score: Tensor, context: Tensor | None
     ) -> tuple[Tensor, Tensor, Tensor] | None:
         """The result of `push` by one fused operation, if there is one."""
-        # It is in one precision.
+        # A plan has one precision, so autocast excludes it.
         plan = None if torch.is_autocast_enabled(x.device.type) else self.plan()
         return None if plan is None else coupling_kernel.push(plan, x, score, context)
 

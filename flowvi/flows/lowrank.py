@@ -4,16 +4,15 @@ import torch
 from torch import Tensor
 from torch.linalg import cholesky, solve_triangular
 
-from flowvi.flows.affine import nearest_scales
-from flowvi.flows.layer import Layer
+from flowvi.flows.affine import Scaled
 from flowvi.flows.nets import ContextParameter, times
 
-# V = 0 is the identity, but its gradient is zero there; Adam's first steps do not see how small
-# V is.
+# Initial size of V. At V = 0, the identity, the gradient is zero. The first steps of Adam do not
+# depend on the size.
 SMALL = 1e-5
 
 
-class LowRank(Layer):
+class LowRank(Scaled):
     r"""Shift, scale, and stretch along a few directions.
 
     With V of shape (D, R) and L the Cholesky factor of :math:`I + V^T V`,
@@ -35,13 +34,8 @@ class LowRank(Layer):
         rank: Number of directions R.
     """
 
-    origin: Tensor
-    width: Tensor
-
     def __init__(self, dim: int, context_dim: int = 0, rank: int = 8) -> None:
-        super().__init__()
-        self.register_buffer("origin", torch.zeros(dim))
-        self.register_buffer("width", torch.ones(dim))
+        super().__init__(dim)
         self.shape = (dim, min(rank, dim))
         v = SMALL * torch.randn(dim * self.shape[1])
         self.params = ContextParameter(torch.cat([torch.zeros(2 * dim), v]), context_dim)
@@ -60,25 +54,10 @@ class LowRank(Layer):
         x = t - times(v, along)
         return x, -self._ladj(log_scale, lower).expand(x.shape[:-1])
 
-    @torch.no_grad()
-    def set_(self, loc: Tensor, scale_tril: Tensor) -> None:
-        """Become the diagonal Gaussian nearest to N(loc, L L^T), with V next to zero again.
-
-        Args:
-            loc: Mean, (D).
-            scale_tril: Lower triangular L with a positive diagonal, (D, D); or the scales, (D).
-        """
-        for p in self.params.parameters():
-            p.zero_()
-        dim, _ = self.shape
-        self.params.value[2 * dim :] = SMALL * torch.randn_like(self.params.value[2 * dim :])
-        self.origin.copy_(loc)
-        self.width.copy_(nearest_scales(scale_tril))
-
-    @torch.no_grad()
-    def lean(self, slope: Tensor) -> None:
-        """Add slope times the context to the mean, (D, C)."""
-        self.params.lean(slope / self.width[:, None])
+    def _reset(self) -> None:
+        super()._reset()
+        v = self.params.value[2 * self.shape[0] :]
+        v.copy_(SMALL * torch.randn_like(v))
 
     def _ladj(self, log_scale: Tensor, lower: Tensor) -> Tensor:
         inner = lower.diagonal(dim1=-2, dim2=-1).log().sum(-1)

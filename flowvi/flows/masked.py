@@ -23,7 +23,7 @@ class MaskedLinear(nn.Module):
         super().__init__()
         outputs, inputs = mask.shape
         self.linear = nn.Linear(inputs, outputs)
-        # A function of the sizes, hence not part of the state.
+        # The mask is a function of the sizes, and therefore not part of the state.
         self.register_buffer("mask", mask.to(self.linear.weight.dtype), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:

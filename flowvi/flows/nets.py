@@ -36,7 +36,7 @@ class ContextParameter(nn.Module):
     def lean(self, slope: Tensor) -> None:
         """Let the first parameters be linear in the context, by (n, C) slopes."""
         if self.weight is None:
-            raise ValueError("A layer without a context cannot follow one.")
+            raise ValueError("A layer without a context cannot depend on one.")
         self.weight[: len(slope)] = slope
 
 

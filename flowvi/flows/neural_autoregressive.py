@@ -12,13 +12,13 @@ from flowvi.flows.clamps import tanh_clamp
 from flowvi.flows.elementwise import Elementwise
 from flowvi.flows.layer import Chain
 
-# Least slope at a bend, in units of the slope far out: it keeps the inverse well conditioned.
+# Least slope at a bend, relative to the asymptotic slope: the inverse stays well conditioned.
 FLOOR = 1e-3
 # softplus(UNIT) = 1
 UNIT = math.log(math.expm1(1.0))
-# Where the bends lie at the start, in [-SPREAD, SPREAD].
+# Initial bends are in [-SPREAD, SPREAD].
 SPREAD = 3.0
-# The solver is at rounding after this many steps for all parameters up to size 300.
+# Steps until the solver converges to rounding error, for all parameters up to size 300.
 STEPS = 20
 
 
@@ -63,7 +63,8 @@ class MonotoneNetwork(Elementwise):
         shift, log_scale, bends = self._unpack(params)
         target = (y - shift) * (-log_scale).exp()
         root = _solve(target.detach(), *(p.detach() for p in bends))
-        # One step at the detached root: no change in value, the implicit function's derivative.
+        # One step from the detached root keeps the value, and has the derivative of the implicit
+        # function.
         rise, slope = _bend(root, *bends)
         x = root - (root + rise - target) / slope.detach()
         return x, -log_scale - _bend(x, *bends)[1].log()
@@ -84,7 +85,7 @@ def _bend(x: Tensor, sharp: Tensor, place: Tensor, slope: Tensor) -> tuple[Tenso
     """Sum of the nonlinear terms, and the slope of the whole map, both (..., D)."""
     t = torch.tanh(sharp * (x.unsqueeze(-2) - place))
     rise = (slope - 1) / sharp * t
-    # A sum of positive terms, as in `planar`.
+    # A sum of positive terms has no cancellation, as in `planar`.
     return rise.mean(-2), (t * t + slope * (1 - t * t)).mean(-2)
 
 
@@ -93,7 +94,7 @@ def _solve(target: Tensor, sharp: Tensor, place: Tensor, slope: Tensor) -> Tenso
     most = ((slope - 1).abs() / sharp).mean(-2)
     low, high = target - most, target + most
     x, last = target, 2 * most
-    # Steps as small as this are Newton's last ones, or rounding.
+    # Steps below this size are the last Newton steps, or rounding.
     small = torch.finfo(target.dtype).eps ** 0.5 * (target.abs() + most)
     for _ in range(STEPS):
         rise, steepness = _bend(x, sharp, place, slope)

@@ -11,7 +11,7 @@ from flowvi.flows.nets import ContextParameter, times
 
 # softplus(UNIT) = 1
 UNIT = math.log(math.e - 1.0)
-# From the start below, Newton's method is at rounding after 5 steps for every slope up to 1e6.
+# Newton steps from `_start` to rounding error, for every slope up to 1e6.
 STEPS = 5
 
 
@@ -46,7 +46,7 @@ class Planar(Layer):
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
         self.dim = dim
-        # Random directions of length about 1 keep stacked layers apart.
+        # Random directions of length about 1 make stacked layers different.
         w = torch.randn(dim) / math.sqrt(dim)
         self.params = ContextParameter(
             torch.cat([torch.zeros(dim), w, torch.zeros(1)]), context_dim
@@ -94,7 +94,7 @@ def solve_planar(c: Tensor, slope: Tensor) -> Tensor:
     a, fixed = _start(c.detach().abs(), slope.detach()), slope.detach()
     for _ in range(STEPS):
         a = _newton(a, c.detach().abs(), fixed, fixed)
-    # One step at the detached root: no change in value, the derivative of the implicit function.
+    # One step from the detached root keeps the value, with the implicit function's derivative.
     return _newton(a * c.detach().sign(), c, slope, fixed)
 
 

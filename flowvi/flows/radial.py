@@ -40,7 +40,7 @@ class Radial(Layer):
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
         self.dim = dim
-        # alpha = gamma = 1 is the identity; random centres keep stacked layers apart.
+        # alpha = gamma = 1 is the identity; random centres make stacked layers different.
         one = math.log(math.e - 1.0)
         self.params = ContextParameter(
             torch.cat([torch.randn(dim), torch.full((2,), one)]), context_dim
@@ -75,7 +75,7 @@ class Radial(Layer):
         center, alpha, gamma = self._params(context)
         diff = y - center
         length = vector_norm(diff, dim=-1, keepdim=True)
-        # The root without cancellation, whichever the sign of the linear term.
+        # The root without cancellation, for both signs of the linear term.
         linear, constant = length - gamma, alpha * length
         larger = (linear.abs() + (linear.square() + 4 * constant).sqrt()) / 2
         r = torch.where(linear >= 0, larger, constant / larger)
@@ -93,7 +93,7 @@ class Radial(Layer):
 def _stretches(r: Tensor, alpha: Tensor, gamma: Tensor) -> tuple[Tensor, Tensor]:
     """Factors by which J stretches across the direction from the centre, and along it."""
     far = r + alpha
-    # Sums of positive terms, which do not cancel.
+    # Sums of positive terms have no cancellation.
     return (r + gamma) / far, torch.addcmul(alpha * gamma, r, far + alpha) / far.square()
 
 

@@ -16,7 +16,7 @@ from flowvi.flows.nets import ContextParameter
 from flowvi.flows.permute import Flip
 from flowvi.flows.score import through_elementwise
 
-# Floors for bin widths, bin heights (in units of the whole range) and slopes keep the map solvable.
+# Lower limits of bin widths and heights (relative to the range) and of slopes.
 FLOOR = 1e-3
 # FLOOR + softplus(UNIT_SLOPE) = 1
 UNIT_SLOPE = math.log(math.expm1(1.0 - FLOOR))
@@ -71,7 +71,7 @@ class RationalQuadratic(Elementwise):
         bend = rise * (d1 + d0 - 2 * s)
         a, b, c = h * (s - d0) + bend, h * d0 - bend, -s * rise
         square = b * b
-        # Positive; but where rounding hides it, its root would have an infinite slope.
+        # The discriminant is positive; at zero by rounding, its root would have an infinite slope.
         least = torch.finfo(y.dtype).eps * square
         xi = 2 * c / (-b - torch.maximum(square - 4 * a * c, least).sqrt())
         return self._outside(y, torch.addcmul(x0, w, xi), -_rise(s, d0, d1, xi)[1])

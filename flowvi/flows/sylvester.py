@@ -47,7 +47,7 @@ class TriangularSylvester(Layer):
     def __init__(self, dim: int, context_dim: int = 0) -> None:
         super().__init__()
         self.shape = (dim, dim)
-        # Random offsets keep stacked layers apart.
+        # Random offsets make stacked layers different.
         initial = torch.cat([torch.zeros(2 * dim * dim), torch.randn(dim)])
         self.params = ContextParameter(initial, context_dim)
 
@@ -97,7 +97,7 @@ def _solve(y: Tensor, r: Tensor, s: Tensor, b: Tensor, slope: Tensor) -> Tensor:
     """Solve x + R tanh(S x + b) = y, coordinate by coordinate from the last."""
     found: list[Tensor] = []
     for i in reversed(range(y.shape[-1])):
-        # y less the part of R tanh, and b plus the part of S x, of the coordinates found so far.
+        # y minus the terms of R tanh, and b plus those of S x, for the coordinates solved so far.
         width = s[..., i, i]
         a = solve_planar(width * y[..., i] + b[..., i], slope[..., i])
         t = torch.tanh(a)

@@ -12,7 +12,7 @@ from flowvi.flows.score import through_elementwise
 
 # Tail weights between 1/4.5 and 4.5: |x|^4.5 and its square do not overflow single precision.
 BOUND = 1.5
-# e^LINEAR beyond the threshold LOFT's logarithm gives way to its tangent.
+# At e^LINEAR beyond the threshold, the tangent replaces the logarithm of LOFT.
 LINEAR = 20.0
 
 
@@ -114,6 +114,6 @@ def loft(dim: int, context_dim: int = 0) -> Loft:
 
 
 def _log_cosh(x: Tensor) -> Tensor:
-    # cosh itself overflows.
+    # cosh(x) overflows for large x; its logarithm does not.
     size = x.abs()
     return size + torch.log1p(torch.exp(-2 * size)) - math.log(2)

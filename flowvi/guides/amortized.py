@@ -13,7 +13,7 @@ from flowvi.guides.guide import Draw, Guide, ScoredSample, StratifiedSample
 from flowvi.targets import NOWHERE, Batch
 
 HIDDEN = 128
-# Length of the context that the default encoder writes.
+# Length of the context vector of the default encoder.
 CONTEXT = 64
 
 
@@ -121,7 +121,7 @@ class PerRow(RowGuide):
 
     def __init__(self, rows: int, guide: Guide, context_dim: int) -> None:
         super().__init__(guide)
-        # Not zero: neither these nor the weights that multiply them would have a gradient.
+        # At zero, neither these vectors nor the weights that multiply them would have a gradient.
         self.vectors = nn.Embedding(rows, context_dim)
 
     def context(self, rows: Any) -> Tensor:

@@ -146,7 +146,7 @@ class BlockGuide(Guide):
                 given = torch.cat([columns[g] for g in self.given[b]])
                 leaning = slope[:, given] * self.width[given]
                 weight = guide.affine.params.weight
-                # The context of the whole comes first.
+                # The context of the whole guide comes first.
                 rest = 0 if weight is None else weight.shape[1] - len(given)
                 guide.affine.lean(torch.nn.functional.pad(leaning, (rest, 0)))
 

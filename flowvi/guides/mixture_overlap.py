@@ -73,13 +73,13 @@ def overlap(guide: MixtureGuide, n: int = 1000, context: Tensor | None = None) -
         n: Number of draws from each component.
         context: What the guide is conditioned on, (*B, C); averaged over rows.
     """
-    # Scores (M, M, n * rows): of component i, at the draws of component m.
+    # Log densities (M, M, n * rows) of component i at the draws of component m.
     scores = guide.log_component_densities(guide.stratified_sample((n,), context).z, context)
     parts = len(scores)
     scores = scores.reshape(parts, parts, -1)
     coefficient, error = np.eye(parts), np.zeros((parts, parts))
     for i, j in combinations(range(parts), 2):
-        # One number for each pair of draws, one from either component.
+        # One value for each pair of draws, one draw from each component.
         shared = 1 / torch.cosh((scores[i, [i, j]] - scores[j, [i, j]]) / 2)
         pairs = shared.mean(0)
         coefficient[i, j] = coefficient[j, i] = pairs.mean()

@@ -16,11 +16,11 @@ from flowvi.guides.guide import Draw, Guide, LogDensity, ScoredSample
 from flowvi.guides.pushforward import FlowGuide
 from flowvi.runtime.rng import isolated_rng
 
-# At the start, the multipliers make at most this share of a weight's standard deviation.
+# Largest initial share of a weight's standard deviation that is due to its multiplier.
 SHARE = 0.3
-# Widest multipliers at the start, for weights whose mean is next to zero.
+# Largest initial sd of the multipliers, for weights with a mean near zero.
 WIDEST = 0.3
-# Draws of the multipliers behind a density of z alone.
+# Draws of the multipliers for an estimate of the marginal density of z.
 DRAWS = 64
 LOG_2PI = math.log(2 * math.pi)
 
@@ -86,7 +86,7 @@ class MultiplicativeGuide(Guide):
         if self.many < 1:
             raise ValueError("A multiplicative guide needs a unit of at least one coordinate.")
         made = dict(sizes or {})
-        # The last place is that of coordinates without a unit.
+        # The last index is for coordinates without a unit.
         self.register_buffer("units", torch.as_tensor(np.where(units < 0, self.many, units)))
         self.register_buffer("origin", torch.zeros(self.dim))
         self.register_buffer("width", torch.ones(self.dim))
@@ -172,7 +172,7 @@ class MultiplicativeGuide(Guide):
         share = self._padded(self.spread, 0.0)[self.units] * loc / self.width
         left = (1 - share.square()).sqrt()
         self.log_scale.copy_(left.log())
-        # The law of t given z where q(t) is standard normal.
+        # The distribution of t given z if q(t) is standard normal.
         signal = share / left
         precision = 1 + self._added(signal.square())
         self.slope.copy_(signal / left / self._padded(precision, 1.0)[self.units])
@@ -181,7 +181,7 @@ class MultiplicativeGuide(Guide):
     def _given(self, t: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """A draw of z given t, its log density, the noise behind it, and the scales."""
         mean, scale = self._normal(t)
-        # Of a plain size, as a step has to draw its noise to be compiled.
+        # A compiled step supports noise of a given size only.
         eps = torch.randn((*t.shape[:-1], self.dim), dtype=t.dtype, device=t.device)
         return torch.addcmul(mean, scale, eps), _log_normal(eps, scale), eps, scale
 

@@ -52,7 +52,7 @@ class Pushforward(Guide):
         eps = self.base.sample((*shape, *rows))
         y, flow_ladj, score = self.flow.push(eps, self.base.score(eps), context)
         z, affine_ladj, score = self.affine.push(y, score, context)
-        # In the order of `sample`, so that both give the same bits.
+        # Sum in the order of `sample`, for bitwise equal results.
         log_q = self.base.log_prob(eps) - (flow_ladj + affine_ladj)
         return ScoredSample(z, log_q, log_q.new_full((), -math.log(shape[0])), score)
 
@@ -87,7 +87,7 @@ class FlowGuide(Pushforward):
         super().__init__(dim, flow, Triangular(dim) if affine is None else affine, base)
 
     def mixed_precision_copy(self) -> Guide | None:
-        # A guide derived from this one may look inside of its flow.
+        # A subclass may use the structure of its flow.
         inner = mixed_precision_copy(self.flow) if type(self) is FlowGuide else None
         if inner is None:
             return None

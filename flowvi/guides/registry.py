@@ -116,7 +116,7 @@ def block_guide(
     return BlockGuide(parts, {"blocks": [dict(block) for block in blocks]})
 
 
-# A block guide is made of the others.
+# Registered last, because a block guide consists of other guides.
 GUIDES["blocks"] = block_guide
 
 

@@ -11,8 +11,8 @@ from flowvi.guides.guide import FULL_RANK_DIM, Guide, mixed_precision_copy
 from flowvi.guides.pushforward import Pushforward
 from flowvi.runtime.arguments import check_integer
 
-# Beyond this dimension the triangular matrix stays as it was at the start: Adam moves each of its
-# entries by about the step size, whatever the gradient, and that noise adds up to nats.
+# Largest dimension in which the triangular matrix is trained. Adam moves each of its entries by
+# about the step size, whatever the gradient, and the noise of many entries costs nats.
 HELD_DIM = 300
 
 

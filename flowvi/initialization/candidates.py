@@ -42,10 +42,10 @@ LARGE = 300
 TRY_ROUNDS = 8
 REFINE_ROUNDS = 30
 JUDGE_DRAWS = 400
-# Draws by which the best candidate of one start point is chosen.
+# Number of draws for the comparison of the candidates of one start point.
 SIFT_DRAWS = 100
-# Where all starts lead to one mode: how many candidates on the way to it are refined.
-AWARE = 2
+# Number of path candidates to refine if all starts lead to one mode.
+PATH_REFINED = 2
 # If draws of a normal around a start point have no finite density, its scale is multiplied by
 # this factor, at most so many times.
 NARROWER, TIMES = 0.1, 12
@@ -141,7 +141,7 @@ def best_gaussian(
     refined = refine_fully(
         target, best, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal
     )
-    log(f"start: {best.name}, the best of {len(tried)}")
+    log(f"start: {best.name}, the best of {len(tried)} candidates")
     log(f"Gaussian: ELBO {refined.elbo:.3f} on {JUDGE_DRAWS} draws")
     return StartSearch(refined, [g for g in tried if g is not best], torch.stack(ends))
 
@@ -190,7 +190,7 @@ def _worth_refining(
     if out_of_time():
         return [kind[0] for kind in kinds if kind]
     if target.dim <= LARGE and _one_mode(target, ends):
-        return [*kinds[0][:1], *kinds[1][:AWARE]]
+        return [*kinds[0][:1], *kinds[1][:PATH_REFINED]]
     return found
 
 
@@ -244,29 +244,15 @@ def refine_fully(
     diagonal: bool = False,
 ) -> GaussianApproximation:
     """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
-    try:
-        with abort_on_interrupt():
-            return _refine_fully(target, g, generator, judge, out_of_time, rounds, diagonal)
-    except Interrupted:
-        return g
-
-
-def _refine_fully(
-    target: StartDensity,
-    g: GaussianApproximation,
-    generator: torch.Generator,
-    judge: Tensor,
-    out_of_time: Callable[[], bool],
-    rounds: int,
-    diagonal: bool,
-) -> GaussianApproximation:
-    dense = not diagonal and g.scale_tril.dim() == 2
-    if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
-        found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
-        if not found.overshot:
-            return found
-        g = replace(g, overshot=True)
-    return refine(target, g, generator, judge, diagonal, rounds, out_of_time)
+    best, dense = g, not diagonal and g.scale_tril.dim() == 2
+    with suppress(Interrupted), abort_on_interrupt():
+        if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
+            found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
+            if not found.overshot:
+                return found
+            g = replace(g, overshot=True)
+        best = refine(target, g, generator, judge, diagonal, rounds, out_of_time)
+    return best
 
 
 def candidates(
@@ -282,7 +268,7 @@ def candidates(
     identity = identity.diag() if dense else identity
     starts = _finite_starts(target, target.starts(generator), median, places)
     if target.dim > LARGE:
-        # A Hessian costs 2 D gradients: two starts of different kinds have to do.
+        # A Hessian costs 2 D gradients: only two starts of different kinds are used.
         starts = starts[[0, -3]]
     for i, z in enumerate(starts):
         path = ascend(target, z)
@@ -292,11 +278,11 @@ def candidates(
             GaussianApproximation(path[-1], 0.1 * identity, f"narrow normal at mode {i}"),
         ]
         with suppress(Interrupted), abort_on_interrupt():
-            group += _pathfinder(target, [z, *path], f"on the way to mode {i}", dense)
+            group += _pathfinder(target, [z, *path], f"on the path to mode {i}", dense)
             if dense:
                 few = path[:-1] if target.dim <= 100 else []
                 for k, point in enumerate(_thin(few, PATH_POINTS)):
-                    group.append(laplace(target, point, f"Laplace {k} on the way to mode {i}"))
+                    group.append(laplace(target, point, f"Laplace {k} on the path to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield StartCandidates(group, path[-1])
 
@@ -306,7 +292,7 @@ def _finite_starts(
 ) -> Tensor:
     """Start points of finite density; the last one is the median of the prior, if it is known."""
     if median is not None and evaluate(target, median[None]).isfinite().all():
-        # The last of them is random.
+        # The last start is random; the median replaces it.
         starts[-1] = median
     spare = [] if places is None else list(places)
     for i, value in enumerate(evaluate(target, starts)):
@@ -365,7 +351,7 @@ def laplace(target: StartDensity, z: Tensor, name: str) -> GaussianApproximation
     _, gradient = value_and_score(target, z)
     covariance = width[:, None] * ((vectors / size) @ vectors.mT) * width
     step = covariance @ gradient
-    # A step beyond the region that the curvature describes is cut to its edge.
+    # A step is limited to the region in which the quadratic model holds.
     length = (step @ gradient).clamp_min(0).sqrt()
     step = step / (length / math.sqrt(len(z))).clamp_min(1.0)
     return GaussianApproximation(z + step, factor_of(covariance), name)

@@ -15,13 +15,13 @@ from flowvi.flows.affine import nearest_scales
 
 REFINE_STEPS = 10
 FIRST_RATE = 0.5
-# Rounds that are done even if time is over: without any, the start may be a narrow spike.
-HASTY_ROUNDS = 3
+# Rounds that are run even after the time limit: the initial Gaussian may be far too narrow.
+LEAST_ROUNDS = 3
 LAST_RATE = 0.01
-# Pairs of opposite draws behind one natural-gradient step.
+# Least and largest number of antithetic pairs of draws in a natural-gradient step.
 FEWEST_PAIRS, MOST_PAIRS = 32, 256
-# Largest element of a Hessian in units in which the diagonal is one.
-STEEPEST = 1e30
+# Largest element of a Hessian that is scaled to a unit diagonal.
+LARGEST_CURVATURE = 1e30
 
 
 class LogDensityProtocol(Protocol):
@@ -116,12 +116,12 @@ def refine(
         Gaussian variational approximation", arXiv:2109.00375: the step.
     """
     best = current = start if math.isfinite(start.elbo) else with_elbo(target, start, judge)
-    # A matrix takes as many draws as it has rows; scales of independent coordinates do not.
+    # A full matrix needs as many draws as it has rows; a diagonal one does not.
     flat = start.scale_tril.dim() == 1
     pairs = FEWEST_PAIRS if flat else int(np.clip(target.dim, FEWEST_PAIRS, MOST_PAIRS))
     rate, stale = FIRST_RATE, 0
     for i in range(rounds):
-        if rate < LAST_RATE or (i >= HASTY_ROUNDS and out_of_time()):
+        if rate < LAST_RATE or (i >= LEAST_ROUNDS and out_of_time()):
             break
         for _ in range(REFINE_STEPS):
             current = _natural_step(target, current, rate, pairs, generator, diagonal)
@@ -131,7 +131,7 @@ def refine(
         if gain > 0:
             best = current
         elif not gain > -1.0:
-            # Thrown off, or not finite: back to the best, with smaller steps.
+            # The step failed: return to the best Gaussian, with smaller steps.
             current, rate = best, 0.5 * rate
             continue
         stale = 0 if gain > 1e-3 else stale + 1
@@ -159,7 +159,7 @@ def _natural_step(
     flat = g.scale_tril.dim() == 1
     eps, gradient = eps[good], gradient[good]
     h = (gradient * g.scale_tril if flat else gradient @ g.scale_tril) + eps
-    # A single draw far out in a steep wall must not decide the step.
+    # A single draw in a region with extreme gradients must not dominate the step.
     norm = h.norm(dim=-1, keepdim=True)
     h = h * (10 * norm.median() / norm.clamp_min(1e-30)).clamp_max(1.0)
     shift = h.mean(0)
@@ -260,9 +260,13 @@ def curvature(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Tensor, Te
     """
     precision = -hessian(target, z)
     width = precision.diagonal().abs().clamp(1e-20, 1e20).rsqrt()
-    # In other units wide coordinates would drown in narrow ones' rounding. Numbers that are far
-    # too large come from steps that ended where the density is beyond all measure.
-    unit = (width[:, None] * precision * width).nan_to_num(0.0).clamp(-STEEPEST, STEEPEST)
+    # Without scaling, the rounding errors of narrow coordinates would exceed the entries of wide
+    # ones. Extreme entries come from steps that ended where the density overflows.
+    unit = (
+        (width[:, None] * precision * width)
+        .nan_to_num(0.0)
+        .clamp(-LARGEST_CURVATURE, LARGEST_CURVATURE)
+    )
     values, vectors = torch.linalg.eigh(unit)
     return width, values, vectors
 
@@ -277,6 +281,6 @@ def hessian(target: LogDensityProtocol, z: Tensor) -> Tensor:
         up, down = torch.cat(parts).nan_to_num(0.0, 0.0, 0.0).chunk(2)
         hessian = (up - down) / (2 * step[:, None])
         hessian = 0.5 * (hessian + hessian.mT)
-        # The second time in units of the density's own width.
+        # The second pass uses step sizes in units of the sds of the density.
         step = 1e-3 / hessian.diagonal().abs().clamp(1e-20, 1e20).sqrt()
     return hessian

@@ -12,13 +12,13 @@ from flowvi.initialization.gaussian import GaussianApproximation, evaluate
 from flowvi.targets import Target
 
 DRAWS = 200
-# Mass that matters, relative to what the guide holds.
+# Least mass of a missed mode that is reported, relative to the mass that the guide covers.
 SHARE = 0.02
-# Nats by which the median log weight in a mode exceeds that of the guide, if the guide lacks it.
+# Least difference in nats between the median log weight in a missed mode and that of the guide.
 EXCESS = 3.0
-# Scale of the draws, in units of the mode's widths: a guide without correlations covers only the
-# middle of a mode.
-MIDDLE = 0.5
+# Scale of the draws, relative to the sds of the mode: a guide without correlations covers only
+# the middle of a mode.
+DRAW_SCALE = 0.5
 
 
 def missed_modes(
@@ -38,7 +38,7 @@ def missed_modes(
         seed: Of the draws.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    noise = MIDDLE * torch.randn(
+    noise = DRAW_SCALE * torch.randn(
         DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
 

@@ -18,16 +18,16 @@ from flowvi.initialization.peaks import Peak, are_separate, connected_place, con
 from flowvi.initialization.symmetry import images, symmetries
 from flowvi.targets import Target
 
-# Further starts: in any case, and where there is more than one mode at least and at most.
+# Numbers of further starts: always, and the least and largest with more than one mode.
 FIRST, FEWEST, MOST = 3, 8, 40
-# With more modes than this, the search ends.
-ENOUGH = 13
-# Chance that the next start leads to a mode that none has led to, below which it is enough.
-UNSEEN = 0.05
-# Draws behind the mass of a mode.
+# Number of modes at which the search ends.
+MOST_MODES = 13
+# The search ends if the next start finds a new mode with a smaller probability than this.
+NEW_MODE_CHANCE = 0.05
+# Number of draws that estimate the mass of a mode.
 MASS_DRAWS = 1000
-# Largest error, in nats, that Laplace's approximation of a mode's mass is assumed to have.
-WRONG = 5.0
+# Largest error that Laplace's approximation of the mass of a mode is assumed to have, in nats.
+LAPLACE_ERROR = 5.0
 
 
 def further_modes(
@@ -68,7 +68,7 @@ def further_modes(
         population parameters", Biometrika 40.
     """
     if target.dim > FULL_RANK_DIM:
-        # There is no room for curvatures.
+        # Hessians would take too much memory.
         return []
     climb = _ModeSearch(target, home)
     for end in ends:
@@ -76,8 +76,8 @@ def further_modes(
     first = _search(climb, places, log, out_of_time) if target.dim <= LARGE else climb.count
     if climb.count > 1:
         log(
-            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} ends "
-            "of other ascents are none"
+            f"{climb.count} modes, {first} of them from the first starts; {climb.unfinished} other "
+            "ascents did not end at a mode"
         )
     return _with_masses(target, home, climb.peaks, seed, out_of_time)
 
@@ -93,7 +93,7 @@ def _search(
     first = climb.count
     found = symmetries(target, places)
     for symmetry in found:
-        log(f"the density stays the same: {symmetry.description}")
+        log(f"symmetry of the density: {symmetry.description}")
     for image in [z for place in climb.places for z in images(target, found, place)][:MOST]:
         climb.count_end(image)
     if climb.count > 1:
@@ -112,7 +112,7 @@ class _ModeSearch:
     def __init__(self, target: Target, home: GaussianApproximation) -> None:
         self.target = target
         top = converged_peak(target, ascend(target, home.loc)[-1])
-        # Where there is no mode, as in a centred hierarchy, the place itself.
+        # A centred hierarchy, for example, has no mode: the location itself is used.
         self.places: list[Tensor] = [home.loc if top is None else top.loc]
         self.peaks: list[Peak] = []
         self.hits = [0]
@@ -151,8 +151,8 @@ def _search_further(climb: _ModeSearch, places: Tensor, out_of_time: Callable[[]
     """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
     for i, start in enumerate(places[:MOST]):
-        rare = climb.hits.count(1) < UNSEEN * max(sum(climb.hits) - before, 1)
-        if out_of_time() or climb.count > ENOUGH or (i >= FEWEST and rare):
+        rare = climb.hits.count(1) < NEW_MODE_CHANCE * max(sum(climb.hits) - before, 1)
+        if out_of_time() or climb.count > MOST_MODES or (i >= FEWEST and rare):
             return
         climb.count_end(ascend(climb.target, start)[-1])
 
@@ -175,7 +175,7 @@ def _with_masses(
     for i, peak in enumerate(peaks):
         laplace = peak.laplace(f"mode {i + 1}")
         volume = laplace.log_det + target.dim / 2 * math.log(2 * math.pi)
-        if peak.height + float(volume) < home.elbo + math.log(SHARE) - WRONG:
+        if peak.height + float(volume) < home.elbo + math.log(SHARE) - LAPLACE_ERROR:
             continue
         g = with_elbo(target, laplace, judge)
         better = refine(target, g, generator, judge, False, TRY_ROUNDS, out_of_time)

@@ -15,8 +15,8 @@ from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.targets import LocalTarget
 
 # Largest number of row latents in the normal, beside the shared latents.
-SEEN = 60
-# Beyond this number of dimensions in all, the normal has no correlations.
+MOST_ROW_LATENTS = 60
+# Largest total dimension of a normal with correlations.
 MOST_DENSE = 150
 
 
@@ -108,7 +108,7 @@ def start(target: LocalTarget, seed: int) -> NestedStart | None:
         seed: Of the rows, points and draws.
     """
     assert target.shared is not None
-    many = min(target.rows, max(1, SEEN // target.dim))
+    many = min(target.rows, max(1, MOST_ROW_LATENTS // target.dim))
     generator = torch.Generator().manual_seed(seed)
     places = torch.randperm(target.rows, generator=generator)[:many].sort().values
     density = RowSubsetDensity(target, places)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from flowvi.initialization.gaussian import (
-    STEEPEST,
+    LARGEST_CURVATURE,
     GaussianApproximation,
     LogDensityProtocol,
     factor_of,
@@ -18,12 +18,11 @@ from flowvi.initialization.gaussian import (
     with_elbo,
 )
 
-# A step that gains more nats than the first number is far from the optimum; a step that gains
-# less than the second one is not worth its time.
-ON_THE_WAY, LEAST_GAIN = 2.0, 0.01
-# Points of a step that are drawn at a time.
+# Gain of a step in nats above which the optimum is far, and below which the iteration ends.
+FAR_GAIN, LEAST_GAIN = 2.0, 0.01
+# Number of points of a step that are drawn in one call.
 CHUNK = 1000
-# Eigenvalues of a precision in units of the one before are kept from falling below this.
+# Lower limit for the eigenvalues of a precision matrix, relative to the previous matrix.
 FLATTEST = 0.05
 
 
@@ -58,13 +57,13 @@ def refine_by_newton(
             tried = newton_step(target, current, generator)
         current = with_elbo(target, tried, judge)
         gain = current.elbo - best.elbo
-        settled += gain < ON_THE_WAY
+        settled += gain < FAR_GAIN
         stale = 0 if gain > LEAST_GAIN else stale + 1
         if gain > 0:
             best = current
-        elif not gain > -ON_THE_WAY:
+        elif not gain > -FAR_GAIN:
             if settled <= 1:
-                # Far from normal: the curvature at one place says too little of the next.
+                # The density is far from normal: the quadratic model does not hold over a step.
                 return replace(best, overshot=True)
             current, damping = best, 0.5 * damping
         if stale == 3:
@@ -147,7 +146,7 @@ def _apply_step(
     """
     unit = torch.eye(len(mean), dtype=mean.dtype, device=mean.device)
     precision = (unit - 0.5 * rate * (slope + slope.mT)).nan_to_num(0.0)
-    values, vectors = torch.linalg.eigh(precision.clamp(-STEEPEST, STEEPEST))
+    values, vectors = torch.linalg.eigh(precision.clamp(-LARGEST_CURVATURE, LARGEST_CURVATURE))
     values = values.clamp_min(FLATTEST)
     shift = rate * (vectors @ ((vectors.mT @ mean) / values))
     shift = shift / (shift.norm() / math.sqrt(len(mean))).clamp_min(1.0)

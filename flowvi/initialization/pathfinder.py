@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.linalg import solve_triangular
 
-# Pairs of steps and changes of the gradient that make an estimate.
+# Number of pairs (step, change of the gradient) in an estimate.
 HISTORY = 6
 
 
@@ -79,7 +79,7 @@ def normals_along_path(points: Tensor, gradients: Tensor) -> Iterator[Pathfinder
     changes: list[Tensor] = []
     for i in range(1, len(points)):
         s, y = points[i] - points[i - 1], gradients[i - 1] - gradients[i]
-        # Where the density is not log-concave along the step, it tells no curvature.
+        # A step along which the density is not log-concave gives no curvature estimate.
         if s @ y > 1e-12 * y.square().sum():
             diagonal = update_diagonal(diagonal, s, y)
             steps, changes = [*steps, s][-HISTORY:], [*changes, y][-HISTORY:]

@@ -19,13 +19,13 @@ from flowvi.initialization.gaussian import (
     value_and_score,
 )
 
-# Newton steps that may be left to do after an ascent, and nats that the last may still promise.
-STEPS, PROMISE = 20, 0.01
-# Rounding of a log density, in units of its size and its precision.
+# Largest number of Newton steps after an ascent, and largest predicted gain of the last, in nats.
+STEPS, LAST_GAIN = 20, 0.01
+# Rounding error of a log density, in units of its size and its precision.
 ROUNDING = 30.0
-# Nats by which every path between two modes has to fall below the lower one.
+# Depth of the saddle between two modes below the lower mode, in nats.
 SADDLE = 1.0
-# Points of a path between two, rounds that raise it, and points at which it is read in the end.
+# Points of a path between two modes, rounds of its optimisation, and evaluations per segment.
 NODES, ROUNDS, FINE = 16, 40, 4
 SIZES = (1.0, 0.5, 0.1, 0.01)
 
@@ -76,16 +76,16 @@ def converged_peak(target: LogDensityProtocol, z: Tensor) -> Peak | None:
         slope = vectors.mT @ (width * gradient)
         size = values.abs().clamp_min(math.sqrt(rounding))
         promised = float((slope.square() / size).sum() / 2)
-        there = promised <= PROMISE + ROUNDING * rounding * abs(float(value))
+        there = promised <= LAST_GAIN + ROUNDING * rounding * abs(float(value))
         if there and values.min() > math.sqrt(rounding):
             covariance = width[:, None] * ((vectors / size) @ vectors.mT) * width
             return Peak(z, float(value), factor_of(covariance))
         if there:
-            # A saddle, or a plateau: one width along the direction that curves upwards most.
+            # At a saddle or plateau, step by one sd in the direction of largest upward curvature.
             steps = [sign * width * vectors[:, 0] / size[0].sqrt() for sign in (1.0, -1.0)]
         else:
             steps = [width * (vectors @ (slope / size))]
-        # A step beyond the region that the curvature describes is cut to its edge.
+        # A step is limited to the region in which the quadratic model holds.
         longest = max(1.0, math.sqrt(2 * promised / len(z)))
         tries = torch.stack([z + t * step / longest for step in steps for t in SIZES])
         heights = evaluate(target, tries).nan_to_num(-torch.inf, -torch.inf, -torch.inf)
@@ -160,7 +160,7 @@ def _string_step(
     up = gradient.nan_to_num(0.0, 0.0, 0.0) @ scale_tril
     along = _normalize(_whiten(path[2:] - path[:-2], scale_tril))
     up = size * (up - (up * along).sum(-1, keepdim=True) * along)
-    # Not farther than to the next point.
+    # A step is not longer than the distance to the next point.
     longest = _whiten(path[1:] - path[:-1], scale_tril).norm(dim=-1).mean()
     up = up * (longest / up.norm(dim=-1, keepdim=True).clamp_min(1e-30)).clamp_max(1.0)
     tried = inner + up @ scale_tril.mT

@@ -21,26 +21,26 @@ from flowvi.targets import ModelError, Target
 from flowvi.targets.vectors import label
 
 PRIOR_DRAWS = 200
-# Widths at which the density is looked up along the longest directions of a Gaussian.
+# Distances of evaluations along the longest axes of a Gaussian, in sds.
 REACH = (1.0, 10.0, 100.0, 1e3, 1e4)
 DIRECTIONS = 3
-# Longest of these, in units of the shortest axis of the Gaussian.
+# Largest distance, in units of the shortest axis of the Gaussian.
 FARTHEST = 1e10
-# A density that over this reach falls by less has no integral: 1 / r would fall by 9.2 nats.
-LEAST_FALL = 3.0
+# Least decrease over the last distance of a density with an integral, in nats; 1 / r has 9.2.
+LEAST_DECREASE = 3.0
 # A site belongs to a direction if its largest coordinate is at least this share of the largest.
 SHARE = 0.1
 # Changes of the log density below this many nats count as zero.
-STILL = 1e-3
-# Nats of rounding that hide a posterior.
-LOST = 0.1
-# Largest D at which improper priors have the curvature looked at, and the least that counts.
+NO_CHANGE = 1e-3
+# Rounding error of the log density above which it cannot be fitted, in nats.
+ROUNDING_NATS = 0.1
+# Largest D for a test of the curvature with improper priors, and the least curvature that counts.
 CURVED, FLAT = 200, 1e-10
 # Coordinates named for a direction, and the share of the largest loading that each has.
 NAMED, LOADING = 6, 0.2
-# Numbers of double precision that training of a full-rank base takes for each of its D^2 / 2.
-COPIES = 12
-# Guides with a covariance matrix whatever D is; flows take one of low rank beyond 2000.
+# Double-precision numbers in memory per entry of a full-rank matrix, which has D^2 / 2 entries.
+NUMBERS_PER_ENTRY = 12
+# Guides with a full matrix for every D; flows use a matrix of low rank for D > 2000.
 FULL_RANK = ("fullrank", "affine", "spline")
 MOST_BYTES = 16e9
 
@@ -87,8 +87,8 @@ def preflight(target: Target, seed: int) -> Preflight:
         points = target.unconstrain({name: values[name] for name in target.sites})
         of_prior = True
     except (ModelError, ValueError, RuntimeError):
-        # Improper; or some prior draws have data that no distribution can draw, or reach where a
-        # matrix has no factor.
+        # The prior is improper, or the data cannot be simulated at some prior draws, or a matrix
+        # has no factor there.
         shape = (PRIOR_DRAWS, target.dim)
         points = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
         of_prior = False
@@ -126,25 +126,25 @@ def check_integrable(target: Target, g: GaussianApproximation) -> str:
         raise ModelError(words)
     widths = g.widths
     if g.scale_tril.dim() == 1:
-        # Of a diagonal covariance of many dimensions, the coordinates are the axes.
+        # The axes of a diagonal covariance are the coordinates.
         lengths, order = g.scale_tril.sort(descending=True)
         axes = torch.nn.functional.one_hot(order[:DIRECTIONS], target.dim).to(widths)
     else:
         vectors, lengths, _ = torch.linalg.svd(g.scale_tril)
         axes = vectors.mT[:DIRECTIONS]
-    # Farther out, rounding of the direction would be taken for a fall; and the shortest axis of a
-    # matrix is a rounding error where it is that much shorter than the longest.
+    # At larger distances, rounding of the direction looks like a decrease. The shortest axis of an
+    # ill-conditioned matrix is itself a rounding error.
     known = bool(lengths[-1] > sys.float_info.epsilon * lengths[0])
     shortest = torch.minimum(lengths[-1], widths.min()) if known else widths.min()
     reached = lengths.clamp_max(FARTHEST * float(shortest))
     steps = [width * axis for axis, width in zip(axes, reached, strict=False)]
     if (target.improper or target.masked) and target.dim <= CURVED:
-        # Those of a guide without correlations are no help: a - b may be free where a is not.
+        # Axes of a diagonal Gaussian are not enough: a - b may be unidentified where a is not.
         steps += _flattest_directions(target, g)
     for step in steps:
         falls = {sign: density_drop(target, g.loc, sign * step) for sign in (1, -1)}
         sign = min(falls, key=lambda sign: falls[sign])
-        if falls[sign] < LEAST_FALL:
+        if falls[sign] < LEAST_DECREASE:
             far = g.loc + REACH[-1] * sign * step
             raise ModelError(
                 f"The posterior of {target.name} is improper, or as good as that: along "
@@ -155,7 +155,7 @@ def check_integrable(target: Target, g: GaussianApproximation) -> str:
     condition = float(lengths[0] / lengths[-1].clamp_min(1e-300))
     return (
         f"widths from {float(widths.min()):.2g} to {float(widths.max()):.2g}, "
-        f"axes in a ratio of 1 to {condition:.2g}"
+        f"longest axis {condition:.2g} times the shortest"
     )
 
 
@@ -169,7 +169,7 @@ def _remedy(target: Target, step: Tensor) -> str:
 
 def _describe_drop(fall: float) -> str:
     """Describe a change of the log density along a line: it falls by so many nats."""
-    if abs(fall) < STILL:
+    if abs(fall) < NO_CHANGE:
         return "does not fall"
     return f"rises by {-fall:.2g} nats" if fall < 0 else f"falls by no more than {fall:.2g} nats"
 
@@ -177,7 +177,7 @@ def _describe_drop(fall: float) -> str:
 def _check_precision(target: Target, g: GaussianApproximation) -> None:
     """Refuse a log density of such a size that a nat is lost in its rounding."""
     size = abs(float(evaluate(target, g.loc[None])[0]))
-    if math.isfinite(size) and size * sys.float_info.epsilon > LOST:
+    if math.isfinite(size) and size * sys.float_info.epsilon > ROUNDING_NATS:
         largest = {n: float(v.abs().max()) for n, v in target.observed.items() if v.numel()}
         name = max(largest, key=lambda n: largest[n], default="")
         words = f" Site '{name}' has values up to {largest[name]:.2g}." if name else ""
@@ -198,7 +198,7 @@ def density_drop(target: Target, loc: Tensor, step: Tensor) -> float:
     """Nats by which the log density falls from one step to the farthest; inf if it is not known."""
     reach = torch.tensor(REACH, dtype=loc.dtype, device=loc.device)
     log_p = evaluate(target, loc + reach[:, None] * step).cpu().double().numpy()
-    # Far out, rounding can make the difference of two large numbers infinite.
+    # At large distances, rounding can make the difference of two large numbers infinite.
     if np.isnan(log_p).any() or np.isposinf(log_p).any() or not np.isfinite(log_p[0]):
         return math.inf
     return float(log_p[0] - log_p[-1])
@@ -219,7 +219,7 @@ def describe_direction(target: Target, direction: Tensor) -> str:
 
 def check_size(dim: int, guide: str) -> None:
     """Refuse a covariance matrix that would not fit into memory."""
-    need = COPIES * dim * dim / 2 * 8
+    need = NUMBERS_PER_ENTRY * dim * dim / 2 * 8
     if guide in FULL_RANK and need > MOST_BYTES:
         raise ValueError(
             f"guide '{guide}' has a covariance matrix of {dim} x {dim} numbers, and would take "

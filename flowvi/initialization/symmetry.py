@@ -15,13 +15,12 @@ from flowvi.targets import ModelError, Target
 
 Values = dict[str, Tensor]
 
-# Labels whose orders a mixture can cover. Four have 24 orders, and the units of a network, whose
-# predictions do not depend on their order, often many more.
+# Largest number of labels whose permutations a mixture can cover: four have 24. The units of a
+# network have many more, but predictions do not depend on their order.
 MOST_LABELS = 3
-# Sites of which pairs are turned at most.
-MOST_TURNED = 8
-# Places at which two densities are compared, and how far apart they may be: nats, and
-# relative to the value.
+# Largest number of sites for which sign flips of pairs are tested.
+MOST_FLIPPED = 8
+# Number of points at which densities are compared, and tolerances: absolute in nats, relative.
 PLACES, ROUNDING = 4, (1e-3, 1e-5)
 
 
@@ -63,7 +62,7 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
 
     found: list[tuple[set[str], Symmetry]] = []
     for names, symmetry in [*_permutations(values), *_sign_flips(target)]:
-        # A symmetry of several sites together is not tried again for some of them.
+        # Subsets of sites with a known joint symmetry are not tested.
         if not any(set(names) <= known for known, _ in found) and all(
             same(moved) for moved in itertools.islice(symmetry.images(values), 2)
         ):
@@ -83,8 +82,8 @@ def _density(target: Target, z: Tensor) -> tuple[Values, Tensor]:
     """Values of the sites at points (P, D), and the log density of these values, (P)."""
     log_p, values = target.log_prob(z), target.constrain(z)
     try:
-        # Swaps and signs leave the Jacobians of other maps as they are: only those of Pyro's
-        # simplices and the like are needed.
+        # Permutations and sign flips change only the Jacobians of some maps, such as Pyro's map
+        # to the simplex.
         ladjs = target.latents(z)[1].values()
         log_p = log_p - sum(ladj.reshape(len(z), -1).sum(-1) for ladj in ladjs)
     except ModelError:
@@ -98,8 +97,8 @@ def _permutations(values: Values) -> Iterator[tuple[list[str], Symmetry]]:
     for size in sizes:
         having = [name for name, v in values.items() if size in v.shape[1:]]
         for names in [having, *([name] for name in having if len(having) > 1)]:
-            words = f"entries of {_listed(names)} can trade places"
-            # Of several axes of that length all, as of a transition matrix, or the first.
+            words = f"entries of {_listed(names)} can be permuted"
+            # Permute all axes of this length, as in a transition matrix, or the first only.
             every = {
                 n: [d for d, m in enumerate(values[n].shape) if d and m == size] for n in names
             }
@@ -125,13 +124,13 @@ def _permute_entries(axes: dict[str, list[int]], size: int) -> Callable[[Values]
 
 def _sign_flips(target: Target) -> Iterator[tuple[list[str], Symmetry]]:
     """Guesses at real sites whose sign can be turned."""
-    real = [name for name, site in target.sites.items() if _is_real(site.support)][:MOST_TURNED]
+    real = [name for name, site in target.sites.items() if _is_real(site.support)][:MOST_FLIPPED]
     for names in [*([name] for name in real), *map(list, itertools.combinations(real, 2))]:
 
         def images(values: Values, names: list[str] = names) -> Iterator[Values]:
             yield values | {name: -values[name] for name in names}
 
-        yield names, Symmetry(f"the sign of {_listed(names)} can be turned", images)
+        yield names, Symmetry(f"the sign of {_listed(names)} can be flipped", images)
 
 
 def _is_real(support: Constraint) -> bool:

@@ -10,20 +10,20 @@ from torch.distributions.constraints import Constraint
 from flowvi.initialization.gaussian import GaussianApproximation, evaluate, scores_in_chunks
 from flowvi.targets import Target
 
-# Logarithms of a scale: below the first a collapse is looked for, from the second on.
+# Log scale below which a collapse is tested, and log scale at which the test begins.
 SMALL, BEGIN = -10.0, -18.0
-# Factors, as logarithms, by which a scale is then made smaller, and the nats that the density has
-# to rise by for each unit: s^-n of n values, less one for each mean that becomes as narrow.
-DEEPER, RISE = (3.0, 6.0, 12.0), 0.4
-# Widths up to so many times a scale go to zero with it.
-WITH_IT = 1e3
+# Steps by which the log scale is reduced, and least increase of the log density per unit, in nats:
+# s^-n for n values, less one for each mean whose width shrinks with the scale.
+FURTHER, RISE = (3.0, 6.0, 12.0), 0.4
+# Widths up to this multiple of a scale go to zero with it.
+SHRINKING_RATIO = 1e3
 DRAWS = 64
-# Scales that are looked at, the smallest first, and the largest D for which that is cheap.
-LOOKED_AT, MOST_DIM = 5, 200
-# Steps by which the means follow a scale.
+# Number of scales that are tested, the smallest first, and the largest D of the test.
+MOST_SCALES, MOST_DIM = 5, 200
+# Newton steps of the means after a change of the scale.
 NEWTON = 20
-# Log likelihood of a site all of whose discrete values are certain, at most.
-CERTAIN = 1e-3
+# Largest |log likelihood| of a discrete site whose values all have probability one.
+CERTAIN_LOG_LIKELIHOOD = 1e-3
 
 
 def find_collapse(target: Target, g: GaussianApproximation) -> str:
@@ -51,7 +51,7 @@ def find_collapse(target: Target, g: GaussianApproximation) -> str:
         for column in range(target.slices[name].start, target.slices[name].stop)
         if float(g.loc[column]) < SMALL
     }
-    for column in sorted(small, key=lambda column: float(g.loc[column]))[:LOOKED_AT]:
+    for column in sorted(small, key=lambda column: float(g.loc[column]))[:MOST_SCALES]:
         if where := _bound_rises(target, g, column, noise):
             return _message(target, small[column], _responsible_site(target, *where))
     return ""
@@ -70,14 +70,14 @@ def _bound_rises(
     """Points before and after, if the ELBO rises at every smaller scale; None otherwise."""
     first = max(float(g.loc[column]), BEGIN)
     scale = torch.diag(g.scale_tril) if g.scale_tril.dim() == 1 else g.scale_tril
-    # The factor of all others given this one: rows as they are, this one in front.
+    # Cholesky factor of the other coordinates given this one, which comes first in the order.
     order = [column, *(i for i in range(target.dim) if i != column)]
     factor = torch.linalg.qr(scale[order].mT).R.mT
     factor[:, 0] = 0.0
     inverse = torch.argsort(torch.tensor(order, device=factor.device))
     factor = factor[inverse]
     own = g.loc[column].exp()
-    narrow = factor.norm(dim=-1) <= WITH_IT * own
+    narrow = factor.norm(dim=-1) <= SHRINKING_RATIO * own
     narrow[column] = False
 
     def at(deeper: float) -> tuple[Tensor, float]:
@@ -87,7 +87,7 @@ def _bound_rises(
         loc[column] = first - deeper
         own = factor * torch.where(narrow, widths, 0.0)[:, None]
         for _ in range(NEWTON):
-            # What was near enough for a larger scale is not for this one.
+            # A smaller scale requires more accurate means.
             _, gradient = scores_in_chunks(target, loc[None])
             loc = loc + own @ (own.mT @ gradient[0])
         z = loc + (noise @ factor.mT) * widths
@@ -95,7 +95,7 @@ def _bound_rises(
 
     before, value = at(0.0)
     reached = before
-    for step, deeper in zip((0.0, *DEEPER), DEEPER, strict=False):
+    for step, deeper in zip((0.0, *FURTHER), FURTHER, strict=False):
         reached, now = at(deeper)
         if not now > value + RISE * (deeper - step):
             return None
@@ -159,7 +159,7 @@ def data_cause(target: Target, point: Tensor, far: Tensor) -> str:
         if (
             whole
             and value.numel() > 1
-            and bool((total.abs() <= CERTAIN) & (data != data.flatten()[0]).any())
+            and bool((total.abs() <= CERTAIN_LOG_LIKELIHOOD) & (data != data.flatten()[0]).any())
         ):
             return (
                 f" There every value of the observed site '{name}' is certain: the predictors "

@@ -20,7 +20,7 @@ from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.prediction import Prediction, predict
 from flowvi.draws.row_bounds import row_bounds
 from flowvi.interop.labels import SAMPLE, Arrays, Labels, storable
-from flowvi.runtime.arguments import check_type, draws_wanted
+from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.runtime.columns import Columns
 from flowvi.targets import LocalTarget, ModelError, Target
 
@@ -67,7 +67,7 @@ def to_inference_data(
         particles: For draws with a row axis, number of particles of the importance-weighted
             bound on log p(x_n) that is the log likelihood.
     """
-    draws_wanted("to_inference_data", draws)
+    refuse_fit("to_inference_data", draws)
     check_type("draws", draws, Draws, EXPECTED)
     _check_simulated(draws, prior, predictive)
     target = draws.target

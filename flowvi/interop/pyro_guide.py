@@ -27,7 +27,7 @@ from flowvi.interop.pyro_distribution import (
     serve,
 )
 from flowvi.interop.pyro_row_guide import RowPyroGuide
-from flowvi.runtime.arguments import fit_wanted
+from flowvi.runtime.arguments import require_fit
 from flowvi.targets import GlobalTarget, ModelError
 
 
@@ -66,7 +66,7 @@ def pyro_guide(fit: Fit | RowFit) -> PyroGuide | RowPyroGuide:
             "NestedFit, which has both: use GuideDistribution in a guide of your own, which "
             "docs/pyro.md shows."
         )
-    fit_wanted("pyro_guide", fit, Fit, "what flowvi.fit returned")
+    require_fit("pyro_guide", fit, Fit, "what flowvi.fit returned")
     target = cast(GlobalTarget, fit.target)
     if fit.chains is not None:
         warnings.warn(
@@ -113,7 +113,7 @@ class PyroGuide(AutoContinuous):
         """
         (target,) = self._target
         serve(target)
-        self._look_at(args, kwargs)
+        self._check_shapes(args, kwargs)
         z = self.sample_latent()
         with poutine.block():  # the target may run the model
             values, ladjs = target.latents(z)
@@ -148,7 +148,7 @@ class PyroGuide(AutoContinuous):
                 raise NotImplementedError(f"The support of '{name}' is mapped by flowvi's own map.")
         return Transport(self.density)
 
-    def _look_at(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _check_shapes(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Run the model once for arguments of new shapes, whose rows may differ from the fit's."""
         leaves = tree_leaves((args, kwargs))
         shapes = tuple(tuple(a.shape) for a in leaves if hasattr(a, "shape"))

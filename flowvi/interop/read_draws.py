@@ -19,8 +19,6 @@ from flowvi.targets import Batch, Target
 if TYPE_CHECKING:
     import arviz as az
 
-LISTS = ("reasons", "distances", "improper", "missed")
-
 
 @dataclass(frozen=True)
 class Names:
@@ -109,7 +107,7 @@ def resample_groups(
     groups: dict[str, Any] = {}
     for group in ("posterior", "sample_stats", "log_likelihood"):
         if has_group(idata, group):
-            groups[group] = _picked(to_dataset(idata[group]), rows, log_w.shape)
+            groups[group] = _select(to_dataset(idata[group]), rows, log_w.shape)
     groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")
     for group in ("observed_data", "constant_data"):
         if has_group(idata, group):
@@ -119,7 +117,7 @@ def resample_groups(
     return make_groups(groups)
 
 
-def _picked(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
+def _select(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
     """Select rows of the pooled draws, as the one chain of a data set."""
     chain, place = np.divmod(rows, shape[1])
     picked = dataset.isel(chain=xr_index(chain), draw=xr_index(place))

@@ -109,7 +109,7 @@ class NestedTarget(Target):
         # Guides are compared on the same rows.
         self._places = everything[: some if self.subsampled else None].sort().values
         if target.made is not None:
-            self.made = partial(_made_again, target.made, inner, particles, sees_theta, batch_size)
+            self.made = partial(_rebuild, target.made, inner, particles, sees_theta, batch_size)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -326,7 +326,7 @@ def _inner(target: LocalTarget, inner: str | Amortised, sees_theta: bool) -> Amo
     return copy.deepcopy(inner).to(dtype=target.dtype, device=target.device)
 
 
-def _made_again(make: Any, inner: str | Amortised, *rest: Any) -> NestedTarget:
+def _rebuild(make: Any, inner: str | Amortised, *rest: Any) -> NestedTarget:
     """Create the target in another process, without the values of its parameters."""
     return NestedTarget(make(), inner, *rest)
 

@@ -108,11 +108,11 @@ def plot_epochs(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axe
         ax.plot(epochs, bound, color=BLUE, lw=1.4, label="training rows")
         if np.isfinite(held).any():
             ax.plot(epochs, held, color=ORANGE, lw=1.4, label="validation rows")
-        # The first epochs are left out of the scale.
+        # The first epochs do not affect the scale.
         late = np.concatenate([bound, held])[np.isfinite(np.concatenate([bound, held]))]
         low, high = float(np.quantile(late, 0.1)), float(late.max())
         margin = 0.1 * (high - low) or 1.0
-        ax.set(xlabel="epoch", ylabel="bound (nats a row)", ylim=(low - margin, high + margin))
+        ax.set(xlabel="epoch", ylabel="bound (nats per row)", ylim=(low - margin, high + margin))
         ax.legend(loc="lower right")
     return ax
 

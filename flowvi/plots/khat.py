@@ -12,7 +12,7 @@ from flowvi.diagnostics import as_chains, khat_threshold, log_evidence, psis
 from flowvi.draws.diagnose import as_weights
 from flowvi.draws.draws import Draws, weights_of
 from flowvi.plots.theme import BLUE, GREY, ORANGE, new_axes, style
-from flowvi.runtime.arguments import draws_wanted
+from flowvi.runtime.arguments import refuse_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -27,7 +27,7 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
         draws: Draws of a fit, not resampled, or an array of log weights.
         ax: Axes to draw on; a new figure without them.
     """
-    draws_wanted("plot_khat", draws)
+    refuse_fit("plot_khat", draws)
     if isinstance(draws, Draws) and draws.by_row:
         return _of_rows(draws, ax)
     given = weights_of("plot_khat", draws) if isinstance(draws, Draws) else as_weights(draws)
@@ -38,7 +38,7 @@ def plot_khat(draws: Draws | ArrayLike, ax: Axes | None = None) -> Axes:
     rank = np.arange(1, len(order) + 1)
     tail = slice(math.ceil(min(len(log_w) / 5, 3 * math.sqrt(len(log_w)))))
     raw = log_w[order] - log_evidence(log_w).value
-    # Smoothing leaves the smallest weight alone: it ties the two scales together.
+    # Smoothing does not change the smallest weight, which thus relates the two scales.
     fitted = smooth[order] - smooth[order[-1]] + raw[-1]
     good = khat < threshold
     with style():

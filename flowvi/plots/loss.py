@@ -52,7 +52,7 @@ def plot_loss(history: Mapping[str, ArrayLike] | Fit, ax: Axes | None = None) ->
         )
         ax.fill_between(steps[at], low, high, color=BLUE, alpha=0.2, lw=0, label="80 % of steps")
         ax.plot(steps[at], middle, color=BLUE, lw=1.4, label="running median")
-        # The first steps of a bad start can be off by millions; they are left out of the scale.
+        # The first 2 % of the steps do not affect the scale: a bad start can have extreme bounds.
         bottom = min(float(middle[len(middle) // 50 :].min()), level - 2 * noise)
         top = max(float(high.max()), level + noise / 2)
         ticks = _ticks(level, noise, bottom, top)

@@ -10,7 +10,7 @@ import numpy as np
 from flowvi.draws.draws import Draws
 from flowvi.plots.pair import MAX_SCALARS, scalars
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
-from flowvi.runtime.arguments import check_type, draws_wanted
+from flowvi.runtime.arguments import check_type, refuse_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +33,7 @@ def plot_marginals(
     Returns:
         Axes, (rows, columns); those of empty panels are switched off.
     """
-    draws_wanted("plot_marginals", sets)
+    refuse_fit("plot_marginals", sets)
     if isinstance(sets, Draws):
         sets = {"draws": sets}
     check_type("sets", sets, Mapping, "the draws of a fit, or a dictionary of such draws by name")
@@ -52,7 +52,7 @@ def plot_marginals(
         figure, axes = plt.subplots(
             down,
             across,
-            # The names of the sets stand above all panels, also above a single one.
+            # The legend is above all panels, and needs its width also with a single panel.
             figsize=(max(2.4 * across, 1.5 * len(sets)), 1.75 * down + 0.3),
             squeeze=False,
             layout="constrained",

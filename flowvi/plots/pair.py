@@ -10,7 +10,7 @@ import numpy as np
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.plots.theme import BLUE, style
-from flowvi.runtime.arguments import check_type, draws_wanted
+from flowvi.runtime.arguments import check_type, refuse_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def plot_pair(draws: Draws, names: Sequence[str] | None = None) -> np.ndarray:
     Returns:
         Axes, (scalars, scalars); those above the diagonal are switched off.
     """
-    draws_wanted("plot_pair", draws)
+    refuse_fit("plot_pair", draws)
     check_type("draws", draws, Draws, EXPECTED)
     columns = scalars(draws, names)
     labels, size = list(columns), len(columns)

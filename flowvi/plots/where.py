@@ -11,7 +11,7 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import axes_of, named_values, where
 from flowvi.draws.draws import Draws
 from flowvi.plots.theme import GREY, ORANGE, new_axes, style
-from flowvi.runtime.arguments import draws_wanted
+from flowvi.runtime.arguments import refuse_fit
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -30,7 +30,7 @@ def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
         raise TypeError(
             "plot_where takes the draws themselves: plot_where(draws), not where(draws)."
         )
-    draws_wanted("plot_where", draws)
+    refuse_fit("plot_where", draws)
     found = where(draws)
     if draws.by_row:
         raise ValueError(

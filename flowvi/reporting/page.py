@@ -24,7 +24,7 @@ from flowvi.guides.registry import guide_names, make_guide
 from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
 from flowvi.reporting.pictures import pictures
-from flowvi.runtime.arguments import fit_wanted
+from flowvi.runtime.arguments import require_fit
 from flowvi.runtime.files import write_atomic
 from flowvi.runtime.rng import isolated_rng
 
@@ -84,7 +84,7 @@ def report(
     """
     kinds = (Fit, RowFit, NestedFit)
     like = "a fit, or a folder that flowvi fit wrote"
-    fit_wanted("report", source, (*kinds, str, os.PathLike), like)
+    require_fit("report", source, (*kinds, str, os.PathLike), like)
     if isinstance(source, kinds):
         if out is None:
             raise ValueError('Say where the report goes: report(fit, "report.html").')

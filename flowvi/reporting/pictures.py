@@ -71,7 +71,7 @@ def _all(c: Contents) -> Iterator[Drawing]:
         "pairs",
         lambda: _figure(plot_pair(c.kept)),
         f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
-        f"Of the {c.kind}. Darker cells hold more draws.",
+        f"The draws are the {c.kind}. Darker cells hold more draws.",
     )
     yield from _predictive(c)
     if c.weighted is not None:
@@ -95,8 +95,8 @@ def _training(c: Contents) -> Iterator[Drawing]:
         yield (
             "training",
             lambda: _figure(plot_epochs(c.history)),
-            f"The bound of a row over {len(bound)} epochs of training.",
-            "Of the rows that were trained on, and of those that were held out.",
+            f"The bound per row over {len(bound)} epochs of training.",
+            "One line is for the training rows, the other for the held-out rows.",
         )
         return
     columns: dict[str, Any] = {"bound": bound}
@@ -106,7 +106,7 @@ def _training(c: Contents) -> Iterator[Drawing]:
         "training",
         lambda: _figure(plot_loss(columns)),
         f"The bound over {len(bound)} steps of training, with a line where each stage begins.",
-        "Linear within the noise of the end, logarithmic beyond.",
+        "The scale is linear within the noise of the final bound, and logarithmic beyond it.",
     )
 
 
@@ -121,7 +121,7 @@ def _marginals(c: Contents) -> Iterator[Drawing]:
         "marginals",
         lambda: _figure(plot_marginals(sets, columns=2)),
         f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
-        "What the guide adds to the Gaussian that it began with, and what comes of its weights.",
+        "They compare the draws before and after each step of the approximation.",
     )
 
 
@@ -153,18 +153,18 @@ def _weights(c: Contents) -> Iterator[Drawing]:
             "weights",
             lambda: _figure(plot_khat(draws)),
             f"Pareto k-hat of the weights of each row; the largest is {khat:.2f}.",
-            "Above the line the draws of a row decide nothing: a few of them carry the weight.",
+            "Above the line a few draws of the row carry the weight, and averages are unreliable.",
         )
         return
     yield (
         "weights",
         lambda: _figure(plot_khat(draws)),
         f"The largest importance weights against their rank; Pareto k-hat {khat:.2f}.",
-        "A line that is steep to the left is a heavy tail: a few draws then decide every average.",
+        "A line that is steep at the left is a heavy tail: a few draws dominate every average.",
     )
     found = where(draws)
     if len(found.labels) > 1:
-        clear = found.sentence or "The heaviest weights lie nowhere in particular."
+        clear = found.sentence or "The largest weights are not concentrated in one region."
         yield (
             "weights",
             lambda: _figure(plot_where(draws)),

@@ -13,8 +13,8 @@ from numbers import Real
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-# Draws that an example asks for.
-MANY = 4000
+# Number of draws in the examples of messages.
+EXAMPLE_DRAWS = 4000
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -88,7 +88,7 @@ def _named(value: Any) -> str:
     return f"{'the class' if isinstance(value, type) else article} {came}"
 
 
-def draws_wanted(function: str, value: Any) -> None:
+def refuse_fit(function: str, value: Any) -> None:
     """Refuse a fit where its draws are wanted.
 
     Args:
@@ -102,14 +102,14 @@ def draws_wanted(function: str, value: Any) -> None:
     if hasattr(value, "draw") and hasattr(value, "history"):
         raise TypeError(
             f"{function} needs the draws of a fit, and got a {came}, the fit itself: "
-            f"{function}(fit.draw({MANY}))."
+            f"{function}(fit.draw({EXAMPLE_DRAWS}))."
         )
     instead = getattr(type(value), "INSTEAD", "")
     if instead:
         raise TypeError(f"{function} needs the draws of a fit, and got a {came}: {instead}.")
 
 
-def fit_wanted(function: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
+def require_fit(function: str, value: Any, kinds: type | tuple[type, ...], like: str) -> None:
     """Refuse what is no fit, such as its draws.
 
     Args:

@@ -24,10 +24,10 @@ from flowvi.runtime.files import (
     Checksum,
     error_reason,
     lock_folder,
+    make_folder,
     read_json,
     write_json,
 )
-from flowvi.runtime.files import make_folder as made
 from flowvi.runtime.tensors import read_state, write_state
 
 FORMAT = 1
@@ -107,8 +107,8 @@ class CheckpointFolder:
             a, b = manifest["software"], environment()
             changes = [f"{k} {a.get(k)} is now {b[k]}" for k in b if a.get(k) != b[k]]
             warnings.warn(
-                f"{self.folder} goes on with other software or hardware ({', '.join(changes)}): "
-                "the result is as good, but not the same to the bit.",
+                f"{self.folder} is resumed with other software or hardware ({', '.join(changes)}): "
+                "the result is equally valid, but not identical to the bit.",
                 stacklevel=2,
             )
         self.pieces = [CheckpointFile.from_manifest(entry, file) for entry in manifest["pieces"]]
@@ -120,7 +120,7 @@ class CheckpointFolder:
         try:
             return read_state(self.folder / entry.name, entry.checksum)
         except CheckpointError as error:
-            warnings.warn(f"{error} Going on from what came before it.", stacklevel=4)
+            warnings.warn(f"{error} The fit continues from the checkpoint before it.", stacklevel=4)
             return None
 
     def save_result(self, what: str, place: int, state: Any) -> None:
@@ -192,9 +192,9 @@ class CheckpointFolder:
                 wrong.append(str(error))
             else:
                 for words in wrong:
-                    warnings.warn(f"{words} Going on from {file}.", stacklevel=3)
+                    warnings.warn(f"{words} The fit continues from {file}.", stacklevel=3)
                 return found, file
-        raise CheckpointError(f"{' '.join(wrong)} There is nothing to go on from.")
+        raise CheckpointError(f"{' '.join(wrong)} There is no state to resume from.")
 
 
 @contextmanager
@@ -218,7 +218,7 @@ def open_checkpoint(
     if folder is None:
         yield None
         return
-    made(folder, "a checkpoint")
+    make_folder(folder, "a checkpoint")
     shelf = CheckpointFolder(folder, about)
     with lock_folder(folder) if distributed.rank() == 0 else _unlocked():
         if any((folder / name).exists() for name in (MANIFEST, PREVIOUS)):

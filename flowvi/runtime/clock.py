@@ -19,8 +19,7 @@ from flowvi.runtime import distributed
 T = TypeVar("T")
 
 INTERRUPT_NOTICE = (
-    "Interrupted: the fit ends with the best so far, and says what it does meanwhile. Interrupt it "
-    "again to stop at once."
+    "Interrupted: the fit ends with the best result so far. Interrupt it again to stop at once."
 )
 _CURRENT: ContextVar[Clock | None] = ContextVar("clock", default=None)
 

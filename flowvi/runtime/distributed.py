@@ -45,7 +45,7 @@ def all_reduce_mean(
         return bound, gradient, list(extra)
     own = extra if rank() == 0 else [0.0] * len(extra)
     numbers = torch.cat([bound.detach().double().reshape(1), bound.new_tensor(own).double()])
-    # The rounding error of a number in single precision is sent beside it.
+    # Numbers are sent in single precision, together with their rounding errors.
     high = numbers.to(dtype or gradient.dtype)
     low = (numbers - high).to(high)
     both = torch.cat([high, low, gradient.to(high)])

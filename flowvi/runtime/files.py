@@ -21,7 +21,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-# Longest header, and longest file of JSON, that is read.
+# Largest header, and largest JSON file, that is read.
 LONGEST_TEXT = 16 * 2**20
 LOCK = "lock"
 # Temporary files that a crash leaves behind.
@@ -89,7 +89,7 @@ def atomic_replace(file: Path) -> Iterator[Path]:
                 if old is not None:
                     os.fchmod(handle, stat.S_IMODE(old.st_mode))
                 yield part
-                # Some file systems find out only now that there is no room.
+                # Some file systems report a full disk only at this point.
                 os.fsync(handle)
             finally:
                 os.close(handle)
@@ -155,11 +155,11 @@ def read_prefix(file: Path, size: int, checksum: Checksum | None = None) -> byte
         return source.read(size)
 
 
-def read_json(file: Path, checksum: Checksum | None = None) -> Any:
+def read_json(file: Path) -> Any:
     """Read a file of JSON."""
     if len(read_prefix(file, LONGEST_TEXT + 1)) > LONGEST_TEXT:
         raise CheckpointError(f"{file} is longer than any that flowvi writes.")
-    return parse_json(read_checked(file, checksum), file)
+    return parse_json(read_checked(file), file)
 
 
 def parse_json(text: bytes, file: Path) -> Any:
@@ -237,7 +237,7 @@ def hold_folder(folder: Path) -> Iterator[bool]:
             yield False
             return
         except OSError:
-            # Some network file systems lock files alone.
+            # Some network file systems cannot lock folders.
             pass
         yield True
     finally:
@@ -257,7 +257,7 @@ def remove_partial_files(folder: Path) -> None:
 @contextmanager
 def _opened(file: Path, checksum: Checksum | None) -> Iterator[BinaryIO]:
     try:
-        # A pipe would keep a reader waiting.
+        # Opening a named pipe would block.
         handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None

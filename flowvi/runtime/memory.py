@@ -21,18 +21,19 @@ MaxMemory = int | str | None
 
 VARIABLE = "FLOWVI_MAX_MEMORY"
 DEFAULT = 10**9
-# One point of a large model takes that much.
+# Least limit: the evaluation of one point of a large model takes about as much.
 LEAST = 32 * 10**6
 UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12}
 UNITS |= {"KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}
-# Shares of the limit for the tensors of an evaluation, and for the table of its results; the
-# rest is for what operations need inside, and for what an allocator does not give back.
+# Shares of the limit for the tensors of an evaluation, and for the table of its results. The
+# rest is for temporary memory of operations, and for memory that the allocator keeps.
 EVALUATED, TABLED = 0.4, 0.2
-# Bytes for which a guide draws at a time, whatever the limit: draws do not depend on it.
+# Memory of one call of a guide's sampler, in bytes. It is constant, so that draws do not depend
+# on the limit.
 PIECE = 32 * 10**6
-# More points at a time gain no speed.
+# Largest number of points in one evaluation; more are not faster.
 MOST = 2000
-# No limit but that of memory.
+# Number of points without a limit other than memory.
 ANY = 10**9
 
 _LIMIT: ContextVar[int | None] = ContextVar("max_memory", default=None)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from flowvi.runtime.arguments import check_integer
 
-# Torch's generators and Pyro's handlers belong to the process, not to a thread.
+# Torch's generators and Pyro's handlers are shared by all threads of the process.
 _TURN = threading.RLock()
 
 

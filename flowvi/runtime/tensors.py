@@ -162,7 +162,7 @@ def _split_tensors(state: Any, tensors: dict[str, Tensor]) -> Any:
         tensors[name] = state
         return {TENSOR: name}
     if isinstance(state, Mapping):
-        # Pairs, for keys need not be text, and one may be called like the reference.
+        # A list of pairs, because keys may be of any type, and may equal the key of a reference.
         return {"dict": [[k, _split_tensors(v, tensors)] for k, v in state.items()]}
     if isinstance(state, list | tuple):
         return [_split_tensors(v, tensors) for v in state]

@@ -16,8 +16,8 @@ from flowvi.targets import Target
 ACCEPTANCE = 0.65
 FIRST_STEP = 0.5
 PILOT = 64
-# Transitions of the pilot on the first rung and on each later one, and how far the first of
-# them may change the step.
+# Pilot transitions, and adaptation rate of their step size: at the first temperature, and at
+# each later one.
 PILOT_MOVES = (8, 3)
 PILOT_RATES = (4.0, 1.0)
 
@@ -171,7 +171,7 @@ class AnnealingLadder:
 def _resample_if_uneven(point: Point, log_w: Tensor) -> tuple[Point, Tensor]:
     """Points drawn by their weights, which become equal, if the weights are too uneven."""
     weights = torch.softmax(log_w, 0)
-    # NaN, if none has weight: nothing to draw from.
+    # The comparison is with NaN if all weights are zero: no draw can be selected.
     if not 1 / weights.square().sum() < len(weights) / 2:
         return point, log_w
     rows = torch.multinomial(weights, len(weights), replacement=True)

@@ -78,7 +78,7 @@ class SamplingSpace:
         known = log_p.isfinite() & log_q.isfinite()
         log_q = torch.where(known, log_q, 0.0)
         log_w = torch.where(known, log_p - log_q, -torch.inf)
-        # Any force that depends on the place alone leaves the chain right: here, none.
+        # Any force that depends on the position alone keeps the chain exact; here it is zero.
         slopes = (g.nan_to_num(0.0, 0.0, 0.0) for g in (slope_q, slope_p))
         found = (u, z, volume, log_q, log_w, *slopes)
         return Point(*(t.detach() for t in found))
@@ -130,7 +130,7 @@ def hmc_transition(
     """One transition of Hamiltonian Monte Carlo, and the average acceptance probability."""
     momentum = torch.randn_like(point.u)
     before = point.density(order) - 0.5 * momentum.square().sum(-1)
-    # Steps of different lengths, or some orbits would close.
+    # Random step sizes avoid periodic orbits.
     size = step * (0.8 + 0.4 * torch.rand_like(point.u[:, :1]))
     end = point
     for _ in range(leapfrog):
@@ -138,7 +138,7 @@ def hmc_transition(
         end = space.at(end.u + size * momentum)
         momentum = momentum + 0.5 * size * end.gradient(order)
     after = end.density(order) - 0.5 * momentum.square().sum(-1)
-    # From nowhere to nowhere is no move: NaN.
+    # If both points have density zero, the difference is NaN, and the move is rejected.
     chance = (after - before).exp().clamp_max(1.0).nan_to_num(0.0)
     taken = torch.rand_like(chance) < chance
     pairs = zip(end, point, strict=True)

@@ -23,7 +23,7 @@ from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Target
 
 MAX_DEPTH = 10
-# How often a start is drawn again where the posterior is not finite.
+# Largest number of initial draws until the posterior is finite.
 TRIES = 100
 
 
@@ -95,7 +95,7 @@ def run_nuts(
                 runs.append(run)
     stats, facts = _statistics(runs, plan)
     seconds = time.perf_counter() - began
-    # A check of the guide's own draws says nothing of chains.
+    # The check of the guide's draws does not apply to chains.
     kept = {name: fact for name, fact in meta.items() if name != "check"}
     with torch.no_grad():
         done = tabulate(

@@ -19,17 +19,17 @@ from flowvi.initialization.gaussian import (
 from flowvi.samplers.ais import annealed_importance_sampling
 from flowvi.targets import Target
 
-# Power of the density at which most modes are one.
-HOT = 0.05
+# Power of the density at which most modes merge into one.
+LOW_POWER = 0.05
 WIDTHS = (1.0, 10.0)
 ROUNDS = 15
 JUDGE_DRAWS = 400
-# Annealing from the wide start.
+# Settings of the annealing from the wide normal.
 DRAWS, TEMPERATURES, LEAPFROG = 500, 40, 3
 REPEATS = 2
-# Nats by which annealing has to find more, beyond three standard errors, every time.
+# Least excess of log mass, in nats and beyond three standard errors, required in every run.
 EXCESS = 0.15
-# Chains of many dimensions need more rungs than it is worth.
+# Largest dimension: more dimensions need too many temperatures.
 MOST_DIM = 200
 
 
@@ -65,12 +65,12 @@ def wide_gaussian(
         seed: Of the draws.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
-    hot: LogDensityProtocol = Tempered(target, HOT)
+    hot: LogDensityProtocol = Tempered(target, LOW_POWER)
     shape = (JUDGE_DRAWS, target.dim)
     judge = torch.randn(shape, generator=generator, dtype=target.dtype, device=target.device)
     identity = torch.eye(target.dim, dtype=target.dtype, device=target.device)
     starts = [GaussianApproximation(identity[0] * 0, width * identity, "wide") for width in WIDTHS]
-    starts += [replace(g, scale_tril=g.scale_tril / math.sqrt(HOT)) for g in others[:3]]
+    starts += [replace(g, scale_tril=g.scale_tril / math.sqrt(LOW_POWER)) for g in others[:3]]
     scored = [with_elbo(hot, g, judge) for g in starts]
     best = max(scored, key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf)
     return refine(hot, best, generator, judge, False, ROUNDS)

@@ -97,7 +97,7 @@ class GlobalTarget(Target):
             for weight, batch in self.cover()
         ]
         total = torch.stack(parts).sum(0)
-        # Weights of both signs: minus infinity must not meet itself.
+        # Weights have both signs: inf - inf would be NaN.
         nowhere = torch.stack(parts).isinf().any(0)
         return torch.where(nowhere, -torch.inf, total).to(z.dtype)
 
@@ -330,7 +330,7 @@ class GlobalTarget(Target):
         return new
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # A recorded graph has its precision written into it: only the device may change.
+        # The precision of a recorded graph is fixed; only the device may change.
         def move(t: Tensor) -> Tensor:
             return t.to(fn(t.new_empty(0)).device)
 

@@ -86,7 +86,7 @@ class Missing:
     def _put(self, part: Tensor, rest: Tensor, lead: int) -> Tensor:
         if part.shape[lead] == 0:
             return rest
-        # Where each element of all lies among the latent ones; others read any of them.
+        # Index of each element among the latent elements; the index of observed elements is unused.
         order = self.keep.reshape(-1).cumsum(0).sub(1).clamp(min=0).to(part.device)
         found = part.index_select(lead, order).reshape(rest.shape)
         after = rest.dim() - lead - self.keep.dim()

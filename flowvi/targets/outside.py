@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flowvi.targets import Target
 
-# Values of so many sites are shown, and so many draws looked at.
+# Largest numbers of sites with values in a message, and of draws that are tested.
 SHOWN, TRIED = 3, 5
 
 

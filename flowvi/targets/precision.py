@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from flowvi.targets.schema import ModelError
 
-# Precisions that values are drawn and parameters are trained in.
+# Supported precisions of values and parameters.
 TRAINED = (torch.float32, torch.float64)
 
 

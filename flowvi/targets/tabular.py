@@ -38,9 +38,9 @@ def as_tensor(value: Any) -> Any:
     array = _array(value) if is_column(value) else value
     if isinstance(array, np.ndarray) and array.dtype.kind in NUMBERS:
         if is_column(value) and array.dtype.kind in "iu" and array.dtype != np.int32:
-            # Codes of categories are small whole numbers, which torch takes for no index.
+            # Codes of categories have a small integer type, which is no index for torch.
             array = array.astype(np.int64)
-        # Torch warns of an array that cannot be written to, and takes no negative strides.
+        # Torch warns about read-only arrays, and rejects negative strides.
         return torch.as_tensor(np.require(array, requirements=["C", "W"]))
     return value
 
@@ -92,7 +92,7 @@ def not_numbers(arguments: Mapping[str, Any], error: Exception) -> str:
     """
     named, lines = any(word in str(error) for word in TYPES), lines_of(error)
     for argument, own in arguments.items():
-        # Where the model fails on lines without the argument, it need not be this.
+        # The argument is not the cause if the failing line does not contain it.
         if not (named or re.search(rf"\b{re.escape(argument)}\b", lines)):
             continue
         for name, value, kind in _odd({argument: own}):

@@ -87,7 +87,7 @@ class Target(nn.Module, ABC):
     def unconstrain(self, values: Mapping[str, Any]) -> Tensor:
         """Latent vectors of values of the latent sites. Each (*S, *B, *shape) -> (*S, *B, D)."""
 
-    # Of one vector; rows answer by themselves, and refuse these.
+    # For one vector of latents; targets of rows override or refuse these.
 
     def starts(self, generator: torch.Generator) -> Tensor:
         """Points to start from, (P, D)."""

@@ -49,7 +49,7 @@ def finite_points(
         except ModelError:
             raise
         except (ValueError, torch.linalg.LinAlgError):
-            # A distribution refuses its parameters, or a matrix its factorisation: a bad point.
+            # Invalid parameters, or a matrix without a factorisation: reject the point.
             continue
         if finite:
             found.append(z.detach())

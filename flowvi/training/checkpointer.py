@@ -36,18 +36,16 @@ class Checkpointer:
     Args:
         clock: Clock of the fit; a resumed fit restores its time.
         target: The density; a resumed fit restores its count of evaluations.
-        shelf: The checkpoint folder.
+
+    Attributes:
+        shelf: The checkpoint folder, if there is one.
         saved: Function called after a result is saved.
     """
 
-    def __init__(
-        self,
-        clock: Clock,
-        target: Target | None = None,
-        shelf: CheckpointFolder | None = None,
-        saved: Callable[[], object] = lambda: None,
-    ) -> None:
-        self.clock, self.target, self.shelf, self.saved = clock, target, shelf, saved
+    def __init__(self, clock: Clock, target: Target | None = None) -> None:
+        self.clock, self.target = clock, target
+        self.shelf: CheckpointFolder | None = None
+        self.saved: Callable[[], object] = lambda: None
         self._place, self._what = 0, ""
         self._last, self._pause = time.perf_counter(), EVERY
 
@@ -151,8 +149,8 @@ class Checkpointer:
         found = shelf.read(entry) if entry.what == self._what else None
         if entry.what != self._what:
             warnings.warn(
-                f"{shelf.folder}: the fit had gone on with '{entry.what}', and does with "
-                f"'{self._what}' now; what came after is done again.",
+                f"{shelf.folder}: the step after this one was '{entry.what}' and is "
+                f"'{self._what}' now; the fit repeats all steps from here.",
                 stacklevel=4,
             )
         if found is None:

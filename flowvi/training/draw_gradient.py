@@ -67,7 +67,7 @@ class DrawGradient(Gradient):
     def in_double(self) -> None:
         if self._worker is self.guide:
             return
-        self.say("from here in double precision")
+        self.say("the next steps are in double precision")
         self._worker, before = self.guide, self.fast
         before.stop()
         self.fast = self._accelerator(compile=False)

@@ -159,7 +159,7 @@ class Epochs:
             self.total,
             self._rate,
             self._gradient,
-            lambda taken: self._after(taken, state, whole),
+            lambda taken: self._finish_step(taken, state, whole),
             # While the weight of the prior rises, a falling bound is no failure.
             levels=not self.settings.warmup_epochs,
             state=whole,
@@ -214,7 +214,7 @@ class Epochs:
         batch = self.settings.transformed(next(self._batches))
         return self.gradient(batch, self._beta)
 
-    def _after(self, taken: Taken, state: TrainState, whole: Callable[[], Any]) -> bool:
+    def _finish_step(self, taken: Taken, state: TrainState, whole: Callable[[], Any]) -> bool:
         """Add a step; at the end of an epoch, validate, save and call the callback."""
         progress, clock = self.progress, self.session.clock
         progress.bounds.append(taken.bound)
@@ -233,7 +233,7 @@ class Epochs:
             with warn_if_unwritable(self.session.checkpointer.shelf.folder):
                 self.session.checkpointer.saved()
         stop = self.session.callback is not None and bool(self.session.callback(epoch))
-        return bool(distributed.broadcast_number(stop)) or self._tired() or late
+        return bool(distributed.broadcast_number(stop)) or self._out_of_patience() or late
 
     def _epoch(self, taken: Taken, state: TrainState) -> Epoch:
         progress = self.progress
@@ -261,7 +261,7 @@ class Epochs:
         else:
             progress.since += 1
 
-    def _tired(self) -> bool:
+    def _out_of_patience(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.since >= patience
 

@@ -118,7 +118,7 @@ def check_objective(target: LocalTarget, objective: Any, settings: Minibatch) ->
     if special and not target.has_parts:
         raise ValueError(
             f"warmup_epochs and free_bits weigh the prior of z, but the density of {target.name} "
-            "does not fall apart into likelihood and prior: it is written by hand, or sums out "
+            "has no separate likelihood and prior: it is written by hand, or sums out "
             "discrete latents."
         )
     if settings.free_bits > 0 and not (isinstance(objective, Renyi) and objective.alpha == 1.0):

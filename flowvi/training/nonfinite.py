@@ -36,14 +36,14 @@ def explain_nonfinite(
         row = int((~z.isfinite().all(0)).nonzero()[0])
         where = f"The guide's draws of site '{label(target, row)}' are not finite."
     else:
-        where = _in_the_density(target, z, batch)
+        where = _describe_density(target, z, batch)
     name = _parameter(target, guide, bound)
     return (
         f"{where} The first parameter whose gradient is not finite is '{name}'." if name else where
     )
 
 
-def _in_the_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:
+def _describe_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | None) -> str:
     z = z.requires_grad_()
     log_p = target.log_prob(z, batch)
     (gradient,) = torch.autograd.grad(log_p.sum(), z, allow_unused=True)
@@ -60,14 +60,16 @@ def _in_the_density(target: Target, z: Tensor, batch: Mapping[str, Tensor] | Non
         what = f"The gradient of the log density is not finite at {int(bad.sum())}"
     columns = steep[first].nonzero().flatten().tolist()
     good = z[~bad][:1].detach()
-    site = label(target, columns[0]) if columns else _guilty(target, z[first], good, batch)
+    site = label(target, columns[0]) if columns else _nonfinite_cause(target, z[first], good, batch)
     operation = _operation(target, z[first], batch)
     where = f", first at site '{site}'" if site else ""
     where += f" (in {operation})" if operation else ""
     return f"{what} of {len(z)} draws{where}, such as at {values(target, z[first])}."
 
 
-def _guilty(target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None) -> str:
+def _nonfinite_cause(
+    target: Target, z: Tensor, good: Tensor, batch: Mapping[str, Tensor] | None
+) -> str:
     """Find the observed site whose log likelihood is not finite, or the latent site to change."""
     with torch.no_grad():
         name = observed(target, z.detach())

@@ -109,7 +109,8 @@ class Stages:
             self.set(place)
         words = ", ".join(f"{lr:g}: {bound:.3f}" for lr, bound in tried.items())
         self.record.log.append(
-            f"step size {best.lr:g}, by the bound after {schedule.trial_steps} steps ({words})"
+            f"learning rate {best.lr:g}: the best bound after {schedule.trial_steps} steps "
+            f"({words})"
         )
         return best
 
@@ -337,8 +338,9 @@ class Stages:
         draws = stage.repeats * particles_of(self.settings.objective)
         by = self.settings.schedule.evaluation_draws
         self.record.log.append(
-            f"{stage.name}: {steps} steps of {draws} draws at {stage.lr:g} brought {gained:.3g}; "
-            f"kept the {best} iterate, by the bound on {by} draws ({tried})" + _known(found[best])
+            f"{stage.name}: {steps} steps of {draws} draws, learning rate {stage.lr:g}, gained "
+            f"{gained:.3g} nats; kept the {best} iterate, which has the best bound on {by} draws "
+            f"({tried})" + _known(found[best])
         )
         return found[best]
 

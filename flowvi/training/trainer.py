@@ -180,11 +180,13 @@ class Trainer:
         self.gradient.in_double()
         state.rollback()
         if not state.exhausted:
-            self.record.log.append(f"{words}: back to the last good state, with half the step")
+            self.record.log.append(
+                f"{words}: restored the last good state, halved the learning rate"
+            )
             return False
         self.record.failures.append(
-            f"Training of {self.name} ended early: {words}, also after the step was halved "
-            f"{MOST_HALVINGS} times. {why} The best state before was kept."
+            f"Training of {self.name} ended early: {words}, also after the learning rate was "
+            f"halved {MOST_HALVINGS} times. {why} The best state before was kept."
         )
         self.record.log.append(self.record.failures[-1])
         return True

@@ -130,10 +130,13 @@ def load(
         ``chardata.mat``. Marlin et al. (2010), "Inductive principles for
         restricted Boltzmann machine learning": the silhouettes.
     """
-    check_choice("binarisation", binarise, WAYS)
+    check_choice("binarisation", binarise, BINARISATIONS)
     name, arrays = digits() if path is None else read(Path(path), split, binarise == "grey")
     levels = {k: arrays[f"{k}_x"] for k in SPLITS}
-    found = {k: WAYS[binarise](levels[k], arrays.get(f"{k}_bits"), i) for i, k in enumerate(SPLITS)}
+    found = {
+        k: BINARISATIONS[binarise](levels[k], arrays.get(f"{k}_bits"), i)
+        for i, k in enumerate(SPLITS)
+    }
     visit = None
     if binarise == "dynamic":
         found["train"] = _grey(levels["train"], None, 0)
@@ -162,8 +165,8 @@ def _levels(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:
     return torch.as_tensor(np.asarray(levels)).to(torch.get_default_dtype())
 
 
-# Of grey levels, packed bits or None, and the place of the split.
-WAYS: dict[str, Callable[[np.ndarray, np.ndarray | None, int], Tensor]] = {
+# Functions of grey levels, packed bits or None, and the index of the split.
+BINARISATIONS: dict[str, Callable[[np.ndarray, np.ndarray | None, int], Tensor]] = {
     "static": _drawn,
     "dynamic": _drawn,
     "threshold": _threshold,

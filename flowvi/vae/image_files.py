@@ -69,7 +69,7 @@ def read(path: Path, split: str | None, shares: bool = False) -> tuple[str, Arra
 
 
 def _npz(path: Path) -> Arrays:
-    # For other files NumPy advises to load them unsafely.
+    # For other files, NumPy's error message recommends unsafe loading.
     if not zipfile.is_zipfile(path):
         raise ValueError(f"{path} is not an .npz file, or is damaged: numpy.savez writes one.")
     try:

@@ -15,7 +15,7 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.pushforward import FlowGuide
 from flowvi.vae.maps import code_shape
 
-# Pseudo-inputs are kept this far from the ends of the range of a pixel.
+# Least distance of pseudo-inputs from the limits of a pixel.
 EDGE = 0.02
 
 
@@ -124,7 +124,7 @@ class MixturePrior(Prior):
         super().__init__()
         self.dim = dim
         self.logits = nn.Parameter(torch.zeros(components))
-        # Means apart, so that the components can part, and a total variance of about one.
+        # Different means, so that components can separate; the total variance is about one.
         self.loc = nn.Parameter(0.5 * torch.randn(components, dim))
         self.log_scale = nn.Parameter(torch.full((components, dim), 0.5 * math.log(0.75)))
 
@@ -134,7 +134,7 @@ class MixturePrior(Prior):
         return (loc + log_scale.exp() * torch.randn_like(loc)).reshape(*shape, self.dim)
 
     def log_prob(self, z: Tensor) -> Tensor:
-        # Squares of the K distances by products of matrices, with no (..., K, D) between.
+        # Squared distances by matrix products, without a tensor of shape (..., K, D).
         rate = (-2 * self.log_scale).exp()
         squares = z.square() @ rate.mT - 2 * z @ (self.loc * rate).mT
         squares = squares + (self.loc.square() * rate).sum(-1)

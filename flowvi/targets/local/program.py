@@ -55,7 +55,7 @@ class RowPrograms:
             return rows_of_one()
         number = samples * count
         if number not in self.programs:
-            # Recording pays from the second use on.
+            # Recording is worthwhile from the second use on.
             self.programs[number] = None
             while len(self.programs) > PROGRAMS_KEPT:
                 self.programs.popitem(last=False)

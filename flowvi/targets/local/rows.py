@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 
 from flowvi.targets.schema import ModelError
 
-# Place of a row that is none of those that the model was captured with.
+# Index of a row that is not one of the captured rows.
 NOWHERE = -1
 
 

@@ -88,7 +88,7 @@ def check_observations(trace: poutine.Trace, data: Mapping[str, Tensor]) -> None
         if mask is False or keep.shape != lead:
             continue
         if isinstance(innermost(fn), NAN_MASKED):
-            # There NaN stands for a missing value.
+            # In these distributions, NaN marks a missing value.
             value = value.nan_to_num(nan=0.0, posinf=torch.inf, neginf=-torch.inf)
         if value.is_floating_point():
             bad = keep & ~value.isfinite().reshape(*lead, -1).all(-1)

@@ -23,7 +23,7 @@ from flowvi.targets.recording.capture import agree
 from flowvi.targets.schema import ModelError
 
 Sites = Mapping[str, Any]
-# A tensor that knows the symbols of its axes, `_pyro_dims`; those of size one have none.
+# A tensor with the symbols of its axes in `_pyro_dims`; axes of size one have no symbol.
 Packed = Any
 
 

@@ -153,7 +153,7 @@ class ToVector(Messenger):
     def _pyro_sample(self, msg: Any) -> None:
         name = msg["name"]
         part = self.missing.get(name)
-        # One without any latent element is in none of the values.
+        # A site without latent elements is not among the values.
         value = part.like if part and name not in self.values else self.values.get(name)
         if value is not None:
             msg["value"], msg["done"] = value, True

@@ -158,7 +158,7 @@ def _tensors(tree: Mapping[str, Any]) -> Iterator[tuple[str, Tensor]]:
 def _same(a: Tensor, b: Tensor) -> bool:
     if a.data_ptr() == b.data_ptr():
         return True
-    # Missing values equal each other here.
+    # NaN values in the same places count as equal.
     return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
 
 

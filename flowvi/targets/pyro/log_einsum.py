@@ -33,7 +33,7 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
 
     where s_i is the largest of the terms that are summed.
     """
-    # Torch knows letters only, and opt_einsum any character.
+    # torch.einsum accepts only letters as symbols; opt_einsum accepts any character.
     symbols = sorted(set(equation) - set(",->"))
     equation = equation.translate(dict(zip(map(ord, symbols), ascii_letters, strict=False)))
     inputs, output = equation.split("->")
@@ -44,7 +44,7 @@ def einsum(equation: str, *operands: Tensor) -> Tensor:
         summed = [i for i, dim in enumerate(dims) if dim not in output]
         shift = operand.detach()
         shift = shift.amax(summed, keepdim=True) if summed else shift
-        # Nothing is subtracted from minus infinity.
+        # Do not subtract from minus infinity: the result would be NaN.
         shift = torch.where(shift.isinf(), 0.0, shift)
         terms.append((operand - shift).exp())
         kept = "".join(dim for dim in dims if dim in output)

@@ -54,7 +54,7 @@ def _inner(model: Any) -> Any:
     if callable(behind):
         return behind
     if isinstance(model, FunctionType) and _takes_anything(model):
-        # A decorator that keeps no name: the one function that it has at hand.
+        # A decorator without functools.wraps: the single function in its closure.
         return _only(cell.cell_contents for cell in model.__closure__ or ())
     return None
 

@@ -61,7 +61,7 @@ class Runner:
 
     def __post_init__(self) -> None:
         self.given = self.args, self.kwargs
-        # Arrays and columns of numbers become tensors; all else is the model's own business.
+        # Arrays and columns of numbers become tensors; other arguments are unchanged.
         given = tree_map(as_tensor, (self.args, self.kwargs))
         self.args, self.kwargs = tree_map(lambda t: precision.cast(t, self.precision), given)
 

@@ -64,7 +64,7 @@ class StorageMap:
     _kept: list[Tensor] = field(default_factory=list)
 
     def __contains__(self, t: Tensor) -> bool:
-        # Tensors of other layouts share no memory: they come from the data.
+        # Tensors with other layouts come from the data, and share no memory.
         return t.layout == torch.strided and storage_key(t) in self._blocks
 
     def block(self, t: Tensor) -> Block | None:
@@ -93,6 +93,6 @@ class StorageMap:
         return node if writes == block.writes else block.views.get(geometry_of(t))
 
     def _remember(self, t: Tensor, node: fx.Node, block: Block) -> None:
-        # A tensor that is kept keeps its id and its memory's address.
+        # A reference to the tensor prevents reuse of its id and of its memory address.
         self._kept.append(t)
         self._nodes[id(t)] = (node, block.writes)

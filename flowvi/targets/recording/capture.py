@@ -62,7 +62,7 @@ def capture(
         try:
             batched = _batched(function, trial, how, dtype)
             if not reasons:
-                # After the tape, which knows the line that draws a random number.
+                # Tried after the tape, whose error names the line that draws a random number.
                 _check_repeatable(function, trial, name)
             if all(_agrees(batched, function, *call) for call in trial.calls()):
                 return batched
@@ -104,7 +104,7 @@ def agree(
         strict: Whether they come of the same operations.
         rounded: Whether some of these operations were in single precision.
     """
-    # A model whose data are double and whose latents are not has a double value, but no such slope.
+    # With double data and single latents, the value is double, but the gradient is single.
     double = not rounded
     double = double and all(x.dtype == torch.float64 for x in (*a, *b) if x.is_floating_point())
     rtol = (1e-12 if strict else 1e-7) if double else 2e-4

@@ -18,7 +18,7 @@ from flowvi.targets.recording.simpler import simpler
 from flowvi.targets.recording.tape import record
 
 PROGRAMS_KEPT = 12
-# Writing a program takes as long as five to ten evaluations save, whatever the model.
+# Evaluations before a program is written: writing it costs what five to ten of them save.
 PATIENCE = 5
 
 
@@ -74,7 +74,7 @@ class CompiledDensity(nn.Module):
         return log_p.reshape(z.shape[:-1])
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        # Programs hold constants of their own; they are written anew where those have gone.
+        # A program refers to constants; it is written again if they no longer exist.
         self.__dict__["_programs"].clear()
         return super()._apply(fn, recurse)
 
@@ -152,7 +152,7 @@ class _Lowered(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         z, gradient = ctx.saved_tensors
         if torch.is_grad_enabled():
-            # A second derivative is wanted: the plain path has all of them.
+            # Second derivatives need the plain evaluation.
             batched, inputs = ctx.rest
             log_p = batched(z, *inputs)
             (gradient,) = torch.autograd.grad(log_p.sum(), z, create_graph=True)

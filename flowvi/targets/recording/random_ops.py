@@ -19,7 +19,7 @@ def is_random(function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> 
         return False
     names = [a.name for a in function._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}
-    # Attention is marked whether or not it drops anything.
+    # Attention is marked as random also without dropout.
     drops = given.get("dropout_p", 0.0 if "dropout_p" in names else 1.0) > 0
     return drops and given.get("generator") is None
 

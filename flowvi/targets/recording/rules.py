@@ -26,7 +26,7 @@ BY_POSITION = {
     aten.index_put_.default,
     aten.masked_select.default,
 }
-# Errors for the user while the model runs; a graph has no use for them.
+# Assertions, which are only needed while the model runs.
 CHECKS = {
     aten._linalg_check_errors.default,
     aten._assert_async.default,
@@ -92,7 +92,7 @@ def static_positions(func: OpOverload, args: Any) -> tuple[OpOverload, Any]:
     return func, (args[0], positions, *args[2:])
 
 
-# The functions below stand in recorded graphs; they must work under vmap and autograd.
+# Recorded graphs call the functions below; they must work under vmap and autograd.
 
 
 def item(values: Sequence[Tensor], i: int) -> Tensor:

@@ -11,14 +11,14 @@ from torch import Tensor, fx
 
 from flowvi.targets.recording.rules import aten
 
-# Of a tensor that has nothing but its shape from the inputs.
+# Operations that use only the shape of a tensor.
 OF_SHAPE = {
     *(aten.zeros_like.default, aten.ones_like.default, aten.full_like.default),
     *(aten.new_zeros.default, aten.new_ones.default, aten.new_full.default),
 }
-# Larger constants would keep more memory than their operations take time.
+# Largest constant, in numbers: storing larger ones costs more than computing them.
 MOST_NUMBERS = 4096
-# The same numbers in the same order, where there are as many of them.
+# Operations that keep all numbers in order if the size does not change.
 ORDERLY = {
     *(torch.reshape, aten.detach.default, aten.alias.default, aten.expand.default),
     *(aten.unsqueeze.default, aten.squeeze.default, aten.squeeze.dim, aten.squeeze.dims),
@@ -58,7 +58,7 @@ def simpler(module: fx.GraphModule, inputs: Sequence[Tensor]) -> fx.GraphModule:
     with torch.no_grad():
         seen.run(*inputs)
     for node in list(graph.nodes):
-        # What is returned is never a constant or an input itself, for it might be written to.
+        # Copy a constant or an input that is returned, because the caller may write to it.
         if node in seen.fixed:
             same, copy = _constant(module, node, seen.fixed[node])
             node.replace_all_uses_with(copy, _returns)
@@ -167,5 +167,5 @@ def _keep(module: fx.GraphModule) -> None:
         if name not in used:
             delattr(module, name)
         else:
-            # Beside the buffer: an attribute that torch does not look up for a module.
+            # A plain attribute in addition to the buffer, because its access is faster.
             module.__dict__[name] = value

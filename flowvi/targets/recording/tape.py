@@ -240,7 +240,7 @@ class Tape(EagerDispatchMode):
         flat, spec = tree_flatten((args, kwargs))
         key: Any = (function, str(spec), tuple((type(a), a) for a in flat))
         if is_random(function, args, kwargs):
-            # Two draws from one distribution are two numbers.
+            # Two draws from one distribution are different operations.
             key = object()
         if key not in self._seen:
             self._seen[key] = self.graph.call_function(function, tuple(args), dict(kwargs))
@@ -316,7 +316,7 @@ def record(
         RandomNumber: A random number was drawn inside.
         Unrecordable: An operation cannot be written without its side effect.
     """
-    # Inputs keep their memory, by which the tape knows them: a parameter of a module that the
+    # The tape identifies inputs by their memory: a parameter of a module that the
     # function reads by itself is an input all the same.
     inputs = [inputs[0].detach().clone(), *(x.detach() for x in inputs[1:])]
     tape = Tape(inputs, double, record_random)

@@ -56,9 +56,7 @@ class Correction:
         self.laplace, self.shape = laplace, shape
 
     @torch.no_grad()
-    def __call__(
-        self, theta: Tensor, particles: int, generator: torch.Generator
-    ) -> Weighted:
+    def __call__(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
         """Estimate the density of values of theta, (S, p), by K draws of each unit."""
         found = self.laplace.at(theta)
         white, log_q = self._noise(found, particles, generator)

@@ -95,8 +95,10 @@ class Small(Factor):
     def whiten(self, x: Tensor) -> Tensor:
         parts = x.unbind(-1)
         rows = [
-            sum((self.ell[k][i] * parts[k] for k in range(i + 1, self.size)),
-                self.ell[i][i] * parts[i])
+            sum(
+                (self.ell[k][i] * parts[k] for k in range(i + 1, self.size)),
+                self.ell[i][i] * parts[i],
+            )
             for i in range(self.size)
         ]
         return torch.stack(rows, -1)
@@ -185,7 +187,7 @@ class Banded(Factor):
         out = ell[:, 0] * flat
         for k in range(1, self.order + 1):
             out = torch.cat(
-                [out[..., : -k] + ell[:, k, : self.n - k] * flat[..., k:], out[..., -k:]], -1
+                [out[..., :-k] + ell[:, k, : self.n - k] * flat[..., k:], out[..., -k:]], -1
             )
         return out.unsqueeze(-2)
 

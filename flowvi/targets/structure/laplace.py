@@ -132,9 +132,7 @@ class Laplace:
                     break
         return found
 
-    def _shortened(
-        self, theta: Tensor, mode: Tensor, step: Tensor, found: Conditional
-    ) -> Tensor:
+    def _shortened(self, theta: Tensor, mode: Tensor, step: Tensor, found: Conditional) -> Tensor:
         """The end of a step that lowers no unit's log density: halved where it would."""
         before = self.derivatives.by_unit(found.z)[..., :-1]
         size = torch.ones_like(found.left)

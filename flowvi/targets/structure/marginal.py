@@ -172,7 +172,6 @@ class MarginalTarget(Target):
         return f"MarginalTarget({self.name}: D = {self.dim} shared; {self.structure})"
 
 
-
 class _LogMarginal(torch.autograd.Function):
     """Laplace's formula, whose gradient is computed together with its value."""
 

@@ -77,7 +77,9 @@ class Structure:
         local = ", ".join(self.sites)
         if self.kind == UNITS:
             each = f", {self.size} latents each" if self.size > 1 else ""
-            found = f"{self.units:,} units of '{self.plate}' ({local}{each}) are independent {given}"
+            found = (
+                f"{self.units:,} units of '{self.plate}' ({local}{each}) are independent {given}"
+            )
         elif self.kind == CHAIN:
             found = f"{self.size:,} latents of {local} are a chain of order {self.order} {given}"
         elif self.kind == FIELD:

@@ -120,7 +120,7 @@ class Accelerator:
         if not (make or (seconds >= LOOK_SECONDS and anything_kept())):
             return
         elsewhere = self.trained[0].device.type != "cpu"
-        if why := "only steps on the CPU are" if elsewhere else available():
+        if why := "only steps on a CPU can be" if elsewhere else available():
             self._refuse(why)
             return
         try:
@@ -196,9 +196,9 @@ class Accelerator:
             allowed = min(ROUNDING * eps, eps**0.5) * max(size, 1.0)
             if not torch.isclose(a, b, rtol=0.0, atol=allowed, equal_nan=True).all():
                 off = float((a - b).abs().max())
-                return f"its {name} would be off by {off:.1g}, where rounding allows {allowed:.1g}"
+                return f"the error of its {name} is {off:.1g}, where rounding allows {allowed:.1g}"
         made = self._compilation
-        how = "found" if made is not None and made.kept else "compiled meanwhile"
+        how = "found" if made is not None and made.kept else "compiled in the background"
         self.say(
             f"compiled step ({how}, {waited:.1f} s): a gradient takes {1e3 * fast:.2g} ms "
             f"instead of {1e3 * slow:.2g}"
