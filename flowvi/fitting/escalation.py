@@ -17,8 +17,8 @@ from flowvi.draws.sampling import draw
 from flowvi.draws.storage import from_state, to_state
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.first_guide import flow
-from flowvi.fitting.reweighted import likeliest, moments
 from flowvi.fitting.restart import Restart
+from flowvi.fitting.reweighted import likeliest, moments
 from flowvi.flows import Chain
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward

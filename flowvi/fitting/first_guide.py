@@ -12,6 +12,7 @@ from flowvi.fitting.restart import Restart
 from flowvi.guides.guide import FULL_RANK_DIM, Guide
 from flowvi.guides.registry import make_guide
 from flowvi.guides.skewed import HELD_DIM
+from flowvi.guides.structured import NoLatents
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Interrupted
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
@@ -45,6 +46,8 @@ def first_guide(restart: Restart) -> Candidate:
         name = "fullrank" if target.dim <= NESTED_DIM else "meanfield"
         return restart.initialised(Candidate(make_guide(name, target.dim), name))
     if isinstance(target, MarginalTarget):
+        if not target.dim:
+            return Candidate(restart.to_target(NoLatents()), NoLatents.kind)
         name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
         return restart.initialised(Candidate(make_guide(name, target.dim), name))
     return _choose_by_gap(restart)

@@ -50,7 +50,7 @@ def pays(found: Structure) -> bool:
     local = found.columns.numel()
     fewest = FEWEST_UNITS if found.kind == UNITS else FEWEST_CHAIN
     few = len(found.shared) <= MOST_SHARED * (local + len(found.shared))
-    return bool(found) and local >= fewest and few and len(found.shared) > 0
+    return bool(found) and local >= fewest and few
 
 
 def _open(request: Request) -> bool:

@@ -32,7 +32,7 @@ from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
-from flowvi.guides.structured import StructuredGuide
+from flowvi.guides.structured import NoLatents, StructuredGuide
 from flowvi.objectives.nested import NestedTarget, inner_guide
 from flowvi.runtime.arguments import check_path
 from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
@@ -223,6 +223,8 @@ def _build(
 ) -> Guide:
     """Build a guide, and load its tensors from a file."""
     name, sizes = str(spec.get("name")), dict(spec.get("sizes") or {})
+    if name == NoLatents.kind and not target.dim:
+        return NoLatents()
     if name in guide_names():
         _check_sizes(sizes, file, checksum)
         try:

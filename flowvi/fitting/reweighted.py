@@ -86,7 +86,7 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
 def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
     """Weighted draws of a guide; None if they are too few to fit anything to."""
     target = restart.target
-    if not isinstance(target, MarginalTarget):
+    if not isinstance(target, MarginalTarget) or not target.dim:
         return None
     n = restart.schedule.check_draws
     draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))

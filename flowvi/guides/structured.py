@@ -23,6 +23,7 @@ class StructuredGuide(Guide):
     """
 
     kind: ClassVar[str] = "structured"
+    marginal: MarginalTarget
 
     def __init__(self, marginal: MarginalTarget, theta: Guide) -> None:
         super().__init__()
@@ -32,28 +33,39 @@ class StructuredGuide(Guide):
     @torch.no_grad()
     def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
         """Draw theta, then one draw of each unit's latents. (*S, D), (*S)."""
-        marginal: MarginalTarget = self.marginal
         theta, log_q = self.theta.sample(shape)
-        flat = theta.reshape(-1, marginal.dim)
-        points, log_local = [], []
-        for one in flat.split(marginal.chunk()):
-            found = marginal.laplace.at(one)
-            white, log_density = marginal.shape.forward(torch.randn_like(found.mode))
-            mode = found.mode + found.factor.spread(white)
-            points.append(marginal.laplace.points(one, mode))
-            log_local.append((log_density + 0.5 * found.factor.log_det).sum(-1))
+        generator = torch.Generator(theta.device).manual_seed(int(torch.randint(2**62, ())))
+        pieces = theta.reshape(-1, self.marginal.dim).split(self.marginal.chunk())
+        points, log_local = zip(
+            *(self.marginal.correction.draw(one, generator) for one in pieces), strict=True
+        )
         z = torch.cat(points).reshape(*theta.shape[:-1], self.dim)
         return Draw(z, log_q + torch.cat(log_local).reshape(log_q.shape))
 
     @torch.no_grad()
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
-        marginal: MarginalTarget = self.marginal
-        flat = z.reshape(-1, self.dim)
-        parts = []
-        for one in flat.split(marginal.chunk()):
-            theta = one[:, marginal.laplace.shared]
-            found = marginal.laplace.at(theta)
-            mode = one[:, marginal.laplace.columns]
-            local = marginal.correction.log_density(found, mode).sum(-1)
+        """Score points. (*S, D) -> (*S)."""
+        laplace, parts = self.marginal.laplace, []
+        for one in z.reshape(-1, self.dim).split(self.marginal.chunk()):
+            theta, mode = one[:, laplace.shared], one[:, laplace.columns]
+            local = self.marginal.correction.log_density(theta, mode)
             parts.append(self.theta.log_prob(theta) + local)
         return torch.cat(parts).reshape(z.shape[:-1])
+
+
+class NoLatents(Guide):
+    """The guide of no latents: the shared ones of a model that has none."""
+
+    kind: ClassVar[str] = "none"
+    dim = 0
+
+    def sample(self, shape: tuple[int, ...], context: Tensor | None = None) -> Draw:
+        """Draw points without columns. (*S, 0), (*S)."""
+        zero = torch.zeros(shape, dtype=torch.get_default_dtype())
+        return Draw(zero.unsqueeze(-1)[..., :0], zero)
+
+    def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
+        return z.new_zeros(z.shape[:-1])
+
+    def start(self, loc: Tensor, scale_tril: Tensor) -> None:
+        """There is nothing to start."""

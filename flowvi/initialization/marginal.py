@@ -47,6 +47,10 @@ def marginal_start(
         out_of_time: Returns whether the time for the search is spent.
     """
     say(str(target.structure))
+    if not target.dim:
+        empty = torch.zeros(0, dtype=target.dtype, device=target.device)
+        target.laplace.centre(empty)
+        return [GaussianApproximation(empty, empty.new_zeros(0, 0), "no shared latents")]
     generator = torch.Generator(target.device).manual_seed(seed)
     points = target.starts(generator)
     values = evaluate(target, points)

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from flowvi.runtime import memory
-from flowvi.targets.structure.factors import normal_log_density
 from flowvi.targets.structure.laplace import Conditional, Laplace
 from flowvi.targets.structure.noise import normal_noise
 from flowvi.targets.structure.shape import Shape
+from flowvi.targets.structure.structure import UNITS
 
 # Largest number of values of theta in one call.
 MOST_POINTS = 256
@@ -28,12 +29,14 @@ class Weighted:
         log_joint: Log density of all latents at z, (S).
         log_weights: Log weights of the draws of each unit, less the log of their mean,
             (K, S, G).
+        by_unit: Log of the estimated likelihood of each unit, (S, G).
     """
 
     log_p: Tensor
     z: Tensor
     log_joint: Tensor
     log_weights: Tensor
+    by_unit: Tensor
 
 
 class Correction:
@@ -58,11 +61,8 @@ class Correction:
     @torch.no_grad()
     def __call__(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
         """Estimate the density of values of theta, (S, p), by K draws of each unit."""
-        found = self.laplace.at(theta)
-        white, log_q = self._noise(found, particles, generator)
-        mode = found.mode + found.factor.spread(white)
-        z = self.laplace.points(theta, mode)
-        parts = self.laplace.derivatives.by_unit(z)
+        mode, _, log_q = self._drawn(theta, particles, generator)
+        parts = self.laplace.derivatives.by_unit(self.laplace.points(theta, mode))
         units, shared = parts[..., :-1], parts[0, :, -1]
         log_w = (units - log_q).nan_to_num(nan=-torch.inf)
         log_mean = torch.logsumexp(log_w, 0) - math.log(particles)
@@ -74,16 +74,30 @@ class Correction:
             self.laplace.points(theta, mode),
             shared + chosen.sum(-1),
             log_w - log_mean,
+            log_mean,
         )
 
+    @torch.no_grad()
+    def draw(self, theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """One draw of all units at each value of theta: points (S, D), log density (S)."""
+        mode, _, log_q = self._drawn(theta, 1, generator)
+        return self.laplace.points(theta, mode[0]), log_q[0].sum(-1)
+
+    @torch.no_grad()
+    def log_density(self, theta: Tensor, mode: Tensor) -> Tensor:
+        """Log density of local latents given theta. (S, p), (S, G, d) -> (S)."""
+        found = self.laplace.at(theta)
+        white = self._by_unit(found.factor.whiten, mode - self._centre(found))
+        _, log_density = self.shape.inverse(white)
+        return (log_density + 0.5 * found.factor.log_det).sum(-1)
+
+    @torch.no_grad()
     def weighted_noise(
         self, theta: Tensor, particles: int, generator: torch.Generator
     ) -> tuple[Tensor, Tensor]:
         """Whitened draws of each unit and their log weights, (K, S, G, d) and (K, S, G)."""
-        found = self.laplace.at(theta)
-        white, log_q = self._noise(found, particles, generator)
-        z = self.laplace.points(theta, found.mode + found.factor.spread(white))
-        parts = self.laplace.derivatives.by_unit(z)[..., :-1]
+        mode, white, log_q = self._drawn(theta, particles, generator)
+        parts = self.laplace.derivatives.by_unit(self.laplace.points(theta, mode))[..., :-1]
         return white, (parts - log_q).nan_to_num(nan=-torch.inf)
 
     def pieces(self, particles: int) -> int:
@@ -91,20 +105,28 @@ class Correction:
         numbers = particles * (self.laplace.target.dim + len(self.laplace.structure.element))
         return max(1, min(MOST_POINTS, memory.PIECE // (8 * max(1, numbers))))
 
-    def _noise(
-        self, found: Conditional, particles: int, generator: torch.Generator
-    ) -> tuple[Tensor, Tensor]:
-        """Whitened draws and their log density on the scale of u. (K, S, G, d), (K, S, G)."""
-        noise = normal_noise(particles, tuple(found.mode.shape), generator, found.mode)
+    def _drawn(
+        self, theta: Tensor, particles: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """K draws of each unit, whitened draws, and log density. (K, S, G, d) twice, (K, S, G)."""
+        found = self.laplace.at(theta)
+        shape = (len(theta), *self.laplace.columns.shape)
+        noise = normal_noise(particles, shape, generator, found.mode)
         white, log_density = self.shape.forward(noise)
-        return white, log_density + 0.5 * found.factor.log_det
+        mode = self._centre(found) + self._by_unit(found.factor.spread, white)
+        return mode, white, log_density + 0.5 * found.factor.log_det
 
-    def log_density(self, found: Conditional, mode: Tensor) -> Tensor:
-        """Log density of local latents under the conditional. (S, G, d) -> (S, G)."""
-        white = found.factor.whiten(mode - found.mode)
-        if not self.shape.bent:
-            return normal_log_density(white, found.factor)
-        return self.shape.inverse(white)[1] + 0.5 * found.factor.log_det
+    def _centre(self, found: Conditional) -> Tensor:
+        """Centres of the conditionals, (S, G, d): modes, or means for chains and fields."""
+        if self.laplace.structure.kind == UNITS:
+            return found.mode
+        return found.mode + self.laplace.mean_shift(found)
+
+    def _by_unit(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        """Apply a function of a factor, which is one for all values of no shared latents."""
+        if len(self.laplace.shared):
+            return function(x)
+        return function(x.reshape(-1, 1, *x.shape[-2:])).reshape(x.shape)
 
     def _picked(self, log_w: Tensor, generator: torch.Generator) -> Tensor:
         """A draw of each unit by its weights, (S, G)."""

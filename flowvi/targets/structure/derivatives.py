@@ -87,6 +87,11 @@ class Derivatives:
             return Curvature(*(torch.cat(p) for p in zip(*parts, strict=True)))
         return Curvature(*self._run("curvature", self._curvature, z))
 
+    def gradient(self, z: Tensor) -> Tensor:
+        """Gradient of the log density. (S, D) -> (S, D)."""
+        (found,) = self._run("gradient", self._gradient, z)
+        return found
+
     def trace_gradient(self, z: Tensor, weights: Tensor) -> Tensor:
         """Gradient of the sum over probes of <weights, H probe>. (S, D), (S, C, D) -> (S, D)."""
         (found,) = self._run("trace", self._trace_gradient, z, weights)
@@ -159,6 +164,11 @@ class Derivatives:
                 gradient, z, self.probes.unsqueeze(1), is_grads_batched=True
             )
         return Curvature(log_p.detach(), gradient.detach(), products.movedim(0, 1))
+
+    def _gradient(self, z: Tensor) -> tuple[Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            return (_grad(self._log_prob(z).sum(), z),)
 
     def _trace_gradient(self, z: Tensor, weights: Tensor) -> tuple[Tensor]:
         with torch.enable_grad():

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from abc import ABC, abstractmethod
 
 import numpy as np
@@ -217,9 +216,3 @@ class Banded(Factor):
 
     def _tensor(self, array: np.ndarray) -> Tensor:
         return torch.as_tensor(array).to(self.like)
-
-
-def normal_log_density(white: Tensor, factor: Factor) -> Tensor:
-    """Log density of N(0, H^-1), from whitened values. (..., S, G, d) -> (..., S, G)."""
-    square = white.square().sum(-1)
-    return 0.5 * (factor.log_det - square - white.shape[-1] * math.log(2 * math.pi))

@@ -25,6 +25,8 @@ RIDGES = (0.0, 1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e6)
 LONGEST = 20.0
 # A first guess of a mode that is farther from the reference is not used.
 FARTHEST = 1e6
+# Pairs of draws for the mean of a dense field.
+SHIFT_PAIRS = 32
 
 
 @dataclass
@@ -83,11 +85,14 @@ class Laplace:
         self.columns = self.derivatives.columns
         self.reference = torch.zeros(len(self.shared), dtype=target.dtype, device=target.device)
         self.mode = torch.zeros(self.columns.shape, dtype=target.dtype, device=target.device)
+        # The one conditional of a model without shared latents.
+        self.only: Conditional | None = None
         self.slope = self.mode.new_zeros(len(self.shared), *self.mode.shape)
 
     @torch.no_grad()
     def centre(self, theta: Tensor) -> None:
         """Take a value of theta (p) as the reference from which Newton's method starts."""
+        self.only = None
         found = self.at(theta.unsqueeze(0))
         self.reference, self.mode = theta.detach().clone(), found.mode[0]
         # d mode / d theta = H^-1 d^2 log p / du dtheta
@@ -109,7 +114,18 @@ class Laplace:
 
     @torch.no_grad()
     def at(self, theta: Tensor) -> Conditional:
-        """Approximate the conditionals at values of theta, (S, p)."""
+        """Approximate the conditionals at values of theta, (S, p).
+
+        Without shared latents there is one conditional, for all S together.
+        """
+        if self.only is not None:
+            return self.only
+        if not len(self.shared):
+            self.only = self._search(theta[:1])
+            return self.only
+        return self._search(theta)
+
+    def _search(self, theta: Tensor) -> Conditional:
         mode = self.mode.expand(len(theta), -1, -1)
         shift = (theta - self.reference) @ self.slope.flatten(1)
         fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
@@ -229,6 +245,35 @@ class Laplace:
         )
         whole = found.gradient + 0.5 * (trace + by_mode)
         return whole[:, self.shared]
+
+    @torch.no_grad()
+    def mean_shift(self, found: Conditional) -> Tensor:
+        r"""The mean of the conditional less its mode, to first order, (S, G, d).
+
+        .. math:: \delta = H^{-1} E[\nabla_u \log p(\theta, u)], \qquad u \sim N(\hat u, H^{-1})
+
+        For a chain the expectation is taken to second order of the gradient, where it is half of
+        the gradient of tr(H^-1 d^2 log p / du^2); for a field it is an average over pairs of
+        opposite draws, the same for every theta. A step of Newton's method for the mean of the
+        normal approximation of the largest ELBO (van Niekerk and Rue, 2024, arXiv:2111.12945).
+        """
+        if self.structure.kind == CHAIN:
+            size = self.derivatives.at_once
+            weights = self._trace_weights(found)
+            pairs = zip(found.z.split(size), weights.split(size), strict=True)
+            trace = torch.cat([self.derivatives.trace_gradient(z, w) for z, w in pairs])
+            return 0.5 * found.factor.solve(trace[:, self.columns])
+        generator = torch.Generator(found.z.device).manual_seed(0)
+        options = {"generator": generator, "dtype": found.z.dtype, "device": found.z.device}
+        noise = torch.randn(SHIFT_PAIRS, 1, *found.mode.shape[1:], **options)
+        away = found.factor.spread(noise.expand(SHIFT_PAIRS, *found.mode.shape))
+        total = torch.zeros_like(found.gradient)
+        for one in away:
+            for side in (one, -one):
+                z = self.points(found.z[:, self.shared], found.mode + side)
+                total += self.derivatives.gradient(z)
+        mean = total[:, self.columns] / (2 * SHIFT_PAIRS)
+        return found.factor.solve(mean)
 
     def _trace_weights(self, found: Conditional) -> Tensor:
         """H^-1 laid out as the products with probes are, (S, C, D)."""

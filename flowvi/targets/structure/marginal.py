@@ -38,6 +38,8 @@ class MarginalTarget(Target):
         particles: Number of draws K of each unit in `corrected`.
     """
 
+    whole: GlobalTarget
+
     def __init__(self, target: GlobalTarget, structure: Structure) -> None:
         super().__init__()
         self.__dict__["whole"], self.structure = target, structure
@@ -114,7 +116,7 @@ class MarginalTarget(Target):
     def set_own_state(self, values: Mapping[str, Tensor]) -> None:
         kept = {name: value.to(self.device) for name, value in values.items()}
         self.laplace.reference, self.laplace.mode = kept["reference"], kept["mode"]
-        self.laplace.slope = kept["slope"]
+        self.laplace.slope, self.laplace.only = kept["slope"], None
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
 
