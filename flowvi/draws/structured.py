@@ -102,12 +102,12 @@ def theta_draws(
             for theta, _ in pieces
         ]
         values = [target.constrain(theta) for theta, _ in pieces]
-    theta, log_q = (torch.stack(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
+    z, log_q = (torch.stack(parts).cpu().numpy() for parts in zip(*pieces, strict=True))
     log_p = torch.stack(estimates).cpu().numpy()
     named = {
         name: torch.stack([value[name] for value in values]).cpu().numpy() for name in values[0]
     }
-    return Draws(theta, *scored(log_p, log_q), named, target, dict(meta or {}))
+    return Draws(z, *scored(log_p, log_q), named, target, dict(meta or {}))
 
 
 def structured_draws(
@@ -138,17 +138,22 @@ def structured_draws(
             for found in target.corrected(theta, generator):
                 stop = start + len(found.z)
                 log_w = found.log_p - log_q[start:stop]
-                values = target.whole.constrain(found.z)
                 log_joint = found.log_joint
-                columns.add({POINT: found.z, LOG_P: log_joint, LOG_Q: log_joint - log_w, **values})
+                piece: dict[int | str, Tensor | np.ndarray] = {
+                    POINT: found.z,
+                    LOG_P: log_joint,
+                    LOG_Q: log_joint - log_w,
+                }
+                piece.update(target.whole.constrain(found.z))
+                columns.add(piece)
                 start = stop
     table = {
-        name: column.reshape(len(guides), n, *column.shape[1:])
-        for name, column in columns.arrays.items()
+        name: array.reshape(len(guides), n, *array.shape[1:])
+        for name, array in columns.arrays.items()
     }
-    z, log_p, log_q = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
-    named = {str(name): column for name, column in table.items()}
-    return Draws(z, *scored(log_p, log_q), named, target.whole, dict(meta or {}))
+    z, *densities = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    named = {str(name): array for name, array in table.items()}
+    return Draws(z, *scored(*densities), named, target.whole, dict(meta or {}))
 
 
 def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:

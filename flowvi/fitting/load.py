@@ -177,7 +177,8 @@ def _load_structured(
                 f"{file}: '{name}' of the local latents is missing or not finite."
             )
     marginal.set_own_state({n: own[n].to(value) for n, value in wanted.items()})
-    specs, guides = manifest["meta"]["specs"], []
+    specs = manifest["meta"]["specs"]
+    guides: list[Guide] = []
     for i in range(manifest["guides"]):
         with isolated_rng():
             shared = _build(specs[i], marginal, guide, *files.of(f"guide_{i}"))

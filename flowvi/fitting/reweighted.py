@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -68,7 +68,7 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     loc = (drawn.weight[:, None] * drawn.theta).sum(0)
     shift = drawn.theta - loc
     scale = factor_of((drawn.weight[:, None] * shift).mT @ shift)
-    sizes = {"depth": COUPLINGS, "base": "student_t"}
+    sizes: dict[str, Any] = {"depth": COUPLINGS, "base": "student_t"}
     new = Candidate(
         restart.to_target(make_guide("realnvp", restart.target.dim, **sizes)), "realnvp", sizes
     )
@@ -91,9 +91,10 @@ def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
     n = restart.schedule.check_draws
     draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))
     smoothed, _ = psis(draws.log_weights.ravel())
-    options = {"dtype": target.dtype, "device": target.device}
-    weight = torch.as_tensor(smoothed, **options).exp()
-    found = WeightedDraws(torch.as_tensor(draws.z[0], **options), weight)
+    theta, weight = (
+        torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
+    )
+    found = WeightedDraws(theta, weight.exp())
     return found if found.effective >= FEWEST * target.dim else None
 
 

@@ -73,8 +73,9 @@ def marginal_start(
     spread = vectors * eigenvalues.clamp(min=FLATTEST).rsqrt()
     scale = torch.linalg.cholesky((width[:, None] * spread) @ (width[:, None] * spread).mT)
     found = GaussianApproximation(best, scale, "Laplace at the mode")
-    options = {"generator": generator, "dtype": target.dtype, "device": target.device}
-    judge = torch.randn(JUDGE, target.dim, **options)
+    judge = torch.randn(
+        JUDGE, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
     found, left = _judged(target, found, judge)
     if left > NEARLY and target.whole.dim <= LARGE and not out_of_time():
         found = refine(target, found, generator, judge, False, ROUNDS, out_of_time)

@@ -84,9 +84,9 @@ def adapt(
             )
         )
     particles = draws_needed(Correction(laplace, chosen), theta, generator)
-    bent = int((chosen.coefficients != plain.coefficients).any(0).any(-1).sum())
+    count = int((chosen.coefficients != plain.coefficients).any(0).any(-1).sum())
     say(
-        f"{bent} of {len(best.variance)} units have a conditional with skew and tails of its own; "
+        f"{count} of {len(best.variance)} units have a conditional with skew and tails of its own; "
         f"{particles} draws of each unit"
     )
     return chosen, particles

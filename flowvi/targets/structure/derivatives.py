@@ -61,7 +61,7 @@ class Derivatives:
         self.target, self.structure = target, structure
         self.columns = structure.columns.to(target.device)
         size = structure.size
-        options = {"dtype": target.dtype, "device": target.device}
+        options: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
         if structure.kind == CHAIN:
             colours = min(2 * structure.order + 1, size)
             self.probes = torch.zeros(colours, target.dim, **options)
@@ -211,7 +211,7 @@ class Derivatives:
         return function(*inputs)
 
 
-def _grad(value: Tensor, z: Tensor, **options: bool) -> Tensor:
+def _grad(value: Tensor, z: Tensor, **options: Any) -> Tensor:
     """Gradient at z; zero if the value does not depend on it."""
     if not value.requires_grad:
         return torch.zeros_like(z)

@@ -142,10 +142,10 @@ class Laplace:
                 tried = self._shortened(theta, mode, step, found)
             mode, before = tried, found
             found = self._curvature(theta, mode)
-            if not (found.left < 0.9 * before.left)[before.left > CONVERGED].any():
-                # Rounding, or no progress in any unit.
-                if not (before.left > CHECKED).any():
-                    break
+            stuck = not (found.left < 0.9 * before.left)[before.left > CONVERGED].any()
+            if stuck and not (before.left > CHECKED).any():
+                # Rounding is all that is left.
+                break
         return found
 
     def _shortened(self, theta: Tensor, mode: Tensor, step: Tensor, found: Conditional) -> Tensor:
@@ -264,8 +264,14 @@ class Laplace:
             trace = torch.cat([self.derivatives.trace_gradient(z, w) for z, w in pairs])
             return 0.5 * found.factor.solve(trace[:, self.columns])
         generator = torch.Generator(found.z.device).manual_seed(0)
-        options = {"generator": generator, "dtype": found.z.dtype, "device": found.z.device}
-        noise = torch.randn(SHIFT_PAIRS, 1, *found.mode.shape[1:], **options)
+        noise = torch.randn(
+            SHIFT_PAIRS,
+            1,
+            *found.mode.shape[1:],
+            generator=generator,
+            dtype=found.z.dtype,
+            device=found.z.device,
+        )
         away = found.factor.spread(noise.expand(SHIFT_PAIRS, *found.mode.shape))
         total = torch.zeros_like(found.gradient)
         for one in away:

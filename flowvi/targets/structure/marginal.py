@@ -140,7 +140,7 @@ class MarginalTarget(Target):
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the shared sites. (*S, p) -> (*S, *shape)."""
         theta = z.reshape(-1, self.dim)
-        values = {}
+        values: dict[str, list[Tensor]] = {}
         for one in theta.split(self.chunk()):
             mode = self.laplace.mode.expand(len(one), -1, -1)
             found = self.whole.constrain(self.laplace.points(one.to(self.dtype), mode))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ def normal_noise(
         generator: Generator of the shifts.
         like: A tensor of the precision and device.
     """
-    options = {"generator": generator, "dtype": like.dtype, "device": like.device}
+    options: dict[str, Any] = {"generator": generator, "dtype": like.dtype, "device": like.device}
     if particles == 1:
         return torch.randn(1, *shape, **options)
     if shape[-1] > LATTICE_DIM:

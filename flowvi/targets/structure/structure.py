@@ -160,8 +160,9 @@ class _Probe:
         self.terms = Terms(target.density.batched, (points[0], *target._behind))
         self.target, self.behind = target, target._behind
         near = torch.cat([points] * PAIRS)
-        options = {"generator": generator, "dtype": target.dtype, "device": target.device}
-        noise = torch.randn(2, *near.shape, **options)
+        noise = torch.randn(
+            2, *near.shape, generator=generator, dtype=target.dtype, device=target.device
+        )
         base, moved = near + 0.1 * noise[0], near + 0.5 * noise[1]
         with torch.no_grad():
             fine = target.log_prob(base).isfinite() & target.log_prob(moved).isfinite()

@@ -71,7 +71,7 @@ class _Sizes(fx.Interpreter):
 
     def __init__(self, module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
         super().__init__(module)
-        self.sizes: dict[fx.Node, int] = {}
+        self.sizes: dict[Any, int] = {}
         with torch.no_grad():
             self.run(*example)
 
@@ -105,7 +105,7 @@ def _elements(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphMo
 
 
 def _leaves(
-    node: Any, factors: tuple[Factor, ...], sizes: dict[fx.Node, int]
+    node: Any, factors: tuple[Factor, ...], sizes: dict[Any, int]
 ) -> Iterator[tuple[Any, tuple[Factor, ...]]]:
     """Tensors whose elements, times their factors, add up to a tensor of one element."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
@@ -136,7 +136,7 @@ def _leaves(
         yield node, factors
 
 
-def _sums(node: Any, sizes: dict[fx.Node, int]) -> bool:
+def _sums(node: Any, sizes: dict[Any, int]) -> bool:
     """Whether a tensor of one element is made of a sum of several."""
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
