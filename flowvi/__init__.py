@@ -18,7 +18,7 @@ from flowvi.draws.row_bounds import RowBounds
 from flowvi.fitting.fit import fit
 from flowvi.fitting.fit_nested import nested
 from flowvi.fitting.load import load
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
 from flowvi.flows import FLOWS
 from flowvi.guides import GUIDES, BlockGuide, Blocks, FlowGuide, FullRank, MeanField, Multiplicative
 from flowvi.guides.amortized import Amortised, PerRow
@@ -31,6 +31,7 @@ from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
 from flowvi.objectives.nested import NestedTarget
 from flowvi.reporting import report
 from flowvi.targets import LocalTarget, ModelError, Site, Target, from_density, from_pyro
+from flowvi.targets.structure import MarginalTarget, Structure, structure
 from flowvi.training.epochs import Epoch
 from flowvi.training.minibatch import Minibatch
 from flowvi.training.records import Step
@@ -53,6 +54,7 @@ __all__ = [
     "FullRank",
     "GuideDistribution",
     "LocalTarget",
+    "MarginalTarget",
     "MeanField",
     "Minibatch",
     "ModelError",
@@ -69,6 +71,8 @@ __all__ = [
     "Schedule",
     "Site",
     "Step",
+    "Structure",
+    "StructuredFit",
     "Target",
     "__version__",
     "bayesian",
@@ -91,6 +95,7 @@ __all__ = [
     "report",
     "resample",
     "sbc",
+    "structure",
     "to_inference_data",
     "wake_sleep",
     "where",
