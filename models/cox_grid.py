@@ -1,8 +1,8 @@
-"""Log-Gaussian Cox process: points in the unit square, counted in the cells of a 40 x 40 grid.
+"""Log-Gaussian Cox process: points in the unit square, counted in the cells of a grid.
 
 Møller, Syversveen and Waagepetersen (1998), "Log Gaussian Cox processes", with the mean, variance
-and range that they give for 126 Scots pine saplings. Generated data. There is no latent but the
-field.
+and range that they give for 126 Scots pine saplings. Generated data; theirs are on a grid
+of 40 x 40. There is no latent but the field.
 """
 
 import numpy as np
@@ -11,7 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-SIDE = 40
+SIDE = 16
 POINTS, VARIANCE, RANGE = 126, 1.91, 1 / 33
 MEAN = float(np.log(POINTS)) - VARIANCE / 2
 
@@ -33,7 +33,7 @@ def simulate(groups: int = SIDE, seed: int = 0) -> tuple[Tensor, Tensor]:
 
 
 def data() -> tuple[Tensor, Tensor]:
-    """Counts in 40 x 40 cells, and the Cholesky factor of the covariance, (1600, 1600)."""
+    """Counts in 16 x 16 cells, and the Cholesky factor of the covariance, (256, 256)."""
     return simulate()
 
 
