@@ -1,6 +1,7 @@
 """Models of many latents in models/: each has the density that its file says, in numpy."""
 
 import importlib.util
+import re
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,10 @@ from scipy.special import expit
 import flowvi
 
 FOLDER = Path(__file__).parents[1] / "models"
+
+
+README = (FOLDER / "README.md").read_text()
+SIZE = dict(re.findall(r"^\| `(\w+)\.py` \| (\d+) \|", README, re.MULTILINE))
 
 
 def load(name):
@@ -201,6 +206,16 @@ def test_size_and_seed_make_the_data(name):
     assert any(
         a.shape != b.shape or not torch.equal(a, b) for a, b in zip(first, other, strict=True)
     )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_default_data_are_of_the_size_that_the_list_says(name):
+    module = load(name)
+
+    arguments = module.data()
+
+    assert all(torch.equal(a, b) for a, b in zip(arguments, module.simulate(), strict=True))
+    assert flowvi.from_pyro(module.model, *arguments).dim == int(SIZE[name])
 
 
 def test_three_slopes_have_a_density():
