@@ -229,7 +229,7 @@ def rows_of(name: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return [facts | compared(row, case, truth, sampled) for row in rows]
 
 
-def main() -> None:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     shared = os.environ.get("FLOWVI_SHARED", corpus.ROOT.parent / "shared")
     parser.add_argument("--only", choices=CASES, action="append", help="may be given again")
@@ -245,7 +245,11 @@ def main() -> None:
     parser.add_argument("--shared", type=Path, default=Path(shared), help="folder of the corpus")
     parser.add_argument("--longest", type=float, default=1800.0, help="seconds of any method")
     parser.add_argument("--json", type=Path, help="file to which a line is added for each row")
-    options = parser.parse_args()
+    return parser
+
+
+def main() -> None:
+    options = parser().parse_args()
     print("| " + " | ".join(COLUMNS) + " |\n|" + " --- |" * len(COLUMNS))
     for name in options.only or CASES:
         for row in rows_of(name, options):

@@ -158,7 +158,7 @@ def by_laplace(model: Callable[..., Any], run: Run) -> Answer:
         loss.backward()
         return loss
 
-    search.step(closure)  # type: ignore[no-untyped-call]
+    search.step(closure)
     log_p = target.log_prob(z).sum()
     (gradient,) = torch.autograd.grad(log_p, z, create_graph=True)
     rows = [
@@ -216,8 +216,9 @@ def main() -> None:
     except Exception as error:  # whatever a library raises is its result here
         answer = Answer({"note": f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]})
     measured = {"cpu": processor() - began, "peak_mb": peak(), "base_mb": before}
-    found = {f"mean/{name}": v for name, v in answer.mean.items()}
-    np.savez(options.out, **found, **{f"sd/{name}": v for name, v in answer.sd.items()})
+    found: dict[str, Any] = {f"mean/{name}": v for name, v in answer.mean.items()}
+    found |= {f"sd/{name}": v for name, v in answer.sd.items()}
+    np.savez(options.out, **found)
     print(json.dumps(measured | answer.facts))
 
 
