@@ -1,26 +1,29 @@
-"""Time and memory of a step against D, draws K and rows N, with slopes, and a picture of them.
+"""Time and memory against D, draws K, rows N and groups G, with slopes, and a picture of them.
 
-    python benchmarks/growth.py [--figure docs/images/growth.png]
+    python benchmarks/growth.py [--only D] [--sizes 100 1000] [--figure docs/images/growth.png]
 
 A step is the ELBO of K draws with its STL gradient, by autograd, on one thread. Seconds are of
 the processor, medians; bytes are the most that tensors hold at the same time
 (`flowvi.runtime.memory.peak_bytes`) beside the parameters. Slopes are of a line through the
-logarithms at
-sizes within a factor of 100 of the largest. D: a normal density, K = 16. K: the same with D = 10.
-N: logistic regression on ten covariates, all rows in each step, K = 16. The last two rows of the
-table are `draw` with a limit of 64 MB: K draws scored by 1,000 rows, and 100 draws by N.
+logarithms at sizes within a factor of 100 of the largest. D: a normal density, K = 16. K: the same
+with D = 10. N: logistic regression on ten covariates, all rows in each step, K = 16. "draws" is
+`draw` with a limit of 64 MB: K draws scored by 1,000 rows, and 100 draws by N. G: the default call
+on the normal hierarchy of models/normal_groups.py and 1,000 draws, each size in a process of its
+own; bytes are the most that the process held, less what it held after imports.
 """
 
 from __future__ import annotations
 
 import argparse
 import statistics
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import structure
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -45,9 +48,10 @@ SIZES = {
     "D": (2, 10, 100, 1000, 2000, 4000, 10_000),
     "K": (1, 10, 100, 1000, 10_000),
     "N": (100, 1000, 10_000, 100_000, 1_000_000),
+    "G": (100, 1000, 10_000, 100_000),
 }
 ENOUGH, FEWEST = 0.3, 3
-ALL_ROWS, DRAWN = "step on all rows", "draws, 64 MB"
+ALL_ROWS, DRAWN, FITTED = "step on all rows", "draws, 64 MB", "fit of a hierarchy"
 COLOURS = {
     "meanfield": "#4477aa",
     "lowrank": "#66ccee",
@@ -56,6 +60,7 @@ COLOURS = {
     "iaf": "#ee6677",
     ALL_ROWS: "#777777",
     DRAWN: "#aa3377",
+    FITTED: "#222222",
 }
 
 
@@ -137,6 +142,21 @@ def of_evaluations(what: str) -> Iterator[Cell]:
         yield measured(size, work)
 
 
+def of_groups() -> Iterator[Cell]:
+    """Whole fits, to be trusted or not."""
+    options = structure.parser().parse_args([])
+    for size in SIZES["G"]:
+        with tempfile.TemporaryDirectory() as made:
+            case, folder = structure.CASES["normal"], Path(made)
+            np.savez(folder / "data.npz", *case.arguments(size, 0, options.shared))
+            row = structure.run("flowvi", case, folder, options, 0.0)
+        if "verdict" not in row:
+            print(f"G = {size:,}: {row['note']}")
+            return
+        print(f"G = {size:,}: {row['verdict']}, k-hat {row['khat']:.2f}, {row['note']}")
+        yield Cell(size, row["cpu"], round((row["peak_mb"] - row["base_mb"]) * 2**20))
+
+
 def slope(cells: Sequence[Cell], column: int) -> float:
     """Of the logarithms, at the larger sizes."""
     largest = max(cell.size for cell in cells)
@@ -153,13 +173,20 @@ def picture(found: dict[tuple[str, str], list[Cell]], file: Path) -> None:
 
     from flowvi.plots.theme import style
 
-    axis = {"D": "dimensions D", "K": "draws K", "N": "rows N"}
+    axis = {"D": "dimensions D", "K": "draws K", "N": "rows N", "G": "groups G"}
+    shown = [what for what in axis if any(what == key for key, _ in found)]
     with style(mathematics=True):
         figure, axes = plt.subplots(
-            2, 3, figsize=(9.0, 5.0), sharex="col", sharey="row", layout="constrained"
+            2,
+            len(shown),
+            figsize=(3.0 * len(shown), 5.0),
+            sharex="col",
+            sharey="row",
+            layout="constrained",
+            squeeze=False,
         )
         for (what, name), cells in found.items():
-            top, bottom = axes[:, list(SIZES).index(what)]
+            top, bottom = axes[:, shown.index(what)]
             sizes = [c.size for c in cells]
             look = {"marker": "o", "ms": 3, "c": COLOURS[name]}
             top.loglog(sizes, [1e3 * c.seconds for c in cells], **look)
@@ -177,17 +204,22 @@ def picture(found: dict[tuple[str, str], list[Cell]], file: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--figure", type=Path)
+    parser.add_argument("--only", choices=SIZES, action="append", help="may be given again")
+    parser.add_argument("--sizes", type=int, nargs="+", help="in place of the usual ones")
     options = parser.parse_args()
+    wanted = options.only or list(SIZES)
+    SIZES.update({what: tuple(options.sizes) for what in wanted if options.sizes})
     torch.set_num_threads(1)
     torch.manual_seed(0)
     found: dict[tuple[str, str], list[Cell]] = {}
-    for name in GUIDES:
-        found["D", name] = list(of_dimensions(name))
-    for name in GUIDES:
-        found["K", name] = list(of_draws(name))
-    found["N", ALL_ROWS] = list(of_rows())
-    for what in ("K", "N"):
-        found[what, DRAWN] = list(of_evaluations(what))
+    for what, measure in (("D", of_dimensions), ("K", of_draws)):
+        if what in wanted:
+            found |= {(what, name): list(measure(name)) for name in GUIDES}
+    if "N" in wanted:
+        found["N", ALL_ROWS] = list(of_rows())
+    found |= {(what, DRAWN): list(of_evaluations(what)) for what in ("K", "N") if what in wanted}
+    if "G" in wanted:
+        found["G", FITTED] = list(of_groups())
     print("| against | guide | ms | MB | slope of time | of memory | formula |")
     print("| --- | --- | --- | --- | --- | --- | --- |")
     for (what, name), cells in found.items():

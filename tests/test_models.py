@@ -23,6 +23,9 @@ FOLDER = Path(__file__).parents[1] / "models"
 # Those with a latent vector for each row of the data are test_row_models.py's.
 MODELS = sorted(p.stem for p in FOLDER.glob("*.py") if "\nlocal = " not in p.read_text())
 
+# Groups of the models that make data of any size: what is tested here does not depend on it.
+FEW = 6
+
 # Unconstrained grids of the scales given which all else is normal: (low, high, points).
 SCALES = {
     "eight_schools": {"tau": (-10.0, 6.0, 200)},
@@ -60,6 +63,8 @@ def arguments(request: pytest.FixtureRequest):
     def of(name: str) -> tuple[Any, ...]:
         if "sklearn" in (FOLDER / f"{name}.py").read_text():
             pytest.importorskip("sklearn", reason="scikit-learn brings this model's data")
+        if hasattr(load(name), "simulate"):
+            return load(name).simulate(FEW)
         if not needs_path(name):
             return load(name).data()
         shared = request.getfixturevalue("shared")
@@ -117,7 +122,10 @@ def test_precision_is_the_data_s(name, arguments):
 # These take up to a minute each, and run under the precision that users have alone.
 LONG = {"lotka_volterra", "last_layer_digits", "bnn_moons", "bnn_regression", "irt_2pl"}
 BOTH = [
-    (name, d) for name in MODELS for d in ("single", "double") if d == "single" or name not in LONG
+    (name, d)
+    for name in MODELS
+    for d in ("single", "double")
+    if d == "single" or not (name in LONG or hasattr(load(name), "simulate"))
 ]
 
 
