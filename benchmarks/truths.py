@@ -320,7 +320,7 @@ def intercepts(
     slope: Callable[[Array], Array],
     curvature: Callable[[Array], Array],
     constant: float,
-    nodes: int = 30,
+    nodes: int = 40,
 ) -> Problem:
     """Log likelihood of a group: total u - size A(u), with u ~ N(mu, tau).
 
