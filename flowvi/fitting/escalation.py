@@ -49,6 +49,8 @@ CHAIN_SECONDS = 900.0
 # Difference in nats, or in k-hat, that decides between two guides.
 CLEARLY = 0.1
 THINNER = 0.05
+# A gap of shared latents that needs no better guide.
+SHARED_GAP = 0.03
 
 Attempt = Callable[[Restart, Candidate], Candidate | None]
 
@@ -62,9 +64,7 @@ def escalate(restart: Restart) -> None:
         hopeless = (
             restart.interrupted or restart.record.stopped or restart.session.clock.out_of_time(0.9)
         )
-        if hopeless or (trusted(restart.candidate) and attempt not in CHEAP):
-            return
-        if attempt in CHEAP and restart.candidate.trust_rank == 0:
+        if hopeless or _enough(restart):
             return
         try:
             with abort_on_interrupt():
@@ -88,6 +88,16 @@ def escalate(restart: Restart) -> None:
             f"{name}: {summary(restart.candidate)} before, {summary(new)} after: {word}"
         )
         restart.candidate = new if taken else restart.candidate
+
+
+def _enough(restart: Restart) -> bool:
+    """Whether no further attempt is worth its time.
+
+    Guides of shared latents are cheap to improve: their plain draws have to be trusted.
+    """
+    if isinstance(restart.target, MarginalTarget):
+        return restart.candidate.trust_rank == 0 and restart.candidate.gap <= SHARED_GAP
+    return trusted(restart.candidate)
 
 
 def trusted(candidate: Candidate) -> bool:
@@ -292,15 +302,14 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     return new if trusted(new) else None
 
 
-# Attempts that need no further gradients; they improve a trusted guide too.
-CHEAP: tuple[Attempt, ...] = (moments, likeliest)
 # The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A normal with the weighted moments of the draws", moments),
-    ("A flow fitted to the weighted draws", likeliest),
+    ("Skews fitted to the weighted draws", likeliest),
     ("A mixture with a component for each mode that was left out", components),
     ("Splines of each coordinate, trained on tempered densities", tempered),
     ("A deeper flow with heavier tails, trained with more draws", richer),
     ("Training on annealed draws, which reach modes that the guide misses", annealed),
     ("NUTS in the space of the flow", sampled),
+    ("The weighted moments of the draws once more", moments),
 )

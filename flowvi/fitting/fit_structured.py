@@ -15,7 +15,7 @@ from flowvi.targets.structure.structure import UNITS
 
 # Fewest local latents for which a structured guide is tried without being asked for: of
 # independent units, and of a chain or a field.
-FEWEST_UNITS, FEWEST_CHAIN = 30, 60
+FEWEST_UNITS, FEWEST_CHAIN = 50, 60
 # Largest share of shared latents, and largest number of all latents for which a guide of all of
 # them is tried too.
 MOST_SHARED, MOST_TOGETHER = 0.5, 300

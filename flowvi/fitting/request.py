@@ -149,7 +149,8 @@ class Request:
             and self.guide == AUTO
             and self.steps is None
             and not list(target.parameters()),
-            asked(self.compile),
+            # The search for modes inside the density cannot be compiled.
+            asked(False if isinstance(target, MarginalTarget) else self.compile),
             memory.limit() if self.max_memory is None else memory.parse_size(self.max_memory),
             self.schedule or _schedule(target, objective),
         )

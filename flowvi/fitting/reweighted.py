@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +15,7 @@ from flowvi.diagnostics import psis
 from flowvi.draws.structured import theta_draws
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.restart import Restart
+from flowvi.flows.affine import Triangular
 from flowvi.guides.guide import Guide
 from flowvi.guides.registry import make_guide
 from flowvi.initialization.gaussian import factor_of
@@ -25,8 +28,8 @@ from flowvi.training.records import REWEIGHT
 
 # Fewest effective draws for each dimension whose moments mean something.
 FEWEST = 20
-# Couplings of a flow of the shared latents, steps of its training, draws of a step, step size.
-COUPLINGS, STEPS, BATCH, RATE = 6, 400, 512, 5e-3
+# Steps of the training on weighted draws, draws of a step, and step size.
+STEPS, BATCH, RATE = 500, 512, 1e-2
 # Largest dimension of a flow that is fitted to draws alone.
 MOST_DIM = 50
 
@@ -44,35 +47,42 @@ class WeightedDraws(NamedTuple):
 
 
 def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """A normal with the weighted moments of the guide's draws."""
+    r"""The guide with an affine map behind it, so that it has the weighted moments of its draws.
+
+    .. math:: z' = m_w + L_w L_q^{-1} (z - m_q)
+
+    with the means and Cholesky factors of the weighted draws (w) and of the plain ones (q).
+    """
+    affine = getattr(candidate.guide, "affine", None)
+    if not isinstance(restart.target, MarginalTarget) or not isinstance(affine, Triangular):
+        return None
     drawn = _drawn(restart, candidate)
     if drawn is None:
         return None
-    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
-    shift = drawn.theta - loc
-    covariance = (drawn.weight[:, None] * shift).mT @ shift
-    new = Candidate(restart.to_target(make_guide("fullrank", restart.target.dim)), "fullrank")
-    new.guide.start(loc, factor_of(covariance))
+    even = torch.full_like(drawn.weight, 1 / len(drawn.weight))
+    (to, scale), (source, before) = _moments(drawn), _moments(drawn._replace(weight=even))
+    turn = torch.linalg.solve_triangular(before, scale, upper=False, left=False)
+    new = replace(candidate, guide=copy.deepcopy(candidate.guide), diagnosis=None)
+    moved = cast(Triangular, new.guide.affine)
+    with torch.no_grad():
+        moved.origin.copy_(to + turn @ (moved.origin - source))
+        moved.frame.copy_(turn @ moved.frame)
     return new
 
 
 def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
-    """A flow of the largest weighted likelihood of the guide's draws.
+    """Skews of each direction, of the largest weighted likelihood of the guide's draws.
 
     The gradient of the forward KL divergence needs no density of the target (Naesseth, Lindsten
     and Blei, 2020, arXiv:2003.10374).
     """
-    drawn = _drawn(restart, candidate)
-    if drawn is None or not 1 < restart.target.dim <= MOST_DIM:
+    if candidate.name != "fullrank" or not 1 < restart.target.dim <= MOST_DIM:
         return None
-    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
-    shift = drawn.theta - loc
-    scale = factor_of((drawn.weight[:, None] * shift).mT @ shift)
-    sizes: dict[str, Any] = {"depth": COUPLINGS, "base": "student_t"}
-    new = Candidate(
-        restart.to_target(make_guide("realnvp", restart.target.dim, **sizes)), "realnvp", sizes
-    )
-    new.guide.start(loc, scale)
+    drawn = _drawn(restart, candidate)
+    if drawn is None:
+        return None
+    new = Candidate(restart.to_target(make_guide("skewed", restart.target.dim)), "skewed")
+    new.guide.start(*_moments(drawn))
     restart.session.checkpointer.run_once(
         "likeliest",
         restart.record,
@@ -83,13 +93,21 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     return new
 
 
+def _moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
+    """Weighted mean (p), and Cholesky factor of the covariance (p, p)."""
+    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
+    shift = drawn.theta - loc
+    return loc, factor_of((drawn.weight[:, None] * shift).mT @ shift)
+
+
 def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
     """Weighted draws of a guide; None if they are too few to fit anything to."""
     target = restart.target
     if not isinstance(target, MarginalTarget) or not target.dim:
         return None
     n = restart.schedule.check_draws
-    draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))
+    with torch.no_grad():
+        draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))
     smoothed, _ = psis(draws.log_weights.ravel())
     theta, weight = (
         torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
@@ -126,7 +144,7 @@ def _train(restart: Restart, guide: Guide, drawn: WeightedDraws) -> None:
                     kept = nn.utils.parameters_to_vector(trained).detach().clone()
     with torch.no_grad():
         nn.utils.vector_to_parameters(kept, trained)
-    restart.record.log.append(f"flow fitted to {len(drawn.theta)} weighted draws")
+    restart.record.log.append(f"skews fitted to {len(drawn.theta)} weighted draws")
 
 
 def _batches(weight: Tensor) -> Iterator[Tensor]:

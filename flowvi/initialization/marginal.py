@@ -24,6 +24,8 @@ from flowvi.targets.structure import MarginalTarget
 ASCENTS, STEPS = 3, 100
 # Draws by which normals are compared, and rounds of their refinement.
 JUDGE, ROUNDS = 200, 3
+# Shared latents whose normal needs more rounds.
+FEW, MANY_ROUNDS = 10, 12
 # Smallest eigenvalue of a precision, in units of each coordinate's own width.
 FLATTEST = 0.02
 # A gap that needs no refinement.
@@ -78,7 +80,8 @@ def marginal_start(
     )
     found, left = _judged(target, found, judge)
     if left > NEARLY and target.whole.dim <= LARGE and not out_of_time():
-        found = refine(target, found, generator, judge, False, ROUNDS, out_of_time)
+        rounds = ROUNDS if target.dim <= FEW else MANY_ROUNDS
+        found = refine(target, found, generator, judge, False, rounds, out_of_time)
     say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}, KL about {left:.2g}")
     return [found]
 

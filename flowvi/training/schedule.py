@@ -119,6 +119,10 @@ class Schedule:
         return (first, steps - first) if first else (steps,)
 
 
+# Numbers of latents up to which an uncertain check takes more draws, and from which any check has
+# few, where each draw integrates the local latents.
+SMALL, LARGE = 500, 30_000
+
 # The default schedule.
 DEFAULT = Schedule()
 # The default for a target whose parameters include the guide of rows. Its draws are
@@ -132,7 +136,9 @@ def structured(dim: int) -> Schedule:
     Args:
         dim: Number D of all latents; the more there are, the fewer draws.
     """
+    few = 500 if dim >= LARGE else 1000
     return Schedule(
-        check_draws=min(2000, max(1000 if dim < 30_000 else 500, 2_000_000 // dim)),
-        again=1,
+        evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
+        check_draws=min(4000, max(few, 2_000_000 // dim)),
+        again=4 if dim <= SMALL else 1,
     )

@@ -123,7 +123,7 @@ def structure(target: Target, seed: int = 0) -> Structure:
     for group in proposed:
         element, tie = probe.units(group)
         if element is not None:
-            return _found(target, UNITS, group, element, reason)
+            return _found(target, UNITS, group, element, "")
         reason = reason or tie
     for group in proposed:
         if group.columns.shape[0] >= FEWEST and group.columns.shape[1] == 1:
