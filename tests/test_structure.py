@@ -209,7 +209,7 @@ def chain(order: int) -> Callable[[], None]:
     def model() -> None:
         s = pyro.sample("s", dist.HalfNormal(1.0))
         h = pyro.sample("h", dist.Normal(torch.zeros(40), 1.0).to_event(1))
-        ahead = h[order:] - sum((h[order - k : -k] for k in range(1, order + 1))) * 0.4
+        ahead = h[order:] - sum(h[order - k : -k] for k in range(1, order + 1)) * 0.4
         pyro.factor("walk", dist.Normal(0.0, s).log_prob(ahead).sum())
         pyro.sample("y", dist.Normal(0.0, (h / 2).exp()).to_event(1), obs=torch.ones(40))
 
