@@ -51,13 +51,18 @@ class Units:
     draws: int
 
     @property
+    def names(self) -> list[str]:
+        """Names of the units."""
+        return [f"{self.plate}[{label}]" for label in self.labels]
+
+    @property
     def reason(self) -> str:
         """A sentence on the units that are not to be trusted; empty if there are none."""
         if not self.bad.any():
             return ""
         places = np.flatnonzero(self.bad)
         worst = np.sort(places[np.argsort(-self.khat[places], kind="stable")][:NAMED])
-        names = ", ".join(f"{self.plate}[{self.labels[i]}]" for i in worst)
+        names = ", ".join(self.names[i] for i in worst)
         more = ", ..." if len(places) > NAMED else "."
         count = f"{len(places)} of {len(self.bad)} units of '{self.plate}'"
         verb = "is" if len(places) == 1 else "are"
@@ -72,7 +77,7 @@ class Units:
         order = np.argsort(-self.khat, kind="stable")[:NAMED]
         lines = [f"{'unit':<24} {'k-hat':>7} {'variance':>10}"]
         for i in order:
-            name = f"{self.plate}[{self.labels[i]}]"
+            name = self.names[i]
             mark = "  not to be trusted" if self.bad[i] else ""
             lines.append(f"{name:<24} {self.khat[i]:>7.2f} {self.variance[i]:>10.2g}{mark}")
         return "\n".join(lines)

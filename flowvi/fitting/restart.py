@@ -32,6 +32,7 @@ from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
 from flowvi.targets.structure import MarginalTarget
+from flowvi.targets.structure.faults import faults
 from flowvi.training.records import (
     ADAPT,
     ANNEAL,
@@ -255,7 +256,9 @@ class Restart:
             with torch.no_grad(), isolated_rng(self.seed(ADAPT)):
                 theta, _ = guide.sample((UNIT_POINTS,))
             target.adapt(theta, self.seed(ADAPT), self.record.log.append)
-            return check_units(target, theta, self.seed(ADAPT)).reason
+            units = check_units(target, theta, self.seed(ADAPT))
+            found = faults(target, theta, units.names, self.seed(ADAPT))
+            return " ".join(filter(None, [*found, units.reason]))
 
         def restored(state: Sequence[Any]) -> str:
             target.set_own_state(dict(state[1]))

@@ -21,8 +21,9 @@ MOST_STEPS = 60
 MOST_HALVINGS = 12
 # Multiples of the diagonal that are added to a precision that is not positive definite.
 RIDGES = (0.0, 1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e6)
-# Longest step in units of one, for latents whose conditional is nearly flat.
-LONGEST = 20.0
+# Longest first step in units of one, for latents whose conditional is nearly flat; and how often
+# it doubles, for modes that are far away.
+LONGEST, DOUBLINGS = 20.0, 10
 # A first guess of a mode that is farther from the reference is not used.
 FARTHEST = 1e6
 # Pairs of draws for the mean of a dense field.
@@ -131,12 +132,13 @@ class Laplace:
         fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
         mode = mode + torch.where(fair, shift, 0.0).view_as(mode)
         found = self._curvature(theta, mode)
-        for _ in range(MOST_STEPS):
+        for number in range(MOST_STEPS):
             if not (found.left > CONVERGED).any():
                 break
             step = found.factor.solve(found.gradient[:, self.columns])
             far = step.abs().amax(-1, keepdim=True)
-            step = step * (LONGEST / far.clamp(min=LONGEST))
+            longest = LONGEST * 2.0 ** min(number, DOUBLINGS)
+            step = step * (longest / far.clamp(min=longest))
             tried = mode + step
             if (found.left > CHECKED).any() or not found.definite.all():
                 tried = self._shortened(theta, mode, step, found)

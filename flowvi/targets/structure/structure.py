@@ -21,6 +21,11 @@ UNITS, CHAIN, FIELD, NONE = "units", "chain", "field", "none"
 SAME = 1e-9
 # Points at which latents are moved. A term that is flat at one of them is not at all of them.
 PAIRS = 3
+# Widths, in units of one, at which terms are sought that are switched on by a threshold, and the
+# sides of zero on which all local latents are then: above, below, or both.
+FAR, SIDES = 10.0, (1, -1, 0, 0)
+# Latents of a chain in a window whose elements must not depend on the rest of the chain.
+WINDOW = 16
 # Numbers in one evaluation of the elements.
 AT_ONCE = 20_000_000
 # Largest distance in time at which the latents of a chain depend on each other.
@@ -123,6 +128,8 @@ def structure(target: Target, seed: int = 0) -> Structure:
     for group in proposed:
         element, tie = probe.units(group)
         if element is not None:
+            tie = probe.hidden_tie(group, element)
+        if element is not None and not tie:
             return _found(target, UNITS, group, element, "")
         reason = reason or tie
     for group in proposed:
@@ -130,11 +137,11 @@ def structure(target: Target, seed: int = 0) -> Structure:
             order = probe.order(group)
             if order <= min(MOST_ORDER, len(group.columns) // 4):
                 one = group._replace(columns=group.columns.T)
-                return _found(target, CHAIN, one, probe.of_one(one), "", order)
+                return _found(target, CHAIN, one, probe.of_one(), "", order)
     for group in proposed:
         if FEWEST <= group.columns.numel() <= MOST_FIELD:
             one = group._replace(columns=group.columns.reshape(1, -1))
-            return _found(target, FIELD, one, probe.of_one(one), reason)
+            return _found(target, FIELD, one, probe.of_one(), reason)
     return Structure(NONE, reason=reason)
 
 
@@ -199,30 +206,94 @@ class _Probe:
         return torch.where(ever, unit, count), ""
 
     def order(self, group: Group) -> int:
-        """Largest distance between two positions on which one element depends."""
+        """Largest distance between two positions on which one element depends.
+
+        One more than MOST_ORDER if the elements of windows depend on what is outside of them.
+        """
         count = len(group.columns)
         first = torch.full(self.values.shape[-1:], count)
         last = torch.full(self.values.shape[-1:], -1)
+        # Beside a start point, one where every latent is above the threshold of a term.
+        away = self.base[:1].clone()
+        away[:, group.columns.flatten()] += FAR
+        base = torch.cat([self.base[:1], away])
+        values = self._evaluate(base)
         for place in range(count):
-            changed = self._changed(group.columns[place : place + 1], 1)
+            z, column = base.clone(), int(group.columns[place])
+            z[:, column] = self.moved[0, column]
+            changed = _differ(values, self._evaluate(z))
             first = torch.where(changed & (first == count), place, first)
             last = torch.where(changed, place, last)
             if (last - first).max() > MOST_ORDER and place > 4 * MOST_ORDER:
                 break
-        return int((last - first).max())
+        order = int((last - first).max())
+        for offset in (0, WINDOW // 2) if order <= MOST_ORDER else ():
+            number = (torch.arange(count) + offset) // WINDOW
+            inside = number[first.clamp(max=count - 1)]
+            inside = torch.where(inside == number[last], inside, -1)
+            inside = torch.where(last < 0, int(number[-1]) + 1, inside)
+            if self._stray(group, number, inside) is not None:
+                return MOST_ORDER + 1
+        return order
 
-    def of_one(self, group: Group) -> Tensor:
-        """0 for an element that depends on the group, 1 for one that does not."""
-        return (~self._changed(group.columns)).long()
+    def of_one(self) -> Tensor:
+        """The unit of each element of a chain or a field: all of them belong to the one."""
+        return torch.zeros(self.values.shape[-1], dtype=torch.long)
 
-    def _changed(self, columns: Tensor, pairs: int = PAIRS) -> Tensor:
+    def hidden_tie(self, group: Group, unit: Tensor) -> str:
+        """A sentence on a tie that shows only far from the start points; empty without one.
+
+        Args:
+            group: The units.
+            unit: Unit of each element, (T).
+        """
+        stray = self._stray(group, torch.arange(len(group.columns)), unit)
+        if stray is None:
+            return ""
+        name = group.sites[0]
+        own = f"{name}[{int(unit[stray])}]" if unit[stray] < len(group.columns) else name
+        return f"units of '{group.name}' depend on each other (a term of {own}, at some points)"
+
+    def _stray(self, group: Group, number: Tensor, unit: Tensor) -> int | None:
+        """An element that changes though its own unit does not move, far from the start points.
+
+        All local latents are far above zero, far below it, or spread widely, so that a term that
+        is switched on by a threshold is on at one point at least.
+
+        Args:
+            group: Latents along an axis, (G, d).
+            number: Unit of each place of the axis, (G).
+            unit: Unit of each element, (T); -1 if it is not to be looked at.
+        """
+        generator = torch.Generator().manual_seed(len(number))
+        columns = group.columns.flatten()
+        spread = torch.randn(
+            2 * len(SIDES), len(columns), generator=generator, dtype=self.target.dtype
+        ).to(self.base)
+        sides = zip(SIDES, spread[: len(SIDES)], spread[len(SIDES) :], strict=True)
+        for side, away, there in sides:
+            base, moved = self.base[:1].clone(), self.base[:1].clone()
+            base[:, columns] += FAR * (side * (1 + away.abs()) if side else away)
+            moved[:, columns] += FAR * there
+            values = self._evaluate(base)
+            for digit in range(max(1, int(number.max()).bit_length())):
+                for on in (0, 1):
+                    half = (number >> digit) % 2 == on
+                    z = base.clone()
+                    some = group.columns[half].flatten()
+                    z[:, some] = moved[:, some]
+                    changed = _differ(values, self._evaluate(z))
+                    still = ((unit >> digit) % 2 != on) | (unit > number.max())
+                    found = (changed & still & (unit >= 0)).nonzero()
+                    if len(found):
+                        return int(found[0])
+        return None
+
+    def _changed(self, columns: Tensor) -> Tensor:
         """Elements that depend on columns, (T)."""
-        z = self.base[:pairs].clone()
-        z[:, columns.flatten()] = self.moved[:pairs, columns.flatten()]
-        before, after = self.values[:pairs], self._evaluate(z)
-        scale = before.abs().clamp(min=1.0)
-        differs = ((after - before).abs() > SAME * scale) | (after.isfinite() != before.isfinite())
-        return differs.any(0)
+        z = self.base.clone()
+        z[:, columns.flatten()] = self.moved[:, columns.flatten()]
+        return _differ(self.values, self._evaluate(z))
 
     @torch.no_grad()
     def _evaluate(self, z: Tensor) -> Tensor:
@@ -246,6 +317,13 @@ class _Probe:
             f"units of '{group.name}' depend on each other ({name}[{first}] and {name}[{second}] "
             "share a term)"
         )
+
+
+def _differ(before: Tensor, after: Tensor) -> Tensor:
+    """Elements that differ at one point at least. (S, T), (S, T) -> (T)."""
+    scale = before.abs().clamp(min=1.0)
+    differs = ((after - before).abs() > SAME * scale) | (after.isfinite() != before.isfinite())
+    return differs.any(0)
 
 
 def _count(n: int, what: str) -> str:

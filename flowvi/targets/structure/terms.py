@@ -19,6 +19,7 @@ MULTIPLY = {aten.mul.Tensor, aten.mul.Scalar, torch.mul, operator.mul}
 DIVIDE = {aten.div.Tensor, aten.div.Scalar, torch.div, operator.truediv}
 NEGATE = {aten.neg.default, torch.neg, operator.neg}
 TOTAL = {aten.sum.default, aten.sum.dim_IntList, torch.sum}
+MEAN = {aten.mean.default, aten.mean.dim, torch.mean}
 PRODUCT = {aten.dot.default, torch.dot}
 # Operations on a tensor of one element that leave the element as it is.
 SAME = {
@@ -118,6 +119,9 @@ def _leaves(
             yield from go(args[0], factors)
         else:
             yield args[0], factors
+    elif op in MEAN and sizes.get(node) == 1 and sizes.get(args[0]):
+        factors = (*factors, (torch.div, sizes[args[0]]))
+        yield from go(args[0], factors) if sizes[args[0]] == 1 else ((args[0], factors),)
     elif op in PRODUCT:
         yield args[0], (*factors, (torch.mul, args[1]))
     elif op in SAME and sizes.get(args[0]) == 1:
@@ -141,7 +145,7 @@ def _sums(node: Any, sizes: dict[Any, int]) -> bool:
     if not isinstance(node, fx.Node) or node.op != "call_function":
         return False
     op, args = node.target, node.args
-    if op in TOTAL:
+    if op in TOTAL | MEAN:
         return sizes.get(args[0], 1) > 1 or _sums(args[0], sizes)
     if op in PRODUCT:
         return True
