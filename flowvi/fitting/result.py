@@ -244,6 +244,7 @@ class StructuredFit(Fit):
     """
 
     marginal: MarginalTarget = field(kw_only=True)
+    _judged: Units | None = field(default=None, init=False, repr=False)
 
     HEAD = "{name}: structured guide ({guide} of {shared} shared latents), {seconds:.1f} s"
 
@@ -263,7 +264,13 @@ class StructuredFit(Fit):
         most = int(np.clip(TABLE // self.target.dim, FEWEST_DRAWS, MOST_DRAWS))
         n = check_integer("n", most if n is None else n)
         with memory.memory_limit(max_memory):
-            return structured_draws(self.marginal, self._shared, n, seed, self.meta)
+            drawn = structured_draws(self.marginal, self._shared, n, seed, self.meta)
+            if self.marginal.structure.units == 1:
+                return drawn
+            # The check of units takes long where they are many: one is made for all tables.
+            if self._judged is None:
+                self._judged = self.units()
+            return replace(drawn, units=self._judged)
 
     def draw_start(self, n: int = 1000, seed: int = 0) -> Draws:
         if self.start is None:
