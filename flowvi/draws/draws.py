@@ -143,7 +143,9 @@ class Draws:
             where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
             return f"{self.target.name}: {' '.join(where.split())}"
         words = {
-            "guide": "{} guide",
+            "guide": "structured guide ({} of shared latents)"
+            if "shared" in self.meta
+            else "{} guide",
             "objective": "{}",
             "steps": "{} steps",
             "epochs": "{} epochs",

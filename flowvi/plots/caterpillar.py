@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -105,7 +105,7 @@ def _values(draws: Draws, name: str, part: str | None, plate: str) -> np.ndarray
     value: np.ndarray = np.moveaxis(draws[name], 2 + _unit_axis(draws, name, plate), 2)
     if part is not None:
         try:
-            place = tuple(int(i) for i in part.split(","))
+            place: Any = tuple(int(i) for i in part.split(","))
             value = value[(..., *place)]
         except (ValueError, IndexError):
             raise KeyError(

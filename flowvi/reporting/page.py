@@ -19,6 +19,7 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_stats as stats
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
+from flowvi.fitting.request import STRUCTURED
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.plots.caterpillar import unit_values
@@ -180,7 +181,8 @@ def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
     columns = [site["columns"][1] for site in c.sites.values()]
     names = {
         "model": "Model",
-        "guide": "Guide",
+        "structure": "Structure",
+        "guide": "Guide of shared latents" if "shared" in f else "Guide",
         "objective": "Objective",
         "precision": "Precision",
         "inner": "Guide of rows",
@@ -288,5 +290,9 @@ def _command(facts: Any) -> str:
         return str(facts["command"])
     names = ("guide", "inner", "steps", "epochs", "restarts", "seed")
     function = "nested" if "inner" in facts else "fit"
+    if "shared" in facts:
+        # The guide of the shared latents, and the number of its steps, are chosen by the fit.
+        facts = {**facts, "guide": STRUCTURED}
+        names = ("guide", "restarts", "seed")
     given = ", ".join(f"{name}={facts[name]!r}" for name in names if name in facts)
     return f"flowvi.{function}(target, {given})"

@@ -117,7 +117,8 @@ def _training(c: Contents) -> Iterator[Drawing]:
 def _marginals(c: Contents) -> Iterator[Drawing]:
     sets = {} if c.start is None else {"Gaussian start": c.start}
     if c.weighted is not None:
-        sets[f"{c.facts.get('guide', '')} guide".strip()] = c.weighted
+        guide = "structured" if "shared" in c.facts else c.facts.get("guide", "")
+        sets[f"{guide} guide".strip()] = c.weighted
     if c.kept.resampled or c.kept.mcmc:
         sets["resampled" if c.kept.resampled else "NUTS"] = c.kept
     sets = sets or {"draws": c.kept}
