@@ -23,8 +23,17 @@ from flowvi.interop.read_draws import diagnosis_of, draws_of
 from flowvi.reporting import page
 
 ROWS, WIDTH = 24, 0.9
-DRAWN = ("global", "subsampled", "rows", "nested", "chains", "resampled", "resampled rows")
-FITS = ("global", "subsampled", "rows", "nested")
+DRAWN = (
+    "global",
+    "subsampled",
+    "structured",
+    "rows",
+    "nested",
+    "chains",
+    "resampled",
+    "resampled rows",
+)
+FITS = ("global", "subsampled", "structured", "rows", "nested")
 
 
 def shared(y):
@@ -115,6 +124,8 @@ class Kinds:
         y = self.y
         if kind == "rows":
             return of_rows(y)
+        if kind == "structured":
+            return flowvi.fit(flowvi.from_pyro(both, y), "structured", progress=False)
         if kind == "nested":
             target = flowvi.from_pyro(both, y, local="data")
             return flowvi.nested(target, "fullrank", "fullrank", steps=10)
@@ -130,7 +141,7 @@ class Kinds:
 
     def evidence(self, kind: str) -> float:
         """In closed form."""
-        own = {"rows": 2.0, "nested": 2.0}.get(kind, 1.0)
+        own = {"rows": 2.0, "nested": 2.0, "structured": 2.0}.get(kind, 1.0)
         common = 0.0 if kind == "rows" else 1.0
         covariance = own * torch.eye(ROWS) + common * torch.ones(ROWS, ROWS)
         normal = MultivariateNormal(torch.zeros(ROWS).double(), covariance.double())
@@ -149,7 +160,8 @@ def kinds(every: dict[torch.dtype, Kinds]) -> Kinds:
 
 
 # Kinds under double precision, and those of rows under single too.
-EVERY = [*((torch.float64, k) for k in DRAWN), (torch.float32, "rows"), (torch.float32, "nested")]
+SINGLE = ("structured", "rows", "nested")
+EVERY = [*((torch.float64, k) for k in DRAWN), *((torch.float32, k) for k in SINGLE)]
 
 
 # A property of what comes out, by function and kind; None where it is refused.
@@ -204,8 +216,10 @@ def estimated(kinds: Kinds, kind: str, e: flowvi.diagnostics.Evidence) -> None:
 def left_out(kinds: Kinds, kind: str, record: Any) -> None:
     """In closed form, the posterior without y_n is normal."""
     y, n = kinds.y.double(), ROWS
-    mean = (y.sum() - y) / n
-    exact = dist.Normal(mean, math.sqrt(1 + 1 / n)).log_prob(y).sum()
+    own = 2.0 if kind == "structured" else 1.0
+    precision = 1 + (n - 1) / own
+    mean = (y.sum() - y) / own / precision
+    exact = dist.Normal(mean, math.sqrt(own + 1 / precision)).log_prob(y).sum()
     value = getattr(record, "elpd_loo", None) or record.elpd
     assert value == pytest.approx(float(exact), abs=0.6)
 
@@ -307,7 +321,7 @@ def refused(name: str, error: Exception) -> None:
     assert text.endswith(".") and ". " not in text and "\n" not in text
 
 
-@pytest.mark.filterwarnings("ignore:Pareto k-hat", "ignore:The number of draws")
+@pytest.mark.filterwarnings("ignore:.*Pareto k-hat", "ignore:The number of draws")
 @pytest.mark.parametrize(("precision", "kind"), EVERY, ids=lambda x: str(x).removeprefix("torch."))
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_draws_of_every_kind_are_taken_or_refused(every, name, precision, kind):
@@ -347,11 +361,11 @@ def test_bounds_of_rows_are_not_draws(kinds, name):
 
 OF_FITS: dict[str, tuple[Callable[[Any, Any], Any], set[str]]] = {
     # Call, and the kinds that are refused.
-    "neutra": (lambda fit, _: flowvi.neutra(fit, 0), {"rows", "nested"}),
+    "neutra": (lambda fit, _: flowvi.neutra(fit, 0), {"structured", "rows", "nested"}),
     "pyro_guide": (lambda fit, _: flowvi.pyro_guide(fit), {"nested"}),
     "sbc": (
         lambda fit, _: flowvi.sbc(fit, fits=4, draws=100, levels=9),
-        {"global", "subsampled", "nested"},
+        {"global", "subsampled", "structured", "nested"},
     ),
 }
 

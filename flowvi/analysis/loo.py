@@ -12,14 +12,16 @@ from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset
 from flowvi.compat.arviz_stats import loo_record
 from flowvi.diagnostics import khat_threshold, psis_of_rows
 from flowvi.draws.draws import Draws
-from flowvi.interop.inference_data import to_inference_data
+from flowvi.interop.inference_data import UNITS, to_inference_data
 from flowvi.runtime.arguments import check_choice, refuse_fit
 
 if TYPE_CHECKING:
     import arviz as az
 
 
-def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
+def loo(
+    source: Draws | az.InferenceData, var_name: str | None = None, *, units: bool = False
+) -> Any:
     r"""Expected log predictive density of left-out observations, corrected for the guide.
 
     Draws of q represent the posterior without :math:`y_n` by the weights
@@ -31,9 +33,14 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     constant, which holds only for resampled draws and Markov chains; for these the results agree.
     Masked rows are left out.
 
+    With ``units=True`` whole units are left out, such as groups or persons with all their rows:
+    :math:`y_n` are the data of a unit, and :math:`p(y_n \mid \theta)` has the unit's own latents
+    integrated. This needs draws of a structured fit, which have estimates of these likelihoods.
+
     Args:
         source: Draws of a fit, or a result of `to_inference_data`.
         var_name: The observed site to predict, for models with several.
+        units: Whether to leave out units in place of observations.
 
     Returns:
         ArviZ's `ELPDData`, pointwise, for `az.compare` and `az.plot_khat`.
@@ -49,10 +56,10 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     refuse_fit("loo", source)
     if isinstance(source, Draws):
         # Draws with a row axis are rejected below, without a log likelihood.
-        source = to_inference_data(source, log_likelihood=not source.by_row)
-    idata = source
-    _check(idata)
-    name = _site(idata, var_name)
+        source = to_inference_data(source, log_likelihood=not (source.by_row or units))
+    _check(source)
+    idata = _by_unit(source) if units else source
+    name = _site(idata, None if units else var_name)
     idata = _observed(idata, name)
     scores = idata["log_likelihood"][name]
     stats = idata["sample_stats"]
@@ -63,9 +70,10 @@ def loo(source: Draws | az.InferenceData, var_name: str | None = None) -> Any:
     smooth, khat = psis_of_rows(log_w - score)
     limit = khat_threshold(log_w.size)
     if (khat > limit).any():
+        one = "unit" if units else "observation"
         warnings.warn(
             f"Pareto k-hat is above {limit:.2f} for {(khat > limit).sum()} of {len(khat)} "
-            "observations: their estimates rest on few draws. These observations are influential, "
+            f"{one}s: their estimates rest on few draws. These {one}s are influential, "
             "or the guide is poor for them: use more draws, fit.draw, or flowvi.neutra.",
             stacklevel=2,
         )
@@ -105,6 +113,19 @@ def _check(idata: az.InferenceData) -> None:
             "loo needs the log likelihood of each row, and got draws of a nested fit, which have "
             "bounds on it: fit.predictive_bound(rows) scores rows that were left out."
         )
+
+
+def _by_unit(idata: az.InferenceData) -> az.InferenceData:
+    """The groups with the likelihoods of units in place of those of observations."""
+    if not has_group(idata, UNITS):
+        raise ValueError(
+            "loo with units=True needs likelihoods of units, which draws of a structured fit have "
+            "where there are at most 20 million, and got draws without them: draw fewer of "
+            "such a fit, or leave out observations, without units=True."
+        )
+    kept = ("posterior", "sample_stats")
+    groups = {group: to_dataset(idata[group]) for group in kept if has_group(idata, group)}
+    return make_groups({**groups, "log_likelihood": to_dataset(idata[UNITS])})
 
 
 def _observed(idata: az.InferenceData, name: str) -> az.InferenceData:

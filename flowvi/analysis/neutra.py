@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import cast
 
 from flowvi.draws.draws import Draws
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
 from flowvi.runtime.arguments import check_integer, require_fit, suggest_spelling
 from flowvi.samplers.nuts import NutsSettings, check_has_map, run_nuts
 
@@ -48,6 +48,11 @@ def neutra(
         raise TypeError(
             f"neutra samples one vector of latents, and got a {type(fit).__name__}, with {why}: "
             "capture the model without local=, which puts all latents into one vector."
+        )
+    if isinstance(fit, StructuredFit):
+        raise TypeError(
+            "neutra needs a guide that maps noise to all latents, and got a StructuredFit, whose "
+            "local latents are integrated: fit(target, 'realnvp') has such a map."
         )
     require_fit("neutra", fit, Fit, "what flowvi.fit returned")
     check_has_map(fit.guide)

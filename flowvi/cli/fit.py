@@ -30,11 +30,13 @@ from flowvi.cli.resume import (
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.draws.diagnose import diagnose
 from flowvi.fitting.fit import fit
-from flowvi.fitting.result import Fit
+from flowvi.fitting.result import Fit, StructuredFit
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
 from flowvi.training.compiling import Compile
 
+# Draws of each guide.
+DRAWS = 4000
 COMPILE: dict[str, Compile] = {"auto": "auto", "on": True, "off": False}
 
 
@@ -84,9 +86,7 @@ Exit codes:
 @click.option(
     "--draws",
     type=click.IntRange(min=MIN_DRAWS),
-    default=4000,
-    show_default=True,
-    help="Draws from each restart's guide.",
+    help="Draws from each restart's guide.  [default: 4000, fewer of over 10,000 latents]",
 )
 @click.option(
     "--restarts",
@@ -132,7 +132,7 @@ def fit_command(
     guide: str,
     objective: Renyi | None,
     steps: int | None,
-    draws: int,
+    draws: int | None,
     restarts: int,
     processes: int | None,
     seed: int,
@@ -208,9 +208,11 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
 
 
 def _report(
-    fitted: Fit, n: int, seed: int, out: Path, quiet: bool, as_json: bool
+    fitted: Fit, n: int | None, seed: int, out: Path, quiet: bool, as_json: bool
 ) -> tuple[str, list[results.ResultFile], list[results.WriteFailure]]:
     """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
+    if n is None:
+        n = fitted.most_draws if isinstance(fitted, StructuredFit) else DRAWS
     draws = fitted.draw(n, seed=seed)
     try:
         with errors_without_traceback():

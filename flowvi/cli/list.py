@@ -10,12 +10,14 @@ import click
 
 from flowvi.cli.options import BOUNDS
 from flowvi.cli.output import json_option, print_answer
+from flowvi.fitting.request import STRUCTURED
 from flowvi.flows import FLOWS
 from flowvi.guides.registry import GUIDES, JOINT_GUIDES
+from flowvi.guides.structured import StructuredGuide
 
 REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {
     "flows": {**FLOWS},
-    "guides": {**GUIDES, **JOINT_GUIDES},
+    "guides": {**GUIDES, **JOINT_GUIDES, STRUCTURED: StructuredGuide},
     "objectives": {**BOUNDS},
 }
 NOTES = {

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from flowvi.fitting.request import STRUCTURED
 from flowvi.guides.registry import guide_names
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.registry import OBJECTIVES
@@ -64,8 +65,8 @@ def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
 
 
 def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
-    """A guide, a flow, or "auto"."""
-    choices = [AUTO, *sorted(guide_names())]
+    """A guide, a flow, "structured", or "auto"."""
+    choices = [AUTO, STRUCTURED, *sorted(guide_names())]
     if value not in choices:
         raise click.BadParameter(unknown_choice("guide", value, choices))
     return value

@@ -23,6 +23,7 @@ from flowvi.interop.inference_data import to_inference_data
     epilog="""\b
 Examples:
   flowvi predict models/garch11.py results/garch --data garch.json --new tomorrow.json
+  flowvi predict models/radon.py results/radon --new other.csv --new-units county
 
 \b
 Exit codes:
@@ -41,6 +42,12 @@ Exit codes:
     required=True,
     help="New data, which the model's data() reads.",
 )
+@click.option(
+    "--new-units",
+    multiple=True,
+    metavar="PLATE",
+    help="A plate whose units are others than in the fit: their latents are drawn anew.",
+)
 @click.option("--draws", type=click.IntRange(min=1), default=1000, show_default=True)
 @seed_option
 @json_option
@@ -51,6 +58,7 @@ def predict_command(
     folder: Path,
     data: Path | None,
     new: Path,
+    new_units: tuple[str, ...],
     draws: int,
     seed: int,
     as_json: bool,
@@ -65,7 +73,8 @@ def predict_command(
         table = fit.draw(max(draws, 1000), seed)
         verdict = diagnose(table).verdict
         kept = resample(table, seed, draws) if verdict == results.RESAMPLE else table.thinned(draws)
-        found = predict(kept, *load_arguments(model, new, "--new")[1], seed=seed)
+        arguments = load_arguments(model, new, "--new")[1]
+        found = predict(kept, *arguments, seed=seed, new_units=new_units)
         groups = to_inference_data(kept, log_likelihood=False, predictions=found)
         file = folder / "predictions.nc"
         with results.naming_file(file):

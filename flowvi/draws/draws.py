@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from torch import Tensor
@@ -13,6 +13,9 @@ from flowvi.diagnostics import Check, Diagnosis, psis_of_rows
 from flowvi.guides.guide import Guide
 from flowvi.runtime.arguments import unknown_choice
 from flowvi.targets import NOWHERE, Batch, LocalTarget, Target
+
+if TYPE_CHECKING:
+    from flowvi.draws.structured import Units
 
 EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 
@@ -38,6 +41,9 @@ class Draws:
         batch: The rows; None without a row axis.
         guide: The guide of the latents of rows.
         diagnosis: For resampled draws, the verdict on the original ones.
+        unit_scores: Log likelihood of each unit with its own latents integrated, given the
+            shared ones, (chain, draw, unit). None without units, or where they are too many.
+        units: How well the conditional of each unit fits.
     """
 
     z: np.ndarray
@@ -51,6 +57,8 @@ class Draws:
     batch: Batch | None = None
     guide: Guide | None = None
     diagnosis: Diagnosis | None = None
+    unit_scores: np.ndarray | None = None
+    units: Units | None = None
 
     @property
     def log_weights(self) -> np.ndarray:
@@ -135,7 +143,9 @@ class Draws:
             where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
             return f"{self.target.name}: {' '.join(where.split())}"
         words = {
-            "guide": "{} guide",
+            "guide": "structured guide ({} of shared latents)"
+            if "shared" in self.meta
+            else "{} guide",
             "objective": "{}",
             "steps": "{} steps",
             "epochs": "{} epochs",
@@ -160,6 +170,7 @@ class Draws:
             log_q=self.log_q[:, rows],
             values=pick(self.values),
             stats=pick(self.stats),
+            unit_scores=None if self.unit_scores is None else self.unit_scores[:, rows],
         )
 
     def __getitem__(self, name: str) -> np.ndarray:

@@ -12,7 +12,7 @@ from scipy.special import logsumexp
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.row_sampling import pairs_of
-from flowvi.runtime.arguments import check_type, refuse_fit, unknown_choice
+from flowvi.runtime.arguments import check_choice, check_type, refuse_fit, unknown_choice
 from flowvi.targets import LocalTarget
 
 Arrays = Mapping[str, np.ndarray]
@@ -81,7 +81,13 @@ class Prediction:
         return arrays[name]
 
 
-def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Prediction:
+def predict(
+    draws: Draws,
+    *args: Any,
+    seed: int = 0,
+    new_units: str | Sequence[str] = (),
+    **kwargs: Any,
+) -> Prediction:
     """Run the model on new arguments, given draws of its posterior.
 
     Given the latents, new values are drawn for sites without data and for observed sites:
@@ -90,24 +96,36 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
     arguments hold other data of the same rows; without arguments the rows of the draws are
     used. All draws have equal weight: use `resample` first where the verdict recommends it.
 
+    For groups, persons or other units that were not in the fit, name their plate, as in
+    ``predict(draws, *arguments, new_units="group")``: the latents in the plate are then drawn
+    from the model given all other latents, and may have another number of units.
+
     Args:
         draws: Draws of a fit to a target from `from_pyro`.
         *args: New arguments of the model, in place of the captured ones.
         seed: Seed of the drawn data.
+        new_units: Plates, or latent sites, whose latents are drawn anew.
         **kwargs: New keyword arguments of the model.
 
     Raises:
         ModelError: A latent has another shape with these arguments, for example in a plate of
             other rows; or the target is a plain density.
+        ValueError: No latent site is in a plate of this name, or has this name.
     """
     refuse_fit("predict", draws)
     check_type("draws", draws, Draws, EXPECTED)
     target, shape = draws.target, draws.log_p.shape
     if isinstance(target, LocalTarget):
+        if new_units:
+            raise ValueError(
+                f"predict got new_units={new_units!r}, and draws of the latents of rows, which a "
+                "fit has for other rows too: fit.draw(1000, data=rows), without new_units."
+            )
         return _of_rows(draws, target, args, kwargs, seed)
+    new = _sites_of(draws, new_units)
     flat = {name: draws[name].reshape(-1, *draws[name].shape[2:]) for name in target.sites}
     try:
-        found = target.rerun(flat, args, kwargs, seed)
+        found = target.rerun(flat, args, kwargs, seed, new)
     except TypeError as error:
         if "argument" not in str(error):
             raise
@@ -119,6 +137,16 @@ def predict(draws: Draws, *args: Any, seed: int = 0, **kwargs: Any) -> Predictio
         for arrays in found
     )
     return Prediction(values, scores)
+
+
+def _sites_of(draws: Draws, names: str | Sequence[str]) -> list[str]:
+    """The latent sites of these names, and those in plates of these names."""
+    names = [names] if isinstance(names, str) else [*names]
+    dims = {site: draws.target.dims.get(site, ()) for site in draws.target.sites}
+    known = [*dict.fromkeys(dim for own in dims.values() for dim in own if dim), *dims]
+    for name in names:
+        check_choice("new_units", name, known)
+    return [site for site, own in dims.items() if {site, *own} & {*names}]
 
 
 def _of_rows(

@@ -57,6 +57,7 @@ def resample(draws: Draws, seed: int = 0, n: int | None = None) -> Draws:
         values={name: pick(value) for name, value in draws.values.items()},
         meta={**draws.meta, "resampled": True},
         diagnosis=diagnosis,
+        unit_scores=None if draws.unit_scores is None else pick(draws.unit_scores),
     )
 
 

@@ -27,7 +27,9 @@ WEIGHTS, FEWEST, MOST, EACH = 30_000_000, 128, 2048, 32
 FLAT = 1e-3
 # Largest number of units named in a sentence or a table.
 NAMED = 10
-POINT, LOG_P, LOG_Q = range(3)
+POINT, LOG_P, LOG_Q, BY_UNIT = range(4)
+# Largest number of likelihoods of units that a table of draws holds (160 MB).
+MOST_SCORES = 20_000_000
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,6 +56,31 @@ class Units:
     def names(self) -> list[str]:
         """Names of the units."""
         return [f"{self.plate}[{label}]" for label in self.labels]
+
+    @property
+    def columns(self) -> dict[str, np.ndarray]:
+        """Columns for a file, (G) each."""
+        return {
+            "unit_khat": self.khat,
+            "unit_variance": self.variance,
+            "unit_bad": self.bad,
+            "unit_draws": np.full(len(self.bad), self.draws),
+        }
+
+    @staticmethod
+    def of_columns(table: Any) -> Units:
+        """Read the columns back from a group of a file."""
+        khat = table["unit_khat"]
+        (plate,) = khat.dims
+        values = {name: np.asarray(table[name].values) for name in table.data_vars}
+        return Units(
+            str(plate),
+            tuple(map(str, khat[plate].values)),
+            values["unit_khat"],
+            values["unit_variance"],
+            values["unit_bad"].astype(bool),
+            int(values["unit_draws"][0]),
+        )
 
     @property
     def reason(self) -> str:
@@ -125,7 +152,8 @@ def structured_draws(
     r"""Draw all latents: the shared ones, then K of each unit, one of which is kept.
 
     The weight of a draw is :math:`\hat p(\theta) / q(\theta)` with the unbiased estimate of
-    `Correction`. `log_q` is the log density of all latents less the log weight.
+    `Correction`. `log_q` is the log density of all latents less the log weight. The estimated
+    likelihood of each unit is kept, if there are at most 20 million.
 
     Args:
         target: The density of the shared latents.
@@ -136,6 +164,8 @@ def structured_draws(
     """
     generator = _generator(target, seed)
     columns: Columns[int | str] = Columns(n * len(guides))
+    units = target.structure.units
+    scored_units = 1 < units <= MOST_SCORES // (n * len(guides))
     with torch.no_grad(), isolated_rng(derive_seed(seed, THETA)):
         for guide in guides:
             theta, log_q = guide.sample((n,))
@@ -149,6 +179,8 @@ def structured_draws(
                     LOG_P: log_joint,
                     LOG_Q: log_joint - log_w,
                 }
+                if scored_units:
+                    piece[BY_UNIT] = found.by_unit
                 piece.update(target.whole.constrain(found.z))
                 columns.add(piece)
                 start = stop
@@ -157,8 +189,10 @@ def structured_draws(
         for name, array in columns.arrays.items()
     }
     z, *densities = (table.pop(number) for number in (POINT, LOG_P, LOG_Q))
+    scores = table.pop(BY_UNIT, None)
     named = {str(name): array for name, array in table.items()}
-    return Draws(z, *scored(*densities), named, target.whole, dict(meta or {}))
+    facts = dict(meta or {})
+    return Draws(z, *scored(*densities), named, target.whole, facts, unit_scores=scores)
 
 
 def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:

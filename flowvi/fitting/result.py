@@ -244,6 +244,7 @@ class StructuredFit(Fit):
     """
 
     marginal: MarginalTarget = field(kw_only=True)
+    _judged: Units | None = field(default=None, init=False, repr=False)
 
     HEAD = "{name}: structured guide ({guide} of {shared} shared latents), {seconds:.1f} s"
 
@@ -260,14 +261,25 @@ class StructuredFit(Fit):
             seed: Seed of the draws; the global generators are not changed.
             max_memory: As for `Fit.draw`.
         """
-        most = int(np.clip(TABLE // self.target.dim, FEWEST_DRAWS, MOST_DRAWS))
-        n = check_integer("n", most if n is None else n)
+        n = check_integer("n", self.most_draws if n is None else n)
         with memory.memory_limit(max_memory):
-            return structured_draws(self.marginal, self._shared, n, seed, self.meta)
+            drawn = structured_draws(self.marginal, self._shared, n, seed, self.meta)
+            if self.marginal.structure.units == 1:
+                return drawn
+            # The check of units takes long where they are many: one is made for all tables.
+            if self._judged is None:
+                self._judged = self.units()
+            return replace(drawn, units=self._judged)
+
+    @property
+    def most_draws(self) -> int:
+        """Number of draws whose table has 40 million numbers; from 400 to 4,000."""
+        return int(np.clip(TABLE // self.target.dim, FEWEST_DRAWS, MOST_DRAWS))
 
     def draw_start(self, n: int = 1000, seed: int = 0) -> Draws:
         if self.start is None:
             raise ValueError("This fit was loaded: its Gaussian start was not saved.")
+        n = min(n, self.most_draws)
         start = FullRank(self.marginal.dim).to(dtype=self.target.dtype, device=self.target.device)
         start.start(self.start.loc, self.start.scale_tril)
         return structured_draws(self.marginal, [start], n, seed, {"guide": "Gaussian start"})

@@ -30,6 +30,8 @@ if TYPE_CHECKING:
 
 # Largest size of a group with a number for each draw and observation (400 MB).
 MAX_NUMBERS = 50_000_000
+# Groups of units whose latents are integrated: likelihoods, and the check of conditionals.
+UNITS, CHECKED = "unit_log_likelihood", "unit_diagnosis"
 
 
 def to_inference_data(
@@ -81,6 +83,8 @@ def to_inference_data(
         groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
+    if draws.unit_scores is not None and draws.units is not None:
+        groups[UNITS] = {f"{draws.units.plate}_units": draws.unit_scores}
     if prior and isinstance(target, Target):
         groups |= _prior(target, prior, seed)
     data = {"observed_data": _arrays(draws.observed)}
@@ -91,11 +95,14 @@ def to_inference_data(
     if rows is not None:
         groups["row_diagnosis"] = rows
         data["row_diagnosis"] = rows
-
+    if draws.units is not None:
+        data[CHECKED] = groups[CHECKED] = draws.units.columns
     names = [name for arrays in groups.values() for name in arrays]
     own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
     if draws.by_row:
         own |= dict.fromkeys((*groups["sample_stats"], "row"), (draws.plate,))
+    if draws.units is not None:
+        own |= dict.fromkeys((*groups.get(UNITS, ()), *groups[CHECKED]), (draws.units.plate,))
     labels = Labels({**own, **(dims or {})}, {**draws.coords, **(coords or {})}, names)
     datasets: dict[str, Any] = {
         group: labels.dataset(arrays, () if group in data else SAMPLE, attrs)

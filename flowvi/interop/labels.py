@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -28,8 +28,8 @@ STATS = {
 class Labels:
     """Names of variables and dims that xarray and NetCDF accept, the same in every group.
 
-    A dim has one size, and a name that is no variable's. Where a model's dims violate
-    this, the axis is called ``<variable>_dim_<axis>``, ArviZ's default.
+    A dim has one size, and a name that no variable of the same group has. Where a model's dims
+    violate this, the axis is called ``<variable>_dim_<axis>``, ArviZ's default.
 
     Args:
         dims: For each variable, the names of its axes.
@@ -58,8 +58,9 @@ class Labels:
 
         variables: dict[str, xr.Variable] = {}
         coords: dict[str, np.ndarray] = {}
+        taken = {*(self.names[name] for name in arrays), *SAMPLE}
         for name, array in arrays.items():
-            own = self._axes(name, array.shape[len(lead) :])
+            own = self._axes(name, array.shape[len(lead) :], taken)
             notes = {} if name == self.names[name] else {"original_name": _written(name)}
             if name in STATS:
                 notes |= {"description": STATS[name], "space": "unconstrained, Jacobian included"}
@@ -68,7 +69,7 @@ class Labels:
             coords |= {dim: self.labels[dim] for dim in own}
         return xr.Dataset(variables, coords, attrs)
 
-    def _axes(self, name: str, shape: tuple[int, ...]) -> list[str]:
+    def _axes(self, name: str, shape: tuple[int, ...], taken: Collection[str]) -> list[str]:
         """Names of the axes of a variable."""
         axes: list[str] = []
         given = [*self.dims.get(name, ())]
@@ -77,9 +78,9 @@ class Labels:
             default = f"{self.names[name]}_dim_{axis}"
             known = self.coords.get(dim, ()) if dim else ()
             chosen = _saveable(dim or default)
-            if chosen in axes or not self._fits(chosen, size):
+            if chosen in axes or not self._fits(chosen, size, taken):
                 chosen = default
-            while chosen in axes or not self._fits(chosen, size):
+            while chosen in axes or not self._fits(chosen, size, taken):
                 chosen += "_"
             self.sizes[chosen] = size
             labels = _coordinate(known) if len(known) == size else np.arange(size)
@@ -87,8 +88,7 @@ class Labels:
             axes.append(chosen)
         return axes
 
-    def _fits(self, dim: str, size: int) -> bool:
-        taken = {*self.names.values(), *SAMPLE}
+    def _fits(self, dim: str, size: int, taken: Collection[str]) -> bool:
         return dim not in taken and self.sizes.get(dim, size) == size
 
 

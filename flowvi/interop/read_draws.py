@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -14,6 +14,8 @@ from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset, xr_in
 from flowvi.diagnostics import Diagnosis, Rows, psis
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import stratified
+from flowvi.draws.structured import Units
+from flowvi.interop.inference_data import CHECKED, UNITS
 from flowvi.targets import Batch, Target
 
 if TYPE_CHECKING:
@@ -75,7 +77,19 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
         log_p, log_q = stats["log_p"].values, stats["log_q"].values
     batch = Batch(torch.arange(lead[-1]), ()) if rows else None
     target = cast(Target, names)
-    return Draws(np.zeros((*lead, 0)), log_p, log_q, values, target, attrs, batch=batch)
+    made = Draws(np.zeros((*lead, 0)), log_p, log_q, values, target, attrs, batch=batch)
+    return made if group != "posterior" else replace(made, **_units(idata))
+
+
+def _units(idata: az.InferenceData) -> dict[str, Any]:
+    """The check of units and their likelihoods, as `Draws` has them."""
+    found: dict[str, Any] = {}
+    if has_group(idata, CHECKED):
+        found["units"] = Units.of_columns(idata[CHECKED])
+    if has_group(idata, UNITS):
+        (scores,) = idata[UNITS].data_vars.values()
+        found["unit_scores"] = scores.values
+    return found
 
 
 def resample_groups(
@@ -105,11 +119,11 @@ def resample_groups(
     weights = np.exp(psis(log_w.ravel()).log_weights)
     rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
     groups: dict[str, Any] = {}
-    for group in ("posterior", "sample_stats", "log_likelihood"):
+    for group in ("posterior", "sample_stats", "log_likelihood", UNITS):
         if has_group(idata, group):
             groups[group] = _select(to_dataset(idata[group]), rows, log_w.shape)
     groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")
-    for group in ("observed_data", "constant_data"):
+    for group in ("observed_data", "constant_data", CHECKED):
         if has_group(idata, group):
             groups[group] = to_dataset(idata[group]).copy()
     for dataset in groups.values():

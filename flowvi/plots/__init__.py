@@ -1,6 +1,7 @@
 """Pictures of a fit: each function returns the matplotlib axes that it drew on."""
 
 from flowvi.plots.calibration import plot_calibration
+from flowvi.plots.caterpillar import plot_caterpillar
 from flowvi.plots.evidence import plot_evidence
 from flowvi.plots.images import (
     plot_epochs,
@@ -18,6 +19,7 @@ from flowvi.plots.where import plot_where
 
 __all__ = [
     "plot_calibration",
+    "plot_caterpillar",
     "plot_epochs",
     "plot_evidence",
     "plot_images",

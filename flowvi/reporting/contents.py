@@ -17,7 +17,7 @@ from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.fit_folder import read_record
 from flowvi.fitting.identity import latents
-from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
 from flowvi.interop.inference_data import all_groups
 from flowvi.interop.read_draws import diagnosis_of, draws_of, facts
 from flowvi.runtime.files import CheckpointError
@@ -117,8 +117,11 @@ def _read(folder: Path) -> Contents:
 def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
     """Draw from a fit, and collect the contents of a report.
 
-    A report on latents of rows covers at most 1,000 rows, evenly spaced.
+    A report on latents of rows covers at most 1,000 rows, evenly spaced. One on a structured fit
+    of over 10,000 latents has fewer draws.
     """
+    if isinstance(fit, StructuredFit):
+        n = min(n, fit.most_draws)
     if isinstance(fit, RowFit):
         shown = min(fit.target.rows, MOST_ROWS)
         places = np.linspace(0, fit.target.rows - 1, shown).astype(int)

@@ -19,11 +19,14 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_stats as stats
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
+from flowvi.fitting.request import STRUCTURED
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.registry import guide_names, make_guide
+from flowvi.plots.caterpillar import unit_values
 from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
 from flowvi.reporting.pictures import pictures
+from flowvi.reporting.units import chosen_units, doubtful_units, elements_of_units
 from flowvi.runtime.arguments import require_fit
 from flowvi.runtime.files import write_atomic
 from flowvi.runtime.rng import isolated_rng
@@ -122,6 +125,8 @@ def page(contents: Contents) -> str:
         rows=rows[:ROWS],
         least=list(_least_trusted(diagnosis)),
         more=len(rows) > ROWS,
+        units=_unit_facts(contents.kept),
+        doubtful=doubtful_units(contents.kept),
         compared=any(row.rhat != NO_RHAT for row in rows),
         restarts=len(_by_restart(contents).log_p) > 1,
         alone=contents.facts.get("restarts", 0) != 1 or "inner" in contents.facts,
@@ -176,7 +181,8 @@ def _fitted(c: Contents) -> Iterator[tuple[str, str]]:
     columns = [site["columns"][1] for site in c.sites.values()]
     names = {
         "model": "Model",
-        "guide": "Guide",
+        "structure": "Structure",
+        "guide": "Guide of shared latents" if "shared" in f else "Guide",
         "objective": "Objective",
         "precision": "Precision",
         "inner": "Guide of rows",
@@ -215,16 +221,35 @@ def _sizes(c: Contents, group: str) -> str:
 
 def _scalars(c: Contents) -> Iterator[Scalar]:
     """Mean, sd, quantiles and R-hat over restarts of every scalar."""
-    plain = _by_restart(c)
-    for name in c.kept.values:
-        restarts = {label: x for _, label, x in elements(plain, name)}
-        for _, label, x in elements(c.kept, name):
+    plain, local = _by_restart(c), unit_values(c.kept)
+    units = chosen_units(c.kept)
+
+    def every(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
+        return elements_of_units(draws, name, units) if name in local else elements(draws, name)
+
+    for name in [*(n for n in c.kept.values if n not in local), *local]:
+        restarts = {label: x for _, label, x in every(plain, name)}
+        for _, label, x in every(c.kept, name):
             rhat = NO_RHAT
             if len(plain.log_p) > 1 and label in restarts:
                 rhat = f"{stats.rhat(restarts[label].reshape(plain.log_p.shape)):.3f}"
             low, middle, high = np.quantile(x, (0.05, 0.5, 0.95))
             mean, sd = f"{x.mean():.4g}", f"{x.std(ddof=1):.4g}"
             yield Scalar(label, mean, sd, f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}", rhat)
+
+
+def _unit_facts(draws: Draws) -> dict[str, Any]:
+    """Number and plate of the units, and how many of them are in the table."""
+    if draws.units is None:
+        return {}
+    bad = int(draws.units.bad.sum())
+    return {
+        "count": f"{len(draws.units.bad):,}",
+        "plate": draws.units.plate,
+        "shown": len(chosen_units(draws)),
+        "bad": bad,
+        "draws": f"{draws.units.draws:,}",
+    }
 
 
 def _by_restart(c: Contents) -> Draws:
@@ -265,5 +290,9 @@ def _command(facts: Any) -> str:
         return str(facts["command"])
     names = ("guide", "inner", "steps", "epochs", "restarts", "seed")
     function = "nested" if "inner" in facts else "fit"
+    if "shared" in facts:
+        # The guide of the shared latents, and the number of its steps, are chosen by the fit.
+        facts = {**facts, "guide": STRUCTURED}
+        names = ("guide", "restarts", "seed")
     given = ", ".join(f"{name}={facts[name]!r}" for name in names if name in facts)
     return f"flowvi.{function}(target, {given})"

@@ -14,7 +14,9 @@ import numpy as np
 
 from flowvi.compat.arviz_groups import has_group
 from flowvi.draws.diagnose import where
+from flowvi.draws.draws import Draws
 from flowvi.plots import (
+    plot_caterpillar,
     plot_epochs,
     plot_evidence,
     plot_khat,
@@ -24,6 +26,7 @@ from flowvi.plots import (
     plot_predictive,
     plot_where,
 )
+from flowvi.plots.caterpillar import unit_values
 from flowvi.plots.loss import stage_names
 from flowvi.reporting.contents import Contents
 
@@ -73,6 +76,7 @@ def _all(c: Contents) -> Iterator[Drawing]:
         f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
         f"The draws are the {c.kind}. Darker cells hold more draws.",
     )
+    yield from _units(c)
     yield from _predictive(c)
     if c.weighted is not None:
         yield from _weights(c)
@@ -113,7 +117,8 @@ def _training(c: Contents) -> Iterator[Drawing]:
 def _marginals(c: Contents) -> Iterator[Drawing]:
     sets = {} if c.start is None else {"Gaussian start": c.start}
     if c.weighted is not None:
-        sets[f"{c.facts.get('guide', '')} guide".strip()] = c.weighted
+        guide = "structured" if "shared" in c.facts else c.facts.get("guide", "")
+        sets[f"{guide} guide".strip()] = c.weighted
     if c.kept.resampled or c.kept.mcmc:
         sets["resampled" if c.kept.resampled else "NUTS"] = c.kept
     sets = sets or {"draws": c.kept}
@@ -123,6 +128,17 @@ def _marginals(c: Contents) -> Iterator[Drawing]:
         f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
         "They compare the draws before and after each step of the approximation.",
     )
+
+
+def _units(c: Contents) -> Iterator[Drawing]:
+    for name in unit_values(c.kept)[:SITES]:
+        yield (
+            "units",
+            partial(_caterpillar, c.kept, name),
+            f"Means and intervals of {name} of each unit, in the order of the means.",
+            "Thick bars hold 50 % of the posterior, thin ones 90 %. The dotted line is the mean of "
+            "all units.",
+        )
 
 
 def _predictive(c: Contents) -> Iterator[Drawing]:
@@ -171,6 +187,10 @@ def _weights(c: Contents) -> Iterator[Drawing]:
             f"Draws by {found.labels[0]} and {found.labels[1]}, the heaviest weights marked.",
             clear,
         )
+
+
+def _caterpillar(draws: Draws, name: str) -> Figure:
+    return _figure(plot_caterpillar(draws, name))
 
 
 def _predicted(y: Any, x: Any, labels: list[Any] | None, name: str) -> Figure:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -201,6 +201,7 @@ class GlobalTarget(Target):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         seed: int,
+        new: Collection[str] = (),
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Run the model on other arguments, given latent values, (n, *shape) each.
 
@@ -209,6 +210,7 @@ class GlobalTarget(Target):
             args: Positional arguments of the model.
             kwargs: Its keyword arguments.
             seed: Of whatever is drawn.
+            new: Latent sites that are drawn anew, given the others.
 
         Returns:
             Draws of all other sites, (n, *shape) each, observed ones included; and the pointwise
@@ -220,7 +222,7 @@ class GlobalTarget(Target):
         if self._functions.rerun is None:
             raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
         given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.rerun(given, args, kwargs, seed)
+        return self._functions.rerun(given, args, kwargs, seed, new)
 
     def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse arguments with which the latents of the model have other shapes.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ Simulator = Callable[[Mapping[str, np.ndarray] | None, int, int], dict[str, np.n
 # Runs the model on other arguments: (latent values, arguments, keyword arguments, seed) -> draws
 # of all other sites, and the log likelihood of the data among the arguments.
 Rerun = Callable[
-    [Mapping[str, np.ndarray], tuple[Any, ...], dict[str, Any], int],
+    [Mapping[str, np.ndarray], tuple[Any, ...], dict[str, Any], int, Collection[str]],
     tuple[dict[str, np.ndarray], dict[str, np.ndarray]],
 ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -131,6 +131,7 @@ class Target(nn.Module, ABC):
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
         seed: int,
+        new: Collection[str] = (),
     ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
         """Run the model on other arguments, given latent values."""
         raise self._lacks("arguments to change")

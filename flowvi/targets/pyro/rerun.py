@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -38,14 +38,20 @@ def make_rerun(runner: Runner, layout: Layout, capture: Callable[[Runner], Globa
     """
 
     def rerun(
-        given: Mapping[str, np.ndarray], args: tuple[Any, ...], kwargs: dict[str, Any], seed: int
+        given: Mapping[str, np.ndarray],
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        seed: int,
+        fresh: Collection[str],
     ) -> tuple[Arrays, Arrays]:
+        kept = {name: value for name, value in given.items() if name not in fresh}
+        n = len(next(iter(given.values())))
         new = replace(runner, args=args, kwargs=kwargs, drawn={}, replaced=())
         with isolated_rng(seed), torch.no_grad():
             trace, data = new.prior(validate=True)
             missing = _missing(trace)
-            values = _values(given, layout, trace, missing)
-            drawn = _drawn(new, trace, values, missing)
+            values = _values(kept, layout, trace, missing)
+            drawn = _drawn(new, trace, values, missing, n)
         scores: Arrays = {}
         if data:
             target = capture(new)
@@ -76,7 +82,7 @@ def _values(
     """
     found = {}
     for name, site in layout.sites.items():
-        if name not in trace.nodes:
+        if name not in trace.nodes or name not in given:
             continue
         node, part = trace.nodes[name], layout.missing.get(name)
         if part is not None:
@@ -88,10 +94,13 @@ def _values(
                 f"Site '{name}' is latent in the fit, but these arguments bring data for it."
             )
         if tuple(node["value"].shape) != tuple(site.shape):
+            axes = zip(layout.dims.get(name, ()), site.shape, node["value"].shape, strict=False)
+            unit = next((dim for dim, here, there in axes if dim and here != there), name)
             raise ModelError(
                 f"Site '{name}' has shape {tuple(site.shape)} in the fit and "
                 f"{tuple(node['value'].shape)} with these arguments: there are draws of the rows "
-                "that were fitted only. Predict for those rows, or draw new ones within the model."
+                "that were fitted only. Predict for those rows, or have predict draw the latents "
+                f"of other rows from the model, given all others: new_units='{unit}'."
             )
         found[name] = torch.as_tensor(given[name]).to(node["value"])
     return found
@@ -102,15 +111,15 @@ def _drawn(
     trace: poutine.Trace,
     values: dict[str, Tensor],
     missing: Mapping[str, Missing],
+    n: int,
 ) -> Arrays:
-    """Draws of all sites that have no value."""
+    """Draws of all sites that have no value, n of each."""
     sites = {
         s["name"]: s
         for s in checks.sites_with_value(trace)
         if s["name"] not in values and (observes(s) or is_deterministic(s) or checks.is_latent(s))
     }
     batches = [batch for _, batch in subsampling.cover(new.drawn)]
-    n = len(next(iter(values.values()))) if values else 1
     size = sum(int(torch.as_tensor(s["value"]).numel()) for s in checks.sites_with_value(trace))
     runs = VectorizedRuns(new, values, batches[0], int(np.clip(NUMBERS // size, 1, CHUNK)))
     pieces = [(batch, runs(values, batch, n, list(sites))) for batch in batches]
