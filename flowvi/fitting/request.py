@@ -196,7 +196,8 @@ def _objective(objective: Objective | WakeSleep | str | None, particles: int | N
 def _schedule(target: Target, objective: Objective) -> Schedule:
     """The default schedule for a target and an objective."""
     if not isinstance(target, NestedTarget):
-        return schedules.DEFAULT
+        rows = target.sum_of_rows
+        return schedules.DEFAULT if rows is None else schedules.of_rows(rows.count)
     return replace(
         schedules.NESTED,
         evaluation_draws=target.evaluation_draws(particles_of(objective)),

@@ -14,7 +14,7 @@ from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
-from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.candidate import UNKNOWN, Candidate
 from flowvi.fitting.result import draw_nested
 from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
@@ -156,7 +156,11 @@ class Restart:
             draws: Factor of the number of draws of the first stage.
         """
         stages = self.stages(candidate.guide)
-        candidate.evaluation = stages.evaluate()
+        if candidate.evaluation is UNKNOWN:
+            candidate.evaluation = stages.evaluate()
+        if self.suffices(candidate):
+            self.record.log.append("training: left out, since the guide is as good as the start")
+            return
         self.interrupted = self.interrupted or self.session.clock.interrupted
         if not stages.trained or self.interrupted:
             return
@@ -184,6 +188,13 @@ class Restart:
                 f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, after "
                 "training as before it: the guides put mass where the density is not finite."
             )
+
+    def suffices(self, candidate: Candidate) -> bool:
+        """Whether a guide needs no steps: one of many rows, at a start that leaves little."""
+        asked = self.settings.steps is not None or self.schedule.lengths is not None
+        found = candidate.evaluation
+        little = found.gap <= self.schedule.enough and found.khat < self.schedule.light
+        return self.best.searched and little and not asked
 
     def check(self, candidate: Candidate) -> None:
         """Check a guide on fresh draws, and against the modes of the search for a start."""
@@ -238,7 +249,7 @@ class Restart:
         return self._wide
 
     def _beyond(self, guide: Guide, diagnosis: Diagnosis) -> str:
-        hopeless = self.target.subsampled or self.target.dim > MOST_DIM
+        hopeless = self.target.subsampled or self.target.dim > MOST_DIM or self.best.searched
         # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
         if hopeless or not math.isfinite(diagnosis.gap) or late:
