@@ -18,7 +18,7 @@ from flowvi.initialization.newton_mode import newton_mode
 from flowvi.initialization.preflight import preflight
 from flowvi.runtime.clock import Clock
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
-from flowvi.targets import Target
+from flowvi.targets import ModelError, Target
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.training.records import ANNEAL, BUILD, CHECK, LOOK, MODES, WIDE
 
@@ -43,13 +43,11 @@ class Sampled(NamedTuple):
         best: The best normal.
         modes: Normals at other modes.
         places: Draws from the prior, or random places, (P, D).
-        gap: KL(q || p) of the best normal.
     """
 
     best: GaussianApproximation
     modes: list[GaussianApproximation]
     places: Tensor
-    gap: float
 
 
 def start_from_rows(
@@ -78,8 +76,13 @@ def start_from_rows(
     for n in sample_sizes(target.dim, rows.count):
         if clock.out_of_time(share):
             return None
-        sampled = search.on_sample(n)
-        found = None if sampled is None else search.on_all(sampled, n)
+        try:
+            sampled = search.on_sample(n)
+            found = None if sampled is None else search.on_all(sampled, n)
+        except (ModelError, ValueError, RuntimeError) as error:
+            # What fails on some rows need not fail on all of them.
+            say(f"the search on {n} rows failed, {error}")
+            continue
         if found is not None:
             return (
                 [replace(g, scale_tril=diagonal_of(g).scale_tril) for g in found]
@@ -126,7 +129,7 @@ class _RowSearch:
         if words:
             self.say(words)
             return None
-        return Sampled(best, modes, seen.places, found.gap)
+        return Sampled(best, modes, seen.places)
 
     def _judged(self, sample: Target, g: GaussianApproximation) -> Diagnosis:
         """The diagnosis of a normal by its weights."""
@@ -166,7 +169,8 @@ class _RowSearch:
             self.say("Newton's steps on all rows do not converge")
             return None
         self.say(f"start: Newton's steps on all rows; Laplace's log evidence {best.elbo:.3f}")
-        if sampled.gap * n / self.rows > WORTH_REFINING:
+        # The gap falls with the rows.
+        if not self._judged(second, home).gap * more / self.rows < WORTH_REFINING:
             generator = torch.Generator(self.target.device).manual_seed(self.seed(BUILD))
             judge = self._noise(COMPARED, CHECK)
             best = refine_fully(self.target, best, generator, judge, self.late, TRY_ROUNDS)
