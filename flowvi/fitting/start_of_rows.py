@@ -29,8 +29,9 @@ FEWEST, FOR_EACH, MORE, LARGEST = 1000, 10, 8, 0.25
 SECOND = 32
 # Widths of the first sample's normal from which other ascents on the second sample begin.
 WIDTHS = 3.0
-# Draws by which the normal of a sample is judged, and the largest k-hat that it may have.
-JUDGED, LIGHT = 1000, 0.7
+# Draws by which the normal of a sample is judged; the largest k-hat with which its evidence is
+# known, and a gap with which it is known whatever k-hat is.
+JUDGED, LIGHT, SMALL = 1000, 0.7, 0.05
 # Gap expected of Laplace's approximation on all rows, above which it is refined there; and the
 # draws by which it is then compared.
 WORTH_REFINING, COMPARED = 1e-3, 200
@@ -124,7 +125,8 @@ class _RowSearch:
         )
         found = self._judged(sample, best)
         words = "" if modes else self._beyond(sample, found, [best, *others])
-        if not modes and not (found.khat < LIGHT and math.isfinite(found.gap)):
+        sure = found.gap < SMALL or (found.khat < LIGHT and math.isfinite(found.gap))
+        if not modes and not sure:
             words = f"k-hat {found.khat:.2f} of the normal of {n} rows"
         if words:
             self.say(words)
@@ -198,9 +200,10 @@ class _RowSearch:
 def sample_sizes(dim: int, rows: int) -> list[int]:
     """Numbers of rows to search on, one after the other."""
     sizes = [max(FEWEST, FOR_EACH * dim)]
-    while sizes[-1] * MORE <= LARGEST * rows:
-        sizes.append(sizes[-1] * MORE)
-    return [n for n in sizes if n <= LARGEST * rows]
+    most = int(LARGEST * rows)
+    while sizes[-1] < most:
+        sizes.append(min(sizes[-1] * MORE, most))
+    return [n for n in sizes if n <= most]
 
 
 def second_size(first: int, rows: int) -> int:
