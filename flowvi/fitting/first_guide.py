@@ -67,9 +67,14 @@ def _choose_by_gap(restart: Restart) -> Candidate:
     target, settings, schedule = restart.target, restart.settings, restart.schedule
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
     gaussian = restart.initialised(Candidate(make_guide(name, target.dim), name))
-    gap = restart.stages(gaussian.guide).evaluate().gap
+    gaussian.evaluation = restart.stages(gaussian.guide).evaluate()
+    gap = gaussian.evaluation.gap
     restart.record.log.append(f"Gaussian: KL(q || p) about {gap:.2g}")
-    if gap < schedule.nothing_left or restart.session.clock.interrupted:
+    if (
+        gap < schedule.nothing_left
+        or restart.suffices(gaussian)
+        or restart.session.clock.interrupted
+    ):
         return gaussian
     if target.dim > HELD_DIM:
         return flow(restart, {}, "skewed")

@@ -204,7 +204,8 @@ def _schedule(target: Target, objective: Objective) -> Schedule:
     if isinstance(target, MarginalTarget):
         return schedules.structured(target.whole.dim)
     if not isinstance(target, NestedTarget):
-        return schedules.DEFAULT
+        rows = target.sum_of_rows
+        return schedules.DEFAULT if rows is None else schedules.of_rows(rows.count)
     return replace(
         schedules.NESTED,
         evaluation_draws=target.evaluation_draws(particles_of(objective)),

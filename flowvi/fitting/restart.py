@@ -15,7 +15,7 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
 from flowvi.draws.structured import check_units, theta_draws
-from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.candidate import UNKNOWN, Candidate
 from flowvi.fitting.result import draw_nested
 from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
@@ -186,7 +186,11 @@ class Restart:
             draws: Factor of the number of draws of the first stage.
         """
         stages = self.stages(candidate.guide)
-        candidate.evaluation = stages.evaluate()
+        if candidate.evaluation is UNKNOWN:
+            candidate.evaluation = stages.evaluate()
+        if self.suffices(candidate):
+            self.record.log.append("training: left out, since the guide is as good as the start")
+            return
         self.interrupted = self.interrupted or self.session.clock.interrupted
         if not stages.trained or self.interrupted:
             return
@@ -214,6 +218,13 @@ class Restart:
                 f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, also "
                 "after training: the guides put mass where the density is not finite."
             )
+
+    def suffices(self, candidate: Candidate) -> bool:
+        """Whether a guide needs no steps: one of many rows, at a start that leaves little."""
+        asked = self.settings.steps is not None or self.schedule.lengths is not None
+        found = candidate.evaluation
+        little = found.gap <= self.schedule.enough and found.khat < self.schedule.light
+        return self.best.searched and little and not asked
 
     def check(self, candidate: Candidate) -> None:
         """Check a guide on fresh draws, and against the modes of the search for a start."""
@@ -301,7 +312,7 @@ class Restart:
         return self._tempered_normal
 
     def _describe_missed_mass(self, guide: Guide, diagnosis: Diagnosis) -> str:
-        hopeless = self.target.subsampled or self.target.dim > MOST_DIM
+        hopeless = self.target.subsampled or self.target.dim > MOST_DIM or self.best.searched
         # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
         if hopeless or not math.isfinite(diagnosis.gap) or late:

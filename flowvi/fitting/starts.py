@@ -7,6 +7,7 @@ from contextlib import suppress
 
 import torch
 
+from flowvi.fitting.start_of_rows import start_from_rows
 from flowvi.initialization.candidates import Log, best_gaussian
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.modes import further_modes
@@ -44,6 +45,10 @@ def global_start(
     Raises:
         ModelError: The density is finite nowhere, or has no integral.
     """
+    found = start_from_rows(target, seed, clock, say, diagonal, share)
+    if found is not None:
+        say(check_integrable(target, found[0]))
+        return found
     seen = preflight(target, seed(LOOK))
     say(str(seen))
     best, others, ends = best_gaussian(

@@ -50,6 +50,7 @@ class GaussianApproximation:
         overshot: Whether Newton's steps from it went too far.
         mass: Log of the posterior mass around it, if it stands for a mode; NaN otherwise.
         mass_se: Standard error of the mass.
+        searched: Whether mass outside of it was looked for, as on some rows of the data.
     """
 
     loc: Tensor
@@ -60,6 +61,7 @@ class GaussianApproximation:
     overshot: bool = False
     mass: float = math.nan
     mass_se: float = math.nan
+    searched: bool = False
 
     def state(self) -> dict[str, Any]:
         """All fields, as `write_state` takes them."""

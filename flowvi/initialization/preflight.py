@@ -83,7 +83,9 @@ def preflight(target: Target, seed: int) -> Preflight:
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     try:
-        values = target.prior(PRIOR_DRAWS, seed)
+        many = target.sum_of_rows is not None
+        draws = target.prior_of_latents if many else target.prior
+        values = draws(PRIOR_DRAWS, seed)
         points = target.unconstrain({name: values[name] for name in target.sites})
         of_prior = True
     except (ModelError, ValueError, RuntimeError):

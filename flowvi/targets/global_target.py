@@ -9,12 +9,14 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowvi.runtime import memory
 from flowvi.targets import subsampling
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.recording.capture import Trial, capture_values
 from flowvi.targets.recording.program import CompiledDensity
+from flowvi.targets.recording.sliced import SlicedDensity, sliced
 from flowvi.targets.schema import Facts, Functions, ModelError
 from flowvi.targets.target import Target
 from flowvi.targets.vectors import flattened
@@ -68,6 +70,8 @@ class GlobalTarget(Target):
         self._maps: dict[str, Batched] = {}
         self._cost: memory.Cost | None = None
         self._data = dict(data or {})
+        self._sliced: SlicedDensity | None = None
+        self._is_sliced: bool | None = None
         self.register_own(own, facts.parameters)
 
     @property
@@ -88,10 +92,17 @@ class GlobalTarget(Target):
             batch: Plate -> indices (B,), for an unbiased estimate from those rows; all without.
         """
         self._check(z)
+        if batch is not None and self.subsampled:
+            return self.density(z, *self._behind, *self._indices(batch)).to(z.dtype)
+        rows = self.sum_of_rows
+        if rows is not None and z.numel() and not is_functorch_wrapped_tensor(z):
+            return rows(z, self._of_whole).to(z.dtype)
+        return self._of_whole(z)
+
+    def _of_whole(self, z: Tensor) -> Tensor:
+        """The log density by its graph of all rows, or of one batch after the other."""
         if not self.subsampled:
             return self.density(z, *self._behind).to(z.dtype)
-        if batch is not None:
-            return self.density(z, *self._behind, *self._indices(batch)).to(z.dtype)
         parts = [
             weight * self.density(z, *self._behind, *self._indices(batch))
             for weight, batch in self.cover()
@@ -100,6 +111,34 @@ class GlobalTarget(Target):
         # Weights have both signs: inf - inf would be NaN.
         nowhere = torch.stack(parts).isinf().any(0)
         return torch.where(nowhere, -torch.inf, total).to(z.dtype)
+
+    @property
+    def sum_of_rows(self) -> SlicedDensity | None:
+        """The density as a sum over many rows of data; None where it is none, or has few."""
+        if self._is_sliced is None:
+            plates = list(self.subsampled.values())
+            able = self.density.lowers and not self._behind and len(plates) <= 1
+            if able:
+                batched, points = self.density.batched, self._trial.points
+                self._sliced = sliced(batched, points, self._inputs(), (*plates, None)[0])
+            self._is_sliced = self._sliced is not None
+        return self._sliced
+
+    def some_rows(self, n: int, seed: int) -> GlobalTarget:
+        """The density of the prior and some rows of the data, drawn without replacement.
+
+        Args:
+            n: Number of rows.
+            seed: Seed of the choice.
+        """
+        rows = self.sum_of_rows
+        if rows is None:
+            raise ModelError(f"{self.name} is no sum over rows of data.")
+        generator = torch.Generator(self.device).manual_seed(seed)
+        order = torch.randperm(rows.count, generator=generator, device=self.device)
+        new = copy.copy(self)
+        new._sliced = rows.subset(order[:n])
+        return new
 
     def plain(self, z: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         rows = [] if batch is None else self._indices(batch)
@@ -187,6 +226,16 @@ class GlobalTarget(Target):
         if self.improper:
             raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
         return self._functions.simulate(None, n, seed)
+
+    def prior_of_latents(self, n: int, seed: int) -> dict[str, np.ndarray]:
+        """Draw the latent sites from the prior, without data: name -> (n, *shape).
+
+        Raises:
+            ModelError: The model has no proper prior to draw from.
+        """
+        if self._functions.simulate is None or self.improper:
+            return self.prior(n, seed)
+        return self._functions.simulate(None, n, seed, latents_only=True)
 
     def predictive(self, values: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Simulate the observed sites given latent values. (n, *shape) each -> (n, *shape)."""
@@ -305,6 +354,8 @@ class GlobalTarget(Target):
         The memory of a point is measured at the first call. The limit is `max_memory` of the
         function that asks, FLOWVI_MAX_MEMORY, or 1 GB.
         """
+        if self.sum_of_rows is not None:
+            return memory.MOST
         fixed, each = self._measured()
         return memory.Cost(fixed, each * len(list(self.cover()))).points_within(
             memory.evaluation_bytes()
@@ -336,6 +387,7 @@ class GlobalTarget(Target):
         def move(t: Tensor) -> Tensor:
             return t.to(fn(t.new_empty(0)).device)
 
+        self._sliced, self._is_sliced = None, None
         return super()._apply(move, recurse)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 from torch import Tensor
@@ -14,8 +14,18 @@ from torch.distributions.constraints import Constraint
 from flowvi.targets.imputed import Missing
 from flowvi.targets.recording.batched import PointFunction
 
-# Draws the data given latent values, or everything where those are None: (values, n, seed).
-Simulator = Callable[[Mapping[str, np.ndarray] | None, int, int], dict[str, np.ndarray]]
+
+class Simulator(Protocol):
+    """Draws the data given latent values, or everything, or the latents alone."""
+
+    def __call__(
+        self,
+        given: Mapping[str, np.ndarray] | None,
+        n: int,
+        seed: int,
+        latents_only: bool = False,
+    ) -> dict[str, np.ndarray]: ...
+
 
 # Runs the model on other arguments: (latent values, arguments, keyword arguments, seed) -> draws
 # of all other sites, and the log likelihood of the data among the arguments.

@@ -121,6 +121,15 @@ class Target(nn.Module, ABC):
         """Draw all sites from the prior: name -> (n, *shape)."""
         raise self._lacks("a prior to draw from")
 
+    def prior_of_latents(self, n: int, seed: int) -> dict[str, np.ndarray]:
+        """Draw the latent sites from the prior, without data: name -> (n, *shape)."""
+        return self.prior(n, seed)
+
+    @property
+    def sum_of_rows(self) -> Any:
+        """The density as a sum over many rows of data; None where it is none, or has few."""
+        return None
+
     def predictive(self, values: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
         """Simulate the observed sites given latent values. (n, *shape) each -> (n, *shape)."""
         raise self._lacks("one simulation for each draw")

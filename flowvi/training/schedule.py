@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flowvi.runtime.arguments import check_integer, check_positive
 from flowvi.samplers.nuts import NutsSettings
@@ -128,6 +128,21 @@ DEFAULT = Schedule()
 # The default for a target whose parameters include the guide of rows. Its draws are
 # expensive, and its stages have fixed lengths.
 NESTED = Schedule(lengths=(100, 200, 400, 800), again=1)
+# Rows times draws of a density of many rows by which guides are compared, and checked; and the
+# fewest draws that are enough for either.
+COMPARED_ROWS, CHECKED_ROWS = 4 * 10**8, 10**9
+FEWEST_COMPARED, FEWEST_CHECKED = 400, 1000
+
+
+def of_rows(rows: int) -> Schedule:
+    """The default for a target of many rows of data: fewer draws where each takes long.
+
+    Args:
+        rows: Number of rows.
+    """
+    compared = min(max(COMPARED_ROWS // rows, FEWEST_COMPARED), DEFAULT.evaluation_draws)
+    checked = min(max(CHECKED_ROWS // rows, FEWEST_CHECKED), DEFAULT.check_draws)
+    return replace(DEFAULT, evaluation_draws=compared, check_draws=checked)
 
 
 def structured(dim: int) -> Schedule:

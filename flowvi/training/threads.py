@@ -16,6 +16,8 @@ SMALL = 200_000
 # Required speed-up of several threads over one.
 WORTH = 1.3
 REPEATS = 5
+# Largest size of an evaluation that is timed; larger ones take fewer draws.
+LARGEST = 5_000_000
 
 
 @contextmanager
@@ -42,6 +44,8 @@ def best_threads(target: Target, particles: int) -> Iterator[None]:
 
 def _seconds(target: Target, particles: int) -> float:
     """Median time of a value and its gradient, after one evaluation to warm up."""
+    rows = sum(t.numel() for t in target.observed.values())
+    particles = min(particles, max(1, LARGEST // max(rows, 1)))
     point = target.starts(torch.Generator(target.device).manual_seed(0))[:1].to(target.dtype)
     z = point.expand(particles, -1).clone().requires_grad_()
     batch = next(target.cover())[1] if target.subsampled else None

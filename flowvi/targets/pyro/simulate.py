@@ -25,6 +25,7 @@ from flowvi.targets.schema import ModelError, Simulator
 
 CHUNK = 1000
 CHECKED = 2
+KEPT = ("placeholder", "output")
 
 Values = dict[str, Tensor]
 
@@ -34,8 +35,8 @@ def simulator(
 ) -> Simulator:
     """A function that draws from the model: (latent values or None, n, seed) -> draws.
 
-    Without values it returns all sites from the prior; with values, each
-    (n, *shape), the data given them.
+    Without values it returns all sites from the prior, or the latent ones alone; with values,
+    each (n, *shape), the data given them.
 
     Args:
         runner: The model.
@@ -45,7 +46,7 @@ def simulator(
     """
 
     def simulate(
-        given: Mapping[str, np.ndarray] | None, n: int, seed: int
+        given: Mapping[str, np.ndarray] | None, n: int, seed: int, latents_only: bool = False
     ) -> dict[str, np.ndarray]:
         batches = [batch for _, batch in subsampling.cover(runner.drawn)]
         types = layout.dtypes
@@ -53,12 +54,16 @@ def simulator(
         values = layout.all_elements(latent, lead=1)
         out: Values = {}
         with isolated_rng(seed), torch.no_grad():
-            if given is None:
+            if latents_only:
+                out = VectorizedRuns(runner, {}, batches[0], only=list(layout.sites))(
+                    {}, batches[0], n, list(layout.sites)
+                )
+            elif given is None:
                 out = VectorizedRuns(runner, {}, batches[0])(
                     {}, batches[0], n, [*reported, *observed]
                 )
                 values = {name: out[name] for name in layout.sites}
-            if given is not None or runner.drawn:
+            if not latents_only and (given is not None or runner.drawn):
                 draw = VectorizedRuns(runner, values, batches[0])
                 pieces = [(batch, draw(values, batch, n, observed)) for batch in batches]
                 out |= subsampling.assemble(pieces, runner.drawn, layout.dims, lead=1)
@@ -76,16 +81,28 @@ class VectorizedRuns:
         values: What is given at sites, (n, *shape) each.
         batch: Rows for plates that draw theirs.
         chunk: How many to make at a time.
+        only: The sites that are drawn; all of them without.
     """
 
-    def __init__(self, runner: Runner, values: Values, batch: Values, chunk: int = CHUNK) -> None:
-        self.runner, self.chunk = runner, chunk
+    def __init__(
+        self,
+        runner: Runner,
+        values: Values,
+        batch: Values,
+        chunk: int = CHUNK,
+        only: Sequence[str] = (),
+    ) -> None:
+        self.runner, self.chunk, self.only = runner, chunk, only
         self.names, self.plates = list(values), list(batch)
         # A graph has at least one input, whose first axis is the number of draws.
         inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
         self.graph, self.reason, self.warned = None, "", False
         try:
             self.graph = record(self._run, inputs, record_random=True)
+            if only:
+                # Random numbers that nothing needs, such as those of data, are not drawn.
+                self.graph.graph.eliminate_dead_code(lambda node: node.op in KEPT)
+                self.graph.recompile()
         except (LatentValueRead, Unrecordable) as error:
             self.reason = str(error)
 
@@ -134,7 +151,8 @@ class VectorizedRuns:
         try:
             with without_validation(), runner.running():
                 trace = poutine.trace(last(FixedSamplers()(free))).get_trace()
-                log_p = trace.log_prob_sum()
+                chosen = {s["name"] for s in checks.sites_with_value(trace)} & set(self.only)
+                log_p = trace.log_prob_sum(lambda name, _: not self.only or name in chosen)
         except (NotImplementedError, AssertionError) as error:
             # Pyro's hidden Markov model asserts that its length is given: only failed assertions of
             # the user's own model are raised.
@@ -144,8 +162,10 @@ class VectorizedRuns:
                 f"Site '{last.name}' cannot be simulated: its distribution does not say how."
             ) from error
         return {
-            s["name"]: torch.as_tensor(s["value"]) for s in checks.sites_with_value(trace)
-        }, log_p
+            s["name"]: torch.as_tensor(s["value"])
+            for s in checks.sites_with_value(trace)
+            if not self.only or s["name"] in chosen
+        }, torch.as_tensor(log_p)
 
     def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
         """Whether one of the draws has the log density that the model itself gives it."""

@@ -100,25 +100,39 @@ class CompiledDensity(nn.Module):
     def _lower(
         self, z: Tensor, inputs: Sequence[Tensor], gradient: bool
     ) -> Callable[..., Any] | None:
-        def value(z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            with torch.no_grad():
-                return (self.batched(z, *inputs),)
-
-        def value_and_gradient(z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-            with torch.enable_grad():
-                z = z.detach().requires_grad_()
-                log_p = self.batched(z, *inputs)
-                (gradient,) = torch.autograd.grad(log_p.sum(), z)
-            return log_p.detach(), gradient
-
         try:
-            inputs = [z, *inputs]
-            graph = merge_products(record(value_and_gradient if gradient else value, inputs))
-            return _no_grad(simpler(graph, inputs))
+            return lower(self.batched, [z, *inputs], gradient)
         except Exception as error:
             self.lowers = False
             warnings.warn(f"Keeping the slower evaluation of the density: {error}", stacklevel=5)
             return None
+
+
+def lower(batched: Batched, inputs: Sequence[Tensor], gradient: bool) -> Callable[..., Any]:
+    """Write a log density, and its gradient if wanted, as a list of operations.
+
+    Args:
+        batched: The log density.
+        inputs: Points (S, D), and its further arguments, of the shapes for which the list holds.
+        gradient: Whether the gradient is wanted, too.
+
+    Returns:
+        A function of such inputs that returns the values (S) and the gradients (S, D), if wanted.
+    """
+
+    def value(z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.no_grad():
+            return (batched(z, *inputs),)
+
+    def value_and_gradient(z: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = batched(z, *inputs)
+            (gradient,) = torch.autograd.grad(log_p.sum(), z)
+        return log_p.detach(), gradient
+
+    graph = merge_products(record(value_and_gradient if gradient else value, inputs))
+    return _no_grad(simpler(graph, inputs))
 
 
 def _shorten(table: OrderedDict[Any, Any]) -> None:

@@ -56,8 +56,8 @@ def faults(target: MarginalTarget, theta: Tensor, labels: Sequence[str], seed: i
         if unbounded.any():
             names, verb = _names(labels, unbounded, ("is", "are"))
             sentences.append(
-                f"{names} {verb} not determined: the log density does not fall {AWAY:,.0f} standard "
-                "deviations from its mode. Give these latents a proper prior."
+                f"{names} {verb} not determined: the log density does not fall {AWAY:,.0f} "
+                "standard deviations from its mode. Give these latents a proper prior."
             )
         modes = _Modes(laplace, found)
         if target.structure.size <= MOST_SEARCHED:
@@ -67,16 +67,16 @@ def faults(target: MarginalTarget, theta: Tensor, labels: Sequence[str], seed: i
         if (share > SHARE).any():
             names, verb = _names(labels, share > SHARE, ("has", "have"))
             sentences.append(
-                f"{names} {verb} a second mode, with up to {float(share.max()):.0%} of the mass, that "
-                "the conditional of the guide leaves out."
+                f"{names} {verb} a second mode, with up to {float(share.max()):.0%} of the mass, "
+                "that the conditional of the guide leaves out."
             )
         lost = ~modes.any & ~unbounded
         failed = _failures(target, theta) > FAILS
         if (lost | (failed & ~unbounded)).any():
             names, _ = _names(labels, lost | (failed & ~unbounded), ("", ""))
             sentences.append(
-                f"Newton's method finds no mode of the conditional of {names} at some values of the "
-                "shared latents."
+                f"Newton's method finds no mode of the conditional of {names} at some values of "
+                "the shared latents."
             )
     return sentences
 
