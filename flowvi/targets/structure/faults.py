@@ -56,8 +56,8 @@ def faults(target: MarginalTarget, theta: Tensor, labels: Sequence[str], seed: i
         if unbounded.any():
             names, verb = _names(labels, unbounded, ("is", "are"))
             sentences.append(
-                f"{names} {verb} not determined: the log density does not fall {AWAY:,.0f} standard "
-                "deviations from its mode. Give these latents a proper prior."
+                f"{names} {verb} not determined: the log density does not fall {AWAY:,.0f} "
+                "standard deviations from its mode. Give these latents a proper prior."
             )
         modes = _Modes(laplace, found)
         if target.structure.size <= MOST_SEARCHED:
@@ -67,16 +67,16 @@ def faults(target: MarginalTarget, theta: Tensor, labels: Sequence[str], seed: i
         if (share > SHARE).any():
             names, verb = _names(labels, share > SHARE, ("has", "have"))
             sentences.append(
-                f"{names} {verb} a second mode, with up to {float(share.max()):.0%} of the mass, that "
-                "the conditional of the guide leaves out."
+                f"{names} {verb} a second mode, with up to {float(share.max()):.0%} of the mass, "
+                "that the conditional of the guide leaves out."
             )
         lost = ~modes.any & ~unbounded
-        failed = _failures(target, theta) > FAILS
-        if (lost | (failed & ~unbounded)).any():
-            names, _ = _names(labels, lost | (failed & ~unbounded), ("", ""))
+        lost |= (_failures(target, theta) > FAILS) & ~unbounded
+        if lost.any():
+            names, _ = _names(labels, lost, ("", ""))
             sentences.append(
-                f"Newton's method finds no mode of the conditional of {names} at some values of the "
-                "shared latents."
+                f"Newton's method finds no mode of the conditional of {names} at some values of "
+                "the shared latents."
             )
     return sentences
 
@@ -102,9 +102,9 @@ class _Modes:
         mass = units + found.left[0] - 0.5 * found.factor.log_det[0]
         fine = found.definite[0] & (found.left[0] < SETTLED) & mass.isfinite()
         for place in self.places:
+            # Places that are no modes are infinite.
             between = found.factor.whiten(found.mode - place).norm(dim=-1)[0]
-            # A place without mass is no mode: the first one of a unit may be a saddle.
-            fine &= ~(between < APART) | self.masses[0].isneginf()
+            fine &= ~(between < APART)
         self.places.append(torch.where(fine.unsqueeze(-1), found.mode[0], torch.inf))
         self.masses.append(mass.where(fine, -torch.inf))
 
