@@ -41,7 +41,15 @@ def fit_global(request: Request) -> Fit:
     if not asked and not pays(found):
         return _with_line(fit_shared(request), str(found))
     marginal = MarginalTarget(target, found)
-    result = fit_shared(replace(request, target=marginal, guide=AUTO))
+    try:
+        result = fit_shared(replace(request, target=marginal, guide=AUTO))
+    except (ValueError, RuntimeError) as error:
+        if asked:
+            raise ValueError(
+                f"The local latents of {target.name} cannot be integrated ({found}): {error} "
+                "Leave out guide='structured'."
+            ) from error
+        return _with_line(fit_shared(request), f"no structured guide of {found}: {error}")
     return result if asked or _enough(result, request) else _better(result, request)
 
 

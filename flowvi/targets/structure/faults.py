@@ -71,9 +71,9 @@ def faults(target: MarginalTarget, theta: Tensor, labels: Sequence[str], seed: i
                 "that the conditional of the guide leaves out."
             )
         lost = ~modes.any & ~unbounded
-        failed = _failures(target, theta) > FAILS
-        if (lost | (failed & ~unbounded)).any():
-            names, _ = _names(labels, lost | (failed & ~unbounded), ("", ""))
+        lost |= (_failures(target, theta) > FAILS) & ~unbounded
+        if lost.any():
+            names, _ = _names(labels, lost, ("", ""))
             sentences.append(
                 f"Newton's method finds no mode of the conditional of {names} at some values of "
                 "the shared latents."
@@ -102,9 +102,9 @@ class _Modes:
         mass = units + found.left[0] - 0.5 * found.factor.log_det[0]
         fine = found.definite[0] & (found.left[0] < SETTLED) & mass.isfinite()
         for place in self.places:
+            # Places that are no modes are infinite.
             between = found.factor.whiten(found.mode - place).norm(dim=-1)[0]
-            # A place without mass is no mode: the first one of a unit may be a saddle.
-            fine &= ~(between < APART) | self.masses[0].isneginf()
+            fine &= ~(between < APART)
         self.places.append(torch.where(fine.unsqueeze(-1), found.mode[0], torch.inf))
         self.masses.append(mass.where(fine, -torch.inf))
 

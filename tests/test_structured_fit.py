@@ -1,0 +1,270 @@
+"""Fits that integrate the latents of units: weights, files, and what bad units get."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from quick import quick
+from torch import Tensor
+
+import flowvi
+from flowvi.fitting.result import StructuredFit
+from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.structure import MarginalTarget, structure
+
+GROUPS, EACH = 12, 4
+group = torch.arange(GROUPS).repeat_interleave(EACH)
+Model = Callable[[], None]
+
+
+def normal() -> Model:
+    torch.manual_seed(1)
+    y = 0.5 + 0.8 * torch.randn(GROUPS)[group] + torch.randn(len(group))
+
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 2.0))
+        tau = pyro.sample("tau", dist.HalfNormal(1.0))
+        with pyro.plate("group", GROUPS):
+            u = pyro.sample("u", dist.Normal(mu, tau))
+        with pyro.plate("row", len(group)):
+            pyro.sample("y", dist.Normal(u[group], 1.0), obs=y)
+
+    return model
+
+
+def normal_evidence(model: Model) -> float:
+    """Exact log evidence of `normal` by quadrature over the two shared latents."""
+    y = flowvi.from_pyro(model).observed["y"]
+    mean = torch.as_tensor(y).double().view(GROUPS, EACH).mean(1).view(-1, 1, 1)
+    within = (torch.as_tensor(y).double().view(GROUPS, EACH) - mean[..., 0]).square().sum()
+    mu = torch.linspace(-3, 4, 1401, dtype=torch.float64).view(1, -1, 1)
+    tau = torch.linspace(1e-6, 5, 2001, dtype=torch.float64).view(1, 1, -1)
+    spread = (tau**2 + 1 / EACH).sqrt()
+    units = -0.5 * ((mean - mu) / spread) ** 2 - spread.log() - 0.5 * math.log(2 * math.pi)
+    rows = -0.5 * within - 0.5 * GROUPS * ((EACH - 1) * math.log(2 * math.pi) + math.log(EACH))
+    prior = -0.5 * (mu[0] / 2) ** 2 - math.log(2) - 0.5 * tau[0] ** 2 + math.log(2)
+    joint = units.sum(0) + prior - math.log(2 * math.pi)
+    top = joint.max()
+    inner = torch.trapezoid((joint - top).exp(), tau[0, 0], dim=1)
+    return float(top + torch.trapezoid(inner, mu[0, :, 0]).log() + rows)
+
+
+TRIALS = 8
+successes = (torch.arange(GROUPS) * 5) % (TRIALS + 1)
+
+
+def beta_binomial() -> None:
+    m = pyro.sample("m", dist.Beta(2.0, 2.0))
+    with pyro.plate("group", GROUPS):
+        p = pyro.sample("p", dist.Beta(6 * m, 6 * (1 - m)))
+        pyro.sample("y", dist.Binomial(TRIALS, p), obs=successes.to(m))
+
+
+def beta_binomial_evidence() -> float:
+    m = torch.linspace(0, 1, 20_001, dtype=torch.float64)[1:-1]
+    a, b, y = 6 * m, 6 * (1 - m), successes.double().view(-1, 1)
+
+    def log_beta(a: Tensor, b: Tensor) -> Tensor:
+        return torch.lgamma(a) + torch.lgamma(b) - torch.lgamma(a + b)
+
+    choose = math.lgamma(TRIALS + 1) - torch.lgamma(y + 1) - torch.lgamma(TRIALS - y + 1)
+    units = (choose + log_beta(a + y, b + TRIALS - y) - log_beta(a, b)).sum(0)
+    joint = units + math.log(6) + m.log() + (1 - m).log()
+    return float(joint.max() + torch.trapezoid((joint - joint.max()).exp(), m).log())
+
+
+def structured(model: Model, **options: Any) -> StructuredFit:
+    found = flowvi.fit(flowvi.from_pyro(model), "structured", progress=False, **options)
+    assert isinstance(found, StructuredFit)
+    return found
+
+
+@pytest.fixture(autouse=True)
+def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Few draws of a check."""
+    quick(monkeypatch, evaluation_draws=500, check_draws=500)
+
+
+@pytest.mark.parametrize("name", ["normal", "beta-binomial"])
+def test_the_mean_weight_is_the_evidence(default: torch.dtype, name: str) -> None:
+    model = normal() if name == "normal" else beta_binomial
+    exact = normal_evidence(model) if name == "normal" else beta_binomial_evidence()
+    fit = structured(model)
+    draws = fit.draw(2000, seed=3)
+    weight = np.exp(draws.log_weights.ravel() - exact)
+    error = weight.std() / math.sqrt(weight.size)
+    assert abs(weight.mean() - 1) < 4 * error + 1e-4, (weight.mean(), error)
+    # Nor is the error so large that anything passes.
+    assert error < 0.05
+    assert flowvi.diagnose(draws).verdict == "trust"
+    assert not fit.units().bad.any()
+
+
+def test_the_score_of_a_guide_is_that_of_its_draws(default: torch.dtype) -> None:
+    guide = structured(beta_binomial).guide
+    z, log_q = guide.sample((3, 20))
+    torch.testing.assert_close(guide.log_prob(z), log_q, rtol=1e-9, atol=1e-6)
+
+
+def test_a_saved_fit_has_the_same_draws(default: torch.dtype, tmp_path: Path) -> None:
+    fit = structured(beta_binomial)
+    fit.save(tmp_path / "fit")
+    again = flowvi.load(tmp_path / "fit", flowvi.from_pyro(beta_binomial))
+    one, two = fit.draw(50, seed=2), again.draw(50, seed=2)
+    for name in ("z", "log_p", "log_q"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
+
+
+def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
+    whole = structured(beta_binomial).draw(50)
+    first = structured(beta_binomial, checkpoint=tmp_path / "fit")
+    again = structured(beta_binomial, checkpoint=tmp_path / "fit")
+    for draws in (first.draw(50), again.draw(50)):
+        np.testing.assert_array_equal(draws.z, whole.z)
+        np.testing.assert_array_equal(draws.log_weights, whole.log_weights)
+
+
+# Bad units
+
+
+def without_rows() -> None:
+    some = group[group != 5]
+    mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+    with pyro.plate("group", GROUPS):
+        u = pyro.sample("u", dist.Normal(mu, 1.0))
+    with pyro.plate("row", len(some)):
+        pyro.sample("y", dist.Poisson(u[some].exp()), obs=some % 3)
+
+
+def test_a_unit_without_rows_has_its_prior(default: torch.dtype) -> None:
+    fit = structured(without_rows)
+    draws = fit.draw(2000)
+    assert flowvi.diagnose(draws).verdict == "trust"
+    weight = np.exp(draws.log_weights.ravel() - draws.log_weights.max())
+    away = draws["u"].reshape(-1, GROUPS)[:, 5] - draws["mu"].ravel()
+    error = math.sqrt(np.sum(weight**2)) / weight.sum()
+    assert abs(np.average(away, weights=weight)) < 4 * error
+    assert abs(np.average(away**2, weights=weight) - 1) < 4 * math.sqrt(2) * error
+
+
+def flat_without_rows() -> None:
+    some = group[group != 5]
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("group", GROUPS):
+        u = pyro.sample("u", dist.ImproperUniform(dist.constraints.real, (), ()))
+    with pyro.plate("row", len(some)):
+        pyro.sample("y", dist.Normal(u[some], s), obs=torch.linspace(-1, 1, len(some)))
+
+
+def separable() -> None:
+    y = torch.where(group == 5, 1.0, torch.arange(len(group)) % 2)
+    with pyro.plate("group", GROUPS):
+        u = pyro.sample("u", dist.ImproperUniform(dist.constraints.real, (), ()))
+    slope = pyro.sample("slope", dist.Normal(0.0, 1.0))
+    with pyro.plate("row", len(group)):
+        eta = u[group] + slope * torch.linspace(-1, 1, len(group))
+        pyro.sample("y", dist.Bernoulli(logits=eta), obs=y)
+
+
+def squared() -> None:
+    s = pyro.sample("s", dist.HalfNormal(1.0))
+    with pyro.plate("group", GROUPS):
+        u = pyro.sample("u", dist.Normal(0.5, 2.0))
+    with pyro.plate("row", len(group)):
+        mean = torch.where(group == 5, u[group] ** 2, u[group])
+        y = 4 + torch.linspace(-0.3, 0.3, len(group))
+        pyro.sample("y", dist.Normal(mean, s + 0.1), obs=y)
+
+
+def outlying() -> None:
+    y = 3.0 * group - 15 + 0.1 * (torch.arange(len(group)) % 4)
+    y[20:22] += 15
+    mu, tau = pyro.sample("mu", dist.Normal(0.0, 5.0)), pyro.sample("tau", dist.HalfNormal(9.0))
+    with pyro.plate("group", GROUPS):
+        u = pyro.sample("u", dist.Normal(mu, tau))
+    with pyro.plate("row", len(group)):
+        pyro.sample("y", dist.StudentT(2.0, u[group], 0.3), obs=y)
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        (flat_without_rows, "group[5] is not determined"),
+        (separable, "group[5] is not determined"),
+        (squared, "group[5] has a second mode"),
+        (outlying, "group[5] has a second mode"),
+    ],
+)
+def test_a_bad_unit_is_named(default: torch.dtype, model: Model, said: str) -> None:
+    fit = structured(model, escalate=False)
+    draws = fit.draw(100)
+    assert draws.z.shape[1:] == (100, fit.target.dim)
+    reasons = " ".join(flowvi.diagnose(draws).reasons)
+    assert said in reasons, reasons
+    assert flowvi.diagnose(draws).verdict == "do not trust"
+
+
+@pytest.mark.parametrize("model", [normal(), beta_binomial, without_rows])
+def test_good_units_have_no_faults(default: torch.dtype, model: Model) -> None:
+    from flowvi.targets.structure.faults import faults
+
+    target = flowvi.from_pyro(model)
+    assert isinstance(target, GlobalTarget)
+    marginal = MarginalTarget(target, structure(target))
+    theta = torch.zeros(4, marginal.dim, dtype=marginal.dtype)
+    marginal.laplace.centre(theta[0])
+    labels = [str(i) for i in range(GROUPS)]
+    assert faults(marginal, theta, labels, 0) == []
+
+
+def test_missing_data_are_named_by_row(default: torch.dtype) -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", GROUPS):
+            u = pyro.sample("u", dist.Normal(mu, 1.0))
+        with pyro.plate("row", len(group)):
+            y = torch.where(torch.arange(len(group)) == 21, math.nan, 1.0)
+            pyro.sample("y", dist.Normal(u[group], 1.0), obs=y)
+
+    with pytest.raises(ValueError, match=r"'y'.*first at \[21\]"):
+        flowvi.from_pyro(model)
+
+
+@pytest.mark.parametrize("units", [1, GROUPS])
+def test_units_that_are_tied_or_single_are_fitted_together(units: int, hasty: None) -> None:
+    def model() -> None:
+        mu = pyro.sample("mu", dist.Normal(0.0, 1.0))
+        with pyro.plate("group", units):
+            u = pyro.sample("u", dist.Normal(mu, 1.0))
+            pyro.sample("y", dist.Normal(u, 1.0), obs=torch.ones(units))
+        pyro.factor("tie", -(u.sum() ** 2))
+
+    fit = flowvi.fit(flowvi.from_pyro(model), budget=10, progress=False)
+    assert not isinstance(fit, StructuredFit)
+    if units == 1:
+        with pytest.raises(ValueError, match="no plate and no axis holds several latents"):
+            flowvi.fit(flowvi.from_pyro(model), "structured", progress=False)
+
+
+def test_an_integral_that_fails_leaves_the_other_guides(
+    monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    def fails(*_: object) -> None:
+        raise torch.linalg.LinAlgError("linalg.cholesky: the input is not positive-definite.")
+
+    monkeypatch.setattr(MarginalTarget, "evaluate", fails)
+    monkeypatch.setattr("flowvi.fitting.fit_structured.FEWEST_UNITS", 2)
+    target = flowvi.from_pyro(beta_binomial)
+    with pytest.raises(ValueError, match="cannot be integrated"):
+        flowvi.fit(target, "structured", progress=False)
+    fit = flowvi.fit(target, budget=10, progress=False)
+    assert not isinstance(fit, StructuredFit)
+    assert "no structured guide" in fit.log[0]
