@@ -288,7 +288,7 @@ def _command(facts: Any) -> str:
     """The command or call that repeats the fit."""
     if "command" in facts:
         return str(facts["command"])
-    names = ("guide", "inner", "steps", "epochs", "restarts", "seed")
+    names: tuple[str, ...] = ("guide", "inner", "steps", "epochs", "restarts", "seed")
     function = "nested" if "inner" in facts else "fit"
     if "shared" in facts:
         # The guide of the shared latents, and the number of its steps, are chosen by the fit.
