@@ -73,6 +73,13 @@ def both(x: Tensor) -> None:
         observed(x, c + pyro.sample("z", dist.Normal(m, OWN)))
 
 
+def split(x: Tensor) -> None:
+    """Without a parameter: a model that has one has no structure."""
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), SHARED))
+    with pyro.plate("row", len(x)):
+        observed(x, pyro.sample("z", dist.Normal(m, OWN)))
+
+
 class Columns(nn.Module):
     """An encoder that leaves rows as they are: the posterior mean of a row is linear in them."""
 
@@ -149,6 +156,9 @@ KINDS = {
         _LATENT / 64 + (_ROWS + 1 / COLUMNS) / BATCH,
         more=GAUSSIAN,
     ),
+    "structured": Kind(
+        split, flowvi.fit, "steps", {}, (SHARED, OWN), 0.0, more={"guide": "structured"}
+    ),
     "rows": Kind(
         alone,
         flowvi.fit,
@@ -173,9 +183,13 @@ KINDS = {
 
 
 def own(target: Any) -> float:
-    """The parameter of the model."""
-    (c,) = target.parameters()
-    return float(c.detach())
+    """The parameter of the model; zero if it has none."""
+    return float(sum(c.detach() for c in target.parameters()))
+
+
+def moved(target: Any) -> bool:
+    """Whether the parameter of the model is no longer where it began, if there is one."""
+    return own(target) != 0.0 or not [*target.parameters()]
 
 
 def error_of(kind: Kind) -> float:

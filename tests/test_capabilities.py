@@ -24,9 +24,11 @@ from kinds import (
     KINDS,
     Kind,
     bits,
+    both,
     data,
     error_of,
     estimate,
+    moved,
     own,
     prepared,
 )
@@ -37,7 +39,10 @@ from flowvi.runtime import memory
 from flowvi.runtime.files import CheckpointError
 
 # Cells that are refused: what the sentence names, the argument and the reason.
-REFUSED = {("executor", "rows"): ("executor", "latents for each row")}
+REFUSED = {
+    ("executor", "rows"): ("executor", "latents for each row"),
+    ("parameters", "structured"): ("guide='structured'", "parameters of its own"),
+}
 CAPABILITIES = (
     "resume",
     "kept",
@@ -202,7 +207,7 @@ def test_kept(name, tmp_path):
     fit = kind.fit(target, COUNT, callback=pressed, checkpoint=tmp_path)
     loaded = flowvi.load(tmp_path / "fit", fresh, **kind.own_guides())
 
-    assert own(fresh) == own(target) != 0.0
+    assert own(fresh) == own(target) and moved(target)
     same(bits(loaded, fresh), bits(fit, target))
 
 
@@ -297,6 +302,10 @@ def test_facts(name, known):
 @cells("parameters")
 def test_parameters_of_the_model(name, trained):
     """They are trained to the maximum of the evidence, at the mean of the data."""
+    if words := REFUSED.get(("parameters", name)):
+        refused(lambda: flowvi.fit(flowvi.from_pyro(both, data()), "structured"), *words)
+        return
+
     fit, target = trained(name)
 
     assert abs(own(target) - float(data().mean())) < 4.5 * error_of(KINDS[name])
@@ -312,7 +321,7 @@ def test_saved_and_loaded(name, trained, tmp_path):
 
     loaded = flowvi.load(tmp_path, fresh, **kind.own_guides())
 
-    assert own(fresh) == own(target) != 0.0
+    assert own(fresh) == own(target) and moved(target)
     same(bits(loaded, fresh), bits(fit, target))
     assert loaded.meta == fit.meta and loaded.log == fit.log
 
@@ -323,15 +332,16 @@ def test_verdict(name, trained):
     fit, _ = trained(name)
     right = fit.draw(DRAWS)
     assert flowvi.diagnose(right).verdict == "trust"
-    z = torch.as_tensor(right.z).reshape(-1, 1)
-    before = {k: v.clone() for k, v in fit.guide.state_dict().items()}
+    z = torch.as_tensor(right["m"] if name == "structured" else right.z).reshape(-1, 1)
+    guide = fit.guide.theta if name == "structured" else fit.guide
+    before = {k: v.clone() for k, v in guide.state_dict().items()}
 
     try:
         with torch.no_grad():
-            fit.guide.start(z.mean(0) + 6 * z.std(0), z.std(0)[:, None])
+            guide.start(z.mean(0) + 6 * z.std(0), z.std(0)[:, None])
         wrong = fit.draw(DRAWS)
     finally:
-        fit.guide.load_state_dict(before)
+        guide.load_state_dict(before)
 
     assert flowvi.diagnose(wrong).verdict == "do not trust"
 
@@ -375,8 +385,8 @@ def test_single_default(name, dtype):
 
     fit = kind.fit(target, COUNT)
 
-    assert next(target.parameters()).dtype == torch.float32
-    assert own(target) != 0.0
+    assert all(c.dtype == torch.float32 for c in target.parameters())
+    assert moved(target)
     found, error = estimate(fit.draw(DRAWS, seed=2).log_weights)
     expected = kind.evidence(own(target))
     assert abs(found - expected) < 4.5 * error + SINGLE * abs(expected)
@@ -424,7 +434,7 @@ def test_torchrun(name, two_processes):
     expected = KINDS[name].evidence(c)
 
     assert size == 2 and second[:3] == [size, word, c]
-    assert c != 0.0
+    assert c != 0.0 or name == "structured"
     assert abs(found - expected) < 4.5 * error + DOUBLE * abs(expected)
 
 
@@ -441,7 +451,7 @@ def test_another_device(name):
 
     assert target.device.type == ACCELERATOR
     assert {p.device.type for p in fit.guide.parameters()} == {ACCELERATOR}
-    assert own(target) != 0.0
+    assert moved(target)
     agrees(kind, fit, target)
 
 

@@ -400,5 +400,6 @@ def test_every_kind_of_fit_is_reported(kinds, kind, tmp_path, monkeypatch):
     text = file.read_text()
     assert "log evidence" in text and "do not trust" not in text
     assert ("Rows that are trusted least" in text) == (kind == "rows")
+    assert ('id="units"' in text) == (kind == "structured")
     if kind == "rows":
         assert "<td>trust</td>" in text and text.count("<figure>") == 6

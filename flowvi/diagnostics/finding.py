@@ -26,7 +26,7 @@ class Check(NamedTuple):
 
     Attributes:
         verdict: The verdict.
-        khat: Pareto shape of the weights' tail; None for Markov chains.
+        khat: Pareto shape of the weights' tail; None for Markov chains, and without a tail.
         draws: Number of draws.
     """
 

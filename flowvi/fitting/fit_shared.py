@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from contextlib import suppress
 from dataclasses import asdict, replace
@@ -202,7 +203,11 @@ def _check_findings(
     else:
         seed, guides = derive_seed(settings.seed, 0, CHECK), [c.guide for c in candidates]
         found = diagnose_fresh_draws(target, guides, seed, clock.out_of_time, settings.schedule)
-    return None if found is None else Check(found.verdict, found.khat, found.draws)._asdict()
+    if found is None:
+        return None
+    # Weights that are all alike have no tail, and JSON has no infinity.
+    khat = found.khat if math.isfinite(found.khat) else None
+    return Check(found.verdict, khat, found.draws)._asdict()
 
 
 def _missed(candidates: list[Candidate]) -> list[str]:

@@ -29,14 +29,14 @@ def fit_global(request: Request) -> Fit:
         if asked:
             raise ValueError(
                 f"guide='structured' is for a model from from_pyro or from_density; {target.name} "
-                f"is a {type(target).__name__}. Leave out the guide."
+                f"is a {type(target).__name__}: leave out the guide."
             )
         return fit_shared(request)
     found = structure(target)
     if asked and not found:
         raise ValueError(
             f"guide='structured' needs local latents that are independent, a chain or a field "
-            f"given the others; {target.name} has {found}. Leave out the guide."
+            f"given the others; {target.name} has {found}: leave out the guide."
         )
     if not asked and not pays(found):
         return _with_line(fit_shared(request), str(found))
