@@ -19,6 +19,7 @@ import flowvi
 from flowvi.fitting.result import StructuredFit
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
+from flowvi.targets.structure.faults import faults
 
 GROUPS, EACH = 12, 4
 group = torch.arange(GROUPS).repeat_interleave(EACH)
@@ -129,7 +130,9 @@ def test_a_saved_fit_has_the_same_draws(tmp_path: Path) -> None:
 def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
     whole = structured(beta_binomial).draw(50)
     first = structured(beta_binomial, checkpoint=tmp_path / "fit")
-    again = structured(beta_binomial, checkpoint=tmp_path / "fit")
+    with pytest.raises(ValueError, match="resume=True"):
+        structured(beta_binomial, checkpoint=tmp_path / "fit")
+    again = structured(beta_binomial, checkpoint=tmp_path / "fit", resume=True)
     for draws in (first.draw(50), again.draw(50)):
         np.testing.assert_array_equal(draws.z, whole.z)
         np.testing.assert_array_equal(draws.log_weights, whole.log_weights)
@@ -217,8 +220,6 @@ def test_a_bad_unit_is_named(model: Model, said: str) -> None:
 
 @pytest.mark.parametrize("model", [normal(), beta_binomial, without_rows])
 def test_good_units_have_no_faults(default: torch.dtype, model: Model) -> None:
-    from flowvi.targets.structure.faults import faults
-
     target = flowvi.from_pyro(model)
     assert isinstance(target, GlobalTarget)
     marginal = MarginalTarget(target, structure(target))
