@@ -49,8 +49,6 @@ CHAIN_SECONDS = 900.0
 # Difference in nats, or in k-hat, that decides between two guides.
 CLEARLY = 0.1
 THINNER = 0.05
-# A gap of shared latents that needs no better guide.
-SHARED_GAP = 0.03
 
 Attempt = Callable[[Restart, Candidate], Candidate | None]
 
@@ -64,8 +62,10 @@ def escalate(restart: Restart) -> None:
         hopeless = (
             restart.interrupted or restart.record.stopped or restart.session.clock.out_of_time(0.9)
         )
-        if hopeless or _enough(restart):
+        if hopeless:
             return
+        if _enough(restart, attempt):
+            continue
         try:
             with abort_on_interrupt():
                 new = attempt(restart, restart.candidate)
@@ -90,14 +90,12 @@ def escalate(restart: Restart) -> None:
         restart.candidate = new if taken else restart.candidate
 
 
-def _enough(restart: Restart) -> bool:
-    """Whether no further attempt is worth its time.
+def _enough(restart: Restart, attempt: Attempt) -> bool:
+    """Whether an attempt is not worth its time.
 
-    Guides of shared latents are cheap to improve: their plain draws have to be trusted.
+    Attempts that need no gradients are made until the plain draws are trusted.
     """
-    if isinstance(restart.target, MarginalTarget):
-        return restart.candidate.trust_rank == 0 and restart.candidate.gap <= SHARED_GAP
-    return trusted(restart.candidate)
+    return restart.candidate.trust_rank == 0 if attempt in CHEAP else trusted(restart.candidate)
 
 
 def trusted(candidate: Candidate) -> bool:
@@ -302,6 +300,8 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     return new if trusted(new) else None
 
 
+# Attempts that fit a guide of shared latents to weighted draws, without gradients.
+CHEAP: tuple[Attempt, ...] = (moments, likeliest)
 # The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A normal with the weighted moments of the draws", moments),

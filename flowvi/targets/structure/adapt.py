@@ -15,7 +15,7 @@ from flowvi.targets.structure.shape import Shape
 # Draws of each unit for its moments, and rounds of moments.
 PILOT, ROUNDS = 32, 2
 # Variance of the log of an estimate, all units together, that is small beside the error of a mean.
-ENOUGH = 0.02
+ENOUGH = 0.06
 # Variance of the weights of a unit below which its conditional is normal.
 EXACT = 1e-12
 # Relative variance of the weights of a unit above which its conditional is fitted.
