@@ -8,7 +8,7 @@ from pathlib import Path
 
 import click
 
-from flowvi.cli.results import FILES, check_folder
+from flowvi.cli.folder import FILES, check_folder
 from flowvi.runtime import files
 
 # Folder of the checkpoint inside of that of the results; removed once these are written.

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from flowvi.guides.guide import FULL_RANK_DIM
@@ -333,6 +332,8 @@ def _pathfinder(
 def ascend(target: StartDensity, start: Tensor) -> list[Tensor]:
     """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
     path: list[Tensor] = []
+
+    from scipy.optimize import minimize  # slow to import
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_score(target, start.new_tensor(x))
