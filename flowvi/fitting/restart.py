@@ -15,6 +15,7 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
 from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.enough import is_enough, is_trained
 from flowvi.fitting.result import draw_nested
 from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
@@ -190,7 +191,7 @@ class Restart:
         candidate.missed = self.left_out(candidate)
         try:
             with abort_on_interrupt():
-                candidate.diagnosis = found = self._diagnosed(candidate)
+                candidate.diagnosis = found = self.diagnosed(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
             return
@@ -209,7 +210,8 @@ class Restart:
             candidate.beyond = self._beyond(candidate.guide, found)
             self.record.log += [candidate.beyond] if candidate.beyond else []
 
-    def _diagnosed(self, candidate: Candidate) -> Diagnosis | None:
+    def diagnosed(self, candidate: Candidate) -> Diagnosis | None:
+        """The verdict on fresh draws; None if they would take too long."""
         if candidate.chains:
             return diagnose(candidate.chains)
         if isinstance(self.target, NestedTarget) and not self.schedule.check_draws:
@@ -256,7 +258,8 @@ class Restart:
     def _rate(self, stages: Stages, candidate: Candidate) -> float:
         if candidate.name == "skewed" and not candidate.sizes:
             return self.schedule.skew_rate
-        if self.schedule.lengths is not None or not self.searches(candidate.evaluation.gap):
+        fixed = self.schedule.lengths is not None or self._needs_little(candidate)
+        if fixed or not self.searches(candidate.evaluation.gap):
             return self.schedule.middle_rate
         lr = self.tried(stages).lr
         candidate.evaluation = stages.evaluate()
@@ -286,6 +289,14 @@ class Restart:
             lambda state: Trial(*stages.restore(state)),
         )
 
+    def _needs_little(self, candidate: Candidate) -> bool:
+        """Whether a guide is good enough, or the best of its kind, before its training."""
+        if list(self.target.parameters()) or self.settings.steps is not None:
+            return False
+        fresh = self.given is None or self.fresh
+        settled = fresh and is_trained(self.target, candidate.guide)
+        return settled or is_enough(self.schedule, candidate.evaluation)
+
     def _counted(self, stages: Stages, candidate: Candidate, steps: int) -> None:
         stage = Stage("training", 0, steps, self.settings.repeats, candidate.lr)
         candidate.evaluation = stages.run(stage)
@@ -312,13 +323,29 @@ class Restart:
     def _until_plateaus(
         self, stages: Stages, candidate: Candidate, share: float, name: str, draws: int
     ) -> None:
-        """Train stages with more draws and smaller steps, until one reduces the gap too little."""
+        """Train stages with more draws and smaller steps, until one reduces the gap too little.
+
+        A guide that is good enough or the best of its kind where it starts takes a few steps.
+        """
         schedule = self.schedule
+        if self._needs_little(candidate):
+            before = candidate.evaluation
+            stage = Stage(
+                f"{name} stage 1".strip(),
+                0,
+                schedule.polish_steps,
+                self.settings.repeats * draws,
+                candidate.lr,
+                share,
+            )
+            candidate.evaluation = stages.run(stage)
+            if not candidate.bound - before.bound > schedule.enough:
+                return
         for i in range(schedule.most_stages):
             if self.session.clock.out_of_time(share) or self.record.stopped:
                 return
             before, failures = candidate.evaluation, len(self.record.failures)
-            few = before.gap < schedule.little and i == 0
+            few = before.gap < schedule.little
             stage = Stage(
                 f"{name} stage {i + 1}".strip(),
                 schedule.few_steps if few else schedule.steady_steps,
@@ -329,10 +356,9 @@ class Restart:
             )
             candidate.evaluation = stages.run(stage)
             gained, left = candidate.bound - before.bound, candidate.gap
-            light = candidate.evaluation.khat < schedule.light
             if len(self.record.failures) > failures:
                 return
-            if left <= (schedule.enough if light else schedule.enough_heavy):
+            if is_enough(schedule, candidate.evaluation):
                 return
             if i and gained < schedule.worth * (left + gained):
                 return
