@@ -13,7 +13,7 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
-from flowvi.fitting.restart import checked
+from flowvi.fitting.checked import checked
 from flowvi.guides import FullRank
 from flowvi.training.schedule import Schedule
 

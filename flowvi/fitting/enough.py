@@ -7,7 +7,6 @@ from collections.abc import Callable
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.guides.gaussian import FullRank, MeanField
 from flowvi.guides.guide import Guide
-from flowvi.targets import Target
 from flowvi.training.records import Evaluation
 from flowvi.training.schedule import Schedule
 
@@ -24,13 +23,12 @@ def is_enough(schedule: Schedule, found: Evaluation) -> bool:
     return found.gap <= (schedule.enough_beyond if heavy else schedule.enough_heavy)
 
 
-def is_trained(target: Target, guide: Guide) -> bool:
-    """Whether a guide is already the best of its kind where it starts.
+def is_trained(guide: Guide) -> bool:
+    """Whether a guide is the best of its kind where the search for a start has put it.
 
-    The search for a start maximises the ELBO of a Gaussian, of full rank or without
-    correlations. Parameters of the target would still have to be trained.
+    The search maximises the ELBO of a Gaussian, of full rank or without correlations.
     """
-    return isinstance(guide, FullRank | MeanField) and not list(target.parameters())
+    return isinstance(guide, FullRank | MeanField)
 
 
 def needs_no_flow(

@@ -57,7 +57,7 @@ def _by_the_gap(restart: Restart) -> Candidate:
     target, settings, schedule = restart.target, restart.settings, restart.schedule
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
     gaussian = restart.started(Candidate(make_guide(name, target.dim), name))
-    found = restart.stages(gaussian.guide).evaluate()
+    found = restart.evaluate(gaussian.guide)
     gap = found.gap
     restart.record.log.append(f"the Gaussian leaves KL(q || p) of about {gap:.2g}")
     # Parameters of the model are trained together with one guide only.

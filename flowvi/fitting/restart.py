@@ -12,11 +12,10 @@ from torch import Tensor
 
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.draws import Draws
-from flowvi.draws.sampling import draw
 from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.checked import checked
 from flowvi.fitting.enough import is_enough, is_trained
-from flowvi.fitting.result import draw_nested
+from flowvi.fitting.pace import Pace
 from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
 from flowvi.guides.mixture_overlap import overlap
@@ -30,7 +29,17 @@ from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.runtime.rng import derive_seed
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
-from flowvi.training.records import ANNEAL, BUILD, CHECK, COVER, WIDE, Record, Stage, Trial
+from flowvi.training.records import (
+    ANNEAL,
+    BUILD,
+    CHECK,
+    COVER,
+    WIDE,
+    Evaluation,
+    Record,
+    Stage,
+    Trial,
+)
 from flowvi.training.schedule import Schedule
 from flowvi.training.settings import Session, Settings
 from flowvi.training.stages import Stages
@@ -72,6 +81,7 @@ class Restart:
         self.others: list[GaussianApproximation] = []
         self._wide: GaussianApproximation | None = None
         self.candidate: Candidate
+        self.pace = Pace(session.clock)
 
     @property
     def schedule(self) -> Schedule:
@@ -128,9 +138,17 @@ class Restart:
         """Return the seed for one random operation of this restart."""
         return derive_seed(self.settings.seed, 1 + self.number, place)
 
-    def stages(self, guide: Guide) -> Stages:
+    def stages(self, guide: Guide, settings: Settings | None = None) -> Stages:
         """Create the training of a guide on this restart's target."""
-        return Stages(self.target, guide, self.settings, self.session, self.number, self.record)
+        own = settings or self.settings
+        return Stages(self.target, guide, own, self.session, self.number, self.record)
+
+    def evaluate(self, guide: Guide) -> Evaluation:
+        """Evaluate a guide before its training, by draws that the time budget allows."""
+        self.settings = self.pace.reserve(
+            self.settings, lambda settings: self.stages(guide, settings).evaluate()
+        )
+        return self.stages(guide).evaluate()
 
     def placed(self, guide: Guide) -> Guide:
         """Move a guide to the precision and the device of the target."""
@@ -156,8 +174,8 @@ class Restart:
             name: Name of the stages.
             draws: Factor of the number of draws of the first stage.
         """
+        candidate.evaluation = self.evaluate(candidate.guide)
         stages = self.stages(candidate.guide)
-        candidate.evaluation = stages.evaluate()
         self.interrupted = self.interrupted or self.session.clock.interrupted
         if not stages.trained or self.interrupted:
             return
@@ -243,6 +261,7 @@ class Restart:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM
         # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
+        late = late or not self.pace.has_time_to_anneal()
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
@@ -270,7 +289,8 @@ class Restart:
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         little = steps is None and gap < schedule.little
-        return not few and not little and clock.seconds_left >= schedule.search_seconds
+        time = clock.seconds_left >= schedule.search_seconds
+        return not few and not little and time and self.pace.has_time_to_search(self.settings)
 
     def tried(self, stages: Stages, lr: float | None = None) -> Trial:
         """The best of several step sizes, or the result of a given one."""
@@ -293,8 +313,7 @@ class Restart:
         """Whether a guide is good enough, or the best of its kind, before its training."""
         if list(self.target.parameters()) or self.settings.steps is not None:
             return False
-        fresh = self.given is None or self.fresh
-        settled = fresh and is_trained(self.target, candidate.guide)
+        settled = self.fresh and is_trained(candidate.guide)
         return settled or is_enough(self.schedule, candidate.evaluation)
 
     def _counted(self, stages: Stages, candidate: Candidate, steps: int) -> None:
@@ -330,15 +349,10 @@ class Restart:
         schedule = self.schedule
         if self._needs_little(candidate):
             before = candidate.evaluation
-            stage = Stage(
-                f"{name} stage 1".strip(),
-                0,
-                schedule.polish_steps,
-                self.settings.repeats * draws,
-                candidate.lr,
-                share,
+            title, repeats = f"{name} stage 1".strip(), self.settings.repeats * draws
+            candidate.evaluation = stages.run(
+                Stage(title, 0, schedule.polish_steps, repeats, candidate.lr, share)
             )
-            candidate.evaluation = stages.run(stage)
             if not candidate.bound - before.bound > schedule.enough:
                 return
         for i in range(schedule.most_stages):
@@ -365,31 +379,3 @@ class Restart:
             if self.settings.escalate and self.left_out(candidate):
                 # Further steps cannot recover modes that this guide misses.
                 return
-
-
-def checked(
-    target: Target,
-    guides: Sequence[Guide],
-    seed: int,
-    over: Callable[[], bool],
-    schedule: Schedule,
-) -> Diagnosis:
-    """Diagnose fresh draws of guides; take more draws if the first result is uncertain.
-
-    Args:
-        target: The log density.
-        guides: Independent fits to it.
-        seed: Seed of the draws.
-        over: Function that returns whether to keep the first result.
-        schedule: The schedule with the numbers of draws.
-    """
-
-    def drawn(n: int) -> Draws:
-        if isinstance(target, NestedTarget):
-            return draw_nested(target, guides[0], n, None, seed, {})
-        return draw(target, guides, n, seed)
-
-    found = diagnose(drawn(schedule.check_draws))
-    if not found.near or over():
-        return found
-    return diagnose(drawn(schedule.again * schedule.check_draws))

@@ -163,8 +163,11 @@ def _score_starts(
         around, *rest = group.normals
         blind.append(_narrow_until_finite(target, with_elbo(target, around, judge), judge))
         few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
-        sifted = [with_elbo(target, g, few) for g in rest]
-        aware.append(with_elbo(target, max(sifted, key=lambda g: g.elbo), judge))
+        sifted: list[GaussianApproximation] = []
+        with suppress(Interrupted), abort_on_interrupt():
+            for g in rest:
+                sifted.append(with_elbo(target, g, few))
+            aware.append(with_elbo(target, max(sifted, key=lambda g: g.elbo), judge))
         ends.append(group.end)
         if out_of_time():
             break
@@ -188,8 +191,12 @@ def _worth_refining(
     kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
     if out_of_time():
         return [kind[0] for kind in kinds if kind]
-    if target.dim <= LARGE and _one_mode(target, ends):
-        return [*kinds[0][:1], *kinds[1][:AWARE]]
+    try:
+        with abort_on_interrupt():
+            if target.dim <= LARGE and _one_mode(target, ends):
+                return [*kinds[0][:1], *kinds[1][:AWARE]]
+    except Interrupted:
+        return [kind[0] for kind in kinds if kind]
     return found
 
 
@@ -243,11 +250,11 @@ def refine_fully(
     diagonal: bool = False,
 ) -> GaussianApproximation:
     """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
-    try:
-        with abort_on_interrupt():
-            return _refine_fully(target, g, generator, judge, out_of_time, rounds, diagonal)
-    except Interrupted:
-        return g
+    best = [g]
+    with suppress(Interrupted), abort_on_interrupt():
+        rest = (generator, judge, out_of_time, rounds, diagonal)
+        return _refine_fully(target, g, *rest, best.append)
+    return best[-1]
 
 
 def _refine_fully(
@@ -258,6 +265,7 @@ def _refine_fully(
     out_of_time: Callable[[], bool],
     rounds: int,
     diagonal: bool,
+    keep: Callable[[GaussianApproximation], None],
 ) -> GaussianApproximation:
     dense = not diagonal and g.scale_tril.dim() == 2
     if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
@@ -265,7 +273,7 @@ def _refine_fully(
         if not found.overshot:
             return found
         g = replace(g, overshot=True)
-    return refine(target, g, generator, judge, diagonal, rounds, out_of_time)
+    return refine(target, g, generator, judge, diagonal, rounds, out_of_time, keep)
 
 
 def candidates(

@@ -27,6 +27,8 @@ JUDGE_DRAWS = 400
 # Annealing from the wide start.
 DRAWS, TEMPERATURES, LEAPFROG = 500, 40, 3
 REPEATS = 2
+# Evaluations of the density and its gradient in one of these runs.
+EVALUATIONS = DRAWS * TEMPERATURES * LEAPFROG
 # Nats by which annealing has to find more, beyond three standard errors, every time.
 EXCESS = 0.15
 # Chains of many dimensions need more rungs than it is worth.

@@ -49,6 +49,8 @@ from flowvi.training.trainer import Phase, Taken, Trainer
 POLL = 20
 # Averaging starts once the step size is at this share: the last fifth of a decay.
 LAST_RATE = 0.1
+# Share of a time budget at which training on tempered densities ends.
+COOL = 0.6
 # Steps between two estimates of the gap from the noise of the steps.
 READY_EVERY = 10
 # Share of a stage's time budget at which its decay begins.
@@ -153,13 +155,13 @@ class Stages:
             lr: Step size.
         """
         torch.manual_seed(self.seed(TRAIN))
-        state = self.trainer.begin()
+        state, clock = self.trainer.begin(), self.session.clock
         self.record.stages.append("tempered")
         for power in powers:
             self.gradient.log_density = partial(_to_power, self.target, power)
             stage = Stage("tempered", steps, None, repeats, lr)
-            self._take(stage, constant(lr), steps, state)
-            if self.record.stopped or state.exhausted:
+            self._take(stage, constant(lr), steps, state, lambda taken: clock.budget_spent(COOL))
+            if self.record.stopped or state.exhausted or clock.budget_spent(COOL):
                 break
             # Each power has a bound level of its own.
             state.step, state.ended, state.level = 0, False, BoundLevel()
