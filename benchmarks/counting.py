@@ -91,7 +91,7 @@ def counted() -> Iterator[Counts]:
 
 def _kinds(owner: type) -> list[type]:
     """A class and all classes made from it."""
-    found = [owner]
-    for below in owner.__subclasses__():
+    found, subclasses = [owner], list[type](owner.__subclasses__())
+    for below in subclasses:
         found += [kind for kind in _kinds(below) if kind not in found]
     return found
