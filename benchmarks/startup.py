@@ -72,19 +72,21 @@ def run(model: Path, out: Path) -> dict[str, float]:
 
     lap("Pyro")
     torch.set_num_threads(1)
-    from flowvi.cli import fit, main, results
-    from flowvi.fitting import executors
+    from flowvi.cli import fit as command
+    from flowvi.cli import main, results
+    from flowvi.draws import diagnose
+    from flowvi.fitting import executors, fit
     from flowvi.fitting.restart import Restart
 
     lap("the rest of flowvi and its commands")
-    timed(spent, "model file and capture", fit, "load_target")
+    timed(spent, "model file and capture", command, "load_target")
     timed(spent, "fit", fit, "fit")
     timed(spent, "look and start", Restart, "_start")
     timed(spent, "training", Restart, "train")
     timed(spent, "checks", Restart, "check")
     timed(spent, "escalation beside these", executors, "escalate")
-    for name in ("diagnose", "_report"):
-        timed(spent, "draws, verdict and resampling", fit, name)
+    timed(spent, "draws, verdict and resampling", diagnose, "diagnose")
+    timed(spent, "draws, verdict and resampling", command, "_report")
     for name in ("summary", "_netcdf"):
         timed(spent, "ArviZ, summary, posterior.nc", results, name)
     for name in ("_loss", "_pair", "write_report"):

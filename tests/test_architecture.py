@@ -78,6 +78,8 @@ def state():
 
 before = state()
 import flowvi
+for name in flowvi.__all__:  # each is imported when it is first needed
+    getattr(flowvi, name)
 print(json.dumps([before, state(), sorted(sys.modules)]))
 """
 
@@ -258,6 +260,71 @@ def test_importing_flowvi_leaves_out_what_only_results_need(imports):
     _, _, modules = imports
 
     assert not modules & HEAVY
+
+
+def declared() -> dict[str, str]:
+    """Public names and their modules, as type checkers see them."""
+    tree = ast.parse((PACKAGE / "__init__.py").read_text())
+    blocks = [node for node in tree.body if isinstance(node, ast.If)]
+    imports = [node for block in blocks for node in block.body if isinstance(node, ast.ImportFrom)]
+    return {alias.name: str(node.module) for node in imports for alias in node.names}
+
+
+def test_names_are_imported_from_where_type_checkers_find_them():
+    homes = {name: f"flowvi.{module}" for name, module in flowvi._HOMES.items()}
+
+    assert homes == declared()
+    assert {*homes, "__version__"} == set(flowvi.__all__)
+
+
+def test_names_that_are_not_there_are_refused():
+    assert not hasattr(flowvi, "realnvp") and not hasattr(flowvi, "_nothing")
+    assert flowvi.plots is import_module("flowvi.plots")  # packages are found without an import
+
+
+COMMANDS = {
+    "help": (["--help"], 0, {"torch", "pyro", "arviz", "matplotlib", "scipy"}),
+    "help of a command": (["fit", "--help"], 0, {"torch", "pyro", "arviz", "scipy"}),
+    "list": (["list", "flows"], 0, {"torch", "pyro", "arviz", "scipy"}),
+    "no file": (["fit", "nowhere.py", "--out", "out"], 2, {"torch", "pyro", "arviz", "scipy"}),
+    "no guide": (["fit", "m.py", "--guide", "none"], 2, {"torch", "pyro", "arviz", "scipy"}),
+    "no size": (["fit", "m.py", "--max-memory", "much"], 2, {"torch", "pyro", "scipy"}),
+    "no command": (["fti"], 2, {"torch", "pyro", "arviz", "scipy"}),
+}
+COMMAND = """
+import json, runpy, sys
+sys.argv = ["flowvi", *sys.argv[1:]]
+try:
+    runpy.run_module("flowvi", run_name="__main__")
+except SystemExit as end:
+    print()
+    print(json.dumps([end.code, sorted(sys.modules)]))
+"""
+
+
+@pytest.mark.parametrize(("words", "code", "left_out"), COMMANDS.values(), ids=COMMANDS)
+def test_commands_import_what_they_need(words, code, left_out, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", COMMAND, *words], capture_output=True, text=True, cwd=tmp_path
+    )
+    found, modules = json.loads(done.stdout.splitlines()[-1])
+
+    assert found == code, done.stderr
+    assert not left_out & set(modules)
+
+
+def test_importing_flowvi_alone_imports_no_other_library():
+    code = "import sys, flowvi; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not {"torch", "pyro", "arviz", "matplotlib", "scipy"} & set(done.stdout.split())
+
+
+def test_fitting_a_density_leaves_out_statistics_and_pictures():
+    code = "import sys, flowvi; flowvi.fit, flowvi.from_density; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+
+    assert not {"arviz", "matplotlib", "scipy"} & set(done.stdout.split())
 
 
 def test_the_public_names_are_there():

@@ -5,6 +5,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 
 import arviz as az
@@ -62,7 +63,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def short_report(monkeypatch) -> None:
     """A report takes seconds; what is in it is the business of test_report."""
-    module = sys.modules["flowvi.reporting"]
+    module = import_module("flowvi.reporting")
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
 
 
@@ -250,7 +251,7 @@ def test_draws_that_cannot_be_judged_leave_the_fit(monkeypatch):
     def refuse(draws):
         raise ValueError("Every log weight is -inf.")
 
-    monkeypatch.setattr("flowvi.cli.fit.diagnose", refuse)
+    monkeypatch.setattr("flowvi.draws.diagnose.diagnose", refuse)
 
     result = fit(NORMAL)
 
@@ -291,7 +292,7 @@ OPTIONS = {
 
 @pytest.mark.parametrize("options, message", OPTIONS.values(), ids=OPTIONS)
 def test_a_bad_option_is_refused_before_the_fit(options, message, monkeypatch):
-    monkeypatch.setattr("flowvi.cli.fit.fit", None)
+    monkeypatch.setattr("flowvi.fitting.fit.fit", None)
     Path("blocked/posterior.nc").mkdir(parents=True)
     Path("blocked2").mkdir()
     Path("blocked2/fit").touch()

@@ -2,7 +2,7 @@
 
 import json
 import math
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -46,7 +46,7 @@ def place(request, reproducible_module, tmp_path_factory):
     (folder / "simple.py").write_text(SIMPLE)
     with pytest.MonkeyPatch.context() as patch:
         # A report takes seconds; what is in it is the business of test_report.
-        module = sys.modules["flowvi.reporting"]
+        module = import_module("flowvi.reporting")
         patch.setattr(module, "report", lambda folder, file: file.write_text("report"))
         done = run("fit", folder / "wells.py", "--out", folder / "one", "--json", *FEW)
         assert done.exit_code in (0, 3), done.output
@@ -181,7 +181,7 @@ READS = SIMPLE.replace("data()", "data(path)").replace(
 
 
 def test_predict_runs_the_model_on_new_data(place, tmp_path, monkeypatch):
-    monkeypatch.setattr(sys.modules["flowvi.reporting"], "report", lambda _, f: f.write_text("x"))
+    monkeypatch.setattr(import_module("flowvi.reporting"), "report", lambda _, f: f.write_text("x"))
     text = "import numpy\n" + READS.replace('plate("row", 4)', 'plate("row", len(y))')
     (tmp_path / "reads.py").write_text(text)
     (tmp_path / "old").write_text("0.5\n1.5\n1.0\n")

@@ -13,7 +13,6 @@ from click.testing import CliRunner
 from quick import quick
 
 import flowvi
-from flowvi.cli import fit as fitting
 from flowvi.cli import main
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws.sampling import draw
@@ -218,9 +217,10 @@ def ended_in_chains():
     """A Gaussian fit of heavy tails whose last resort were chains."""
     with pytest.MonkeyPatch.context() as patch:
         chains = (NutsSettings(warmup=200, draws=500),)
-        numbers = {"steady_steps": 30, "most_stages": 1, "least_decay": 60, "chains": chains}
+        numbers = {"most_stages": 1, "polish_steps": 90, "chains": chains}
         quick(patch, nothing_left=math.inf, **numbers)
-        patch.setattr(escalation, "ATTEMPTS", escalation.ATTEMPTS[-1:])
+        attempts = tuple(one for one in escalation.ATTEMPTS if one[1] is escalation.sampled)
+        patch.setattr(escalation, "ATTEMPTS", attempts)
         return flowvi.fit(heavy(), progress=False)
 
 
@@ -274,7 +274,7 @@ def test_chains_are_saved_with_the_fit(ended_in_chains, tmp_path: Path):
 def test_the_command_line_writes_chains_and_guide(ended_in_chains, monkeypatch, tmp_path: Path):
     model = tmp_path / "tails.py"
     model.write_text(HEAVY)
-    monkeypatch.setattr(fitting, "fit", lambda *args, **options: ended_in_chains)
+    monkeypatch.setattr("flowvi.fitting.fit.fit", lambda *args, **options: ended_in_chains)
 
     fitted = CliRunner().invoke(main, ["fit", str(model), "--out", str(tmp_path / "out")])
     judged = CliRunner().invoke(main, ["evidence", str(tmp_path / "out")])
@@ -310,6 +310,6 @@ def test_a_budget_is_kept_and_leaves_a_finished_fit(budget, monkeypatch):
 
     # The start at one point, the choice of an iterate and a check are finished: 1200 calls. What
     # would not be is not begun.
-    assert 0.8 * budget < fit.meta["seconds"] < budget + 60 < UNLIMITED
+    assert 0.6 * budget < fit.meta["seconds"] < budget + 60 < UNLIMITED
     assert math.isfinite(fit.bounds[0])
     assert np.isfinite(fit.draw(100).log_p).all()

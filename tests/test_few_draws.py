@@ -13,7 +13,7 @@ from normal_weights import gaussian
 
 import flowvi
 from flowvi.diagnostics import VERDICTS, Check, diagnose
-from flowvi.fitting.restart import diagnose_fresh_draws
+from flowvi.fitting.check import diagnose_fresh_draws
 from flowvi.guides import FullRank
 from flowvi.training.schedule import Schedule
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def folder(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(autouse=True)
 def short_report(monkeypatch) -> None:
     """A report takes seconds; what is in it is the business of test_report."""
-    module = sys.modules["flowvi.reporting"]
+    module = import_module("flowvi.reporting")
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
 
 
@@ -266,7 +267,7 @@ def test_draws_that_took_long_go_where_there_is_room(folder, monkeypatch):
             full()
         real(idata, path)
 
-    monkeypatch.setattr("flowvi.cli.neutra_sbc.write_groups", once)
+    monkeypatch.setattr("flowvi.compat.netcdf.write_groups", once)
     done = run("neutra", "m.py", "out", "--draws", "100", "--warmup", "100", "--quiet")
 
     assert done.exit_code == 1 and "Could not write out/mcmc.nc: No space" in done.stderr

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -227,7 +228,7 @@ def test_a_folder_is_free_again_after_a_command(folder):
 def test_an_interrupted_command_says_what_it_does(folder, monkeypatch):
     (folder / "out/checkpoint/manifest.json").unlink()
     (folder / "out/checkpoint").rmdir()
-    module = sys.modules["flowvi.reporting"]
+    module = import_module("flowvi.reporting")
     monkeypatch.setattr(module, "report", lambda folder, file: file.write_text("report"))
     seen = []
 

@@ -2,7 +2,7 @@
 
 import re
 import shutil
-import sys
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -24,7 +24,7 @@ COMMAND = re.compile(r"^flowvi (\w+)(.*)$", re.MULTILINE)
 def few_steps(monkeypatch, hasty) -> None:
     """Fits that do not say how long they are to be take few steps, from whatever start."""
     quick(monkeypatch, steady_steps=30, most_stages=1)
-    monkeypatch.setattr(sys.modules["flowvi.fitting.escalation"], "ATTEMPTS", ())
+    monkeypatch.setattr(import_module("flowvi.fitting.escalation"), "ATTEMPTS", ())
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,6 @@ import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import logsumexp
 
 from flowvi.compat.arviz_groups import has_group, make_groups, to_dataset
 from flowvi.compat.arviz_stats import loo_record
@@ -77,6 +76,8 @@ def loo(
             "or the guide is poor for them: use more draws, fit.draw, or flowvi.neutra.",
             stacklevel=2,
         )
+    from scipy.special import logsumexp  # slow to import
+
     pointwise = logsumexp(smooth + score, axis=1)
     weight, _ = psis_of_rows(log_w[None])
     density = logsumexp(weight + score, axis=1)

@@ -7,8 +7,6 @@ from typing import TYPE_CHECKING
 
 import click
 
-from flowvi.analysis.evidence import evidence
-from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
 from flowvi.cli.options import folder_argument
 from flowvi.cli.output import json_option, print_answer
@@ -51,6 +49,9 @@ def evidence_command(ctx: click.Context, folder: Path, mcmc: Path | None, as_jso
     draws in posterior.nc carry their weights. The picture goes to
     evidence.png in the same folder.
     """
+    from flowvi.analysis.evidence import evidence
+    from flowvi.cli import results
+
     draws = folder / "posterior.nc"
     if (folder / "guide.nc").exists():
         # The fit ended in Markov chains.

@@ -1,15 +1,17 @@
 """`flowvi fit`: from a model file to a folder of results."""
 
+from __future__ import annotations
+
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from flowvi.cli import results
 from flowvi.cli.errors import (
     DISTRUSTED,
     command_line,
@@ -17,6 +19,7 @@ from flowvi.cli.errors import (
     interruptible,
     one_line_warnings,
 )
+from flowvi.cli.folder import FIT
 from flowvi.cli.model_file import check_path, load_target
 from flowvi.cli.options import guide_name, memory_option, objective_call, out_option, seed_option
 from flowvi.cli.output import json_option, print_answer
@@ -27,13 +30,13 @@ from flowvi.cli.resume import (
     results_folder,
     resume_option,
 )
-from flowvi.diagnostics import MIN_DRAWS
-from flowvi.draws.diagnose import diagnose
-from flowvi.fitting.fit import fit
-from flowvi.fitting.result import Fit, StructuredFit
-from flowvi.objectives.renyi_bound import Renyi
-from flowvi.runtime import distributed
-from flowvi.training.compiling import Compile
+from flowvi.diagnostics import MIN_DRAWS, VERDICTS
+
+if TYPE_CHECKING:
+    from flowvi.cli.results import ResultFile, WriteFailure
+    from flowvi.fitting.result import Fit
+    from flowvi.objectives.renyi_bound import Renyi
+    from flowvi.training.compiling import Compile
 
 # Draws of each guide.
 DRAWS = 4000
@@ -152,7 +155,12 @@ def fit_command(
     """
     check_path(model)
     folder = results_folder(out, resume)
-    with distributed.join_process_group(), one_line_warnings(), interruptible() as stop:
+    with one_line_warnings(), interruptible() as stop:
+        from flowvi.cli import results
+        from flowvi.fitting.fit import fit
+        from flowvi.runtime import distributed
+
+        ctx.with_resource(distributed.join_process_group())
         target = load_target(model, data)
         with errors_without_traceback(), _executor(processes) as executor:
             fitted = fit(
@@ -184,7 +192,7 @@ def fit_command(
         click.echo(f"flowvi report {folder} writes a report on them.", err=True)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
-    if verdict == results.DISTRUST:
+    if verdict == VERDICTS[-1]:
         ctx.exit(DISTRUSTED)
 
 
@@ -209,8 +217,12 @@ def _executor(processes: int | None) -> Iterator[Executor | None]:
 
 def _report(
     fitted: Fit, n: int | None, seed: int, out: Path, quiet: bool, as_json: bool
-) -> tuple[str, list[results.ResultFile], list[results.WriteFailure]]:
+) -> tuple[str, list[ResultFile], list[WriteFailure]]:
     """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
+    from flowvi.cli import results
+    from flowvi.draws.diagnose import diagnose
+    from flowvi.fitting.result import StructuredFit
+
     if n is None:
         n = fitted.most_draws if isinstance(fitted, StructuredFit) else DRAWS
     draws = fitted.draw(n, seed=seed)
@@ -218,8 +230,8 @@ def _report(
         with errors_without_traceback():
             diagnosis = diagnose(draws)
     except click.ClickException:
-        with results.naming_file(out / results.FIT):
-            fitted.save(out / results.FIT)
+        with results.naming_file(out / FIT):
+            fitted.save(out / FIT)
         raise
     kept = results.recommended_draws(draws, diagnosis, seed)
     numbers = results.summary(kept)
@@ -229,7 +241,7 @@ def _report(
     finally:
         if not as_json:
             click.echo(str(diagnosis))
-    names = {file.name: file.what for file in written if file.name != f"{results.FIT}/"}
+    names = {file.name: file.what for file in written if file.name != f"{FIT}/"}
     if as_json:
         facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
         print_answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")

@@ -1,25 +1,15 @@
 """`flowvi list`: names of guides, flows, objectives and models."""
 
 import ast
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import click
 
-from flowvi.cli.options import BOUNDS
+from flowvi.cli.catalog import FLOWS, GUIDES, OBJECTIVES, bound_names, entries
 from flowvi.cli.output import json_option, print_answer
-from flowvi.fitting.request import STRUCTURED
-from flowvi.flows import FLOWS
-from flowvi.guides.registry import GUIDES, JOINT_GUIDES
-from flowvi.guides.structured import StructuredGuide
 
-REGISTRIES: dict[str, dict[str, Callable[..., Any]]] = {
-    "flows": {**FLOWS},
-    "guides": {**GUIDES, **JOINT_GUIDES, STRUCTURED: StructuredGuide},
-    "objectives": {**BOUNDS},
-}
+REGISTRIES = {"flows": FLOWS, "guides": GUIDES, "objectives": OBJECTIVES}
 NOTES = {
     "guides": "auto (the default) chooses; every flow is a guide too: see `flowvi list flows`.",
     "objectives": 'Write arguments as in a call: --objective "renyi(0.5, 16)".',
@@ -59,16 +49,11 @@ def list_command(kind: str, folder: Path, as_json: bool) -> None:
 
 
 def _registry(kind: str) -> Iterator[tuple[str, str]]:
-    for name, build in sorted(REGISTRIES[kind].items()):
-        call = _call(build) if kind == "objectives" else ""
-        yield name + call, _first_line(inspect.getdoc(build))
-
-
-def _call(build: Callable[..., Any]) -> str:
-    """The arguments and their defaults, without types."""
-    signature = inspect.signature(build)
-    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values()]
-    return str(signature.replace(parameters=plain, return_annotation=signature.empty))
+    for name, call, line in entries(*REGISTRIES[kind]):
+        if kind != "objectives":
+            yield name, line
+        elif name in bound_names():
+            yield name + call, line
 
 
 def _models(folder: Path) -> Iterator[tuple[str, str]]:

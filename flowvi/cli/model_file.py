@@ -1,5 +1,7 @@
 """A model file: the user's own code, run only because it was named."""
 
+from __future__ import annotations
+
 import difflib
 import importlib.util
 import inspect
@@ -9,11 +11,12 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowvi.targets import ModelError, Target, from_pyro
+if TYPE_CHECKING:
+    from flowvi.targets import Target
 
 
 class ModelFileError(click.ClickException):
@@ -27,6 +30,8 @@ def load_target(path: Path, data: Path | None) -> Target:
         path: A file with `model`, `data` and optionally `coords`.
         data: What its `data` reads, if it reads a file.
     """
+    from flowvi.targets import from_pyro
+
     run, arguments, coords = _parts(path, data)
     with _errors_at_model_line(path):
         target = from_pyro(run, *arguments)
@@ -129,6 +134,8 @@ def _errors_at_model_line(path: Path, doing: str = "") -> Iterator[None]:
     try:
         yield
     except (Exception, SystemExit) as error:
+        from flowvi.targets import ModelError
+
         where = _where(path, error)
         # An error without a frame in the model file is an error of flowvi: keep its traceback.
         if not where and not isinstance(error, ModelError | ValueError):

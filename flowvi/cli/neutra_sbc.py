@@ -4,24 +4,21 @@ from __future__ import annotations
 
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowvi.analysis.neutra import neutra
-from flowvi.analysis.sbc import sbc
-from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
+from flowvi.cli.folder import FIT, check_folder
 from flowvi.cli.model_file import check_path, load_arguments, load_target
 from flowvi.cli.options import folder_argument, guide_name, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.cli.resume import lock_results
-from flowvi.compat.netcdf import write_groups
+from flowvi.diagnostics import VERDICTS
 from flowvi.diagnostics.calibration import LEVEL
-from flowvi.draws.diagnose import diagnose
-from flowvi.fitting.load import load
-from flowvi.fitting.result import Fit
-from flowvi.interop.inference_data import all_groups
+
+if TYPE_CHECKING:
+    from flowvi.fitting.result import Fit
 
 MODEL = click.argument("model", type=Path, metavar="MODEL.py")
 DATA = click.option(
@@ -76,6 +73,12 @@ def neutra_command(
     check_path(model)
     lock_results(folder, "'DIR'")
     with one_line_warnings(), interruptible(), errors_without_traceback():
+        from flowvi.analysis.neutra import neutra
+        from flowvi.cli import results
+        from flowvi.compat.netcdf import write_groups
+        from flowvi.draws.diagnose import diagnose
+        from flowvi.interop.inference_data import all_groups
+
         fit = load_fit(model, folder, data)
         found = neutra(fit, warmup, draws, chains, seed, progress=not quiet)
         diagnosis = diagnose(found)
@@ -84,7 +87,7 @@ def neutra_command(
     print_answer(as_json, {"file": file, "diagnosis": diagnosis}, f"{diagnosis}\n\nIn {file}")
     if failed is not None:
         raise click.ClickException(f"{failed.message} The draws are in {file} instead.")
-    if diagnosis.verdict == results.DISTRUST:
+    if diagnosis.verdict == VERDICTS[-1]:
         ctx.exit(DISTRUSTED)
 
 
@@ -132,12 +135,15 @@ def sbc_command(
     Finished fits are kept in DIR/sbc.npz, where a later call with the same options goes on.
     """
     check_path(model)
-    results.check_folder(out)
+    check_folder(out)
     lock_results(out, "'--out'")
     settings: dict[str, Any] = (
         {"guide": guide} if steps is None else {"guide": guide, "steps": steps}
     )
     with one_line_warnings(), interruptible(), errors_without_traceback():
+        from flowvi.analysis.sbc import sbc
+        from flowvi.cli import results
+
         run, arguments = load_arguments(model, data)
         found = sbc(
             run,
@@ -164,4 +170,6 @@ def sbc_command(
 
 def load_fit(model: Path, folder: Path, data: Path | None) -> Fit:
     """The fit in a folder of results, to the model of a file."""
-    return load(folder / results.FIT, load_target(model, data))
+    from flowvi.fitting.load import load
+
+    return load(folder / FIT, load_target(model, data))

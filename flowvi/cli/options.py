@@ -1,23 +1,23 @@
 """Options of several commands; errors about names suggest the nearest one."""
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Collection
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import click
 
-from flowvi.fitting.request import STRUCTURED
-from flowvi.guides.registry import guide_names
-from flowvi.objectives.forward_kl import ForwardKL
-from flowvi.objectives.registry import OBJECTIVES
-from flowvi.objectives.renyi_bound import Renyi
-from flowvi.runtime import memory
+from flowvi.cli.catalog import bound_names, guide_names
 from flowvi.runtime.arguments import check_choice, unknown_choice
+from flowvi.runtime.memory_limit import memory_limit
+
+if TYPE_CHECKING:
+    from flowvi.objectives.renyi_bound import Renyi
 
 AUTO = "auto"
 MAX_SEED = 2**32 - 1
-# The forward KL needs draws of the posterior, which the command line does not have.
-BOUNDS = {name: build for name, build in OBJECTIVES.items() if build is not ForwardKL}
 CALL = re.compile(r"(?P<name>\w+)\s*(?:\((?P<arguments>[^()]*)\))?")
 WHOLE = re.compile(r"[+-]?\d+")
 
@@ -25,7 +25,7 @@ WHOLE = re.compile(r"[+-]?\d+")
 def limit_memory(ctx: click.Context, param: click.Parameter, value: str | None) -> None:
     """Keep evaluations of the whole command within a limit."""
     try:
-        ctx.with_resource(memory.memory_limit(value))
+        ctx.with_resource(memory_limit(value))
     except ValueError as error:
         raise click.BadParameter(str(error)) from None
 
@@ -66,7 +66,7 @@ def one_of(kind: str, choices: Collection[str]) -> Callable[..., str]:
 
 def guide_name(ctx: click.Context, param: click.Parameter, value: str) -> str:
     """A guide, a flow, "structured", or "auto"."""
-    choices = [AUTO, STRUCTURED, *sorted(guide_names())]
+    choices = [AUTO, *guide_names()]
     if value not in choices:
         raise click.BadParameter(unknown_choice("guide", value, choices))
     return value
@@ -92,11 +92,14 @@ def objective(text: str) -> Renyi:
             f"'{text}' is no objective; write a name such as elbo, or a call such as iwelbo(16)."
         )
     name = call["name"]
-    check_choice("objective", name, BOUNDS)
+    check_choice("objective", name, bound_names())
     given = (call["arguments"] or "").strip()
     arguments = [_plain(word.strip()) for word in given.split(",")] if given else []
+    from flowvi.objectives.registry import OBJECTIVES
+    from flowvi.objectives.renyi_bound import Renyi
+
     try:
-        made = BOUNDS[name](*arguments)
+        made = OBJECTIVES[name](*arguments)
     except TypeError:
         raise ValueError(
             f"'{text}': {name} takes other arguments; see `flowvi list objectives`."

@@ -1,20 +1,16 @@
 """`flowvi predict`: new data from a fitted model."""
 
+from __future__ import annotations
+
 from pathlib import Path
 
 import click
 
-from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, interruptible, one_line_warnings
 from flowvi.cli.model_file import check_path, load_arguments
 from flowvi.cli.neutra_sbc import DATA, MODEL, load_fit
 from flowvi.cli.options import folder_argument, seed_option
 from flowvi.cli.output import json_option, print_answer
-from flowvi.compat.netcdf import write_groups
-from flowvi.draws.diagnose import diagnose
-from flowvi.draws.prediction import predict
-from flowvi.draws.resampling import resample
-from flowvi.interop.inference_data import to_inference_data
 
 
 @click.command(
@@ -69,6 +65,13 @@ def predict_command(
     """
     check_path(model)
     with one_line_warnings(), interruptible(), errors_without_traceback():
+        from flowvi.cli import results
+        from flowvi.compat.netcdf import write_groups
+        from flowvi.draws.diagnose import diagnose
+        from flowvi.draws.prediction import predict
+        from flowvi.draws.resampling import resample
+        from flowvi.interop.inference_data import to_inference_data
+
         fit = load_fit(model, folder, data)
         table = fit.draw(max(draws, 1000), seed)
         verdict = diagnose(table).verdict

@@ -6,14 +6,10 @@ from pathlib import Path
 
 import click
 
-from flowvi.analysis.compare import compare
-from flowvi.cli import results
 from flowvi.cli.errors import DISTRUSTED, errors_without_traceback, one_line_warnings
 from flowvi.cli.options import EXISTING_FOLDER, folder_argument, seed_option
 from flowvi.cli.output import json_option, print_answer
 from flowvi.compat.arviz_groups import as_written, read_groups
-from flowvi.compat.netcdf import write_groups
-from flowvi.interop.read_draws import diagnosis_of, resample_groups
 
 
 @click.command(
@@ -43,6 +39,10 @@ def resample_command(
 
     The result is one chain of draws that weigh the same. The model file is not needed.
     """
+    from flowvi.cli import results
+    from flowvi.compat.netcdf import write_groups
+    from flowvi.interop.read_draws import diagnosis_of, resample_groups
+
     guide = folder / "guide.nc"
     with one_line_warnings(), errors_without_traceback(), as_written(folder):
         found = read_groups(guide if guide.exists() else folder / "posterior.nc")
@@ -90,6 +90,8 @@ def compare_command(folders: tuple[Path, ...], site: str | None, as_json: bool) 
     with one_line_warnings(), errors_without_traceback():
         if len(set(names)) < 2:
             raise click.UsageError("Name at least two different folders.")
+        from flowvi.analysis.compare import compare
+
         models = {}
         for name, folder in zip(names, folders, strict=True):
             guide = folder / "guide.nc"

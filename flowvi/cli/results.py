@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 import numpy as np
 
+from flowvi.cli.folder import DRAWS, FIT, GUIDES, REPORT, RESAMPLED
 from flowvi.compat import arviz_stats
 from flowvi.compat.netcdf import write_groups
 from flowvi.diagnostics import VERDICTS, Diagnosis
@@ -24,9 +25,6 @@ if TYPE_CHECKING:
     import pandas as pd
 
 TRUST, RESAMPLE, DISTRUST = VERDICTS
-REPORT, DRAWS, RESAMPLED, GUIDES = "report.html", "posterior.nc", "resampled.nc", "guide.nc"
-FILES = (DRAWS, RESAMPLED, GUIDES, "summary.csv", "loss.png", "pair.png", REPORT)
-FIT = "fit"
 TABLE_ROWS = 20
 # Number of draws of each chain with simulated data, and of draws of the Gaussian start.
 PREDICTED, STARTED = 400, 2000
@@ -37,25 +35,6 @@ class RecommendedDraws(NamedTuple):
 
     draws: Draws
     word: str
-
-
-def check_folder(folder: Path, names: Iterable[str] = FILES) -> None:
-    """Make the folder of results, or say why it cannot be used, or one of the files in it."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except (OSError, ValueError) as error:
-        why = getattr(error, "strerror", None) or str(error)
-        raise _refused(f"'{folder}' cannot hold the results: {why}.") from None
-    for name in names:
-        if (folder / name).exists() and not (folder / name).is_file():
-            raise _refused(f"'{folder / name}' is in the way: it is not a file.")
-    if (folder / FIT).exists() and not (folder / FIT).is_dir():
-        raise _refused(f"'{folder / FIT}' is in the way: it is not a folder.")
-
-
-def _refused(message: str) -> click.BadParameter:
-    return click.BadParameter(message, param_hint="'--out'")
 
 
 def recommended_draws(draws: Draws, diagnosis: Diagnosis, seed: int) -> RecommendedDraws:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import click
 
+from flowvi.cli.folder import FILES, check_folder
 from flowvi.cli.options import EXISTING_FOLDER
-from flowvi.cli.results import FILES, check_folder
 from flowvi.runtime import files
 
 # Subfolder with the checkpoint; it is removed once the results are written.

@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
-from flowvi.cli import vae_results as results
+from flowvi.cli.catalog import names
 from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
+from flowvi.cli.folder import VAE_FILES
 from flowvi.cli.options import (
     EXISTING_FOLDER,
     memory_option,
@@ -19,7 +20,6 @@ from flowvi.cli.options import (
     out_option,
     seed_option,
 )
-from flowvi.cli.results import describe_failures
 from flowvi.cli.resume import (
     CHECKPOINT,
     announce_writing,
@@ -27,13 +27,15 @@ from flowvi.cli.resume import (
     results_folder,
     resume_option,
 )
-from flowvi.fitting.fit import fit
-from flowvi.objectives.renyi_bound import Renyi, elbo
-from flowvi.targets import from_pyro
-from flowvi.training.minibatch import Minibatch
-from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS, Images, build, code_shape, load
-from flowvi.vae.model import PLATE
 
+if TYPE_CHECKING:
+    from flowvi.objectives.renyi_bound import Renyi
+    from flowvi.vae import Images
+
+LIKELIHOODS = names(("vae.likelihoods", "LIKELIHOODS"))
+NETS = names(("vae.nets", "NETS"))
+POSTERIORS = names(("vae.posteriors", "POSTERIORS"))
+PRIORS = names(("vae.priors", "PRIORS"))
 # Default preprocessing of pixels for each likelihood.
 READ = {
     "bernoulli": "static",
@@ -178,9 +180,18 @@ def vae_command(
     The bounds are those of test images: the ELBO, and the importance-weighted
     bound of K draws, with standard errors over images.
     """
-    folder = results_folder(out, resume, results.FILES)
+    folder = results_folder(out, resume, VAE_FILES)
     usual = SMALL if data is None else LARGE
     with one_line_warnings(), interruptible() as stop, errors_without_traceback():
+        from flowvi.cli import vae_results as results
+        from flowvi.cli.results import describe_failures
+        from flowvi.fitting.fit import fit
+        from flowvi.objectives.renyi_bound import elbo
+        from flowvi.targets import from_pyro
+        from flowvi.training.minibatch import Minibatch
+        from flowvi.vae import build, load
+        from flowvi.vae.model import PLATE
+
         images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
         other = (
             None
@@ -231,4 +242,6 @@ def vae_command(
 
 def _latent(net: str, images: Images, usual: int) -> int:
     """The usual length of z, or that of a code of one channel where it is an image."""
+    from flowvi.vae import code_shape
+
     return math.prod(code_shape(images.size)) if net == "maps" else usual

@@ -14,7 +14,8 @@ import click
 import numpy as np
 import torch
 
-from flowvi.cli.results import FIT, ResultFile, WriteFailure, atomically, save, write_files
+from flowvi.cli.folder import BOUNDS, FIT, PARTS, PICTURES, TABLE
+from flowvi.cli.results import ResultFile, WriteFailure, atomically, save, write_files
 from flowvi.draws.row_bounds import RowBounds
 from flowvi.fitting.result import RowFit
 from flowvi.vae import (
@@ -27,16 +28,6 @@ from flowvi.vae import (
     traversal,
 )
 
-PARTS, BOUNDS, TABLE = "parts.json", "test_bounds.csv", "table.csv"
-PICTURES = {
-    "epochs.png": "the bound over the epochs",
-    "reconstructions.png": "test images and the mean images of draws of their codes",
-    "samples.png": "mean images of draws from the prior",
-    "interpolation.png": "interpolations between pairs of test images",
-    "traversal.png": "one coordinate of a code changed, for the most active of them",
-    "map.png": "posterior means of test images, projected to two dimensions",
-}
-FILES = (PARTS, BOUNDS, TABLE, *PICTURES)
 SHOWN = 10
 MAPPED = 1000
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from statistics import NormalDist
 
 import numpy as np
-from scipy.special import ndtri
 
 from flowvi.diagnostics.finding import VERDICTS
 from flowvi.diagnostics.importance import (
@@ -106,7 +106,7 @@ def clearly_above_limit(khat: np.ndarray, draws: int) -> np.ndarray:
         khat: k-hat of each row, (R).
         draws: Number of draws of a row.
     """
-    errors = -float(ndtri(CHANCE / len(khat)))
+    errors = -NormalDist().inv_cdf(CHANCE / len(khat))
     slack = np.array([khat_error(k, draws) if math.isfinite(k) else 0.0 for k in khat])
     # The error of a k-hat is proportional to 1 + k, and thus constant on a logarithmic scale.
     scale = np.log1p(np.clip(khat, -0.5, 2.0))

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.special import logsumexp
 
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.row_sampling import pairs_of
@@ -56,6 +55,8 @@ class Prediction:
             )
         scores = self._named(self.log_likelihood, name)
         chains, draws = scores.shape[:2]
+        from scipy.special import logsumexp  # slow to import
+
         found: np.ndarray = logsumexp(scores, axis=(0, 1)) - np.log(chains * draws)
         return found
 

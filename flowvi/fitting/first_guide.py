@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.enough import needs_no_flow
 from flowvi.fitting.restart import Restart
 from flowvi.guides.guide import FULL_RANK_DIM, Guide
 from flowvi.guides.registry import make_guide
@@ -67,22 +68,25 @@ def _choose_by_gap(restart: Restart) -> Candidate:
     target, settings, schedule = restart.target, restart.settings, restart.schedule
     name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
     gaussian = restart.initialised(Candidate(make_guide(name, target.dim), name))
-    gaussian.evaluation = restart.stages(gaussian.guide).evaluate()
-    gap = gaussian.evaluation.gap
+    gaussian.evaluation = found = restart.evaluate(gaussian.guide)
+    gap = found.gap
     restart.record.log.append(f"Gaussian: KL(q || p) about {gap:.2g}")
+    # Parameters of the model are trained together with one guide only.
+    own = bool(list(target.parameters()))
     if (
-        gap < schedule.nothing_left
+        restart.session.clock.interrupted
         or restart.suffices(gaussian)
-        or restart.session.clock.interrupted
+        or (own and gap < schedule.nothing_left)
     ):
+        return gaussian
+    if not own and needs_no_flow(schedule, found, lambda: restart.diagnose_candidate(gaussian)):
         return gaussian
     if target.dim > HELD_DIM:
         return flow(restart, {}, "skewed")
     plain = flow(restart, {"depth": MANY_COUPLINGS if gap > WIDE_GAP else FEW_COUPLINGS})
     asked = settings.steps is not None or settings.lr is not None
     much = gap > schedule.much and restart.should_search_rate(gap)
-    # Parameters of the model are trained together with one guide only.
-    alike = not target.subsampled and not list(target.parameters())
+    alike = not target.subsampled and not own
     return _compare_with_skews(restart, plain) if much and alike and not asked else plain
 
 

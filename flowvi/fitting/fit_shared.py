@@ -14,11 +14,12 @@ import torch
 from flowvi._version import __version__
 from flowvi.diagnostics import Check
 from flowvi.fitting.candidate import Candidate
+from flowvi.fitting.check import diagnose_fresh_draws
 from flowvi.fitting.escalation import joined
 from flowvi.fitting.executors import Plan, run_in_executor, run_restart
 from flowvi.fitting.identity import guide_words, latents, log_density
 from flowvi.fitting.request import PARTICLES, Request
-from flowvi.fitting.restart import Restart, diagnose_fresh_draws
+from flowvi.fitting.restart import Restart
 from flowvi.fitting.result import Fit, NestedFit, StructuredFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.structured import StructuredGuide

@@ -13,6 +13,7 @@ from flowvi.fitting.first_guide import AUTO
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
 from flowvi.guides.registry import guide_names
+from flowvi.guides.structured import STRUCTURED_GUIDES, StructuredGuide
 from flowvi.initialization.preflight import check_size
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.nested import NestedTarget, check_outer
@@ -39,7 +40,7 @@ from flowvi.training.settings import Settings
 
 PARTICLES = 64
 # The name that asks for a guide of shared latents, with conditionals of the local ones.
-STRUCTURED = "structured"
+STRUCTURED = StructuredGuide.kind
 # Guides that depend on the shapes of sites.
 RECIPES: dict[str, Callable[[], Multiplicative]] = {"multiplicative": Multiplicative}
 # Arguments that apply to rows only; None if they were not given.
@@ -128,9 +129,8 @@ class Request:
         target, objective = self.target, _objective(self.objective, self.particles)
         _check(target, objective, self.restarts)
         if isinstance(self.guide, str):
-            check_choice(
-                "guide", self.guide, [AUTO, STRUCTURED, *sorted({*guide_names(), *RECIPES})]
-            )
+            named = sorted({*guide_names(), *STRUCTURED_GUIDES, *RECIPES})
+            check_choice("guide", self.guide, [AUTO, *named])
             check_size(target.dim, self.guide)
         if isinstance(self.guide, Guide) and self.guide.dim != target.dim:
             whose = f" but {target.name} has"

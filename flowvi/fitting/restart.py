@@ -12,11 +12,11 @@ from torch import Tensor
 
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.draws import Draws
-from flowvi.draws.sampling import draw
-from flowvi.draws.structured import check_units, theta_draws
+from flowvi.draws.structured import check_units
 from flowvi.fitting.candidate import UNKNOWN, Candidate
-from flowvi.fitting.result import draw_nested
+from flowvi.fitting.check import diagnose_fresh_draws
+from flowvi.fitting.enough import is_enough, is_trained
+from flowvi.fitting.pace import Pace
 from flowvi.fitting.starts import global_start, nested_start
 from flowvi.guides.guide import Guide
 from flowvi.guides.mixture_overlap import overlap
@@ -88,6 +88,7 @@ class Restart:
         self.other_starts: list[GaussianApproximation] = []
         self._tempered_normal: GaussianApproximation | None = None
         self.candidate: Candidate
+        self.pace = Pace(session.clock)
 
     @property
     def schedule(self) -> Schedule:
@@ -157,9 +158,17 @@ class Restart:
         """Return the seed for one random operation of this restart."""
         return derive_seed(self.settings.seed, 1 + self.number, place)
 
-    def stages(self, guide: Guide) -> Stages:
+    def stages(self, guide: Guide, settings: Settings | None = None) -> Stages:
         """Create the training of a guide on this restart's target."""
-        return Stages(self.target, guide, self.settings, self.session, self.number, self.record)
+        own = settings or self.settings
+        return Stages(self.target, guide, own, self.session, self.number, self.record)
+
+    def evaluate(self, guide: Guide) -> Evaluation:
+        """Evaluate a guide before its training, by draws that the time budget allows."""
+        self.settings = self.pace.reserve(
+            self.settings, lambda settings: self.stages(guide, settings).evaluate()
+        )
+        return self.stages(guide).evaluate()
 
     def to_target(self, guide: Guide) -> Guide:
         """Move a guide to the precision and the device of the target."""
@@ -185,9 +194,9 @@ class Restart:
             name: Name of the stages.
             draws: Factor of the number of draws of the first stage.
         """
-        stages = self.stages(candidate.guide)
         if candidate.evaluation is UNKNOWN:
-            candidate.evaluation = stages.evaluate()
+            candidate.evaluation = self.evaluate(candidate.guide)
+        stages = self.stages(candidate.guide)
         if self.suffices(candidate):
             self.record.log.append("training: left out, since the guide is as good as the start")
             return
@@ -233,7 +242,7 @@ class Restart:
             with abort_on_interrupt():
                 if isinstance(self.target, MarginalTarget):
                     candidate.units = self._adapt(self.target, candidate.guide)
-                candidate.diagnosis = found = self._diagnose(candidate)
+                candidate.diagnosis = found = self.diagnose_candidate(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
             return
@@ -283,7 +292,8 @@ class Restart:
             restored,
         )
 
-    def _diagnose(self, candidate: Candidate) -> Diagnosis | None:
+    def diagnose_candidate(self, candidate: Candidate) -> Diagnosis | None:
+        """The verdict on fresh draws; None if they would take too long."""
         if candidate.chains:
             return diagnose(candidate.chains)
         if isinstance(self.target, NestedTarget) and not self.schedule.check_draws:
@@ -315,6 +325,7 @@ class Restart:
         hopeless = self.target.subsampled or self.target.dim > MOST_DIM or self.best.searched
         # A mixture is always annealed, because a missed mode is likely.
         late = self.session.clock.out_of_time(ANNEAL_SHARE) and not isinstance(guide, MixtureGuide)
+        late = late or not self.pace.has_time_to_anneal()
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
@@ -332,9 +343,8 @@ class Restart:
     def _choose_rate(self, stages: Stages, candidate: Candidate) -> float:
         if candidate.name == "skewed" and not candidate.sizes:
             return self.schedule.skew_rate
-        if self.schedule.lengths is not None or not self.should_search_rate(
-            candidate.evaluation.gap
-        ):
+        fixed = self.schedule.lengths is not None or self._needs_little(candidate)
+        if fixed or not self.should_search_rate(candidate.evaluation.gap):
             return self.schedule.middle_rate
         lr = self.try_rates(stages).lr
         candidate.evaluation = stages.evaluate()
@@ -345,7 +355,8 @@ class Restart:
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         little = steps is None and gap < schedule.little
-        return not few and not little and clock.seconds_left >= schedule.search_seconds
+        time = clock.seconds_left >= schedule.search_seconds
+        return not few and not little and time and self.pace.has_time_to_search(self.settings)
 
     def try_rates(self, stages: Stages, lr: float | None = None) -> Trial:
         """The best of several step sizes, or the result of a given one."""
@@ -363,6 +374,13 @@ class Restart:
             stages.state,
             lambda state: Trial(*stages.restore(state)),
         )
+
+    def _needs_little(self, candidate: Candidate) -> bool:
+        """Whether a guide is good enough, or the best of its kind, before its training."""
+        if list(self.target.parameters()) or self.settings.steps is not None:
+            return False
+        settled = self.fresh and is_trained(candidate.guide)
+        return settled or is_enough(self.schedule, candidate.evaluation)
 
     def _train_given_steps(self, stages: Stages, candidate: Candidate, steps: int) -> None:
         stage = Stage("training", 0, steps, self.settings.repeats, candidate.lr)
@@ -390,13 +408,24 @@ class Restart:
     def _train_until_plateaus(
         self, stages: Stages, candidate: Candidate, share: float, name: str, draws: int
     ) -> None:
-        """Train stages with more draws and smaller steps, until one reduces the gap too little."""
+        """Train stages with more draws and smaller steps, until one reduces the gap too little.
+
+        A guide that is good enough or the best of its kind where it starts takes a few steps.
+        """
         schedule = self.schedule
+        if self._needs_little(candidate):
+            before = candidate.evaluation
+            title, repeats = f"{name} stage 1".strip(), self.settings.repeats * draws
+            candidate.evaluation = stages.run(
+                Stage(title, 0, schedule.polish_steps, repeats, candidate.lr, share)
+            )
+            if not candidate.bound - before.bound > schedule.enough:
+                return
         for i in range(schedule.most_stages):
             if self.session.clock.out_of_time(share) or self.record.stopped:
                 return
             before, failures = candidate.evaluation, len(self.record.failures)
-            few = before.gap < schedule.little and i == 0
+            few = before.gap < schedule.little
             stage = Stage(
                 f"{name} stage {i + 1}".strip(),
                 schedule.few_steps if few else schedule.steady_steps,
@@ -407,43 +436,12 @@ class Restart:
             )
             candidate.evaluation = stages.run(stage)
             gained, left = candidate.bound - before.bound, candidate.gap
-            light = candidate.evaluation.khat < schedule.light
             if len(self.record.failures) > failures:
                 return
-            if left <= (schedule.enough if light else schedule.enough_heavy):
+            if is_enough(schedule, candidate.evaluation):
                 return
             if i and gained < schedule.worth * (left + gained):
                 return
             if self.settings.escalate and self.find_missed_modes(candidate):
                 # Further steps cannot recover modes that this guide misses.
                 return
-
-
-def diagnose_fresh_draws(
-    target: Target,
-    guides: Sequence[Guide],
-    seed: int,
-    over: Callable[[], bool],
-    schedule: Schedule,
-) -> Diagnosis:
-    """Diagnose fresh draws of guides; take more draws if the first result is uncertain.
-
-    Args:
-        target: The log density.
-        guides: Independent fits to it.
-        seed: Seed of the draws.
-        over: Function that returns whether to keep the first result.
-        schedule: The schedule with the numbers of draws.
-    """
-
-    def drawn(n: int) -> Draws:
-        if isinstance(target, NestedTarget):
-            return draw_nested(target, guides[0], n, None, seed, {})
-        if isinstance(target, MarginalTarget):
-            return theta_draws(target, guides, n, seed)
-        return draw(target, guides, n, seed)
-
-    found = diagnose(drawn(schedule.check_draws))
-    if not found.near or over():
-        return found
-    return diagnose(drawn(schedule.again * schedule.check_draws))

@@ -20,6 +20,9 @@ from flowvi.training.records import BUILD, LOOK, MODES
 
 # Largest D for a joint normal of the shared latents and the latents of some rows.
 JOINT_DIM = 500
+# A search ends between two of its parts once its share of the budget is spent. So many times that
+# share, and it ends within a part.
+LATE = 1.5
 # Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
 
@@ -51,21 +54,29 @@ def global_start(
         return found
     seen = preflight(target, seed(LOOK))
     say(str(seen))
-    best, others, ends = best_gaussian(
-        target,
-        seed(BUILD),
-        diagonal,
-        say,
-        lambda: clock.out_of_time(share),
-        seen.median,
-        seen.places,
-    )
+    with clock.deadline(LATE * share):
+        best, others, ends = best_gaussian(
+            target,
+            seed(BUILD),
+            diagonal,
+            say,
+            lambda: clock.out_of_time(share),
+            seen.median,
+            seen.places,
+        )
     modes: list[GaussianApproximation] = []
     with suppress(Interrupted), abort_on_interrupt():
         say(check_integrable(target, best))
-        modes = further_modes(
-            target, best, ends, seen.places, seed(MODES), say, lambda: clock.out_of_time(2 * share)
-        )
+        with clock.deadline(2 * LATE * share):
+            modes = further_modes(
+                target,
+                best,
+                ends,
+                seen.places,
+                seed(MODES),
+                say,
+                lambda: clock.out_of_time(2 * share),
+            )
     return [best, *modes, *others]
 
 

@@ -69,3 +69,7 @@ class NoLatents(Guide):
 
     def start(self, loc: Tensor, scale_tril: Tensor) -> None:
         """There is nothing to start."""
+
+
+# Guides that a fit builds from the structure of a model, by name.
+STRUCTURED_GUIDES: dict[str, type[Guide]] = {"structured": StructuredGuide}

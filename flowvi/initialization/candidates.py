@@ -10,7 +10,6 @@ from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from flowvi.guides.guide import FULL_RANK_DIM
@@ -164,8 +163,11 @@ def _score_starts(
         around, *rest = group.normals
         blind.append(_narrow_until_finite(target, with_elbo(target, around, judge), judge))
         few = judge if target.dim > LARGE else judge[:SIFT_DRAWS]
-        sifted = [with_elbo(target, g, few) for g in rest]
-        aware.append(with_elbo(target, max(sifted, key=lambda g: g.elbo), judge))
+        sifted: list[GaussianApproximation] = []
+        with suppress(Interrupted), abort_on_interrupt():
+            for g in rest:
+                sifted.append(with_elbo(target, g, few))
+            aware.append(with_elbo(target, max(sifted, key=lambda g: g.elbo), judge))
         ends.append(group.end)
         if out_of_time():
             break
@@ -189,8 +191,12 @@ def _worth_refining(
     kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
     if out_of_time():
         return [kind[0] for kind in kinds if kind]
-    if target.dim <= LARGE and _one_mode(target, ends):
-        return [*kinds[0][:1], *kinds[1][:PATH_REFINED]]
+    try:
+        with abort_on_interrupt():
+            if target.dim <= LARGE and _one_mode(target, ends):
+                return [*kinds[0][:1], *kinds[1][:PATH_REFINED]]
+    except Interrupted:
+        return [kind[0] for kind in kinds if kind]
     return found
 
 
@@ -244,15 +250,15 @@ def refine_fully(
     diagonal: bool = False,
 ) -> GaussianApproximation:
     """Refine a Gaussian until its ELBO stops rising, for at most `rounds` rounds."""
-    best, dense = g, not diagonal and g.scale_tril.dim() == 2
+    kept, dense = [g], not diagonal and g.scale_tril.dim() == 2
     with suppress(Interrupted), abort_on_interrupt():
         if LARGE < target.dim <= FULL_RANK_DIM and dense and not g.overshot:
             found = refine_by_newton(target, g, generator, judge, rounds // 2, out_of_time)
             if not found.overshot:
                 return found
             g = replace(g, overshot=True)
-        best = refine(target, g, generator, judge, diagonal, rounds, out_of_time)
-    return best
+        return refine(target, g, generator, judge, diagonal, rounds, out_of_time, kept.append)
+    return kept[-1]
 
 
 def candidates(
@@ -319,6 +325,8 @@ def _pathfinder(
 def ascend(target: StartDensity, start: Tensor) -> list[Tensor]:
     """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
     path: list[Tensor] = []
+
+    from scipy.optimize import minimize  # slow to import
 
     def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
         value, gradient = value_and_score(target, start.new_tensor(x))

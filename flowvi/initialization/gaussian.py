@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flowvi.flows.affine import nearest_scales
+from flowvi.runtime.clock import drop_if_late
 
 REFINE_STEPS = 10
 FIRST_RATE = 0.5
@@ -99,6 +100,7 @@ def refine(
     diagonal: bool,
     rounds: int,
     out_of_time: Callable[[], bool] = lambda: False,
+    keep: Callable[[GaussianApproximation], None] = lambda best: None,
 ) -> GaussianApproximation:
     r"""Raise a normal's ELBO by natural-gradient steps on path gradients.
 
@@ -111,6 +113,7 @@ def refine(
     tril' with half the diagonal: at rho = 1 a Newton step on a Gaussian target,
     and without noise once the target is reached. Rounds with falling rho
     are kept if they improve the ELBO on the judging draws; once time is over, three have to do.
+    `keep` is told of each improvement, for when the work is interrupted.
 
     References:
         Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: the path gradient.
@@ -132,6 +135,7 @@ def refine(
         rate *= 0.85
         if gain > 0:
             best = current
+            keep(best)
         elif not gain > -1.0:
             # The step failed: return to the best Gaussian, with smaller steps.
             current, rate = best, 0.5 * rate
@@ -195,8 +199,12 @@ def with_elbo(
 
 def evaluate(target: LogDensityProtocol, z: Tensor) -> Tensor:
     """The log density of many points, in chunks that fit memory. (S, D) -> (S)."""
+    found = []
     with torch.no_grad():
-        return torch.cat([target.log_prob(part) for part in z.split(target.chunk())])
+        for part in z.split(target.chunk()):
+            drop_if_late()
+            found.append(target.log_prob(part))
+    return torch.cat(found)
 
 
 def distinct_candidates(
@@ -230,6 +238,7 @@ def scores_in_chunks(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Ten
 
 def value_and_score(target: LogDensityProtocol, z: Tensor) -> tuple[Tensor, Tensor]:
     """The log density and its gradient, (*S, D) -> (*S), (*S, D)."""
+    drop_if_late()
     with torch.enable_grad():
         z = z.detach().requires_grad_()
         log_p = target.log_prob(z)

@@ -8,7 +8,6 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from scipy.optimize import minimize
 from torch import Tensor
 
 from flowvi.initialization.gaussian import (
@@ -106,6 +105,8 @@ def _ascend(target: MarginalTarget, start: Tensor) -> tuple[float, Tensor]:
         if not (value.isfinite() and gradient.isfinite().all()):
             return 1e100, np.zeros_like(x)
         return -float(value), -gradient[0].double().cpu().numpy()
+
+    from scipy.optimize import minimize  # slow to import
 
     x0 = start.double().cpu().numpy()
     found = minimize(negative, x0, jac=True, method="L-BFGS-B", options={"maxiter": STEPS})

@@ -38,12 +38,17 @@ class Clock:
 
     Args:
         budget: Seconds; no limit without.
+
+    Attributes:
+        reserved: Seconds of the budget that what follows the training will take.
     """
 
     budget: float | None = None
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     _asked: bool = False
     _droppable: bool = False
+    _deadline: float = math.inf
+    reserved: float = 0.0
     _received: tuple[bool, float] | None = None
 
     @property
@@ -112,12 +117,33 @@ class Clock:
         return math.inf if self.budget is None else self.budget - self.seconds
 
     def budget_spent(self, share: float = 1.0) -> bool:
-        """Whether a share of the budget is spent."""
-        return self.budget is not None and self.seconds >= share * self.budget
+        """Whether a share of the budget is spent, less what is reserved."""
+        return self.budget is not None and self.seconds >= share * (self.budget - self.reserved)
 
     def out_of_time(self, share: float = 1.0) -> bool:
         """Whether a share of the budget is spent, or the fit was interrupted."""
         return self.budget_spent(share) or self.interrupted
+
+    @contextmanager
+    def deadline(self, share: float) -> Iterator[None]:
+        """Inside the block, work that may be dropped ends at a share of the budget."""
+        before = self._deadline
+        self._deadline = min(before, math.inf if self.budget is None else share * self.budget)
+        try:
+            yield
+        finally:
+            self._deadline = before
+
+
+def drop_if_late() -> None:
+    """Call this before work that takes long: if a deadline has passed, droppable work ends.
+
+    Raises:
+        Interrupted: The present work is `abort_on_interrupt`, and a `Clock.deadline` has passed.
+    """
+    clock = _CURRENT.get()
+    if clock is not None and clock._droppable and clock.local_seconds >= clock._deadline:
+        raise Interrupted
 
 
 @contextmanager

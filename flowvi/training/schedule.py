@@ -10,7 +10,7 @@ from flowvi.samplers.nuts import NutsSettings
 # Fields that count something, at least one. A check of zero draws is left out.
 COUNTS = (
     *("trial_steps", "steady_steps", "few_steps", "least_decay", "most_stages", "race_steps"),
-    *("evaluation_draws", "again"),
+    *("evaluation_draws", "again", "ready_steps", "polish_steps"),
 )
 
 
@@ -27,19 +27,27 @@ class Schedule:
     Args:
         rates: Step sizes to try, the largest first; the middle one is the default.
         trial_steps: Steps of each trial.
+        convincing: Share of the gap that a trial has to remove to be the last one.
         trial_share: Share of a time budget at which trials end.
         search_seconds: Least remaining time in seconds for a search of the step size.
         skew_rate: Step size of skews, each of which has a gradient of its own.
         steady_steps: Largest number of steps of constant size in a stage.
-        few_steps: The same limit for the first stage if the gap is below `little`.
+        few_steps: The same limit for a stage that begins with a gap below `little`.
         least_decay: Least number of steps of the decay, which otherwise has half as many steps
             as the constant part.
         lengths: Fixed numbers of steps of the stages; None if stages end at plateaus.
         most_stages: Largest number of stages that end at plateaus.
+        ready: A gap, estimated from the noise of the last `ready_steps` steps, at which a stage
+            goes over to steps of falling size without waiting for a plateau.
+        ready_steps: Steps behind that estimate.
+        polish_steps: Steps of falling size for a guide that is good enough where it starts.
         nothing_left: A gap below which the initial Gaussian needs no flow.
+        spare: The same threshold where the check trusts the Gaussian's draws as they are.
         enough: A gap below which training ends: the error of a mean is then below 0.15 sd.
         enough_heavy: The same threshold where k-hat is not below `light`.
+        enough_beyond: The same threshold where k-hat is not below `heavy`.
         light: Largest k-hat of weights with a light tail.
+        heavy: Largest k-hat of weights whose mean can be relied on.
         little: A gap below which the middle step size and `few_steps` are used.
         worth: Share of the gap that a stage has to remove for another one to follow.
         first_share: Share of a time budget for the first guide, if other guides may follow.
@@ -56,19 +64,26 @@ class Schedule:
 
     rates: tuple[float, ...] = (1e-2, 5e-3, 1e-3)
     trial_steps: int = 60
+    convincing: float = 0.3
     trial_share: float = 0.5
     search_seconds: float = 30.0
     skew_rate: float = 1e-2
     steady_steps: int = 1000
-    few_steps: int = 300
-    least_decay: int = 200
+    few_steps: int = 400
+    least_decay: int = 150
     lengths: tuple[int, ...] | None = None
     most_stages: int = 3
+    ready: float = 0.05
+    ready_steps: int = 50
+    polish_steps: int = 50
     nothing_left: float = 0.003
-    enough: float = 0.005
-    enough_heavy: float = 0.003
+    spare: float = 0.01
+    enough: float = 0.01
+    enough_heavy: float = 0.006
+    enough_beyond: float = 0.001
     light: float = 0.5
-    little: float = 0.03
+    heavy: float = 0.7
+    little: float = 0.3
     worth: float = 0.15
     first_share: float = 0.7
     start_share: float = 0.2

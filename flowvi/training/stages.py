@@ -13,6 +13,7 @@ from torch import Tensor
 
 from flowvi.draws.sampling import piece, sampler
 from flowvi.guides.guide import Guide
+from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.runtime.rng import derive_seed
@@ -21,7 +22,14 @@ from flowvi.targets import Target
 from flowvi.training.averaging import Average
 from flowvi.training.draw_gradient import DrawGradient
 from flowvi.training.evaluation import best_of, evaluate, particles_of
-from flowvi.training.learning_rate import BoundLevel, constant, decayed, warm_up_rate
+from flowvi.training.learning_rate import (
+    WARM_UP,
+    BoundLevel,
+    constant,
+    decayed,
+    warm_up_rate,
+)
+from flowvi.training.noise_gap import noise_gap
 from flowvi.training.records import (
     EVALUATE,
     TRAIN,
@@ -41,6 +49,10 @@ from flowvi.training.trainer import Phase, Taken, Trainer
 POLL = 20
 # Averaging starts once the step size is at this share: the last fifth of a decay.
 LAST_RATE = 0.1
+# Share of a time budget at which training on tempered densities ends.
+COOL = 0.6
+# Steps between two estimates of the gap from the noise of the steps.
+READY_EVERY = 10
 # Share of a stage's time budget at which its decay begins.
 STEADY_SHARE = 0.7
 
@@ -88,7 +100,8 @@ class Stages:
         """Try step sizes briefly from one start, on the same noise, and keep the best result.
 
         Each step size warms up and decays within its trial, as in a stage: the noise of a large
-        one hides its progress until it decays.
+        one hides its progress until it decays. The largest comes first. If it removes enough of
+        the gap, no smaller one is tried.
         """
         schedule = self.settings.schedule
         start, tried, best = self.vector(), {}, Trial(schedule.rates[-1], -math.inf)
@@ -101,8 +114,11 @@ class Stages:
                     tried[lr] = bound = found.bound
                     if math.isfinite(bound) and bound > best.bound:
                         best = Trial(lr, bound)
+                    before = top
                     if bound > top.bound:
                         place, top = self.vector(), found
+                    if found.bound - before.bound > schedule.convincing * before.gap:
+                        break
         except Interrupted as interrupt:
             raise Interrupted(top) from interrupt
         finally:
@@ -140,13 +156,13 @@ class Stages:
             lr: Step size.
         """
         torch.manual_seed(self.seed(TRAIN))
-        state = self.trainer.begin()
+        state, clock = self.trainer.begin(), self.session.clock
         self.record.stages.append("tempered")
         for power in powers:
             self.gradient.log_density = partial(_to_power, self.target, power)
             stage = Stage("tempered", steps, None, repeats, lr)
-            self._take(stage, constant(lr), steps, state)
-            if self.record.stopped or state.exhausted:
+            self._take(stage, constant(lr), steps, state, lambda taken: clock.budget_spent(COOL))
+            if self.record.stopped or state.exhausted or clock.budget_spent(COOL):
                 break
             # Each power has a bound level of its own.
             state.step, state.ended, state.level = 0, False, BoundLevel()
@@ -236,7 +252,8 @@ class Stages:
                 def end(taken: Taken) -> bool:
                     # The decay takes about a third of the time.
                     late = clock.budget_spent(STEADY_SHARE * stage.share)
-                    return state.plateau.add(taken.bound) or late
+                    flat = state.plateau.add(taken.bound)
+                    return flat or late or self._ready(stage, state.plateau.values)
 
                 self._take(stage, lambda i: warm_up_rate(i, stage.lr), stage.steady, state, end)
             if self.record.stopped or state.exhausted:
@@ -244,6 +261,18 @@ class Stages:
             state.start_decay(clock.seconds)
         least = self.settings.schedule.least_decay
         self._decay(stage, stage.decay or max(least, state.steady // 2), state)
+
+    def _ready(self, stage: Stage, bounds: Sequence[float]) -> bool:
+        """Whether the noise of the last steps shows a gap that is small enough."""
+        schedule, objective = self.settings.schedule, self.settings.objective
+        last, n = schedule.ready_steps, len(bounds)
+        if not isinstance(objective, Renyi) or objective.alpha < 1.0:
+            return False
+        # The noise of draws says nothing of the target's own parameters.
+        if n < WARM_UP + last or n % READY_EVERY or list(self.target.parameters()):
+            return False
+        draws = stage.repeats * objective.particles * distributed.size()
+        return noise_gap(bounds[-last:], draws) <= schedule.ready
 
     def _decay(self, stage: Stage, steps: int, state: TrainState) -> None:
         clock, warm, before = self.session.clock, stage.steady == 0, state.rate

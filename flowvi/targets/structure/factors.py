@@ -6,7 +6,6 @@ from abc import ABC, abstractmethod
 
 import numpy as np
 import torch
-from scipy.linalg import lapack
 from torch import Tensor
 
 # Blocks up to this size are factored by operations on all blocks at once.
@@ -150,6 +149,8 @@ class Banded(Factor):
     """
 
     def __init__(self, bands: Tensor, colours: int) -> None:
+        from scipy.linalg import lapack  # slow to import
+
         self.like, self.colours = bands, colours
         array = bands.detach().cpu().numpy()
         self.order, self.n = array.shape[1] - 1, array.shape[2]
@@ -166,6 +167,8 @@ class Banded(Factor):
         self.log_det = self._tensor(2 * np.log(self.ell[:, 0]).sum(-1)).unsqueeze(-1)
 
     def solve(self, x: Tensor) -> Tensor:
+        from scipy.linalg import lapack  # slow to import
+
         columns = x.squeeze(-2).detach().cpu().numpy()
         found = [
             lapack.dpbtrs(ell, one, lower=1)[0] for ell, one in zip(self.ell, columns, strict=True)
@@ -173,6 +176,8 @@ class Banded(Factor):
         return self._tensor(np.stack(found)).unsqueeze(-2)
 
     def spread(self, noise: Tensor) -> Tensor:
+        from scipy.linalg import lapack  # slow to import
+
         flat = noise.reshape(-1, len(self.ell), self.n).detach().cpu().numpy()
         found = np.empty_like(flat)
         for s, ell in enumerate(self.ell):
