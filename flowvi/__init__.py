@@ -23,7 +23,8 @@ if TYPE_CHECKING:
     from flowvi.fitting.fit import fit
     from flowvi.fitting.fit_nested import nested
     from flowvi.fitting.load import load
-    from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
+    from flowvi.fitting.result import Fit, NestedFit, RowFit
+    from flowvi.fitting.structured_fit import StructuredFit
     from flowvi.flows import FLOWS
     from flowvi.guides import (
         GUIDES,
@@ -131,7 +132,8 @@ _MODULES = {
     "fitting.fit": "fit",
     "fitting.fit_nested": "nested",
     "fitting.load": "load",
-    "fitting.result": "Fit NestedFit RowFit StructuredFit",
+    "fitting.result": "Fit NestedFit RowFit",
+    "fitting.structured_fit": "StructuredFit",
     "flows": "FLOWS",
     "guides": "GUIDES BlockGuide Blocks FlowGuide FullRank MeanField Multiplicative",
     "guides.amortized": "Amortised PerRow",

@@ -16,7 +16,7 @@ from quick import quick
 from torch import Tensor
 
 import flowvi
-from flowvi.fitting.result import StructuredFit
+from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
 from flowvi.targets.structure.faults import faults

@@ -106,8 +106,8 @@ def _check(idata: az.InferenceData) -> None:
     if "log_p" in stats and stats["log_p"].ndim > 2:
         raise ValueError(
             "loo is for latents that all rows share, and got draws with latents for each row "
-            "(local=). The density of such a row without its own data is its evidence: see "
-            "evidence(draws).rows; compare has paired sums."
+            "(local=): the density of such a row without its own data is its evidence, which is "
+            "in evidence(draws).rows."
         )
     if "inner" in stats.attrs:
         raise ValueError(

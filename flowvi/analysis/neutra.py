@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import cast
 
 from flowvi.draws.draws import Draws
-from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.runtime.arguments import check_integer, require_fit, suggest_spelling
 from flowvi.samplers.nuts import NutsSettings, check_has_map, run_nuts
 

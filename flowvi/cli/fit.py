@@ -221,7 +221,7 @@ def _report(
     """Draw, diagnose, print and write; returns the verdict, and files written and not written."""
     from flowvi.cli import results
     from flowvi.draws.diagnose import diagnose
-    from flowvi.fitting.result import StructuredFit
+    from flowvi.fitting.structured_fit import StructuredFit
 
     if n is None:
         n = fitted.most_draws if isinstance(fitted, StructuredFit) else DRAWS

@@ -24,7 +24,7 @@ THETA, LOCAL, UNITS = 11, 12, 13
 # Numbers of weights that are kept for the check of units, and draws of each unit at one theta.
 WEIGHTS, FEWEST, MOST, EACH = 30_000_000, 128, 2048, 32
 # Relative variance of the weights of a unit that matters to no result.
-FLAT = 1e-3
+FLAT = 0.03
 # Largest number of units named in a sentence or a table.
 NAMED = 10
 POINT, LOG_P, LOG_Q, BY_UNIT = range(4)

@@ -20,7 +20,8 @@ from flowvi.fitting.executors import Plan, run_in_executor, run_restart
 from flowvi.fitting.identity import guide_words, latents, log_density
 from flowvi.fitting.request import PARTICLES, Request
 from flowvi.fitting.restart import Restart
-from flowvi.fitting.result import Fit, NestedFit, StructuredFit
+from flowvi.fitting.result import Fit, NestedFit
+from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.structured import StructuredGuide
 from flowvi.objectives.nested import NestedTarget

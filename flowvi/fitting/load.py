@@ -27,7 +27,8 @@ from flowvi.fitting.fit_folder import (
     read_manifest,
 )
 from flowvi.fitting.identity import latents
-from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import amortised

@@ -4,37 +4,32 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
-from flowvi.draws.structured import check_units
 from flowvi.fitting.candidate import UNKNOWN, Candidate
 from flowvi.fitting.check import diagnose_fresh_draws
+from flowvi.fitting.conditionals import adapt_conditionals
 from flowvi.fitting.enough import is_enough, is_trained
 from flowvi.fitting.pace import Pace
-from flowvi.fitting.starts import global_start, nested_start
+from flowvi.fitting.starts import find_start
 from flowvi.guides.guide import Guide
 from flowvi.guides.mixture_overlap import overlap
 from flowvi.guides.mixtures import MixtureGuide
-from flowvi.guides.registry import starts_diagonal
 from flowvi.initialization.gaussian import GaussianApproximation, distinct_candidates
-from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.missed_modes import missed_modes
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import weighs
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
-from flowvi.runtime.rng import derive_seed, isolated_rng
+from flowvi.runtime.rng import derive_seed
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
 from flowvi.targets.structure import MarginalTarget
-from flowvi.targets.structure.faults import faults
 from flowvi.training.records import (
-    ADAPT,
     ANNEAL,
     BUILD,
     CHECK,
@@ -51,8 +46,6 @@ from flowvi.training.stages import Stages
 
 # Shares of a time budget after which the check takes fewer draws, and annealing is skipped.
 CHECK_SHARE, ANNEAL_SHARE = 0.9, 0.8
-# Values of the shared latents at which the conditionals of units are fitted and checked.
-UNIT_POINTS = 64
 
 
 class Restart:
@@ -101,7 +94,7 @@ class Restart:
         Args:
             first: Function that builds the first guide.
         """
-        self.best, *self.other_starts = self._start()
+        self.best, *self.other_starts = find_start(self)
         torch.manual_seed(self.seed(BUILD))
         self.candidate = first(self)
         share = self.schedule.first_share if self.settings.escalate else 1.0
@@ -109,44 +102,6 @@ class Restart:
             # A normal of the shared latents is nearly exact: `escalate` improves it.
             self.train(self.candidate, share)
         self.check(self.candidate)
-
-    def _start(self) -> list[GaussianApproximation]:
-        target, say = self.target, self.record.log.append
-        once = self.session.checkpointer.run_once
-        if isinstance(target, NestedTarget):
-            return once(
-                "start",
-                self.record,
-                lambda: nested_start(target, self.seed(BUILD), say),
-                lambda found: [found[0].state(), [*target.own_state().items()]],
-                lambda state: self._with_own(target, *state),
-            )
-        if isinstance(target, MarginalTarget):
-            clock, share = self.session.clock, self.schedule.start_share
-            return once(
-                "start",
-                self.record,
-                lambda: marginal_start(
-                    target, self.seed(BUILD), say, lambda: clock.out_of_time(share)
-                ),
-                lambda found: [found[0].state(), [*target.own_state().items()]],
-                lambda state: self._with_own(target, *state),
-            )
-        flat = starts_diagonal(self.name) if self.given is None else self.given.flat
-        clock, share = self.session.clock, self.schedule.start_share
-        return once(
-            "start",
-            self.record,
-            lambda: global_start(target, self.seed, clock, say, flat, share),
-            lambda found: [g.state() for g in found],
-            lambda found: [self.gaussian(g) for g in found],
-        )
-
-    def _with_own(
-        self, target: Target, state: Mapping[str, Any], own: Sequence[tuple[str, Tensor]]
-    ) -> list[GaussianApproximation]:
-        target.set_own_state(dict(own))
-        return [self.gaussian(state)]
 
     def gaussian(self, state: Mapping[str, Any]) -> GaussianApproximation:
         """Restore a Gaussian from its state, on the device of the target."""
@@ -241,7 +196,7 @@ class Restart:
         try:
             with abort_on_interrupt():
                 if isinstance(self.target, MarginalTarget):
-                    candidate.units = self._adapt(self.target, candidate.guide)
+                    candidate.units = adapt_conditionals(self, self.target, candidate.guide)
                 candidate.diagnosis = found = self.diagnose_candidate(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
@@ -268,29 +223,6 @@ class Restart:
         if self.settings.escalate and not candidate.missed:
             candidate.missed_mass = self._describe_missed_mass(candidate.guide, found)
             self.record.log += [candidate.missed_mass] if candidate.missed_mass else []
-
-    def _adapt(self, target: MarginalTarget, guide: Guide) -> str:
-        """Fit the conditionals of units where a guide has its draws, and check them."""
-
-        def work() -> str:
-            with torch.no_grad(), isolated_rng(self.seed(ADAPT)):
-                theta, _ = guide.sample((UNIT_POINTS,))
-            target.adapt(theta, self.seed(ADAPT), self.record.log.append)
-            units = check_units(target, theta, self.seed(ADAPT))
-            found = faults(target, theta, units.names, self.seed(ADAPT))
-            return " ".join(filter(None, [*found, units.reason]))
-
-        def restored(state: Sequence[Any]) -> str:
-            target.set_own_state(dict(state[1]))
-            return str(state[0])
-
-        return self.session.checkpointer.run_once(
-            "units",
-            self.record,
-            work,
-            lambda reason: [reason, [*target.own_state().items()]],
-            restored,
-        )
 
     def diagnose_candidate(self, candidate: Candidate) -> Diagnosis | None:
         """The verdict on fresh draws; None if they would take too long."""

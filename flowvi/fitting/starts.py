@@ -2,21 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from flowvi.fitting.start_of_rows import start_from_rows
+from flowvi.guides.registry import starts_diagonal
 from flowvi.initialization.candidates import Log, best_gaussian
 from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.nested import start
 from flowvi.initialization.preflight import check_integrable, preflight
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt
 from flowvi.targets import Target
+from flowvi.targets.structure import MarginalTarget
 from flowvi.training.records import BUILD, LOOK, MODES
+
+if TYPE_CHECKING:
+    from flowvi.fitting.restart import Restart
 
 # Largest D for a joint normal of the shared latents and the latents of some rows.
 JOINT_DIM = 500
@@ -25,6 +33,44 @@ JOINT_DIM = 500
 LATE = 1.5
 # Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
+
+
+def find_start(restart: Restart) -> list[GaussianApproximation]:
+    """Find the Gaussians of a restart, the best first, or read them from its checkpoint."""
+    target, say = restart.target, restart.record.log.append
+    once = restart.session.checkpointer.run_once
+    clock, share = restart.session.clock, restart.schedule.start_share
+
+    def late() -> bool:
+        return clock.out_of_time(share)
+
+    def restored(
+        state: Mapping[str, Any], own: Sequence[tuple[str, Tensor]]
+    ) -> list[GaussianApproximation]:
+        target.set_own_state(dict(own))
+        return [restart.gaussian(state)]
+
+    if isinstance(target, NestedTarget | MarginalTarget):
+        return once(
+            "start",
+            restart.record,
+            lambda: (
+                nested_start(target, restart.seed(BUILD), say)
+                if isinstance(target, NestedTarget)
+                else marginal_start(target, restart.seed(BUILD), say, late)
+            ),
+            lambda found: [found[0].state(), [*target.own_state().items()]],
+            lambda state: restored(*state),
+        )
+    given = restart.given
+    flat = starts_diagonal(restart.name) if given is None else given.flat
+    return once(
+        "start",
+        restart.record,
+        lambda: global_start(target, restart.seed, clock, say, flat, share),
+        lambda found: [g.state() for g in found],
+        lambda found: [restart.gaussian(g) for g in found],
+    )
 
 
 def global_start(

@@ -17,7 +17,8 @@ from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.fit_folder import read_record
 from flowvi.fitting.identity import latents
-from flowvi.fitting.result import Fit, NestedFit, RowFit, StructuredFit
+from flowvi.fitting.result import Fit, NestedFit, RowFit
+from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.interop.inference_data import all_groups
 from flowvi.interop.read_draws import diagnosis_of, draws_of, facts
 from flowvi.runtime.files import CheckpointError

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
@@ -18,11 +17,11 @@ from flowvi.targets.recording.capture import Trial, capture_values
 from flowvi.targets.recording.program import CompiledDensity
 from flowvi.targets.recording.sliced import SlicedDensity, sliced
 from flowvi.targets.schema import Facts, Functions, ModelError
-from flowvi.targets.target import Target
+from flowvi.targets.simulating import SimulatingTarget
 from flowvi.targets.vectors import flattened
 
 
-class GlobalTarget(Target):
+class GlobalTarget(SimulatingTarget):
     r"""A log density on R^D: the log joint plus the log Jacobian of the map to the supports.
 
     .. math:: \log p(x, \theta(z)) + \log|\det \partial \theta / \partial z|
@@ -214,83 +213,6 @@ class GlobalTarget(Target):
         Both are empty where there is none, and for plain densities.
         """
         return ("", "") if self._functions.violation is None else self._functions.violation(z)
-
-    def prior(self, n: int, seed: int) -> dict[str, np.ndarray]:
-        """Draw all sites from the prior: name -> (n, *shape).
-
-        Raises:
-            ModelError: The model has no proper prior to draw from.
-        """
-        if self._functions.simulate is None:
-            raise ModelError(f"{self.name} is a plain density; it has no prior to draw from.")
-        if self.improper:
-            raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
-        return self._functions.simulate(None, n, seed)
-
-    def prior_of_latents(self, n: int, seed: int) -> dict[str, np.ndarray]:
-        """Draw the latent sites from the prior, without data: name -> (n, *shape).
-
-        Raises:
-            ModelError: The model has no proper prior to draw from.
-        """
-        if self._functions.simulate is None or self.improper:
-            return self.prior(n, seed)
-        return self._functions.simulate(None, n, seed, latents_only=True)
-
-    def predictive(self, values: Mapping[str, np.ndarray], seed: int) -> dict[str, np.ndarray]:
-        """Simulate the observed sites given latent values. (n, *shape) each -> (n, *shape)."""
-        if self._functions.simulate is None:
-            raise ModelError(f"{self.name} is a plain density; it cannot simulate data.")
-        given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.simulate(given, len(next(iter(given.values()))), seed)
-
-    def rerun(
-        self,
-        values: Mapping[str, np.ndarray],
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-        seed: int,
-        new: Collection[str] = (),
-    ) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
-        """Run the model on other arguments, given latent values, (n, *shape) each.
-
-        Args:
-            values: Of the latent sites.
-            args: Positional arguments of the model.
-            kwargs: Its keyword arguments.
-            seed: Of whatever is drawn.
-            new: Latent sites that are drawn anew, given the others.
-
-        Returns:
-            Draws of all other sites, (n, *shape) each, observed ones included; and the pointwise
-            log likelihood of the data that these arguments bring, (n, *rows) each.
-
-        Raises:
-            ModelError: A latent has another shape with these arguments.
-        """
-        if self._functions.rerun is None:
-            raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
-        given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.rerun(given, args, kwargs, seed, new)
-
-    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Refuse arguments with which the latents of the model have other shapes.
-
-        Raises:
-            ModelError: Names the site, its plate and the sizes.
-        """
-        if self._functions.messages_with is None:
-            return
-        for name, node in self._functions.messages_with(args, kwargs).items():
-            shape, came = tuple(self.messages[name]["value"].shape), tuple(node["value"].shape)
-            if came != shape:
-                plates = [frame.name for frame in node["cond_indep_stack"] if frame.vectorized]
-                where = f" in plate '{plates[-1]}'" if plates else ""
-                raise ModelError(
-                    f"Site '{name}'{where} has shape {shape} in the fit and {came} with these "
-                    "arguments: the guide is one of the rows that were fitted. Call it with those, "
-                    "fit again, or fit with local= for a guide that reads its rows."
-                )
 
     def observing(self, data: Mapping[str, Any]) -> GlobalTarget:
         """The same target with other data, sharing what was captured; one made by `replicable`.
