@@ -17,6 +17,7 @@ from torch import Tensor
 
 import flowvi
 from flowvi.fitting.structured_fit import StructuredFit
+from flowvi.runtime.files import CheckpointError
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
 from flowvi.targets.structure.faults import faults
@@ -130,7 +131,7 @@ def test_a_saved_fit_has_the_same_draws(tmp_path: Path) -> None:
 def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
     whole = structured(beta_binomial).draw(50)
     first = structured(beta_binomial, checkpoint=tmp_path / "fit")
-    with pytest.raises(ValueError, match="resume=True"):
+    with pytest.raises(CheckpointError, match="resume=True"):
         structured(beta_binomial, checkpoint=tmp_path / "fit")
     again = structured(beta_binomial, checkpoint=tmp_path / "fit", resume=True)
     for draws in (first.draw(50), again.draw(50)):
