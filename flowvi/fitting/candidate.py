@@ -30,6 +30,7 @@ class Candidate:
         missed: Gaussians of the search for a start that it misses.
         beyond: Sentence about mass outside of it that annealing found; else empty.
         diagnosis: Verdict on its draws.
+        weighted: Draws of the check, of shared latents; further guides are fitted to them.
         units: Sentence about units whose conditional does not fit; else empty.
         chains: Draws of Markov chains in its space, if they were run.
     """
@@ -44,6 +45,11 @@ class Candidate:
     units: str = ""
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
+    weighted: Draws | None = None
+
+    def keep(self, draws: Draws) -> None:
+        """Keep the draws of the check."""
+        self.weighted = draws
 
     @property
     def trust_rank(self) -> int:

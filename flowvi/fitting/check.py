@@ -23,6 +23,7 @@ def diagnose_fresh_draws(
     seed: int,
     over: Callable[[], bool],
     schedule: Schedule,
+    keep: Callable[[Draws], object] = lambda draws: None,
 ) -> Diagnosis:
     """Diagnose fresh draws of guides; take more draws if the first result is uncertain.
 
@@ -32,6 +33,7 @@ def diagnose_fresh_draws(
         seed: Seed of the draws.
         over: Function that returns whether to keep the first result.
         schedule: The schedule with the numbers of draws.
+        keep: Function that takes the first draws.
     """
 
     def drawn(n: int) -> Draws:
@@ -41,7 +43,9 @@ def diagnose_fresh_draws(
             return theta_draws(target, guides, n, seed)
         return draw(target, guides, n, seed)
 
-    found = diagnose(drawn(schedule.check_draws))
+    first = drawn(schedule.check_draws)
+    keep(first)
+    found = diagnose(first)
     if not found.near or over():
         return found
     return diagnose(drawn(schedule.again * schedule.check_draws))

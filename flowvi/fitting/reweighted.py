@@ -24,7 +24,7 @@ from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.targets.structure import MarginalTarget
 from flowvi.training.adam import Adam
 from flowvi.training.learning_rate import decayed
-from flowvi.training.records import REWEIGHT
+from flowvi.training.records import CHECK, REWEIGHT
 
 # Fewest effective draws for each dimension whose moments mean something.
 FEWEST = 20
@@ -62,7 +62,7 @@ def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
     even = torch.full_like(drawn.weight, 1 / len(drawn.weight))
     (to, scale), (source, before) = _moments(drawn), _moments(drawn._replace(weight=even))
     turn = torch.linalg.solve_triangular(before, scale, upper=False, left=False)
-    new = replace(candidate, guide=copy.deepcopy(candidate.guide), diagnosis=None)
+    new = replace(candidate, guide=copy.deepcopy(candidate.guide), diagnosis=None, weighted=None)
     moved = cast(Triangular, new.guide.affine)
     with torch.no_grad():
         moved.origin.copy_(to + turn @ (moved.origin - source))
@@ -105,9 +105,10 @@ def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
     target = restart.target
     if not isinstance(target, MarginalTarget) or not target.dim:
         return None
-    n = restart.schedule.check_draws
-    with torch.no_grad():
-        draws = theta_draws(target, [candidate.guide], n, restart.seed(REWEIGHT))
+    draws = candidate.weighted
+    if draws is None:
+        n = restart.schedule.check_draws
+        draws = theta_draws(target, [candidate.guide], n, restart.seed(CHECK))
     smoothed, _ = psis(draws.log_weights.ravel())
     theta, weight = (
         torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
