@@ -104,7 +104,7 @@ def test_a_gaussian_by_name_takes_few_steps(guide):
     fit = flowvi.fit(correlated(), guide, compile=False, progress=False)
 
     assert fit.meta["steps"] == DEFAULT.polish_steps
-    assert not any(line.startswith("step size") for line in fit.log)
+    assert not any(line.startswith("learning rate") for line in fit.log)
     # The sd of the best independent normal is sqrt(1 - 0.8^2), that of x itself is 1.
     sd = {"meanfield": 0.6, "fullrank": 1.0}[guide]
     draws = fit.draw(4000).values["x"]
@@ -144,7 +144,7 @@ def test_a_step_size_that_convinces_is_the_last_one_tried():
     for share in (0.0, math.inf):
         schedule = Schedule(convincing=share, little=0.0, **numbers)
         fit = flowvi.fit(curved(), "realnvp", schedule=schedule, compile=False, progress=False)
-        (line,) = (line for line in fit.log if line.startswith("step size"))
+        (line,) = (line for line in fit.log if line.startswith("learning rate"))
         tried[share] = line.split("(")[1].count(":")
 
     assert tried == {0.0: 1, math.inf: len(DEFAULT.rates)}
