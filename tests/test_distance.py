@@ -3,7 +3,7 @@
 import numpy as np
 
 import flowvi
-from flowvi.diagnostics import apart, distances
+from flowvi.diagnostics import distances, distant_restarts
 
 
 def chains(shift: float, draws: int = 1000) -> np.ndarray:
@@ -16,7 +16,7 @@ def test_equal_restarts_are_within_the_noise():
     found = distances(chains(0.0))
 
     assert found.matrix.max() < 3 * found.noise
-    assert not apart(found)
+    assert not distant_restarts(found)
 
 
 def test_a_restart_elsewhere_is_named():
@@ -24,7 +24,8 @@ def test_a_restart_elsewhere_is_named():
 
     assert found.matrix[0, 2] > 10 * found.noise > found.matrix[0, 1]
     assert np.array_equal(found.matrix, found.matrix.T)
-    assert "Restarts" in apart(found)[0].reason and "2 are farthest apart" in apart(found)[0].reason
+    reason = distant_restarts(found)[0].reason
+    assert "Restarts" in reason and "2 are farthest apart" in reason
 
 
 def test_two_points_are_as_far_as_can_be():

@@ -18,7 +18,7 @@ from torch.distributions import Normal
 import flowvi
 from flowvi.cli import main
 from flowvi.cli.fit import _executor
-from flowvi.fitting import restart, starts
+from flowvi.fitting import check, restart, starts
 from flowvi.initialization import candidates, missed_modes
 from flowvi.runtime import files
 from flowvi.runtime.clock import (
@@ -100,8 +100,8 @@ def test_a_search_or_a_check_is_dropped(phase, small, monkeypatch, capsys):
         os.kill(os.getpid(), signal.SIGINT)
         done.append(phase)
 
-    module = starts if phase == "further_modes" else restart
-    monkeypatch.setattr(module, phase, long)
+    places = {"further_modes": starts, "diagnose": check, "mass_beyond_guide": restart}
+    monkeypatch.setattr(places[phase], phase, long)
     fit = flowvi.fit(target, progress=False)
 
     assert fit.meta["interrupted"] and not done

@@ -9,8 +9,7 @@ from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.fit_shared import fit_shared
 from flowvi.fitting.request import STRUCTURED, Request
 from flowvi.fitting.result import Fit
-from flowvi.runtime.files import CheckpointError
-from flowvi.targets import GlobalTarget
+from flowvi.targets import GlobalTarget, ModelError
 from flowvi.targets.structure import MarginalTarget, Structure, structure
 from flowvi.targets.structure.structure import UNITS
 
@@ -44,11 +43,9 @@ def fit_global(request: Request) -> Fit:
     marginal = MarginalTarget(target, found)
     try:
         result = fit_shared(replace(request, target=marginal, guide=AUTO))
-    except CheckpointError:
-        raise
-    except (ValueError, RuntimeError) as error:
+    except (ModelError, RuntimeError) as error:
         if asked:
-            raise ValueError(
+            raise ModelError(
                 f"The local latents of {target.name} cannot be integrated ({found}): {error} "
                 "Leave out guide='structured'."
             ) from error

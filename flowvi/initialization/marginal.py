@@ -17,6 +17,7 @@ from flowvi.initialization.gaussian import (
     refine,
     value_and_score,
 )
+from flowvi.targets import ModelError
 from flowvi.targets.structure import MarginalTarget
 
 # Ascents, and steps of each.
@@ -64,7 +65,7 @@ def marginal_start(
             target.laplace.centre(points[i])
             ends.append(_ascend(target, points[i]))
     if not ends:
-        raise ValueError(
+        raise ModelError(
             f"The log density of {target.name} is not finite at the modes of its local latents."
         )
     best = max(ends, key=lambda end: end[0])[1]
