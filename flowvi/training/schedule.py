@@ -169,6 +169,6 @@ def structured(dim: int) -> Schedule:
     few = 500 if dim >= LARGE else 1000
     return Schedule(
         evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
-        check_draws=min(4000, max(few, 2_000_000 // dim)),
+        check_draws=min(4000, max(few, 1_000_000 // dim)),
         again=4 if dim <= SMALL else 1,
     )
