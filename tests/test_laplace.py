@@ -16,7 +16,7 @@ from torch import Tensor
 
 import flowvi
 from flowvi.targets.global_target import GlobalTarget
-from flowvi.targets.structure import MarginalTarget, laplace, structure
+from flowvi.targets.structure import MarginalTarget, derivatives, laplace, structure
 from flowvi.targets.structure.correction import Correction
 from flowvi.targets.structure.factors import Banded, Dense, Factor, Small
 from flowvi.targets.structure.noise import normal_noise
@@ -422,3 +422,17 @@ def test_estimates_and_densities_of_draws_are_one(name: str) -> None:
     found = correction(theta, 3, torch.Generator().manual_seed(1))
     density = target.whole.log_prob(found.z)
     torch.testing.assert_close(found.log_joint, density, rtol=1e-10, atol=1e-8)
+
+
+def test_the_programs_of_the_latest_shapes_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(derivatives, "PROGRAMS_KEPT", 2)
+    target = flowvi.from_density(
+        lambda v: -0.5 * ((v["u"] - v["m"]).square().sum() + v["m"].square()),
+        {"m": flowvi.Site(), "u": flowvi.Site((4,))},
+    )
+    found = derivatives.Derivatives(target, structure(target))
+    for points in (1, 2, 3):
+        z = torch.zeros(points, target.dim, dtype=target.dtype)
+        for _ in range(derivatives.PATIENCE + 2):
+            found.by_unit(z)
+    assert [key[1][0] for key in found._programs] == [2, 3]

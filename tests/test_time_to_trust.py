@@ -1,20 +1,16 @@
 """The cost of a fit, in counts that do not depend on the machine, does not creep back."""
 
 import json
-import sys
 from dataclasses import asdict
 from pathlib import Path
 
 import pytest
+import ten_fits
+from counting import counted
+
+import flowvi
 
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import ten_fits  # noqa: E402
-from counting import counted  # noqa: E402
-
-import flowvi  # noqa: E402
-
 STORED = json.loads((ROOT / "benchmarks" / "time_to_trust.json").read_text())
 # The cheapest; `python benchmarks/time_to_trust.py --quick` counts all.
 QUICK = ("poisson regression", "poisson, full rank", "gamma density", "normal, mean field")

@@ -115,7 +115,6 @@ def theta_draws(
     guides: Sequence[Guide],
     n: int,
     seed: int,
-    meta: dict[str, Any] | None = None,
 ) -> Draws:
     """Draw shared latents, with unbiased estimates of their density in place of it.
 
@@ -124,7 +123,6 @@ def theta_draws(
         guides: Their guides, one for each chain.
         n: Number of draws of each guide.
         seed: Seed of all draws.
-        meta: JSON-able facts about the fit.
     """
     generator = _generator(target, seed)
     with torch.no_grad(), isolated_rng(derive_seed(seed, THETA)):
@@ -139,7 +137,7 @@ def theta_draws(
     named = {
         name: torch.stack([value[name] for value in values]).cpu().numpy() for name in values[0]
     }
-    return Draws(z, *scored(log_p, log_q), named, target, dict(meta or {}))
+    return Draws(z, *scored(log_p, log_q), named, target)
 
 
 def structured_draws(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections import OrderedDict
 from collections.abc import Callable
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -22,7 +23,7 @@ from flowvi.targets.structure.terms import Terms
 WRITTEN = 8
 # Programs are written for a number of points after so many evaluations at it.
 PATIENCE = 2
-PROGRAMS_KEPT = 16
+PROGRAMS_KEPT = 32
 # Numbers of one operation that stay in a processor's cache; more points gain no speed.
 CACHED = 300_000
 
@@ -71,7 +72,7 @@ class Derivatives:
             self.probes = torch.zeros(size, target.dim, **options)
             for k in range(size):
                 self.probes[k, self.columns[:, k]] = 1
-        self._programs: dict[Any, Callable[..., Any]] = {}
+        self._programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._uses: dict[Any, int] = {}
         self._element = structure.element.to(target.device)
 
@@ -198,9 +199,10 @@ class Derivatives:
         key = (name, *(tuple(x.shape) for x in inputs))
         self._uses[key] = self._uses.get(key, 0) + 1
         if key in self._programs:
+            self._programs.move_to_end(key)
             with torch.no_grad():
                 return self._programs[key](*inputs)
-        if self._uses[key] > PATIENCE and len(self._programs) < PROGRAMS_KEPT:
+        if self._uses[key] > PATIENCE:
             try:
                 graph = simpler(merge_products(record(function, list(inputs))), list(inputs))
             except Exception as error:
@@ -208,6 +210,9 @@ class Derivatives:
                 self._programs[key] = function
             else:
                 self._programs[key] = graph
+            while len(self._programs) > PROGRAMS_KEPT:
+                # The least recently used one; shapes that were only tried must not stay.
+                self._programs.popitem(last=False)
         return function(*inputs)
 
 
