@@ -10,6 +10,7 @@ from torch import Tensor
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.enough import needs_no_flow
 from flowvi.fitting.restart import Restart
+from flowvi.fitting.reweighted import pilot
 from flowvi.guides.guide import FULL_RANK_DIM, Guide
 from flowvi.guides.registry import make_guide
 from flowvi.guides.skewed import HELD_DIM
@@ -50,7 +51,7 @@ def first_guide(restart: Restart) -> Candidate:
         if not target.dim:
             return Candidate(restart.to_target(NoLatents()), NoLatents.kind)
         name = "fullrank" if target.dim <= FULL_RANK_DIM else "lowrank"
-        return restart.initialised(Candidate(make_guide(name, target.dim), name))
+        return pilot(restart, restart.initialised(Candidate(make_guide(name, target.dim), name)))
     return _choose_by_gap(restart)
 
 

@@ -6,7 +6,7 @@ import copy
 import math
 from collections.abc import Iterator
 from dataclasses import replace
-from typing import NamedTuple, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,18 @@ from flowvi.flows.affine import Triangular
 from flowvi.guides.guide import Guide
 from flowvi.guides.registry import make_guide
 from flowvi.initialization.gaussian import factor_of
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.targets.structure import MarginalTarget
 from flowvi.training.adam import Adam
 from flowvi.training.learning_rate import decayed
-from flowvi.training.records import CHECK, REWEIGHT
+from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 
 # Fewest effective draws for each dimension whose moments mean something.
 FEWEST = 20
+# Draws of a pilot, for each dimension where these are more, and of its conditionals.
+PILOT, PILOT_DIM, POINTS = 200, 40, 16
 # Steps of the training on weighted draws, draws of a step, and step size.
 STEPS, BATCH, RATE = 500, 512, 1e-2
 # Largest dimension of a flow that is fitted to draws alone.
@@ -68,6 +71,44 @@ def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
         moved.origin.copy_(to + turn @ (moved.origin - source))
         moved.frame.copy_(turn @ moved.frame)
     return new
+
+
+def pilot(restart: Restart, candidate: Candidate) -> Candidate:
+    """The first guide with the weighted moments of few draws, so that its check is not wasted.
+
+    Laplace's formula may be off by many nats for many units, which moves its normal.
+    """
+    target, size = restart.target, max(PILOT, PILOT_DIM * restart.target.dim)
+    if not isinstance(target, MarginalTarget) or restart.settings.steps is not None:
+        return candidate
+
+    def work() -> Candidate:
+        with torch.no_grad(), isolated_rng(restart.seed(ADAPT)):
+            theta, _ = candidate.guide.sample((POINTS,))
+        target.adapt(theta, restart.seed(ADAPT), lambda line: None)
+        draws = theta_draws(target, [candidate.guide], size, restart.seed(REWEIGHT))
+        candidate.keep(draws)
+        found = moments(restart, candidate) or candidate
+        candidate.weighted = None
+        return found
+
+    try:
+        with abort_on_interrupt():
+            return restart.session.checkpointer.run_once(
+                "pilot",
+                restart.record,
+                work,
+                lambda found: [cpu_state_dict(found.guide), [*target.own_state().items()]],
+                lambda state: _restored(restart, candidate, state),
+            )
+    except Interrupted:
+        return candidate
+
+
+def _restored(restart: Restart, candidate: Candidate, state: Any) -> Candidate:
+    load_tensors(candidate.guide, dict(state[0]), "The checkpoint")
+    cast(MarginalTarget, restart.target).set_own_state(dict(state[1]))
+    return candidate
 
 
 def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:

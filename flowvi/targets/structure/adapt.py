@@ -10,18 +10,19 @@ from torch import Tensor
 
 from flowvi.targets.structure.correction import Correction
 from flowvi.targets.structure.laplace import Laplace
+from flowvi.targets.structure.noise import LATTICE_DIM, counts
 from flowvi.targets.structure.shape import Shape
 
 # Draws of each unit for its moments, and rounds of moments.
 PILOT, ROUNDS = 32, 2
+# Draws and values of theta by which normal conditionals are told.
+FEW = 4
 # Variance of the log of an estimate, all units together, that is small beside the error of a mean.
 ENOUGH = 0.06
 # Variance of the weights of a unit below which its conditional is normal.
 EXACT = 1e-12
 # Relative variance of the weights of a unit above which its conditional is fitted.
 NOTICED = 1e-5
-# Numbers of draws to try.
-PARTICLES = (1, 4, 8, 16, 32, 64, 128, 256, 512, 1024)
 # Units of more latents than that keep the normal: their weights are too few for its moments.
 MOST_BENT = 8
 # Largest number of values of theta for the choice.
@@ -63,17 +64,41 @@ def adapt(
     generator = torch.Generator(theta.device).manual_seed(seed)
     theta = theta[:POINTS]
     plain = Shape(Shape.identity(laplace.mode))
-    best = moments(Correction(laplace, plain), theta, generator)
-    if not (best.variance > EXACT).any():
+    first = moments(Correction(laplace, plain), theta[:FEW], FEW, generator)
+    if not (first.variance > EXACT).any():
         say("the conditional of every unit is normal: one draw of each is exact")
         return plain, 1
-    chosen = plain
+    wide = laplace.structure.size <= LATTICE_DIM
+    shape = _from_wide(laplace, theta, generator) if wide else _by_rounds(laplace, theta, generator)
+    particles = draws_needed(Correction(laplace, shape), theta, generator)
+    count = int((shape.coefficients != plain.coefficients).any(0).any(-1).sum())
+    say(
+        f"{count} of {len(first.variance)} units have a conditional with skew and tails of its own; "
+        f"{particles} draws of each unit"
+    )
+    return shape, particles
+
+
+def _from_wide(laplace: Laplace, theta: Tensor, generator: torch.Generator) -> Shape:
+    """Maps from the moments of wide draws, which cover every conditional near its mode."""
+    plain = Shape(Shape.identity(laplace.mode))
+    pilot = pilot_draws(laplace.structure.size)
+    found = moments(Correction(laplace, plain), theta, pilot, generator, wide=True)
+    wanted = Shape.from_moments(*found[:4])
+    fair = wanted.isfinite().all(0).all(-1)
+    normal = (found.mean.square() + (found.sd - 1).square()).amax(-1) < NOTICED
+    return Shape(torch.where((fair & ~normal).view(1, -1, 1), wanted, plain.coefficients))
+
+
+def _by_rounds(laplace: Laplace, theta: Tensor, generator: torch.Generator) -> Shape:
+    """Maps from the weighted moments of normal draws, round by round."""
+    plain = Shape(Shape.identity(laplace.mode))
+    best, chosen = moments(Correction(laplace, plain), theta, PILOT, generator), plain
     for _ in range(ROUNDS if laplace.structure.size <= MOST_BENT else 0):
         wanted = Shape.from_moments(*best[:4])
         bent = best.variance > NOTICED
         coefficients = torch.where(bent.view(1, -1, 1), wanted, chosen.coefficients)
-        tried = Shape(coefficients)
-        found = moments(Correction(laplace, tried), theta, generator)
+        found = moments(Correction(laplace, Shape(coefficients)), theta, PILOT, generator)
         # Each unit keeps the better of the two.
         gain = (found.variance < best.variance).view(1, -1, 1)
         chosen = Shape(torch.where(gain, coefficients, chosen.coefficients))
@@ -83,21 +108,26 @@ def adapt(
                 for new, old in zip(found, best, strict=True)
             )
         )
-    particles = draws_needed(Correction(laplace, chosen), theta, generator)
-    count = int((chosen.coefficients != plain.coefficients).any(0).any(-1).sum())
-    say(
-        f"{count} of {len(best.variance)} units have a conditional with skew and tails of its own; "
-        f"{particles} draws of each unit"
-    )
-    return chosen, particles
+    return chosen
 
 
-def moments(correction: Correction, theta: Tensor, generator: torch.Generator) -> Moments:
+def pilot_draws(dim: int) -> int:
+    """Number of wide draws of units of that many latents that give their moments."""
+    return next(count for count in counts(dim) if count >= PILOT)
+
+
+def moments(
+    correction: Correction,
+    theta: Tensor,
+    particles: int,
+    generator: torch.Generator,
+    wide: bool = False,
+) -> Moments:
     """Weighted moments of the latents of each unit, over draws at values of theta (S, p)."""
     powers: list[Tensor] = []
     variance: list[Tensor] = []
-    for one in theta.split(correction.pieces(PILOT)):
-        white, log_w = correction.weighted_noise(one, PILOT, generator)
+    for one in theta.split(correction.pieces(particles)):
+        white, log_w = correction.weighted_noise(one, particles, generator, wide)
         weights = torch.softmax(log_w, 0)
         whole = torch.stack([white, white**2, white**3, white**4])
         powers.append((whole * weights.unsqueeze(-1)).sum(1).sum(1))
@@ -117,10 +147,11 @@ def moments(correction: Correction, theta: Tensor, generator: torch.Generator) -
 
 def draws_needed(correction: Correction, theta: Tensor, generator: torch.Generator) -> int:
     """The least number of draws whose noise in the weights of theta is small enough."""
-    for particles in PARTICLES:
+    choices = counts(correction.laplace.structure.size)
+    for particles in choices:
         if estimator_variance(correction, theta, particles, generator) <= ENOUGH:
             return particles
-    return PARTICLES[-1]
+    return choices[-1]
 
 
 def estimator_variance(

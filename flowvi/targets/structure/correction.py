@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowvi.runtime import memory
 from flowvi.targets.structure.laplace import Conditional, Laplace
-from flowvi.targets.structure.noise import normal_noise
+from flowvi.targets.structure.noise import is_wide, normal_noise, wide_noise
 from flowvi.targets.structure.shape import Shape
 from flowvi.targets.structure.structure import UNITS
 
@@ -48,7 +48,8 @@ class Correction:
 
     Products of independent unbiased estimates are unbiased (Andrieu and Roberts, 2009,
     doi:10.1214/07-AOS574). With one u_i of each unit picked by its weight, (theta, u) is a
-    properly weighted draw of the posterior.
+    properly weighted draw of the posterior. Units of one to three latents are drawn by a lattice
+    of wide noise around their mode; others by normal noise through the map of each unit.
 
     Args:
         laplace: Normal approximations of the units' latents.
@@ -93,10 +94,17 @@ class Correction:
 
     @torch.no_grad()
     def weighted_noise(
-        self, theta: Tensor, particles: int, generator: torch.Generator
+        self, theta: Tensor, particles: int, generator: torch.Generator, wide: bool
     ) -> tuple[Tensor, Tensor]:
-        """Whitened draws of each unit and their log weights, (K, S, G, d) and (K, S, G)."""
-        mode, white, log_q = self._drawn(theta, particles, generator)
+        """Whitened draws of each unit and their log weights, (K, S, G, d) and (K, S, G).
+
+        Args:
+            theta: Values of theta, (S, p).
+            particles: Number of draws K.
+            generator: Generator of the noise.
+            wide: Whether the noise is wide, or normal through the map of each unit.
+        """
+        mode, white, log_q = self._drawn(theta, particles, generator, wide)
         parts = self.laplace.derivatives.by_unit(self.laplace.points(theta, mode))[..., :-1]
         return white, (parts - log_q).nan_to_num(nan=-torch.inf)
 
@@ -106,13 +114,18 @@ class Correction:
         return max(1, min(MOST_POINTS, memory.PIECE // (8 * max(1, numbers))))
 
     def _drawn(
-        self, theta: Tensor, particles: int, generator: torch.Generator
+        self, theta: Tensor, particles: int, generator: torch.Generator, wide: bool | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K draws of each unit, whitened draws, and log density. (K, S, G, d) twice, (K, S, G)."""
-        found = self.laplace.at(theta)
         shape = (len(theta), *self.laplace.columns.shape)
-        noise = normal_noise(particles, shape, generator, found.mode)
-        white, log_density = self.shape.forward(noise)
+        if is_wide(particles, shape[-1]) if wide is None else wide:
+            found = self.laplace.near(theta)
+            noise, log_density = wide_noise(particles, shape, generator, found.mode)
+            white, log_density = self.shape.spread(noise, log_density)
+        else:
+            found = self.laplace.at(theta)
+            noise = normal_noise(particles, shape, generator, found.mode)
+            white, log_density = self.shape.forward(noise)
         mode = self._centre(found) + self._by_unit(found.factor.spread, white)
         return mode, white, log_density + 0.5 * found.factor.log_det
 

@@ -109,7 +109,14 @@ class Derivatives:
         The last part is that of the shared latents alone.
         """
         flat = z.reshape(-1, z.shape[-1])
-        (found,) = self._run("units", self._by_unit, flat)
+        size = max(1, CACHED // len(self._element))
+        if len(flat) <= size:
+            (found,) = self._run("units", self._by_unit, flat)
+        else:
+            # Pieces of one shape need one program.
+            pieces = -(-len(flat) // size)
+            parts = flat.split(-(-len(flat) // pieces))
+            found = torch.cat([self._run("units", self._by_unit, one)[0] for one in parts])
         return found.reshape(*z.shape[:-1], -1)
 
     @cached_property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -15,6 +15,8 @@ from flowvi.targets.structure.structure import CHAIN, Structure
 
 # Newton's method ends where a further step would gain less than that many nats.
 CONVERGED = 1e-9
+# ... where wide draws are centred: a third of a standard deviation away.
+CLOSE = 0.05
 # A step from where the gain is larger is checked, and shortened where it gains nothing.
 CHECKED = 0.05
 MOST_STEPS = 60
@@ -126,14 +128,27 @@ class Laplace:
             return self.only
         return self._search(theta)
 
-    def _search(self, theta: Tensor) -> Conditional:
+    @torch.no_grad()
+    def near(self, theta: Tensor) -> Conditional:
+        """Places near the modes at values of theta, with the curvature there: for wide draws.
+
+        Newton's method ends earlier than in `at`, and its last step has no new curvature.
+        """
+        if self.only is not None or not len(self.shared):
+            return self.at(theta)
+        found = self._search(theta, CLOSE)
+        step = found.factor.solve(found.gradient[:, self.columns])
+        close = ((found.left <= CLOSE) & found.definite).unsqueeze(-1)
+        return replace(found, mode=found.mode + torch.where(close, step, 0.0))
+
+    def _search(self, theta: Tensor, enough: float = CONVERGED) -> Conditional:
         mode = self.mode.expand(len(theta), -1, -1)
         shift = (theta - self.reference) @ self.slope.flatten(1)
         fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
         mode = mode + torch.where(fair, shift, 0.0).view_as(mode)
         found = self._curvature(theta, mode)
         for number in range(MOST_STEPS):
-            if not (found.left > CONVERGED).any():
+            if not (found.left > enough).any():
                 break
             step = found.factor.solve(found.gradient[:, self.columns])
             far = step.abs().amax(-1, keepdim=True)
@@ -144,7 +159,7 @@ class Laplace:
                 tried = self._shortened(theta, mode, step, found)
             mode, before = tried, found
             found = self._curvature(theta, mode)
-            stuck = not (found.left < 0.9 * before.left)[before.left > CONVERGED].any()
+            stuck = not (found.left < 0.9 * before.left)[before.left > enough].any()
             if stuck and not (before.left > CHECKED).any():
                 # Rounding is all that is left.
                 break

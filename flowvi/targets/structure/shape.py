@@ -61,6 +61,13 @@ class Shape:
         slope = 1 + 2 * a * noise + 3 * c * (square - 1)
         return x, log_density - (scale * slope).log().sum(-1)
 
+    def spread(self, noise: Tensor, log_density: Tensor) -> tuple[Tensor, Tensor]:
+        """Shift and scale noise of a known log density. (..., G, d), (..., G) -> as `forward`."""
+        if not self.bent:
+            return noise, log_density
+        shift, scale = self.coefficients[:2]
+        return shift + scale * noise, log_density - scale.log().sum(-1)
+
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise of values, and the log density of the values. As `forward`."""
         if not self.bent:
