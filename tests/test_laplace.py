@@ -431,8 +431,21 @@ def test_the_programs_of_the_latest_shapes_are_kept(monkeypatch: pytest.MonkeyPa
         {"m": flowvi.Site(), "u": flowvi.Site((4,))},
     )
     found = derivatives.Derivatives(target, structure(target))
-    for points in (1, 2, 3):
-        z = torch.zeros(points, target.dim, dtype=target.dtype)
-        for _ in range(derivatives.PATIENCE + 2):
-            found.by_unit(z)
-    assert [key[1][0] for key in found._programs] == [2, 3]
+    for points in (1, 100, 200):
+        found.by_unit(torch.zeros(points, target.dim, dtype=target.dtype))
+    assert len(found._programs) == 2
+    assert ("units", 1) not in found._programs
+
+
+def test_few_programs_serve_all_numbers_of_points() -> None:
+    target = flowvi.from_density(
+        lambda v: -0.5 * ((v["u"] - v["m"]).square().sum() + v["m"].square()),
+        {"m": flowvi.Site(), "u": flowvi.Site((4,))},
+    )
+    found = derivatives.Derivatives(target, structure(target))
+    z = torch.randn(40, target.dim, dtype=target.dtype)
+    whole = found.curvature(z)
+    for count in (1, 3, 17, 39):
+        for one, all_ in zip(found.curvature(z[:count]), whole, strict=True):
+            torch.testing.assert_close(one, all_[:count])
+    assert len(found._programs) <= 2

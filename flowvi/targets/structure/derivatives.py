@@ -21,8 +21,11 @@ from flowvi.targets.structure.terms import Terms
 
 # Directions that are written into a program one by one; more are batched by autograd.
 WRITTEN = 8
-# Programs are written for a number of points after so many evaluations at it.
-PATIENCE = 2
+# To write a program takes longer than to run it. One for a single point serves a few points, and
+# the largest one serves fewer, until a number of points has come so often.
+FEW, OFTEN = 16, 20
+MOST_AT_ONCE = 64
+# Largest number of programs that are kept.
 PROGRAMS_KEPT = 32
 # Numbers of one operation that stay in a processor's cache; more points gain no speed.
 CACHED = 300_000
@@ -73,7 +76,7 @@ class Derivatives:
             for k in range(size):
                 self.probes[k, self.columns[:, k]] = 1
         self._programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
-        self._uses: dict[Any, int] = {}
+        self._uses: dict[tuple[str, int], int] = {}
         self._element = structure.element.to(target.device)
 
     @cached_property
@@ -133,7 +136,7 @@ class Derivatives:
     def at_once(self) -> int:
         """Number of points whose curvature fits in memory."""
         fits = self.cost.points_within(memory.evaluation_bytes())
-        return max(1, min(fits, CACHED // len(self._element)))
+        return max(1, min(fits, MOST_AT_ONCE, CACHED // len(self._element)))
 
     @property
     def _point(self) -> Tensor:
@@ -201,26 +204,48 @@ class Derivatives:
             return (total.index_add(1, self._element, elements),)
 
     def _run(self, name: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
-        """Call a function of tensors, by a program once it is called often at these shapes."""
-        inputs = tuple(x.detach().contiguous() for x in inputs)
-        key = (name, *(tuple(x.shape) for x in inputs))
-        self._uses[key] = self._uses.get(key, 0) + 1
-        if key in self._programs:
-            self._programs.move_to_end(key)
-            with torch.no_grad():
-                return self._programs[key](*inputs)
-        if self._uses[key] > PATIENCE:
+        """Call a function of tensors by a program for that number of points, or for another."""
+        count = len(inputs[0])
+        size = self._size(name, count)
+        parts = [
+            self._by_program((name, size), function, tuple(_extended(x, size) for x in some))
+            for some in zip(*(x.detach().split(size) for x in inputs), strict=True)
+        ]
+        if len(parts) == 1:
+            return parts[0] if size == count else tuple(x[:count] for x in parts[0])
+        return tuple(torch.cat(some)[:count] for some in zip(*parts, strict=True))
+
+    def _size(self, name: str, count: int) -> int:
+        """Number of points of the program that evaluates so many."""
+        full = min(MOST_AT_ONCE, CACHED // max(1, len(self._element)))
+        uses = self._uses[name, count] = self._uses.get((name, count), 0) + 1
+        if not 1 < count < full or uses > OFTEN or (name, count) in self._programs:
+            return count
+        return 1 if count <= FEW and (name, full) not in self._programs else full
+
+    def _by_program(
+        self, key: tuple[str, int], function: Callable[..., Any], inputs: tuple[Tensor, ...]
+    ) -> Any:
+        """Call a function by its program for these shapes, which is written at the first call."""
+        if key not in self._programs:
             try:
                 graph = simpler(merge_products(record(function, list(inputs))), list(inputs))
             except Exception as error:
-                warnings.warn(f"Keeping the slower curvature: {error}", stacklevel=3)
+                warnings.warn(f"Keeping the slower curvature: {error}", stacklevel=4)
                 self._programs[key] = function
             else:
                 self._programs[key] = graph
             while len(self._programs) > PROGRAMS_KEPT:
                 # The least recently used one; shapes that were only tried must not stay.
                 self._programs.popitem(last=False)
-        return function(*inputs)
+        self._programs.move_to_end(key)
+        with torch.no_grad():
+            return self._programs[key](*inputs)
+
+
+def _extended(x: Tensor, size: int) -> Tensor:
+    """Inputs with their last one repeated, so that there are as many as asked for."""
+    return torch.cat([x, x[-1:].expand(size - len(x), *x.shape[1:])]).contiguous()
 
 
 def _grad(value: Tensor, z: Tensor, **options: Any) -> Tensor:

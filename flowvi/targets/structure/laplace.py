@@ -124,9 +124,9 @@ class Laplace:
         if self.only is not None:
             return self.only
         if not len(self.shared):
-            self.only = self._search(theta[:1])
+            self.only = self._search(theta[:1], CONVERGED)
             return self.only
-        return self._search(theta)
+        return self._search(theta, CONVERGED)
 
     @torch.no_grad()
     def near(self, theta: Tensor) -> Conditional:
@@ -141,7 +141,7 @@ class Laplace:
         close = ((found.left <= CLOSE) & found.definite).unsqueeze(-1)
         return replace(found, mode=found.mode + torch.where(close, step, 0.0))
 
-    def _search(self, theta: Tensor, enough: float = CONVERGED) -> Conditional:
+    def _search(self, theta: Tensor, enough: float) -> Conditional:
         mode = self.mode.expand(len(theta), -1, -1)
         shift = (theta - self.reference) @ self.slope.flatten(1)
         fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
