@@ -18,6 +18,7 @@ from flowvi.guides.guide import Guide
 from flowvi.runtime.columns import Columns
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets.structure import MarginalTarget
+from flowvi.targets.structure.noise import is_wide, normal_variance
 
 # Random streams.
 THETA, LOCAL, UNITS = 11, 12, 13
@@ -40,7 +41,8 @@ class Units:
         plate: Name of the axis of the units.
         labels: Labels of the units.
         khat: Pareto shape of the weights of the unit's draws.
-        variance: Variance of these weights over the square of their mean.
+        variance: Variance of these weights over the square of their mean, less that of a normal
+            conditional.
         bad: Whether the unit is not to be trusted.
         draws: Number of draws of a unit.
     """
@@ -212,6 +214,10 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
     log_w = np.concatenate(weights).T.astype(np.float64)
     relative = np.exp(np.minimum(log_w, 700.0))
     variance = relative.var(1) / np.maximum(relative.mean(1), 1e-300) ** 2
+    # Wide noise has uneven weights also where the conditional is normal.
+    size = target.structure.size
+    if is_wide(EACH, size):
+        variance = np.maximum(variance - normal_variance(size), 0.0)
     khat = np.full(count, -np.inf)
     uneven = variance > FLAT
     if uneven.any():

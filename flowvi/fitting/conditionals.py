@@ -38,7 +38,7 @@ def adapt_conditionals(restart: Restart, target: MarginalTarget, guide: Guide) -
             theta, _ = guide.sample((POINTS,))
         target.adapt(theta, restart.seed(ADAPT), restart.record.log.append)
         units = check_units(target, theta, restart.seed(ADAPT))
-        found = faults(target, theta, units.names, restart.seed(ADAPT))
+        found = faults(target, theta, units.names)
         return " ".join(filter(None, [*found, units.reason]))
 
     def restored(state: Sequence[Any]) -> str:

@@ -40,7 +40,7 @@ from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
 from flowvi.targets import GlobalTarget, LocalTarget, Target
-from flowvi.targets.structure import MarginalTarget, structure
+from flowvi.targets.structure import VARYING, MarginalTarget, structure
 
 
 @overload

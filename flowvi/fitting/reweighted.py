@@ -31,6 +31,8 @@ from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 FEWEST = 20
 # Draws of a pilot, for each dimension where these are more, and of its conditionals.
 PILOT, PILOT_DIM, POINTS = 200, 40, 16
+# Share of effective draws above which their moments are no better than those of the guide.
+NEAR = 0.75
 # Steps of the training on weighted draws, draws of a step, and step size.
 STEPS, BATCH, RATE = 500, 512, 1e-2
 # Largest dimension of a flow that is fitted to draws alone.
@@ -88,7 +90,9 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
         target.adapt(theta, restart.seed(ADAPT), lambda line: None)
         draws = theta_draws(target, [candidate.guide], size, restart.seed(REWEIGHT))
         candidate.keep(draws)
-        found = moments(restart, candidate) or candidate
+        drawn = _drawn(restart, candidate)
+        fits = drawn is not None and drawn.effective > NEAR * size
+        found = (None if fits else moments(restart, candidate)) or candidate
         candidate.weighted = None
         return found
 

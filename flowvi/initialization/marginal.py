@@ -30,7 +30,7 @@ FEW, MANY_ROUNDS = 10, 12
 FLATTEST = 0.02
 # A gap that needs no refinement: for a density of few elements, and for others, where weighted
 # draws correct the moments for less.
-NEARLY, ROUGHLY, FEW_ELEMENTS = 0.02, 0.3, 3000
+NEARLY, ROUGHLY, FEW_ELEMENTS = 0.005, 0.3, 3000
 # Numbers of a density beyond which a normal is not refined.
 LARGE = 100_000
 

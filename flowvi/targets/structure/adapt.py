@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,13 +48,18 @@ class Moments(NamedTuple):
 
 
 def adapt(
-    laplace: Laplace, theta: Tensor, seed: int, say: Callable[[str], object]
+    laplace: Laplace,
+    theta: Tensor,
+    others: Sequence[Laplace],
+    seed: int,
+    say: Callable[[str], object],
 ) -> tuple[Shape, int]:
     """Choose the conditionals and the number of draws of each unit.
 
     Args:
         laplace: Normal approximations of the units.
         theta: Values of theta, (S, p).
+        others: Those at further modes of some units.
         seed: Seed of the draws.
         say: Function that takes a line of the log.
 
@@ -70,11 +75,12 @@ def adapt(
         return plain, 1
     wide = laplace.structure.size <= LATTICE_DIM
     shape = _from_wide(laplace, theta, generator) if wide else _by_rounds(laplace, theta, generator)
-    particles = draws_needed(Correction(laplace, shape), theta, generator)
+    particles = draws_needed(Correction(laplace, shape, others), theta, generator)
     count = int((shape.coefficients != plain.coefficients).any(0).any(-1).sum())
     say(
-        f"{count} of {len(first.variance)} units have a conditional with skew and tails of its own; "
-        f"{particles} draws of each unit"
+        f"{count} of {len(first.variance)} units have a conditional with skew and tails of its own"
+        + (", some with further modes" if others else "")
+        + f"; {particles} draws of each unit"
     )
     return shape, particles
 
@@ -147,7 +153,8 @@ def moments(
 
 def draws_needed(correction: Correction, theta: Tensor, generator: torch.Generator) -> int:
     """The least number of draws whose noise in the weights of theta is small enough."""
-    choices = counts(correction.laplace.structure.size)
+    parts = 1 + len(correction.others)
+    choices = [parts * count for count in counts(correction.laplace.structure.size)]
     for particles in choices:
         if estimator_variance(correction, theta, particles, generator) <= ENOUGH:
             return particles

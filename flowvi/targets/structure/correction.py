@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from flowvi.runtime import memory
 from flowvi.targets.structure.laplace import Conditional, Laplace
-from flowvi.targets.structure.noise import is_wide, normal_noise, wide_noise
+from flowvi.targets.structure.noise import is_wide, normal_noise, wide_log_density, wide_noise
 from flowvi.targets.structure.shape import Shape
 from flowvi.targets.structure.structure import UNITS
 
@@ -54,10 +54,12 @@ class Correction:
     Args:
         laplace: Normal approximations of the units' latents.
         shape: Map of the noise of each unit.
+        others: Normal approximations at further modes of units. The wide noise is a mixture with
+            as many draws at each (Owen and Zhou, 2000, doi:10.1080/01621459.2000.10473909).
     """
 
-    def __init__(self, laplace: Laplace, shape: Shape) -> None:
-        self.laplace, self.shape = laplace, shape
+    def __init__(self, laplace: Laplace, shape: Shape, others: Sequence[Laplace] = ()) -> None:
+        self.laplace, self.shape, self.others = laplace, shape, others
 
     @torch.no_grad()
     def __call__(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
@@ -118,6 +120,8 @@ class Correction:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """K draws of each unit, whitened draws, and log density. (K, S, G, d) twice, (K, S, G)."""
         shape = (len(theta), *self.laplace.columns.shape)
+        if self.others and wide is None and particles > 1:
+            return self._mixed(theta, particles, generator)
         if is_wide(particles, shape[-1]) if wide is None else wide:
             found = self.laplace.near(theta)
             noise, log_density = wide_noise(particles, shape, generator, found.mode)
@@ -128,6 +132,26 @@ class Correction:
             white, log_density = self.shape.forward(noise)
         mode = self._centre(found) + self._by_unit(found.factor.spread, white)
         return mode, white, log_density + 0.5 * found.factor.log_det
+
+    def _mixed(
+        self, theta: Tensor, particles: int, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """As `_drawn`, by wide noise at each mode; the density is that of the mixture."""
+        shape = (len(theta), *self.laplace.columns.shape)
+        parts = [one.near(theta) for one in (self.laplace, *self.others)]
+        plain = Shape(Shape.identity(self.laplace.mode))
+        shapes = [self.shape, *(plain for _ in self.others)]
+        modes = []
+        for found, map_ in zip(parts, shapes, strict=True):
+            noise, density = wide_noise(particles // len(parts), shape, generator, found.mode)
+            modes.append(found.mode + found.factor.spread(map_.spread(noise, density)[0]))
+        mode = torch.cat(modes)
+        densities = []
+        for found, map_ in zip(parts, shapes, strict=True):
+            noise, log_scale = map_.gathered(found.factor.whiten(mode - found.mode))
+            densities.append(wide_log_density(noise) - log_scale + 0.5 * found.factor.log_det)
+        log_q = torch.logsumexp(torch.stack(densities), 0) - math.log(len(parts))
+        return mode, parts[0].factor.whiten(mode - parts[0].mode), log_q
 
     def _centre(self, found: Conditional) -> Tensor:
         """Centres of the conditionals, (S, G, d): modes, or means for chains and fields."""

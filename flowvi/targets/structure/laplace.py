@@ -21,6 +21,8 @@ CLOSE = 0.05
 CHECKED = 0.05
 MOST_STEPS = 60
 MOST_HALVINGS = 12
+# Step from a saddle, in standard deviations of its ridged precision, and number of such steps.
+NUDGE, NUDGES = 0.1, 6
 # Multiples of the diagonal that are added to a precision that is not positive definite.
 RIDGES = (0.0, 1e-6, 1e-3, 1e-2, 0.1, 1.0, 10.0, 1e3, 1e6)
 # Longest first step in units of one, for latents whose conditional is nearly flat; and how often
@@ -148,9 +150,12 @@ class Laplace:
         mode = mode + torch.where(fair, shift, 0.0).view_as(mode)
         found = self._curvature(theta, mode)
         for number in range(MOST_STEPS):
-            if not (found.left > enough).any():
+            if not ((found.left > enough) | ~found.definite).any():
                 break
             step = found.factor.solve(found.gradient[:, self.columns])
+            # A saddle, where the gradient is zero, is left along the axes of the unit.
+            saddle = (~found.definite & (found.left <= CONVERGED)).unsqueeze(-1) & (number < NUDGES)
+            step = torch.where(saddle, found.factor.spread(NUDGE * torch.ones_like(step)), step)
             far = step.abs().amax(-1, keepdim=True)
             longest = LONGEST * 2.0 ** min(number, DOUBLINGS)
             step = step * (longest / far.clamp(min=longest))
@@ -160,7 +165,7 @@ class Laplace:
             mode, before = tried, found
             found = self._curvature(theta, mode)
             stuck = not (found.left < 0.9 * before.left)[before.left > enough].any()
-            if stuck and not (before.left > CHECKED).any():
+            if stuck and not (saddle.any() or (before.left > CHECKED).any()):
                 # Rounding is all that is left.
                 break
         return found

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -14,10 +15,13 @@ from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.adapt import adapt
 from flowvi.targets.structure.correction import Correction, Weighted
 from flowvi.targets.structure.laplace import Laplace
+from flowvi.targets.structure.modes import Modes, search_modes
 from flowvi.targets.structure.shape import Shape
 from flowvi.targets.structure.structure import CHAIN, Structure, structure
 from flowvi.targets.target import Target
 
+# Parts of the state with as many rows as units have further modes.
+VARYING = ("other_modes", "other_slopes")
 # Step of a central difference of a dense field, whose third derivatives take too much memory.
 DIFFERENCE = 1e-4
 # Latents of a unit beyond which differences are cheaper than the third derivatives.
@@ -36,6 +40,8 @@ class MarginalTarget(Target):
         laplace: The normal approximation of local latents.
         shape: The map of normal noise of each unit, which `adapt` fits.
         particles: Number of draws K of each unit in `corrected`.
+        modes: Modes of the units, which `adapt` searches.
+        others: Normal approximations at further modes of some units.
     """
 
     whole: GlobalTarget
@@ -45,6 +51,8 @@ class MarginalTarget(Target):
         self.__dict__["whole"], self.structure = target, structure
         self.laplace = Laplace(target, structure)
         self.shape, self.particles = Shape(Shape.identity(self.laplace.mode)), 1
+        self.modes: Modes | None = None
+        self.others: list[Laplace] = []
         if target.made is not None:
             self.made = partial(_made_again, target.made)
         self.name, self.dim = target.name, len(structure.shared)
@@ -89,12 +97,15 @@ class MarginalTarget(Target):
 
     def adapt(self, theta: Tensor, seed: int, say: Callable[[str], object]) -> None:
         """Fit the conditionals of units at values of theta (S, p), and choose K."""
-        self.shape, self.particles = adapt(self.laplace, theta, seed, say)
+        if self.modes is None or not torch.equal(self.modes.reference, self.laplace.reference):
+            self.modes = search_modes(self.laplace, seed)
+            self.others = self.modes.components()
+        self.shape, self.particles = adapt(self.laplace, theta, self.others, seed, say)
 
     @property
     def correction(self) -> Correction:
         """The estimates of the density of theta by draws of each unit."""
-        return Correction(self.laplace, self.shape)
+        return Correction(self.laplace, self.shape, self.others)
 
     def corrected(
         self, theta: Tensor, generator: torch.Generator, particles: int | None = None
@@ -111,6 +122,10 @@ class MarginalTarget(Target):
             "slope": self.laplace.slope,
             "shape": self.shape.coefficients,
             "particles": torch.tensor([self.particles]),
+            "other_modes": self._stacked([other.mode for other in self.others], self.laplace.mode),
+            "other_slopes": self._stacked(
+                [other.slope for other in self.others], self.laplace.slope
+            ),
         }
 
     def set_own_state(self, values: Mapping[str, Tensor]) -> None:
@@ -119,6 +134,15 @@ class MarginalTarget(Target):
         self.laplace.slope, self.laplace.only = kept["slope"], None
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
+        self.others = []
+        for mode, slope in zip(kept["other_modes"], kept["other_slopes"], strict=True):
+            other = copy.copy(self.laplace)
+            other.mode, other.slope = mode, slope
+            self.others.append(other)
+
+    @staticmethod
+    def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
+        return torch.stack(list(parts)) if parts else like.new_zeros(0, *like.shape)
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Laplace's formula and its gradient. (S, p) -> (S), (S, p)."""

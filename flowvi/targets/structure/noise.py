@@ -82,11 +82,29 @@ def wide_noise(
     lattice = lattice.view(particles, *[1] * (len(shape) - 1), shape[-1])
     v = (lattice + shift).frac_().clamp_(EDGE, 1 - EDGE).mul_(2).sub_(1)
     inside = (1 - v * v).rsqrt_()
-    a = WIDTH[shape[-1] - 1]
-    noise = v.mul_(a).mul_(inside)
-    # dx / dv = a (1 - v^2)^(-3/2), and v has the density 1/2.
-    log_density = -3 * inside.log_().sum(-1) - shape[-1] * math.log(2 * a)
-    return noise, log_density
+    noise = v.mul_(WIDTH[shape[-1] - 1]).mul_(inside)
+    # 1 / (1 - v^2) = 1 + x^2 / a^2, dx / dv = a (1 - v^2)^(-3/2), and v has the density 1/2.
+    return noise, inside.log_().sum(-1).mul_(-3).sub_(_log_constant(shape[-1]))
+
+
+def wide_log_density(x: Tensor) -> Tensor:
+    """Log density of wide noise at values of units. (..., d) -> (...)."""
+    a = WIDTH[x.shape[-1] - 1]
+    return (x / a).square().log1p().sum(-1).mul(-1.5).sub(_log_constant(x.shape[-1]))
+
+
+def _log_constant(dim: int) -> float:
+    return dim * math.log(2 * WIDTH[dim - 1])
+
+
+@lru_cache
+def normal_variance(dim: int) -> float:
+    """Relative variance of the weights of a standard normal of so many latents, by wide noise."""
+    a = WIDTH[dim - 1]
+    x = torch.linspace(-12, 12, 20_001, dtype=torch.float64)
+    wide = (1 + (x / a).square()).pow(-1.5) / (2 * a)
+    square = torch.trapezoid((-x.square()).exp() / (2 * math.pi) / wide, x)
+    return float(square) ** dim - 1
 
 
 @lru_cache

@@ -68,6 +68,11 @@ class Shape:
         shift, scale = self.coefficients[:2]
         return shift + scale * noise, log_density - scale.log().sum(-1)
 
+    def gathered(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The noise that `spread` takes to values, and the log of its scale, (..., G, d), (G)."""
+        shift, scale = self.coefficients[:2]
+        return (x - shift) / scale, scale.log().sum(-1)
+
     def inverse(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Noise of values, and the log density of the values. As `forward`."""
         if not self.bent:
