@@ -173,7 +173,10 @@ def _load_structured(
     file, seal = files.of(OWN)
     own, wanted = read_tensors(file, seal), marginal.own_state()
     for name, value in wanted.items():
-        if name not in own or own[name].shape != value.shape or not own[name].isfinite().all():
+        bad = name not in own or not own[name].isfinite().all()
+        # As many further modes as were found.
+        leading = 1 if name in VARYING else 0
+        if bad or own[name].shape[leading:] != value.shape[leading:]:
             raise CheckpointError(
                 f"{file}: '{name}' of the local latents is missing or not finite."
             )
