@@ -19,7 +19,7 @@ from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, derivatives, laplace, structure
 from flowvi.targets.structure.correction import Correction
 from flowvi.targets.structure.factors import Banded, Dense, Factor, Small
-from flowvi.targets.structure.noise import normal_noise
+from flowvi.targets.structure.noise import WIDTH, normal_noise, wide_log_density, wide_noise
 from flowvi.targets.structure.shape import Shape
 
 GROUPS, EACH = 10, 4
@@ -339,6 +339,39 @@ def test_noise_is_normal_even_and_independent_between_units(particles: int, dim:
     first, second = noise.exp().mean(0)[..., 0].unbind(1)
     correlation = np.corrcoef(first.numpy(), second.numpy())[0, 1]
     assert abs(correlation) < 4 / math.sqrt(count)
+
+
+@pytest.mark.parametrize(("particles", "dim"), [(8, 1), (34, 2), (89, 3)])
+def test_wide_noise_is_students_t_with_its_density(particles: int, dim: int) -> None:
+    generator = torch.Generator().manual_seed(5)
+    like = torch.zeros((), dtype=torch.float64)
+    noise, log_density = wide_noise(particles, (2000, 2, dim), generator, like)
+    t = stats.t(2, scale=WIDTH[dim - 1] / math.sqrt(2))
+    exact = t.logpdf(noise.numpy()).sum(-1)
+    np.testing.assert_allclose(log_density.numpy(), exact, rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(wide_log_density(noise).numpy(), exact, rtol=1e-6, atol=1e-6)
+    tests = [
+        stats.kstest(noise[k, :, g, j].numpy(), t.cdf).pvalue
+        for k in range(0, particles, 7)
+        for g in range(2)
+        for j in range(dim)
+    ]
+    assert min(tests) * len(tests) > 1e-3
+
+
+@pytest.mark.parametrize(("particles", "dim"), [(8, 1), (12, 1), (34, 2), (89, 3)])
+def test_lattices_of_wide_noise_integrate_skewed_conditionals(particles: int, dim: int) -> None:
+    # Each latent is the log of a gamma variable with shape 5, standardised at its mode.
+    generator = torch.Generator().manual_seed(6)
+    like = torch.zeros((), dtype=torch.float64)
+    noise, log_q = wide_noise(particles, (4000, 1, dim), generator, like)
+    eta = noise / math.sqrt(5)
+    log_p = (5 * eta - 5 * eta.exp() - math.lgamma(5) + 5 * math.log(5) - 0.5 * math.log(5)).sum(-1)
+    mean = (log_p - log_q).exp().mean(0)
+    error = mean.std()
+    assert abs(mean.mean() - 1) < 4 * error / math.sqrt(len(mean))
+    independent = (log_p - log_q).exp().std() / math.sqrt(particles)
+    assert error < (0.02 if dim < 3 else 0.1) * independent
 
 
 # The correction

@@ -109,7 +109,7 @@ def test_the_mean_weight_is_the_evidence(default: torch.dtype, name: str) -> Non
     # Nor is the error so large that anything passes.
     assert error < 0.08
     if name == "normal":
-        assert flowvi.diagnose(draws).verdict == "trust"
+        assert flowvi.diagnose(draws).verdict in ("trust", "trust the resampled draws")
         assert not fit.units().bad.any()
 
 
