@@ -20,19 +20,20 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.registry import make_guide
 from flowvi.initialization.gaussian import factor_of
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
-from flowvi.runtime.rng import isolated_rng
+from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.targets.structure import MarginalTarget
 from flowvi.training.adam import Adam
 from flowvi.training.learning_rate import decayed
 from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 
-# Fewest effective draws for each dimension whose moments mean something.
-FEWEST = 20
+# Fewest effective draws for each dimension whose moments mean something: those of a covariance,
+# and means and widths alone; and fewest at all.
+FEWEST, FEWEST_WIDTHS, FEW_DRAWS = 20, 2, 40
 # Draws of a pilot, for each dimension where these are more, and of its conditionals.
 PILOT, PILOT_DIM, POINTS = 200, 40, 16
-# Share of effective draws above which their moments are no better than those of the guide.
-NEAR = 0.75
+# Rounds of a pilot, and share of effective draws whose moments are no better than the guide's.
+ROUNDS, NEAR = 3, 0.9
 # Steps of the training on weighted draws, draws of a step, and step size.
 STEPS, BATCH, RATE = 500, 512, 1e-2
 # Largest dimension of a flow that is fitted to draws alone.
@@ -56,16 +57,20 @@ def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
 
     .. math:: z' = m_w + L_w L_q^{-1} (z - m_q)
 
-    with the means and Cholesky factors of the weighted draws (w) and of the plain ones (q).
+    with the means and Cholesky factors of the weighted draws (w) and of the plain ones (q). Where
+    the effective draws are too few for a covariance, the map has the means, and the widths along
+    the axes in which the plain draws are white.
     """
     affine = getattr(candidate.guide, "affine", None)
     if not isinstance(restart.target, MarginalTarget) or not isinstance(affine, Triangular):
         return None
-    drawn = _drawn(restart, candidate)
+    drawn = _drawn(restart, candidate, FEWEST_WIDTHS)
     if drawn is None:
         return None
     even = torch.full_like(drawn.weight, 1 / len(drawn.weight))
-    (to, scale), (source, before) = _moments(drawn), _moments(drawn._replace(weight=even))
+    source, before = _moments(drawn._replace(weight=even))
+    few = drawn.effective < FEWEST * restart.target.dim
+    to, scale = _widths(drawn, source, before) if few else _moments(drawn)
     turn = torch.linalg.solve_triangular(before, scale, upper=False, left=False)
     new = replace(candidate, guide=copy.deepcopy(candidate.guide), diagnosis=None, weighted=None)
     moved = cast(Triangular, new.guide.affine)
@@ -88,12 +93,17 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
         with torch.no_grad(), isolated_rng(restart.seed(ADAPT)):
             theta, _ = candidate.guide.sample((POINTS,))
         target.adapt(theta, restart.seed(ADAPT), lambda line: None)
-        draws = theta_draws(target, [candidate.guide], size, restart.seed(REWEIGHT))
-        candidate.keep(draws)
-        drawn = _drawn(restart, candidate)
-        fits = drawn is not None and drawn.effective > NEAR * size
-        found = (None if fits else moments(restart, candidate)) or candidate
-        candidate.weighted = None
+        found = candidate
+        for number in range(ROUNDS):
+            seed = derive_seed(restart.seed(REWEIGHT), number)
+            found.keep(theta_draws(target, [found.guide], size, seed))
+            drawn = _drawn(restart, found)
+            fits = drawn is not None and drawn.effective > NEAR * size
+            better = None if fits else moments(restart, found)
+            found.weighted = None
+            if better is None:
+                break
+            found = better
         return found
 
     try:
@@ -145,8 +155,24 @@ def _moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
     return loc, factor_of((drawn.weight[:, None] * shift).mT @ shift)
 
 
-def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
-    """Weighted draws of a guide; None if they are too few to fit anything to."""
+def _widths(drawn: WeightedDraws, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
+    """As `_moments`, by means and widths of draws that a normal (loc, scale) makes white."""
+    white = torch.linalg.solve_triangular(scale, (drawn.theta - loc).mT, upper=False).mT
+    mean = (drawn.weight[:, None] * white).sum(0)
+    width = (drawn.weight[:, None] * (white - mean).square()).sum(0).sqrt()
+    return loc + scale @ mean, scale * width
+
+
+def _drawn(
+    restart: Restart, candidate: Candidate, fewest: int | None = None
+) -> WeightedDraws | None:
+    """Weighted draws of a guide; None if they are too few to fit anything to.
+
+    Args:
+        restart: The restart.
+        candidate: The guide.
+        fewest: Fewest effective draws for each dimension.
+    """
     target = restart.target
     if not isinstance(target, MarginalTarget) or not target.dim:
         return None
@@ -159,7 +185,8 @@ def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
         torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
     )
     found = WeightedDraws(theta, weight.exp())
-    return found if found.effective >= FEWEST * target.dim else None
+    fewest = FEWEST if fewest is None else fewest
+    return found if found.effective >= max(FEW_DRAWS, fewest * target.dim) else None
 
 
 def _train(restart: Restart, guide: Guide, drawn: WeightedDraws) -> None:
