@@ -22,7 +22,7 @@ from flowvi.targets.structure import MarginalTarget
 # Random streams.
 THETA, LOCAL, UNITS = 11, 12, 13
 # Numbers of weights that are kept for the check of units, and draws of each unit at one theta.
-WEIGHTS, FEWEST, MOST, EACH = 30_000_000, 128, 2048, 32
+WEIGHTS, FEWEST, MOST, MOVED, EACH = 30_000_000, 128, 2048, 256, 32
 # Relative variance of the weights of a unit that matters to no result.
 FLAT = 0.03
 # Largest number of units named in a sentence or a table.
@@ -202,7 +202,9 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
         seed: Seed of the draws.
     """
     count = target.structure.units
-    draws = int(np.clip(WEIGHTS // count, FEWEST, MOST))
+    # Draws of a chain or a field that are moved take many steps each.
+    most = MOST if target.path.steps == 1 else MOVED
+    draws = int(np.clip(WEIGHTS // count, FEWEST, most))
     generator = torch.Generator(target.device).manual_seed(derive_seed(seed, UNITS))
     points = theta[: max(1, math.ceil(draws / EACH))]
     weights = [

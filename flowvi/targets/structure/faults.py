@@ -93,7 +93,8 @@ class _Modes:
     def search(self, start: Tensor) -> None:
         """Start Newton's method of all units elsewhere, (G, d)."""
         other = copy.copy(self.laplace)
-        other.mode, other.slope, other.only = start, torch.zeros_like(self.laplace.slope), None
+        other.mode, other.slope = start, torch.zeros_like(self.laplace.slope)
+        other.forget()
         self.add(other.at(self.laplace.reference.unsqueeze(0)))
 
     def add(self, found: Conditional) -> None:

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.adapt import adapt
+from flowvi.targets.structure.adapt_path import adapt_path
+from flowvi.targets.structure.annealed import Path
 from flowvi.targets.structure.correction import Correction, Weighted
-from flowvi.targets.structure.laplace import Laplace
+from flowvi.targets.structure.field import laplace_of
 from flowvi.targets.structure.shape import Shape
-from flowvi.targets.structure.structure import CHAIN, Structure, structure
+from flowvi.targets.structure.structure import CHAIN, UNITS, Structure, structure
 from flowvi.targets.target import Target
 
 # Step of a central difference of a dense field, whose third derivatives take too much memory.
@@ -36,6 +38,7 @@ class MarginalTarget(Target):
         laplace: The normal approximation of local latents.
         shape: The map of normal noise of each unit, which `adapt` fits.
         particles: Number of draws K of each unit in `corrected`.
+        path: Steps of the draws of a chain or a field, which `adapt` chooses.
     """
 
     whole: GlobalTarget
@@ -43,8 +46,9 @@ class MarginalTarget(Target):
     def __init__(self, target: GlobalTarget, structure: Structure) -> None:
         super().__init__()
         self.__dict__["whole"], self.structure = target, structure
-        self.laplace = Laplace(target, structure)
+        self.laplace = laplace_of(target, structure)
         self.shape, self.particles = Shape(Shape.identity(self.laplace.mode)), 1
+        self.path = Path()
         if target.made is not None:
             self.made = partial(_made_again, target.made)
         self.name, self.dim = target.name, len(structure.shared)
@@ -72,7 +76,7 @@ class MarginalTarget(Target):
 
     def log_prob(self, z: Tensor, batch: Any = None) -> Tensor:
         """Evaluate Laplace's formula. (*S, p) -> (*S)."""
-        theta = z.reshape(-1, self.dim)
+        theta = z.reshape(z.shape[:-1].numel(), self.dim)
         if theta.requires_grad and torch.is_grad_enabled():
             found: Tensor = _LogMarginal.apply(theta, self)
         else:
@@ -82,19 +86,25 @@ class MarginalTarget(Target):
     def evaluate(self, theta: Tensor) -> Tensor:
         """Laplace's formula without gradients. (S, p) -> (S)."""
         parts = [
-            self.laplace.at(one).log_marginal
+            self.laplace.at(one).log_marginal.expand(len(one))
             for one in theta.detach().to(self.dtype).split(self.chunk())
         ]
         return torch.cat(parts).nan_to_num(nan=-torch.inf)
 
     def adapt(self, theta: Tensor, seed: int, say: Callable[[str], object]) -> None:
-        """Fit the conditionals of units at values of theta (S, p), and choose K."""
+        """Fit the conditionals of units at values of theta (S, p), and choose K.
+
+        For a chain or a field, choose the steps of its draws.
+        """
+        if self.structure.kind != UNITS:
+            _, self.path = adapt_path(self.laplace, theta, seed, say)
+            return
         self.shape, self.particles = adapt(self.laplace, theta, seed, say)
 
     @property
     def correction(self) -> Correction:
         """The estimates of the density of theta by draws of each unit."""
-        return Correction(self.laplace, self.shape)
+        return Correction(self.laplace, self.shape, self.path)
 
     def corrected(
         self, theta: Tensor, generator: torch.Generator, particles: int | None = None
@@ -111,12 +121,18 @@ class MarginalTarget(Target):
             "slope": self.laplace.slope,
             "shape": self.shape.coefficients,
             "particles": torch.tensor([self.particles]),
+            "refined": torch.tensor([self.laplace.refined]),
+            "path": torch.tensor([self.path.angle, *self.path.powers], dtype=torch.float64),
         }
 
     def set_own_state(self, values: Mapping[str, Tensor]) -> None:
         kept = {name: value.to(self.device) for name, value in values.items()}
         self.laplace.reference, self.laplace.mode = kept["reference"], kept["mode"]
-        self.laplace.slope, self.laplace.only = kept["slope"], None
+        self.laplace.slope = kept["slope"]
+        self.laplace.refined = bool(kept["refined"])
+        self.laplace.forget()
+        angle, *powers = kept["path"].tolist()
+        self.path = Path(tuple(powers), angle)
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
 
@@ -134,12 +150,13 @@ class MarginalTarget(Target):
     def _differences(self, theta: Tensor) -> Tensor:
         step = DIFFERENCE * torch.eye(self.dim, dtype=theta.dtype, device=theta.device)
         around = torch.stack([theta.unsqueeze(1) + step, theta.unsqueeze(1) - step])
-        up, down = self.evaluate(around.reshape(-1, self.dim)).view(2, len(theta), self.dim)
+        around = around.reshape(2 * theta.numel(), self.dim)
+        up, down = self.evaluate(around).view(2, len(theta), self.dim)
         return (up - down) / (2 * DIFFERENCE)
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the shared sites. (*S, p) -> (*S, *shape)."""
-        theta = z.reshape(-1, self.dim)
+        theta = z.reshape(z.shape[:-1].numel(), self.dim)
         values: dict[str, list[Tensor]] = {}
         for one in theta.split(self.chunk()):
             mode = self.laplace.mode.expand(len(one), -1, -1)

@@ -1,0 +1,194 @@
+"""Draws of a chain or a field, moved from a normal to its conditional in many small steps."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flowvi.targets.structure.laplace import Laplace, Normal
+
+# Angle of a step of the moves, and the least; acceptance below which the angle is halved.
+ANGLE, LEAST_ANGLE, ACCEPTED = 1.2, 0.05, 0.6
+# Steps of the first pilot, most pilots, and numbers of steps to try.
+PILOT, ROUNDS = 8, 8
+STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
+# Share of the variance that the number of steps is chosen for.
+MARGIN = 0.8
+# Log weight of a draw of density zero, for variances.
+FARTHEST = -1e6
+
+
+@dataclass(frozen=True)
+class Path:
+    r"""Powers of the weights on the way from a normal q to the conditional p.
+
+    The density at power b is proportional to q (p / q)^b.
+
+    Attributes:
+        powers: Increasing powers from 0 to 1, (n + 1).
+        angle: Angle of a step of the moves.
+    """
+
+    powers: tuple[float, ...] = (0.0, 1.0)
+    angle: float = ANGLE
+
+    @property
+    def steps(self) -> int:
+        """Number n of steps; one step is plain importance sampling."""
+        return len(self.powers) - 1
+
+    @staticmethod
+    def even(steps: int, angle: float = ANGLE) -> Path:
+        """Powers of equal distance."""
+        return Path(tuple(i / steps for i in range(steps)) + (1.0,), angle)
+
+
+class Moved(NamedTuple):
+    """Draws at the end of a path.
+
+    Attributes:
+        white: Noise of the draws, (K, S, 1, N).
+        log_weight: Log weights, whose exponential has the mean p(y | theta), (K, S).
+        log_ratio: log p(theta, u) - log q(u | theta) at the draws, (K, S).
+        spread: Standard deviation of log p - log q over the draws of a theta, at each power but
+            the last, (n).
+        accepted: Mean probability of acceptance of the moves; one without moves.
+    """
+
+    white: Tensor
+    log_weight: Tensor
+    log_ratio: Tensor
+    spread: Tensor
+    accepted: float
+
+
+def moved(
+    laplace: Laplace, normal: Normal, white: Tensor, path: Path, generator: torch.Generator
+) -> Moved:
+    r"""Move draws of a normal along a path, by annealed importance sampling.
+
+    .. math::
+        \log w = \sum_i (b_{i+1} - b_i) \log \frac{p(\theta, u_i)}{q(u_i \mid \theta)}
+
+    where u_i is moved from u_{i-1} by a step that leaves the density at power b_i as it is (Neal,
+    2001, doi:10.1023/A:1008923215028). The mean of w is exact for any number of steps. A step
+    turns the noise and a fresh momentum by an angle, which is the exact motion in a normal, between
+    two kicks by the gradient of b_i log p / q, and is accepted by Metropolis' rule (Shahbaba and
+    others, 2014, doi:10.1007/s11222-012-9373-1).
+
+    Args:
+        laplace: Normal approximations, which evaluate log p - log q.
+        normal: The normals at values of theta.
+        white: Noise of the draws, (K, S, 1, N).
+        path: The powers.
+        generator: Generator of the moves.
+    """
+    cos, sin = math.cos(path.angle), math.sin(path.angle)
+    # With this kick, a step is exact where the gradient is constant.
+    half = math.tan(path.angle / 2)
+    value, slope = _evaluate(laplace, normal, white)
+    total, spread, accepted = torch.zeros_like(value), [], 0.0
+    for number, power in enumerate(path.powers[:-1]):
+        if number:
+            momentum = torch.randn(
+                white.shape, generator=generator, dtype=white.dtype, device=white.device
+            )
+            before = power * value - _energy(white, momentum)
+            momentum = momentum + half * power * slope
+            place = cos * white + sin * momentum
+            momentum = cos * momentum - sin * white
+            there, gradient = _evaluate(laplace, normal, place)
+            momentum = momentum + half * power * gradient
+            gain = (power * there - _energy(place, momentum) - before).nan_to_num(nan=-torch.inf)
+            # A draw of density zero is left by any move.
+            gain = torch.where(value.isneginf() & there.isfinite(), 0.0, gain)
+            at = torch.rand(
+                value.shape, generator=generator, dtype=value.dtype, device=value.device
+            )
+            taken = at.log() < gain
+            accepted += float(gain.clamp(max=0.0).exp().mean())
+            value = torch.where(taken, there, value)
+            white = torch.where(taken[..., None, None], place, white)
+            slope = torch.where(taken[..., None, None], gradient, slope)
+        total = total + (path.powers[number + 1] - power) * value
+        spread.append(_spread(value))
+    mean = accepted / (path.steps - 1) if path.steps > 1 else 1.0
+    return Moved(white, total, value, torch.stack(spread), mean)
+
+
+def chosen(
+    laplace: Laplace,
+    normal: Normal,
+    noise: Callable[[], Tensor],
+    enough: float,
+    generator: torch.Generator,
+) -> tuple[Path, float]:
+    """The shortest path after which the variance of a log weight is small enough.
+
+    Args:
+        laplace: As for `moved`.
+        normal: As for `moved`.
+        noise: Function that draws noise, (K, S, 1, N).
+        enough: The variance.
+        generator: Generator of the moves.
+
+    Returns:
+        The path, and the variance after it.
+    """
+    path, least = Path.even(PILOT), STEPS[0]
+    best: tuple[Path, float] | None = None
+    for _ in range(ROUNDS):
+        found = moved(laplace, normal, noise(), path, generator)
+        if found.accepted < ACCEPTED and path.angle > LEAST_ANGLE:
+            path = replace(path, angle=0.5 * path.angle)
+            continue
+        variance = float(found.log_weight.nan_to_num(neginf=FARTHEST).var(0).mean())
+        if variance <= enough:
+            best = path, variance
+        else:
+            least = min(2 * path.steps, STEPS[-1])
+        # The variance of a slow path falls as one over its steps.
+        wanted = path.steps * variance / (MARGIN * enough)
+        steps = max(least, next((n for n in STEPS if n >= wanted), STEPS[-1]))
+        if best is not None and steps >= best[0].steps:
+            return best
+        if steps == path.steps:
+            return path, variance
+        path = _evened(path, found.spread, steps)
+    return best or (path, math.inf)
+
+
+def _evaluate(laplace: Laplace, normal: Normal, white: Tensor) -> tuple[Tensor, Tensor]:
+    value, slope = laplace.log_weight(normal, white)
+    bad = ~(value.isfinite() & slope.isfinite().all(-1).all(-1))
+    value = torch.where(bad, -torch.inf, value)
+    return value, torch.where(bad[..., None, None], 0.0, slope)
+
+
+def _energy(white: Tensor, momentum: Tensor) -> Tensor:
+    return 0.5 * (white.square() + momentum.square()).sum((-2, -1))
+
+
+def _spread(value: Tensor) -> Tensor:
+    """Standard deviation over the draws of a theta; the median over theta."""
+    flat = value.nan_to_num(neginf=FARTHEST)
+    return flat.std(0).median() if len(flat) > 1 else flat.new_zeros(())
+
+
+def _evened(path: Path, spread: Tensor, steps: int) -> Path:
+    """Powers of equal steps in the standard deviation of log p - log q (Gelman and Meng, 1998)."""
+    powers = torch.tensor(path.powers, dtype=torch.float64)
+    speed = spread.double().cpu().clamp(min=1e-3 * float(spread.max()) + 1e-300)
+    length = torch.cat([torch.zeros(1).double(), (powers.diff() * speed).cumsum(0)])
+    targets = torch.linspace(0, float(length[-1]), steps + 1, dtype=torch.float64)
+    place = torch.searchsorted(length, targets[1:-1]).clamp(1, len(length) - 1)
+    low, high = length[place - 1], length[place]
+    inner = powers[place - 1] + (targets[1:-1] - low) / (high - low) * (
+        powers[place] - powers[place - 1]
+    )
+    return replace(path, powers=(0.0, *map(float, inner), 1.0))
