@@ -22,7 +22,7 @@ from flowvi.targets.structure import MarginalTarget
 # Random streams.
 THETA, LOCAL, UNITS = 11, 12, 13
 # Numbers of weights that are kept for the check of units, and draws of each unit at one theta.
-WEIGHTS, FEWEST, MOST, MOVED, EACH = 30_000_000, 128, 2048, 256, 32
+WEIGHTS, FEWEST, MOST, MOVED, EACH = 30_000_000, 128, 2048, 128, 32
 # Relative variance of the weights of a unit that matters to no result.
 FLAT = 0.03
 # Largest number of units named in a sentence or a table.

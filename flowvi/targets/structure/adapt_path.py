@@ -8,15 +8,17 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flowvi.targets.structure.adapt import ENOUGH, EXACT
+from flowvi.targets.structure.adapt import EXACT
 from flowvi.targets.structure.annealed import Path, chosen
 from flowvi.targets.structure.correction import Correction
 from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.shape import Shape
 
+# Variance of a log weight that costs a sixth of the effective draws.
+ENOUGH = 0.15
 # Draws of one value of theta, and values of theta, of a pilot.
 DRAWS, POINTS, FEWER = 16, 8, 2
-# Numbers of each draw, beyond which a pilot takes fewer values of theta.
+# Numbers of a precision matrix beyond which a pilot takes fewer values of theta.
 LARGE = 500_000
 
 

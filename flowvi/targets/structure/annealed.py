@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +13,9 @@ from torch import Tensor
 from flowvi.targets.structure.laplace import Laplace, Normal
 
 # Angle of a step of the moves, and the least; acceptance below which the angle is halved.
-ANGLE, LEAST_ANGLE, ACCEPTED = 1.2, 0.05, 0.6
+ANGLE, LEAST_ANGLE, ACCEPTED = 0.8, 0.05, 0.6
+# Moves at the end, which change no weight: draws that lag behind the path catch up.
+LAST = 2
 # Steps of the first pilot, most pilots, and numbers of steps to try.
 PILOT, ROUNDS = 8, 8
 STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
@@ -88,37 +90,65 @@ def moved(
         path: The powers.
         generator: Generator of the moves.
     """
-    cos, sin = math.cos(path.angle), math.sin(path.angle)
-    # With this kick, a step is exact where the gradient is constant.
-    half = math.tan(path.angle / 2)
     value, slope = _evaluate(laplace, normal, white)
-    total, spread, accepted = torch.zeros_like(value), [], 0.0
+    now = _State(white, value, slope)
+    total, spread, accepted = torch.zeros_like(value), [], []
     for number, power in enumerate(path.powers[:-1]):
         if number:
-            momentum = torch.randn(
-                white.shape, generator=generator, dtype=white.dtype, device=white.device
-            )
-            before = power * value - _energy(white, momentum)
-            momentum = momentum + half * power * slope
-            place = cos * white + sin * momentum
-            momentum = cos * momentum - sin * white
-            there, gradient = _evaluate(laplace, normal, place)
-            momentum = momentum + half * power * gradient
-            gain = (power * there - _energy(place, momentum) - before).nan_to_num(nan=-torch.inf)
-            # A draw of density zero is left by any move.
-            gain = torch.where(value.isneginf() & there.isfinite(), 0.0, gain)
-            at = torch.rand(
-                value.shape, generator=generator, dtype=value.dtype, device=value.device
-            )
-            taken = at.log() < gain
-            accepted += float(gain.clamp(max=0.0).exp().mean())
-            value = torch.where(taken, there, value)
-            white = torch.where(taken[..., None, None], place, white)
-            slope = torch.where(taken[..., None, None], gradient, slope)
-        total = total + (path.powers[number + 1] - power) * value
-        spread.append(_spread(value))
-    mean = accepted / (path.steps - 1) if path.steps > 1 else 1.0
-    return Moved(white, total, value, torch.stack(spread), mean)
+            now = _move(laplace, normal, now, power, path.angle, generator)
+            accepted.append(now.accepted)
+        total = total + (path.powers[number + 1] - power) * now.value
+        spread.append(_spread(now.value))
+    for _ in range(LAST if path.steps > 1 else 0):
+        now = _move(laplace, normal, now, 1.0, path.angle, generator)
+    mean = sum(accepted) / len(accepted) if accepted else 1.0
+    return Moved(now.white, total, now.value, torch.stack(spread), mean)
+
+
+class _State(NamedTuple):
+    """Noise of draws, log p - log q there with its gradient, and the last mean acceptance."""
+
+    white: Tensor
+    value: Tensor
+    slope: Tensor
+    accepted: float = 1.0
+
+
+def _move(
+    laplace: Laplace,
+    normal: Normal,
+    old: _State,
+    power: float,
+    angle: float,
+    generator: torch.Generator,
+) -> _State:
+    """A step that leaves the density at a power as it is."""
+    options: dict[str, Any] = {
+        "generator": generator,
+        "dtype": old.white.dtype,
+        "device": old.white.device,
+    }
+    # With this kick, a step is exact where the gradient is constant.
+    half = power * math.tan(angle / 2)
+    momentum = torch.randn(old.white.shape, **options)
+    before = power * old.value - 0.5 * (old.white.square() + momentum.square()).sum((-2, -1))
+    momentum = momentum + half * old.slope
+    white = math.cos(angle) * old.white + math.sin(angle) * momentum
+    momentum = math.cos(angle) * momentum - math.sin(angle) * old.white
+    value, slope = _evaluate(laplace, normal, white)
+    momentum = momentum + half * slope
+    after = power * value - 0.5 * (white.square() + momentum.square()).sum((-2, -1))
+    gain = (after - before).nan_to_num(nan=-torch.inf)
+    # A draw of density zero has no weight, and is left by any move.
+    gain = torch.where(old.value.isneginf() & value.isfinite(), 0.0, gain)
+    taken = torch.rand(value.shape, **options).log() < gain
+    wide = taken[..., None, None]
+    return _State(
+        torch.where(wide, white, old.white),
+        torch.where(taken, value, old.value),
+        torch.where(wide, slope, old.slope),
+        float(gain.clamp(max=0.0).exp().mean()),
+    )
 
 
 def chosen(
@@ -168,10 +198,6 @@ def _evaluate(laplace: Laplace, normal: Normal, white: Tensor) -> tuple[Tensor, 
     bad = ~(value.isfinite() & slope.isfinite().all(-1).all(-1))
     value = torch.where(bad, -torch.inf, value)
     return value, torch.where(bad[..., None, None], 0.0, slope)
-
-
-def _energy(white: Tensor, momentum: Tensor) -> Tensor:
-    return 0.5 * (white.square() + momentum.square()).sum((-2, -1))
 
 
 def _spread(value: Tensor) -> Tensor:

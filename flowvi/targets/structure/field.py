@@ -95,17 +95,8 @@ class Field(Laplace):
             if not (found.left > CONVERGED).any():
                 break
             step = self._bounded(found.factor.solve(found.gradient[:, self.columns]), number)
-            size = torch.ones_like(found.left)
-            for _ in range(MOST_HALVINGS):
-                mode = found.mode + size.unsqueeze(-1) * step
-                tried = self._step(theta, mode, found.rest.at((mode - found.mode)[:, 0]))
-                gained = tried.log_p - found.log_p
-                rounding = 1e-10 * found.log_p.abs().clamp(min=1.0)
-                worse = ~(gained.unsqueeze(-1) >= 1e-4 * size * found.left - rounding.unsqueeze(-1))
-                if not worse.any():
-                    break
-                size = torch.where(worse, 0.5 * size, size)
-            else:
+            tried = self._tried(theta, found, step)
+            if tried is None:
                 break
             stuck = not (tried.left < 0.9 * found.left)[found.left > CONVERGED].any()
             near = not (found.left > CHECKED).any()
@@ -113,6 +104,24 @@ class Field(Laplace):
             if stuck and near:
                 break
         return found
+
+    def _tried(
+        self, theta: Tensor, found: FieldConditional, step: Tensor
+    ) -> FieldConditional | None:
+        """The end of a step, halved where it loses; None if that does not help."""
+        size = torch.ones_like(found.left)
+        for _ in range(MOST_HALVINGS):
+            move = size.unsqueeze(-1) * step
+            tried = self._step(theta, found.mode + move, found.rest.at(move[:, 0]))
+            if not (found.left > CHECKED).any() and found.definite.all():
+                return tried
+            gained = (tried.log_p - found.log_p).unsqueeze(-1)
+            rounding = 1e-10 * found.log_p.abs().clamp(min=1.0).unsqueeze(-1)
+            worse = ~(gained >= 1e-4 * size * found.left - rounding) & (found.left > CONVERGED)
+            if not worse.any():
+                return tried
+            size = torch.where(worse, 0.5 * size, size)
+        return None
 
     def _step(self, theta: Tensor, mode: Tensor, rest: Rest) -> FieldConditional:
         """The conditional around a point, without a search."""
