@@ -15,7 +15,7 @@ from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.shape import Shape
 
 # Variance of a log weight that costs a sixth of the effective draws.
-ENOUGH = 0.15
+ENOUGH = 0.18
 # Draws of one value of theta, and values of theta, of a pilot.
 DRAWS, POINTS, FEWER = 16, 8, 2
 # Numbers of a precision matrix beyond which a pilot takes fewer values of theta.

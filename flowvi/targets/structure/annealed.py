@@ -16,11 +16,11 @@ from flowvi.targets.structure.laplace import Laplace, Normal
 ANGLE, LEAST_ANGLE, ACCEPTED = 0.8, 0.05, 0.6
 # Moves at the end, which change no weight: draws that lag behind the path catch up.
 LAST = 2
-# Steps of the first pilot, most pilots, and numbers of steps to try.
+# Steps of the first pilot and most pilots; most steps, and what their number is a multiple of.
 PILOT, ROUNDS = 8, 8
-STEPS = (4, 8, 16, 32, 64, 128, 256, 512)
+MOST_STEPS, MULTIPLE = 512, 4
 # Share of the variance that the number of steps is chosen for.
-MARGIN = 0.8
+MARGIN = 0.9
 # Log weight of a draw of density zero, for variances.
 FARTHEST = -1e6
 
@@ -170,7 +170,7 @@ def chosen(
     Returns:
         The path, and the variance after it.
     """
-    path, least = Path.even(PILOT), STEPS[0]
+    path, least = Path.even(PILOT), MULTIPLE
     best: tuple[Path, float] | None = None
     for _ in range(ROUNDS):
         found = moved(laplace, normal, noise(), path, generator)
@@ -181,10 +181,11 @@ def chosen(
         if variance <= enough:
             best = path, variance
         else:
-            least = min(2 * path.steps, STEPS[-1])
+            least = min(path.steps + path.steps // 4, MOST_STEPS)
         # The variance of a slow path falls as one over its steps.
         wanted = path.steps * variance / (MARGIN * enough)
-        steps = max(least, next((n for n in STEPS if n >= wanted), STEPS[-1]))
+        steps = MULTIPLE * math.ceil(min(wanted, MOST_STEPS) / MULTIPLE)
+        steps = max(least, steps)
         if best is not None and steps >= best[0].steps:
             return best
         if steps == path.steps:
