@@ -1,4 +1,4 @@
-"""Latent Gaussian fields and chains: exact evidence, the split of the density, and moves of draws."""
+"""Latent fields and chains: exact evidence, the split of the density, and moves of draws."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from quick import quick
 from torch import Tensor
 
 import flowvi
@@ -18,6 +17,8 @@ from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.targets.structure import MarginalTarget, structure
 from flowvi.targets.structure.annealed import Path
 from flowvi.targets.structure.field import Field
+from flowvi.training import schedule
+from flowvi.training.schedule import Schedule
 
 CELLS, TIMES = 64, 60
 SHARED, OWN, LEVEL = 1.0, 0.8, -0.5
@@ -88,7 +89,8 @@ CASES = {"field": (field, field_truth, "u", 4), "chain": (chain, chain_truth, "h
 @pytest.fixture(autouse=True)
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few draws of a check."""
-    quick(monkeypatch, evaluation_draws=300, check_draws=300)
+    few = Schedule(evaluation_draws=300, check_draws=300, again=1)
+    monkeypatch.setattr(schedule, "structured", lambda dim, one=False: few)
 
 
 @pytest.mark.parametrize("name", CASES)

@@ -160,15 +160,16 @@ def of_rows(rows: int) -> Schedule:
     return replace(DEFAULT, evaluation_draws=compared, check_draws=checked)
 
 
-def structured(dim: int) -> Schedule:
+def structured(dim: int, one: bool = False) -> Schedule:
     """The default for shared latents whose density integrates many local ones.
 
     Args:
         dim: Number D of all latents; the more there are, the fewer draws.
+        one: Whether the local latents are one chain or field, whose draws take many steps each.
     """
     few = 500 if dim >= LARGE else 1000
     return Schedule(
         evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
-        check_draws=min(4000, max(few, 1_000_000 // dim)),
+        check_draws=min(1000 if one else 4000, max(few, 1_000_000 // dim)),
         again=4 if dim <= SMALL else 1,
     )

@@ -34,9 +34,7 @@ class Adapted(NamedTuple):
     path: Path
 
 
-def adapt_path(
-    laplace: Laplace, theta: Tensor, seed: int, say: Callable[[str], object]
-) -> Adapted:
+def adapt_path(laplace: Laplace, theta: Tensor, seed: int, say: Callable[[str], object]) -> Adapted:
     """Choose the normal that draws start from, and the steps that they are moved by.
 
     Args:

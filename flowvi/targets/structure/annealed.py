@@ -47,7 +47,7 @@ class Path:
     @staticmethod
     def even(steps: int, angle: float = ANGLE) -> Path:
         """Powers of equal distance."""
-        return Path(tuple(i / steps for i in range(steps)) + (1.0,), angle)
+        return Path((*(i / steps for i in range(steps)), 1.0), angle)
 
 
 class Moved(NamedTuple):

@@ -20,6 +20,8 @@ PLACES, WIDE = 3, (0.5, FAR)
 ROUNDING = 1e-8
 # Numbers of the local terms that stay in a processor's cache.
 AT_ONCE = 400_000
+# Numbers of the precision matrices of one evaluation.
+MATRICES = 400_000
 
 
 class Local(NamedTuple):
@@ -80,14 +82,12 @@ class LocalTerms:
         graph = terms.module
         split = _split_inputs(graph, target.dim, set(structure.shared.tolist()))
         vectors = next(n for n in split.graph.nodes if n.op == "output").args[0]
-        self.local: fx.GraphModule | None = None
         every = _Graph(split, range(len(vectors)))
-        sizes, latent = self._latents(every, points[:1])
+        latent = self._latents(every, points[:1])
         local = [i for i, which in enumerate(latent) if not bool((which < 0).any())]
         rest = [i for i in range(len(vectors)) if i not in local]
         if not local or not rest:
             raise TypeError("no terms of single latents beside others")
-        self.place = torch.cat([latent[i] for i in local]).to(target.device)
         self._local, self._rest = _Graph(split, local), _Graph(split, rest)
         self._check_quadratic(points, generator)
 
@@ -115,15 +115,22 @@ class LocalTerms:
 
     def rest(self, theta: Tensor, u: Tensor) -> Rest:
         """The quadratic part around u. Points (S, D), (S, N)."""
-        return Rest(*(torch.stack(p) for p in zip(*map(self._rest_at, theta, u), strict=True)))
+        size = max(1, MATRICES // u.shape[-1] ** 2)
+        pairs = zip(theta.split(size), u.split(size), strict=True)
+        parts = [self._rest_of_some(*pair) for pair in pairs]
+        return Rest(*(torch.cat(some) for some in zip(*parts, strict=True)))
 
-    def _rest_at(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def _rest_of_some(self, theta: Tensor, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        count = u.shape[-1]
         with torch.enable_grad():
             u = u.detach().requires_grad_()
-            value = self._evaluate(self._rest, theta[None], u[None])[0]
-            (slope,) = torch.autograd.grad(value, u, create_graph=True)
-            eye = torch.eye(len(u), dtype=u.dtype, device=u.device)
-            (hessian,) = torch.autograd.grad(slope, u, eye, is_grads_batched=True)
+            value = self._evaluate(self._rest, theta, u)
+            (slope,) = torch.autograd.grad(value.sum(), u, create_graph=True)
+            probes = torch.eye(count, dtype=u.dtype, device=u.device).unsqueeze(1)
+            (hessian,) = torch.autograd.grad(
+                slope, u, probes.expand(-1, len(u), -1), is_grads_batched=True
+            )
+        hessian = hessian.movedim(0, 1)
         precision = -0.5 * (hessian + hessian.mT)
         return value.detach(), slope.detach(), precision
 
@@ -137,7 +144,7 @@ class LocalTerms:
             return graph(theta[0].detach(), z, behind, shared=True)
         return graph(theta.detach(), z, behind, shared=False)
 
-    def _latents(self, graph: _Graph, points: Tensor) -> tuple[list[int], list[Tensor]]:
+    def _latents(self, graph: _Graph, points: Tensor) -> list[Tensor]:
         """The latent of each element of each vector; -1 for elements of several."""
         count = len(self.columns)
         near, far = points[0].clone(), points[0].clone()
@@ -167,7 +174,7 @@ class LocalTerms:
                 ever |= moved[0] | moved[1]
                 which += moved[0].long() << digit
         which = torch.where(several, -1, torch.where(ever, which, 0))
-        return sizes, list(which.split(sizes))
+        return list(which.split(sizes))
 
     def _check_quadratic(self, points: Tensor, generator: torch.Generator) -> None:
         """Compare the rest with a quadratic function along random lines, near and far."""
