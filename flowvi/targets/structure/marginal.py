@@ -136,10 +136,15 @@ class MarginalTarget(Target):
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
 
+    @property
+    def dense(self) -> bool:
+        """Whether a value takes a large matrix, and a gradient several of them."""
+        return self.structure.size > DENSE_GRADIENT and self.structure.kind != CHAIN
+
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Laplace's formula and its gradient. (S, p) -> (S), (S, p)."""
-        if self.structure.size > DENSE_GRADIENT and self.structure.kind != CHAIN:
-            return self.evaluate(theta), self._differences(theta)
+        if self.dense:
+            return self._differences(theta)
         values, gradients = [], []
         for one in theta.split(self.chunk()):
             found = self.laplace.at(one)
@@ -147,12 +152,15 @@ class MarginalTarget(Target):
             gradients.append(self.laplace.marginal_gradient(found))
         return torch.cat(values), torch.cat(gradients)
 
-    def _differences(self, theta: Tensor) -> Tensor:
+    def _differences(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient by central differences; all points in one call."""
+        n = len(theta)
         step = DIFFERENCE * torch.eye(self.dim, dtype=theta.dtype, device=theta.device)
         around = torch.stack([theta.unsqueeze(1) + step, theta.unsqueeze(1) - step])
-        around = around.reshape(2 * theta.numel(), self.dim)
-        up, down = self.evaluate(around).view(2, len(theta), self.dim)
-        return (up - down) / (2 * DIFFERENCE)
+        points = torch.cat([theta, around.reshape(2 * theta.numel(), self.dim)])
+        values = self.evaluate(points)
+        up, down = values[n:].view(2, n, self.dim)
+        return values[:n], (up - down) / (2 * DIFFERENCE)
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the shared sites. (*S, p) -> (*S, *shape)."""
