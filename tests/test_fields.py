@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from pathlib import Path as Path_
 
 import numpy as np
 import pyro
@@ -165,3 +166,14 @@ def test_a_rest_that_is_not_quadratic_is_told_apart() -> None:
     marginal = MarginalTarget(target, structure(target))
     assert marginal.structure.kind == "field"
     assert not isinstance(marginal.laplace, Field)
+
+
+def test_a_saved_field_has_the_same_draws(tmp_path: Path_) -> None:
+    fit = flowvi.fit(flowvi.from_pyro(field), progress=False, escalate=False)
+    assert isinstance(fit, StructuredFit)
+    assert fit.marginal.path.steps > 1
+    fit.save(tmp_path / "fit")
+    again = flowvi.load(tmp_path / "fit", flowvi.from_pyro(field))
+    one, two = fit.draw(20, seed=2), again.draw(20, seed=2)
+    for name in ("z", "log_p", "log_q"):
+        np.testing.assert_array_equal(getattr(one, name), getattr(two, name))

@@ -49,6 +49,17 @@ class Path:
         """Powers of equal distance."""
         return Path((*(i / steps for i in range(steps)), 1.0), angle)
 
+    def state(self) -> Tensor:
+        """The angle, the number of steps, and the powers, with ones behind: one size for all."""
+        behind = [1.0] * (MOST_STEPS - self.steps)
+        return torch.tensor([self.angle, self.steps, *self.powers, *behind], dtype=torch.float64)
+
+    @staticmethod
+    def of_state(state: Tensor) -> Path:
+        """The path of a state."""
+        angle, steps, *powers = state.tolist()
+        return Path(tuple(powers[: int(steps) + 1]), angle)
+
 
 class Moved(NamedTuple):
     """Draws at the end of a path.

@@ -122,7 +122,7 @@ class MarginalTarget(Target):
             "shape": self.shape.coefficients,
             "particles": torch.tensor([self.particles]),
             "refined": torch.tensor([self.laplace.refined]),
-            "path": torch.tensor([self.path.angle, *self.path.powers], dtype=torch.float64),
+            "path": self.path.state(),
         }
 
     def set_own_state(self, values: Mapping[str, Tensor]) -> None:
@@ -131,8 +131,7 @@ class MarginalTarget(Target):
         self.laplace.slope = kept["slope"]
         self.laplace.refined = bool(kept["refined"])
         self.laplace.forget()
-        angle, *powers = kept["path"].tolist()
-        self.path = Path(tuple(powers), angle)
+        self.path = Path.of_state(kept["path"])
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
 
