@@ -19,11 +19,14 @@ from flowvi.runtime.columns import Columns
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets.structure import MarginalTarget
 from flowvi.targets.structure.noise import is_wide, normal_variance
+from flowvi.targets.structure.structure import UNITS as INDEPENDENT
 
+# Label of the only unit of a chain or a field.
+WHOLE = ("",)
 # Random streams.
 THETA, LOCAL, UNITS = 11, 12, 13
 # Numbers of weights that are kept for the check of units, and draws of each unit at one theta.
-WEIGHTS, FEWEST, MOST, EACH = 30_000_000, 128, 2048, 32
+WEIGHTS, FEWEST, MOST, MOVED, EACH = 30_000_000, 128, 2048, 128, 32
 # Relative variance of the weights of a unit that matters to no result.
 FLAT = 0.03
 # Largest number of units named in a sentence or a table.
@@ -56,7 +59,9 @@ class Units:
 
     @property
     def names(self) -> list[str]:
-        """Names of the units."""
+        """Names of the units; a chain or a field has the name of its latents."""
+        if self.labels == WHOLE:
+            return [self.plate]
         return [f"{self.plate}[{label}]" for label in self.labels]
 
     @property
@@ -90,6 +95,12 @@ class Units:
         if not self.bad.any():
             return ""
         places = np.flatnonzero(self.bad)
+        if self.labels == WHOLE:
+            return (
+                f"The conditional of {self.plate} given the shared latents does not fit: the "
+                f"weights of its draws have Pareto k-hat {self.khat[0]:.2f}, where the limit is "
+                f"{khat_threshold(self.draws):.2f}."
+            )
         worst = np.sort(places[np.argsort(-self.khat[places], kind="stable")][:NAMED])
         names = ", ".join(self.names[i] for i in worst)
         more = ", ..." if len(places) > NAMED else "."
@@ -204,7 +215,9 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
         seed: Seed of the draws.
     """
     count = target.structure.units
-    draws = int(np.clip(WEIGHTS // count, FEWEST, MOST))
+    # Draws of a chain or a field that are moved take many steps each.
+    most = MOST if target.path.steps == 1 else MOVED
+    draws = int(np.clip(WEIGHTS // count, FEWEST, most))
     generator = torch.Generator(target.device).manual_seed(derive_seed(seed, UNITS))
     points = theta[: max(1, math.ceil(draws / EACH))]
     weights = [
@@ -227,6 +240,8 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
         found[uneven] &= clearly_above_limit(khat[uneven], log_w.shape[1])
     plate = target.structure.plate
     labels = target.whole.coords.get(plate, range(count))
+    if target.structure.kind != INDEPENDENT:
+        plate, labels = ", ".join(target.structure.sites), WHOLE
     return Units(plate, tuple(map(str, labels)), khat, variance, found, log_w.shape[1])
 
 

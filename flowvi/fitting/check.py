@@ -8,7 +8,7 @@ from flowvi.diagnostics import Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import draw
-from flowvi.draws.structured import theta_draws
+from flowvi.draws.structured import structured_draws, theta_draws
 from flowvi.fitting.result import draw_nested
 from flowvi.guides.guide import Guide
 from flowvi.objectives.nested import NestedTarget
@@ -39,6 +39,9 @@ def diagnose_fresh_draws(
     def drawn(n: int) -> Draws:
         if isinstance(target, NestedTarget):
             return draw_nested(target, guides[0], n, None, seed, {})
+        if isinstance(target, MarginalTarget) and not target.dim:
+            # Without shared latents, the moments of the local ones are all there is to judge.
+            return structured_draws(target, guides, n, seed)
         if isinstance(target, MarginalTarget):
             return theta_draws(target, guides, n, seed)
         return draw(target, guides, n, seed)

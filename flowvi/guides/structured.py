@@ -35,7 +35,7 @@ class StructuredGuide(Guide):
         """Draw theta, then one draw of each unit's latents. (*S, D), (*S)."""
         theta, log_q = self.theta.sample(shape)
         generator = torch.Generator(theta.device).manual_seed(int(torch.randint(2**62, ())))
-        pieces = theta.reshape(-1, self.marginal.dim).split(self.marginal.chunk())
+        pieces = theta.reshape(log_q.numel(), self.marginal.dim).split(self.marginal.chunk())
         points, log_local = zip(
             *(self.marginal.correction.draw(one, generator) for one in pieces), strict=True
         )
@@ -46,7 +46,7 @@ class StructuredGuide(Guide):
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Score points. (*S, D) -> (*S)."""
         laplace, parts = self.marginal.laplace, []
-        for one in z.reshape(-1, self.dim).split(self.marginal.chunk()):
+        for one in z.reshape(z.shape[:-1].numel(), self.dim).split(self.marginal.chunk()):
             theta, mode = one[:, laplace.shared], one[:, laplace.columns]
             local = self.marginal.correction.log_density(theta, mode)
             parts.append(self.theta.log_prob(theta) + local)

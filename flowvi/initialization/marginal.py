@@ -10,10 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.diagnostics import psis
 from flowvi.initialization.gaussian import (
     GaussianApproximation,
     curvature,
     evaluate,
+    factor_of,
     refine,
     value_and_score,
 )
@@ -31,6 +33,8 @@ FLATTEST = 0.02
 # A gap that needs no refinement: for a density of few elements, and for others, where weighted
 # draws correct the moments for less.
 NEARLY, ROUGHLY, FEW_ELEMENTS = 0.005, 0.3, 3000
+# Fewest effective draws for each latent whose moments a normal takes.
+FEWEST = 10
 # Numbers of a density beyond which a normal is not refined.
 LARGE = 100_000
 
@@ -81,19 +85,51 @@ def marginal_start(
     )
     found, left = _judged(target, found, judge)
     cheap = len(target.structure.element) <= FEW_ELEMENTS
-    if left > (NEARLY if cheap else ROUGHLY) and target.whole.dim <= LARGE and not out_of_time():
+    enough = NEARLY if cheap else ROUGHLY
+    if target.dense:
+        found, left = _matched(target, found, left, judge)
+    elif left > enough and target.whole.dim <= LARGE and not out_of_time():
         rounds = ROUNDS if target.dim <= FEW else MANY_ROUNDS
         found = refine(target, found, generator, judge, False, rounds, out_of_time)
     say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}, KL about {left:.2g}")
     return [found]
 
 
+def _matched(
+    target: MarginalTarget, found: GaussianApproximation, left: float, eps: Tensor
+) -> tuple[GaussianApproximation, float]:
+    """The normal with the weighted moments of its draws, as long as that raises its ELBO.
+
+    It takes no gradients.
+    """
+    for _ in range(ROUNDS):
+        log_w = _log_weights(target, found, eps).double().cpu().numpy()
+        smoothed, _ = psis(log_w)
+        weight = torch.as_tensor(np.exp(smoothed)).to(eps)
+        if left <= NEARLY or float(1 / weight.square().sum()) < FEWEST * target.dim:
+            break
+        z = found.at(eps)
+        loc = weight @ z
+        covariance = (weight[:, None] * (z - loc)).mT @ (z - loc)
+        name = "weighted moments"
+        new = replace(found, loc=loc, scale_tril=factor_of(covariance), name=name)
+        new, after = _judged(target, new, eps)
+        if not new.elbo > found.elbo:
+            break
+        found, left = new, after
+    return found, left
+
+
+def _log_weights(target: MarginalTarget, g: GaussianApproximation, eps: Tensor) -> Tensor:
+    square = eps.square().sum(-1) + target.dim * math.log(2 * math.pi)
+    return evaluate(target, g.at(eps)) + 0.5 * square + g.log_det
+
+
 def _judged(
     target: MarginalTarget, g: GaussianApproximation, eps: Tensor
 ) -> tuple[GaussianApproximation, float]:
     """The normal with its ELBO on given noise, and an estimate of KL(q || p)."""
-    square = eps.square().sum(-1) + target.dim * math.log(2 * math.pi)
-    log_w = evaluate(target, g.at(eps)) + 0.5 * square + g.log_det
+    log_w = _log_weights(target, g, eps)
     elbo, whole = float(log_w.mean()), float(log_w.logsumexp(0)) - math.log(len(eps))
     if not math.isfinite(elbo):
         return g, math.inf

@@ -138,6 +138,9 @@ class Schedule:
 # few, where each draw integrates the local latents.
 SMALL, LARGE = 500, 30_000
 
+# Draws of the check of a chain or a field; a verdict needs 400 effective ones.
+FEW_OF_ONE = 800
+
 # The default schedule.
 DEFAULT = Schedule()
 # The default for a target whose parameters include the guide of rows. Its draws are
@@ -160,15 +163,16 @@ def of_rows(rows: int) -> Schedule:
     return replace(DEFAULT, evaluation_draws=compared, check_draws=checked)
 
 
-def structured(dim: int) -> Schedule:
+def structured(dim: int, one: bool = False) -> Schedule:
     """The default for shared latents whose density integrates many local ones.
 
     Args:
         dim: Number D of all latents; the more there are, the fewer draws.
+        one: Whether the local latents are one chain or field, whose draws take many steps each.
     """
     few = 500 if dim >= LARGE else 1000
     return Schedule(
         evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
-        check_draws=min(4000, max(few, 1_000_000 // dim)),
+        check_draws=min(FEW_OF_ONE if one else 4000, max(few, 1_000_000 // dim)),
         again=4 if dim <= SMALL else 1,
     )

@@ -75,7 +75,7 @@ def adapt(
         return plain, 1
     wide = laplace.structure.size <= LATTICE_DIM
     shape = _from_wide(laplace, theta, generator) if wide else _by_rounds(laplace, theta, generator)
-    particles = draws_needed(Correction(laplace, shape, others), theta, generator)
+    particles = draws_needed(Correction(laplace, shape, others=others), theta, generator)
     count = int((shape.coefficients != plain.coefficients).any(0).any(-1).sum())
     say(
         f"{count} of {len(first.variance)} units have a conditional with skew and tails of its own"

@@ -10,10 +10,11 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime import memory
-from flowvi.targets.structure.laplace import Conditional, Laplace
+from flowvi.targets.structure.annealed import Moved, Path, moved
+from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.noise import is_wide, normal_noise, wide_log_density, wide_noise
 from flowvi.targets.structure.shape import Shape
-from flowvi.targets.structure.structure import UNITS
+from flowvi.targets.structure.structure import FIELD
 
 # Largest number of values of theta in one call.
 MOST_POINTS = 256
@@ -54,16 +55,26 @@ class Correction:
     Args:
         laplace: Normal approximations of the units' latents.
         shape: Map of the noise of each unit.
+        path: Steps of the draws of a chain or a field; draws of units make none.
         others: Normal approximations at further modes of units. The wide noise is a mixture with
             as many draws at each (Owen and Zhou, 2000, doi:10.1080/01621459.2000.10473909).
     """
 
-    def __init__(self, laplace: Laplace, shape: Shape, others: Sequence[Laplace] = ()) -> None:
-        self.laplace, self.shape, self.others = laplace, shape, others
+    def __init__(
+        self,
+        laplace: Laplace,
+        shape: Shape,
+        path: Path | None = None,
+        others: Sequence[Laplace] = (),
+    ) -> None:
+        self.laplace, self.shape, self.path = laplace, shape, path or Path()
+        self.others = others
 
     @torch.no_grad()
     def __call__(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
         """Estimate the density of values of theta, (S, p), by K draws of each unit."""
+        if self.path.steps > 1:
+            return self._annealed(theta, particles, generator)
         mode, _, log_q = self._drawn(theta, particles, generator)
         parts = self.laplace.derivatives.by_unit(self.laplace.points(theta, mode))
         units, shared = parts[..., :-1], parts[0, :, -1]
@@ -89,10 +100,10 @@ class Correction:
     @torch.no_grad()
     def log_density(self, theta: Tensor, mode: Tensor) -> Tensor:
         """Log density of local latents given theta. (S, p), (S, G, d) -> (S)."""
-        found = self.laplace.at(theta)
-        white = self._by_unit(found.factor.whiten, mode - self._centre(found))
+        normal = self.laplace.centred(self.laplace.at(theta))
+        white = self._by_unit(normal.factor.whiten, mode - normal.centre)
         _, log_density = self.shape.inverse(white)
-        return (log_density + 0.5 * found.factor.log_det).sum(-1)
+        return (log_density + 0.5 * normal.factor.log_det).sum(-1)
 
     @torch.no_grad()
     def weighted_noise(
@@ -113,6 +124,9 @@ class Correction:
     def pieces(self, particles: int) -> int:
         """Number of values of theta in one call; draws do not depend on `max_memory`."""
         numbers = particles * (self.laplace.target.dim + len(self.laplace.structure.element))
+        if self.laplace.structure.kind == FIELD and len(self.laplace.shared):
+            # A matrix for each value of theta.
+            numbers += 3 * self.laplace.structure.size**2
         return max(1, min(MOST_POINTS, memory.PIECE // (8 * max(1, numbers))))
 
     def _drawn(
@@ -127,10 +141,11 @@ class Correction:
             noise, log_density = wide_noise(particles, shape, generator, found.mode)
             white, log_density = self.shape.spread(noise, log_density)
         else:
-            found = self.laplace.at(theta)
-            noise = normal_noise(particles, shape, generator, found.mode)
-            white, log_density = self.shape.forward(noise)
-        mode = self._centre(found) + self._by_unit(found.factor.spread, white)
+            normal = self.laplace.centred(self.laplace.at(theta))
+            white, log_density = self.shape.forward(self._noise(theta, particles, generator))
+            mode = normal.centre + self._by_unit(normal.factor.spread, white)
+            return mode, white, log_density + 0.5 * normal.factor.log_det
+        mode = found.mode + found.factor.spread(white)
         return mode, white, log_density + 0.5 * found.factor.log_det
 
     def _mixed(
@@ -153,11 +168,45 @@ class Correction:
         log_q = torch.logsumexp(torch.stack(densities), 0) - math.log(len(parts))
         return mode, parts[0].factor.whiten(mode - parts[0].mode), log_q
 
-    def _centre(self, found: Conditional) -> Tensor:
-        """Centres of the conditionals, (S, G, d): modes, or means for chains and fields."""
-        if self.laplace.structure.kind == UNITS:
-            return found.mode
-        return found.mode + self.laplace.mean_shift(found)
+    def _noise(self, theta: Tensor, particles: int, generator: torch.Generator) -> Tensor:
+        shape = (len(theta), *self.laplace.columns.shape)
+        return normal_noise(particles, shape, generator, self.laplace.mode)
+
+    def moved(self, theta: Tensor, particles: int, generator: torch.Generator) -> Moved:
+        """Draws of a chain or a field at the end of the path, (K, S, 1, N)."""
+        normal = self.laplace.centred(self.laplace.at(theta))
+        # Draws that move need no opposite ones.
+        noise = torch.cat([self._noise(theta, 1, generator) for _ in range(particles)])
+        if len(self.laplace.shared):
+            return moved(self.laplace, normal, noise, self.path, generator)
+        # One conditional for all values of no shared latents.
+        lead = noise.shape[:2]
+        found = moved(self.laplace, normal, noise.flatten(0, 1).unsqueeze(1), self.path, generator)
+        flat = (found.log_weight, found.log_ratio)
+        log_weight, log_ratio = (x.view(lead) for x in flat)
+        return found._replace(
+            white=found.white.view(noise.shape), log_weight=log_weight, log_ratio=log_ratio
+        )
+
+    def _annealed(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
+        normal = self.laplace.centred(self.laplace.at(theta))
+        found = self.moved(theta, particles, generator)
+        log_w = found.log_weight.unsqueeze(-1)
+        log_mean = torch.logsumexp(log_w, 0) - math.log(particles)
+        picked = self._picked(log_w, generator)
+        log_ratio = found.log_ratio.gather(0, picked.T)[0]
+        index = picked[None, ..., None].expand(1, *found.white.shape[1:])
+        white = found.white.gather(0, index)[0]
+        mode = normal.centre + self._by_unit(normal.factor.spread, white)
+        log_q = 0.5 * (normal.factor.log_det - white.square().sum(-1))[..., 0]
+        log_q = log_q - 0.5 * white.shape[-1] * math.log(2 * math.pi)
+        return Weighted(
+            log_mean.sum(-1).nan_to_num(nan=-torch.inf),
+            self.laplace.points(theta, mode),
+            log_ratio + log_q,
+            log_w - log_mean,
+            log_mean,
+        )
 
     def _by_unit(self, function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         """Apply a function of a factor, which is one for all values of no shared latents."""

@@ -27,6 +27,8 @@ FEW, OFTEN = 16, 20
 MOST_AT_ONCE = 64
 # Largest number of programs that are kept.
 PROGRAMS_KEPT = 32
+# Most points in one evaluation of a gradient.
+GROUP = 64
 # Numbers of one operation that stay in a processor's cache; more points gain no speed.
 CACHED = 300_000
 
@@ -95,6 +97,18 @@ class Derivatives:
         """Gradient of the log density. (S, D) -> (S, D)."""
         (found,) = self._run("gradient", self._gradient, z)
         return found
+
+    def value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Log density and its gradient. (S, D) -> (S), (S, D).
+
+        Points go in groups of one size, so that few programs are written.
+        """
+        size = min(self.at_once, GROUP)
+        missing = -len(z) % size
+        padded = torch.cat([z, z[-1:].expand(missing, -1)]) if missing else z
+        parts = [self._run("value", self._value_and_gradient, one) for one in padded.split(size)]
+        value, gradient = (torch.cat(some)[: len(z)] for some in zip(*parts, strict=True))
+        return value, gradient
 
     def trace_gradient(self, z: Tensor, weights: Tensor) -> Tensor:
         """Gradient of the sum over probes of <weights, H probe>. (S, D), (S, C, D) -> (S, D)."""
@@ -180,6 +194,13 @@ class Derivatives:
         with torch.enable_grad():
             z = z.detach().requires_grad_()
             return (_grad(self._log_prob(z).sum(), z),)
+
+    def _value_and_gradient(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            z = z.detach().requires_grad_()
+            log_p = self._log_prob(z)
+            gradient = _grad(log_p.sum(), z)
+        return log_p.detach(), gradient
 
     def _trace_gradient(self, z: Tensor, weights: Tensor) -> tuple[Tensor]:
         with torch.enable_grad():

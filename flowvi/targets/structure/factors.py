@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -34,6 +36,10 @@ class Factor(ABC):
     @abstractmethod
     def whiten(self, x: Tensor) -> Tensor:
         """L^T x, the inverse of `spread`. (..., S, G, d) -> (..., S, G, d)."""
+
+    @abstractmethod
+    def pull(self, x: Tensor) -> Tensor:
+        """L^-1 x: a gradient by x as one by its noise. (..., S, G, d) -> (..., S, G, d)."""
 
     @abstractmethod
     def inverse(self) -> Tensor:
@@ -90,6 +96,9 @@ class Small(Factor):
     def spread(self, noise: Tensor) -> Tensor:
         return self._backward(list(noise.unbind(-1)))
 
+    def pull(self, x: Tensor) -> Tensor:
+        return torch.stack(self._forward(x), -1)
+
     def whiten(self, x: Tensor) -> Tensor:
         parts = x.unbind(-1)
         rows = [
@@ -126,10 +135,31 @@ class Dense(Factor):
         return torch.cholesky_solve(x.unsqueeze(-1), self.ell).squeeze(-1)
 
     def spread(self, noise: Tensor) -> Tensor:
-        lead = noise.shape[: -self.ell.dim() + 1]
-        flat = noise.reshape(-1, *noise.shape[len(lead) :]).movedim(0, -1)
-        found = torch.linalg.solve_triangular(self.ell.mT, flat, upper=True)
-        return found.movedim(-1, 0).reshape(noise.shape)
+        return self._triangular(self.ell.mT, noise, True)
+
+    def pull(self, x: Tensor) -> Tensor:
+        return self._triangular(self.ell, x, False)
+
+    def _triangular(self, matrix: Tensor, x: Tensor, upper: bool) -> Tensor:
+        lead = x.shape[: -self.ell.dim() + 1]
+        flat = x.reshape(-1, *x.shape[len(lead) :]).movedim(0, -1)
+        found = torch.linalg.solve_triangular(matrix, flat, upper=upper)
+        return found.movedim(-1, 0).reshape(x.shape)
+
+    def sd(self) -> Tensor:
+        """Standard deviations of a draw, (S, d), of one unit."""
+        eye = torch.eye(self.ell.shape[-1], dtype=self.ell.dtype, device=self.ell.device)
+        columns = torch.linalg.solve_triangular(self.ell, eye, upper=False)
+        return columns.square_().sum(-2).sqrt()[:, 0]
+
+    @staticmethod
+    def joined(factors: Sequence[Factor]) -> Dense:
+        """The factors of several sets of points in one."""
+        dense = [factor for factor in factors if isinstance(factor, Dense)]
+        new = copy.copy(dense[0])
+        for name in ("ell", "ok", "log_det"):
+            setattr(new, name, torch.cat([getattr(one, name) for one in dense]))
+        return new
 
     def whiten(self, x: Tensor) -> Tensor:
         lead = x.shape[: -self.ell.dim() + 1]
@@ -176,14 +206,20 @@ class Banded(Factor):
         return self._tensor(np.stack(found)).unsqueeze(-2)
 
     def spread(self, noise: Tensor) -> Tensor:
+        return self._triangular(noise, "T")
+
+    def pull(self, x: Tensor) -> Tensor:
+        return self._triangular(x, "N")
+
+    def _triangular(self, x: Tensor, trans: str) -> Tensor:
         from scipy.linalg import lapack  # slow to import
 
-        flat = noise.reshape(-1, len(self.ell), self.n).detach().cpu().numpy()
+        flat = x.reshape(-1, len(self.ell), self.n).detach().cpu().numpy()
         found = np.empty_like(flat)
         for s, ell in enumerate(self.ell):
-            x, _ = lapack.dtbtrs(ell, flat[:, s].T.copy(), uplo="L", trans="T")
-            found[:, s] = x.T
-        return self._tensor(found).reshape(noise.shape)
+            column, _ = lapack.dtbtrs(ell, flat[:, s].T.copy(), uplo="L", trans=trans)
+            found[:, s] = column.T
+        return self._tensor(found).reshape(x.shape)
 
     def whiten(self, x: Tensor) -> Tensor:
         ell = self._tensor(self.ell)

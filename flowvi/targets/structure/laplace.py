@@ -11,7 +11,7 @@ from torch import Tensor
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.derivatives import Curvature, Derivatives
 from flowvi.targets.structure.factors import UNROLLED, Banded, Dense, Factor, Small
-from flowvi.targets.structure.structure import CHAIN, Structure
+from flowvi.targets.structure.structure import CHAIN, UNITS, Structure
 
 # Newton's method ends where a further step would gain less than that many nats.
 CONVERGED = 1e-9
@@ -64,6 +64,21 @@ class Conditional:
         return self.log_p + per_unit.sum(-1)
 
 
+@dataclass
+class Normal:
+    """A normal N(centre, H^-1) of the latents of units, at values of theta.
+
+    Attributes:
+        theta: Values of theta, (S, p).
+        centre: Means, (S, G, d).
+        factor: Cholesky factors of the precisions.
+    """
+
+    theta: Tensor
+    centre: Tensor
+    factor: Factor
+
+
 class Laplace:
     r"""Laplace's approximation of a log density over its local latents.
 
@@ -92,12 +107,15 @@ class Laplace:
         self.mode = torch.zeros(self.columns.shape, dtype=target.dtype, device=target.device)
         # The one conditional of a model without shared latents.
         self.only: Conditional | None = None
+        self._only_normal: tuple[Conditional, Normal] | None = None
+        # Whether draws of a chain or a field are from a better normal than that at the mode.
+        self.refined = True
         self.slope = self.mode.new_zeros(len(self.shared), *self.mode.shape)
 
     @torch.no_grad()
     def centre(self, theta: Tensor) -> None:
         """Take a value of theta (p) as the reference from which Newton's method starts."""
-        self.only = None
+        self.forget()
         found = self.at(theta.unsqueeze(0))
         self.reference, self.mode = theta.detach().clone(), found.mode[0]
         # d mode / d theta = H^-1 d^2 log p / du dtheta
@@ -112,8 +130,8 @@ class Laplace:
 
     def points(self, theta: Tensor, mode: Tensor) -> Tensor:
         """Points of values of theta and of local latents. (*S, p), (*S, G, d) -> (*S, D)."""
-        z = theta.new_empty(*mode.shape[:-2], self.target.dim)
-        z[..., self.shared] = theta.expand(*mode.shape[:-2], -1)
+        z = mode.new_empty(*mode.shape[:-2], self.target.dim)
+        z[..., self.shared] = theta.to(mode).expand(*mode.shape[:-2], -1)
         z[..., self.columns.flatten()] = mode.flatten(-2)
         return z
 
@@ -123,6 +141,7 @@ class Laplace:
 
         Without shared latents there is one conditional, for all S together.
         """
+        theta = theta.to(self.mode)
         if self.only is not None:
             return self.only
         if not len(self.shared):
@@ -143,11 +162,21 @@ class Laplace:
         close = ((found.left <= CLOSE) & found.definite).unsqueeze(-1)
         return replace(found, mode=found.mode + torch.where(close, step, 0.0))
 
-    def _search(self, theta: Tensor, enough: float) -> Conditional:
+    def _start(self, theta: Tensor) -> Tensor:
+        """First guesses of the modes, (S, G, d)."""
         mode = self.mode.expand(len(theta), -1, -1)
         shift = (theta - self.reference) @ self.slope.flatten(1)
         fair = torch.isfinite(shift) & (shift.abs() < FARTHEST)
-        mode = mode + torch.where(fair, shift, 0.0).view_as(mode)
+        return mode + torch.where(fair, shift, 0.0).view_as(mode)
+
+    def _bounded(self, step: Tensor, number: int) -> Tensor:
+        """A step that is not longer than a step of that number may be."""
+        far = step.abs().amax(-1, keepdim=True)
+        longest = LONGEST * 2.0 ** min(number, DOUBLINGS)
+        return step * (longest / far.clamp(min=longest))
+
+    def _search(self, theta: Tensor, enough: float) -> Conditional:
+        mode = self._start(theta)
         found = self._curvature(theta, mode)
         for number in range(MOST_STEPS):
             if not ((found.left > enough) | ~found.definite).any():
@@ -156,9 +185,7 @@ class Laplace:
             # A saddle, where the gradient is zero, is left along the axes of the unit.
             saddle = (~found.definite & (found.left <= CONVERGED)).unsqueeze(-1) & (number < NUDGES)
             step = torch.where(saddle, found.factor.spread(NUDGE * torch.ones_like(step)), step)
-            far = step.abs().amax(-1, keepdim=True)
-            longest = LONGEST * 2.0 ** min(number, DOUBLINGS)
-            step = step * (longest / far.clamp(min=longest))
+            step = self._bounded(step, number)
             tried = mode + step
             if (found.left > CHECKED).any() or not found.definite.all():
                 tried = self._shortened(theta, mode, step, found)
@@ -267,6 +294,45 @@ class Laplace:
         )
         whole = found.gradient + 0.5 * (trace + by_mode)
         return whole[:, self.shared]
+
+    def forget(self) -> None:
+        """Forget the one conditional of a model without shared latents."""
+        self.only = self._only_normal = None
+
+    def centred(self, found: Conditional) -> Normal:
+        """The normal that draws are from: at the mode, or a better one of a chain or a field."""
+        if self._only_normal is not None and self._only_normal[0] is found:
+            return self._only_normal[1]
+        normal = self.normal(found)
+        if found is self.only:
+            self._only_normal = found, normal
+        return normal
+
+    def normal(self, found: Conditional) -> Normal:
+        """As `centred`, computed anew."""
+        theta = found.z[:, self.shared]
+        if self.structure.kind == UNITS or not self.refined:
+            return Normal(theta, found.mode, found.factor)
+        return Normal(theta, found.mode + self.mean_shift(found), found.factor)
+
+    @torch.no_grad()
+    def log_weight(self, normal: Normal, white: Tensor) -> tuple[Tensor, Tensor]:
+        r"""Log weights of draws of a chain or a field, and their gradients by the noise.
+
+        Args:
+            normal: What the draws u are from.
+            white: Their noise w, (..., S, 1, N).
+
+        Returns:
+            log p(theta, u) - log q(u | theta), (..., S), and its gradient by w, (..., S, 1, N).
+        """
+        u = normal.centre + normal.factor.spread(white)
+        z = self.points(normal.theta, u)
+        log_p, slope = self.derivatives.value_and_gradient(z.reshape(-1, z.shape[-1]))
+        slope = slope[:, self.columns].view(u.shape)
+        half_log = 0.5 * (u.shape[-1] * math.log(2 * math.pi) - normal.factor.log_det[:, 0])
+        value = log_p.view(u.shape[:-2]) + half_log + 0.5 * white.square().sum((-2, -1))
+        return value, normal.factor.pull(slope) + white
 
     @torch.no_grad()
     def mean_shift(self, found: Conditional) -> Tensor:

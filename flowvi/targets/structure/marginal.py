@@ -13,11 +13,14 @@ from torch import Tensor
 
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.adapt import adapt
+from flowvi.targets.structure.adapt_path import adapt_path
+from flowvi.targets.structure.annealed import Path
 from flowvi.targets.structure.correction import Correction, Weighted
+from flowvi.targets.structure.field import laplace_of
 from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.modes import Modes, search_modes
 from flowvi.targets.structure.shape import Shape
-from flowvi.targets.structure.structure import CHAIN, Structure, structure
+from flowvi.targets.structure.structure import CHAIN, UNITS, Structure, structure
 from flowvi.targets.target import Target
 
 # Parts of the state with as many rows as units have further modes.
@@ -42,6 +45,7 @@ class MarginalTarget(Target):
         particles: Number of draws K of each unit in `corrected`.
         modes: Modes of the units, which `adapt` searches.
         others: Normal approximations at further modes of some units.
+        path: Steps of the draws of a chain or a field, which `adapt` chooses.
     """
 
     whole: GlobalTarget
@@ -49,10 +53,11 @@ class MarginalTarget(Target):
     def __init__(self, target: GlobalTarget, structure: Structure) -> None:
         super().__init__()
         self.__dict__["whole"], self.structure = target, structure
-        self.laplace = Laplace(target, structure)
+        self.laplace = laplace_of(target, structure)
         self.shape, self.particles = Shape(Shape.identity(self.laplace.mode)), 1
         self.modes: Modes | None = None
         self.others: list[Laplace] = []
+        self.path = Path()
         if target.made is not None:
             self.made = partial(_made_again, target.made)
         self.name, self.dim = target.name, len(structure.shared)
@@ -80,7 +85,7 @@ class MarginalTarget(Target):
 
     def log_prob(self, z: Tensor, batch: Any = None) -> Tensor:
         """Evaluate Laplace's formula. (*S, p) -> (*S)."""
-        theta = z.reshape(-1, self.dim)
+        theta = z.reshape(z.shape[:-1].numel(), self.dim)
         if theta.requires_grad and torch.is_grad_enabled():
             found: Tensor = _LogMarginal.apply(theta, self)
         else:
@@ -90,22 +95,28 @@ class MarginalTarget(Target):
     def evaluate(self, theta: Tensor) -> Tensor:
         """Laplace's formula without gradients. (S, p) -> (S)."""
         parts = [
-            self.laplace.at(one).log_marginal
+            self.laplace.at(one).log_marginal.expand(len(one))
             for one in theta.detach().to(self.dtype).split(self.chunk())
         ]
         return torch.cat(parts).nan_to_num(nan=-torch.inf)
 
     def adapt(self, theta: Tensor, seed: int, say: Callable[[str], object]) -> None:
-        """Fit the conditionals of units at values of theta (S, p), and choose K."""
+        """Fit the conditionals of units at values of theta (S, p), and choose K.
+
+        For a chain or a field, choose the steps of its draws.
+        """
         if self.modes is None or not torch.equal(self.modes.reference, self.laplace.reference):
             self.modes = search_modes(self.laplace, seed)
             self.others = self.modes.components()
+        if self.structure.kind != UNITS:
+            _, self.path = adapt_path(self.laplace, theta, seed, say)
+            return
         self.shape, self.particles = adapt(self.laplace, theta, self.others, seed, say)
 
     @property
     def correction(self) -> Correction:
         """The estimates of the density of theta by draws of each unit."""
-        return Correction(self.laplace, self.shape, self.others)
+        return Correction(self.laplace, self.shape, self.path, self.others)
 
     def corrected(
         self, theta: Tensor, generator: torch.Generator, particles: int | None = None
@@ -126,12 +137,17 @@ class MarginalTarget(Target):
             "other_slopes": self._stacked(
                 [other.slope for other in self.others], self.laplace.slope
             ),
+            "refined": torch.tensor([self.laplace.refined]),
+            "path": self.path.state(),
         }
 
     def set_own_state(self, values: Mapping[str, Tensor]) -> None:
         kept = {name: value.to(self.device) for name, value in values.items()}
         self.laplace.reference, self.laplace.mode = kept["reference"], kept["mode"]
-        self.laplace.slope, self.laplace.only = kept["slope"], None
+        self.laplace.slope = kept["slope"]
+        self.laplace.refined = bool(kept["refined"])
+        self.laplace.forget()
+        self.path = Path.of_state(kept["path"])
         self.shape = Shape(kept["shape"])
         self.particles = int(kept["particles"])
         self.others = []
@@ -144,10 +160,15 @@ class MarginalTarget(Target):
     def _stacked(parts: Sequence[Tensor], like: Tensor) -> Tensor:
         return torch.stack(list(parts)) if parts else like.new_zeros(0, *like.shape)
 
+    @property
+    def dense(self) -> bool:
+        """Whether a value takes a large matrix, and a gradient several of them."""
+        return self.structure.size > DENSE_GRADIENT and self.structure.kind != CHAIN
+
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Laplace's formula and its gradient. (S, p) -> (S), (S, p)."""
-        if self.structure.size > DENSE_GRADIENT and self.structure.kind != CHAIN:
-            return self.evaluate(theta), self._differences(theta)
+        if self.dense:
+            return self._differences(theta)
         values, gradients = [], []
         for one in theta.split(self.chunk()):
             found = self.laplace.at(one)
@@ -155,15 +176,19 @@ class MarginalTarget(Target):
             gradients.append(self.laplace.marginal_gradient(found))
         return torch.cat(values), torch.cat(gradients)
 
-    def _differences(self, theta: Tensor) -> Tensor:
+    def _differences(self, theta: Tensor) -> tuple[Tensor, Tensor]:
+        """The value, and the gradient by central differences; all points in one call."""
+        n = len(theta)
         step = DIFFERENCE * torch.eye(self.dim, dtype=theta.dtype, device=theta.device)
         around = torch.stack([theta.unsqueeze(1) + step, theta.unsqueeze(1) - step])
-        up, down = self.evaluate(around.reshape(-1, self.dim)).view(2, len(theta), self.dim)
-        return (up - down) / (2 * DIFFERENCE)
+        points = torch.cat([theta, around.reshape(2 * theta.numel(), self.dim)])
+        values = self.evaluate(points)
+        up, down = values[n:].view(2, n, self.dim)
+        return values[:n], (up - down) / (2 * DIFFERENCE)
 
     def constrain(self, z: Tensor) -> dict[str, Tensor]:
         """Values of the shared sites. (*S, p) -> (*S, *shape)."""
-        theta = z.reshape(-1, self.dim)
+        theta = z.reshape(z.shape[:-1].numel(), self.dim)
         values: dict[str, list[Tensor]] = {}
         for one in theta.split(self.chunk()):
             mode = self.laplace.mode.expand(len(one), -1, -1)

@@ -64,7 +64,8 @@ class Modes:
     def search(self, start: Tensor) -> None:
         """Start Newton's method of all units elsewhere, (G, d)."""
         other = copy.copy(self.laplace)
-        other.mode, other.slope, other.only = start, torch.zeros_like(self.laplace.slope), None
+        other.mode, other.slope = start, torch.zeros_like(self.laplace.slope)
+        other.forget()
         self.add(other.at(self.laplace.reference.unsqueeze(0)))
 
     def add(self, found: Conditional) -> None:
@@ -115,7 +116,8 @@ class Modes:
             place = places.gather(0, rank.view(1, -1, 1).expand(1, *first.shape))[0]
             other = copy.copy(self.laplace)
             other.mode = torch.where((share > SHARE).unsqueeze(-1), place, first)
-            other.slope, other.only = torch.zeros_like(self.laplace.slope), None
+            other.slope = torch.zeros_like(self.laplace.slope)
+            other.forget()
             other.centre(self.reference)
             found.append(other)
         return found
