@@ -84,7 +84,7 @@ def where(draws: Draws) -> Where:
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
     """All values, and the unconstrained coordinates of each site."""
-    return {**draws.values, **_coordinates(draws)}
+    return {**draws.values, **coordinates(draws)}
 
 
 def axes_of(draws: Draws, rows: bool = True) -> dict[str, list[Sequence[Any] | None]]:
@@ -154,7 +154,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
     """The verdict on MCMC draws, from every coordinate, the log density and deterministics."""
     named = {name: draws[name] for name in draws.target.deterministics}
     diagnosis = diagnostics.diagnose_chains(
-        {**_coordinates(draws), "log p": draws.log_p, **named},
+        {**coordinates(draws), "log p": draws.log_p, **named},
         draws.stats["diverging"],
         draws.title,
         draws.meta.get("missed", ()),
@@ -195,7 +195,7 @@ def _part_of_chains(
     return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
 
 
-def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
+def coordinates(draws: Draws) -> dict[str, np.ndarray]:
     """The unconstrained coordinates of each site, which have moments even for heavy tails."""
     columns = {name: draws.z[..., part] for name, part in draws.target.slices.items()}
     return {

@@ -166,6 +166,8 @@ def to_message(restart: Restart) -> dict[str, Any]:
             "lr": found.lr,
             "evaluation": list(found.evaluation),
             "missed_mass": found.missed_mass,
+            "opinion": found.opinion,
+            "drifts": found.drifts,
         },
         "guide": cpu_state_dict(found.guide),
         "own": own_state_of(restart.target),
