@@ -169,9 +169,7 @@ def main() -> None:
             print(f"<!-- {name}: {found['guide']}; {found['reason']} -->", flush=True)
     level = sum(gain >= -LEVEL for gain in best.values())
     above = sum(gain > ABOVE for gain in best.values())
-    print(
-        f"\nELBO at or above the published one on {level} of {len(best)}, above on {above}"
-    )
+    print(f"\nELBO at or above the published one on {level} of {len(best)}, above on {above}")
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ import math
 from dataclasses import replace
 from types import SimpleNamespace
 
+import arviz
 import numpy as np
 import pytest
 import torch
@@ -11,8 +12,9 @@ from click.testing import CliRunner
 
 import flowvi
 from flowvi.cli import main
+from flowvi.diagnostics import Estimate, log_evidence, with_bridge
 from flowvi.diagnostics.drift import DENSITY, DIRECTION, MEAN, SD, TAIL, Chains, measure, opinion
-from flowvi.draws.sampling import tabulate
+from flowvi.draws.sampling import draw, tabulate
 from flowvi.fitting import escalation
 from flowvi.fitting import opinion as fitted
 from flowvi.guides import FullRank
@@ -300,3 +302,65 @@ def test_the_command_checks_again(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run.invoke(main, ["check", str(empty)]).exit_code == 2
+
+
+def heavy_target():
+    """A t density in the plane, whose evidence is 0, and a normal guide that is too light."""
+    t = torch.distributions.StudentT(torch.tensor(5.0, dtype=torch.float64))
+    return flowvi.from_density(
+        lambda v: t.log_prob(v["x"].double()).sum(), {"x": flowvi.Site((2,))}
+    )
+
+
+def test_the_bridge_by_short_chains_sees_what_weights_leave_out():
+    target = heavy_target()
+    guide = FullRank(2).to(target.dtype)
+    one = torch.eye(2, dtype=target.dtype)
+    guide.start(0 * one[0], 1.25 * one)
+    weights, bridges = [], []
+    repeats = 20
+    for seed in range(repeats):
+        draws = draw(target, [guide], 2000, seed)
+        said = second_opinion(draws, guide, seed=seed)
+        assert said.mixed
+        weights.append(log_evidence(draws.log_weights.ravel()).value)
+        bridges.append(said.bridge)
+    values, errors = np.array(bridges).T
+    spread = values.std(ddof=1)
+    # The weights have no variance, and neither has the error of their mean.
+    assert np.abs(values).mean() < np.abs(weights).mean() / 2
+    # The mean is right, and the stated error is the scatter, within the noise of 20 repeats.
+    assert abs(values.mean()) < 4 * spread / math.sqrt(repeats)
+    assert abs(errors.mean() / spread - 1) < 4 / math.sqrt(2 * repeats)
+
+
+def test_the_error_of_the_evidence_has_what_chains_add():
+    weights, bridge = Estimate(-1.0, 0.01), Estimate(-0.9, 0.02)
+    value, error = with_bridge(weights, bridge)
+    assert value == -0.9 and error == pytest.approx(math.hypot(0.02, 0.1))
+
+
+def test_the_evidence_of_a_fit_has_its_bridge(target, tmp_path):
+    fit = flowvi.fit(target, seed=0, compile=False, progress=False)
+    bridge = Estimate(*fit.meta["bridge"])
+    exact = 0.5 * math.log(2 * math.pi) * DIM + 0.5 * math.log(1 - RHO**2)
+    draws = fit.draw(4000)
+    saved = tmp_path / "draws.nc"
+    flowvi.to_inference_data(draws).to_netcdf(saved, engine="h5netcdf")
+    for found in (
+        flowvi.diagnose(draws),
+        flowvi.evidence(draws),
+        flowvi.evidence(arviz.from_netcdf(saved)),
+    ):
+        assert found.log_evidence == pytest.approx(bridge.value, abs=1e-12)
+        assert found.log_evidence_se >= bridge.se
+    assert abs(bridge.value - exact) < 5 * max(bridge.se, 1e-5)
+
+
+def test_mass_that_only_annealing_finds_is_said(target, monkeypatch):
+    said = "Annealing from a wide start finds about 2.0 times the mass that the guide covers."
+    monkeypatch.setattr("flowvi.fitting.restart.mass_beyond_guide", lambda *args: said)
+    monkeypatch.setattr(escalation, "ATTEMPTS", ())
+    fit = flowvi.fit(target, seed=0, compile=False, progress=False)
+    assert fit.meta["missed"] == [said]
+    assert flowvi.diagnose(fit.draw(1000)).verdict == "do not trust"

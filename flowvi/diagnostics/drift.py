@@ -26,6 +26,8 @@ DIRECTIONS, MOST_DIM = 2, 300
 CLIP = 6.0
 # Chains that are correlated with their start by more, or accepted less often, say nothing.
 STUCK, REJECTED = 0.9, 0.3
+# Those that are correlated less, and accepted more often, are as good as draws of the posterior.
+MIXED, ACCEPTED = 0.3, 0.6
 # Kinds of measures, in the order in which they are named, and how many of them are named.
 KINDS = MEAN, SD, DIRECTION, TAIL, DENSITY = ("mean", "sd", "direction", "tail", "density")
 NAMED = 3
@@ -97,6 +99,8 @@ class Opinion:
         measures: Number of measures.
         shift, stretch: The largest drift of a mean, in sds, and of a sd, relative to it.
         drifts: Drifts that matter and exceed noise, in words, the largest first.
+        bridge: Log evidence by bridge sampling between draws and chains, and its standard error;
+            None where chains moved in another space than the guide's, or not far enough.
     """
 
     chains: int
@@ -108,6 +112,12 @@ class Opinion:
     shift: float
     stretch: float
     drifts: tuple[str, ...]
+    bridge: tuple[float, float] | None = None
+
+    @property
+    def mixed(self) -> bool:
+        """Whether each chain is nearly independent of where it started."""
+        return self.correlation < MIXED and self.acceptance > ACCEPTED and not self.slow
 
     @property
     def moved(self) -> bool:

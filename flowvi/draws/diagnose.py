@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from flowvi import diagnostics
-from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
+from flowvi.diagnostics import Bounds, Check, Diagnosis, Estimate, Where
 from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
 from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.targets import Target, outside
@@ -53,6 +53,10 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         _zero_density_reason(draws),
     )
     diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    if "bridge" in draws.meta and not draws.improper:
+        weights = Estimate(diagnosis.log_evidence, diagnosis.log_evidence_se)
+        best = diagnostics.with_bridge(weights, Estimate(*draws.meta["bridge"]))
+        diagnosis = replace(diagnosis, log_evidence=best.value, log_evidence_se=best.se)
     if len(draws.z) == 1:
         return diagnosis
     found = diagnostics.distances(draws.z)

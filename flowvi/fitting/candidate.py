@@ -33,6 +33,7 @@ class Candidate:
         weighted: Draws of the check, which further guides are fitted to, and where chains start.
         opinion: What short chains said of its draws, or why they were left out; empty before.
         drifts: Whether they drift away from its draws.
+        bridge: Log evidence by them and its standard error, if they tell.
         units: Sentence about units whose conditional does not fit; else empty.
         chains: Draws of Markov chains in its space, if they were run.
     """
@@ -50,6 +51,7 @@ class Candidate:
     weighted: Draws | None = None
     opinion: str = ""
     drifts: bool = False
+    bridge: tuple[float, float] | None = None
 
     def keep(self, draws: Draws) -> None:
         """Keep the draws of the check."""

@@ -285,7 +285,7 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
             break
     if found is None:
         return None
-    return replace(candidate, chains=found, opinion="", drifts=False, weighted=None)
+    return replace(candidate, chains=found, opinion="", drifts=False, bridge=None, weighted=None)
 
 
 def joined(restarts: Sequence[Restart]) -> Candidate | None:

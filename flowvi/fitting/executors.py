@@ -168,6 +168,7 @@ def to_message(restart: Restart) -> dict[str, Any]:
             "missed_mass": found.missed_mass,
             "opinion": found.opinion,
             "drifts": found.drifts,
+            "bridge": found.bridge,
         },
         "guide": cpu_state_dict(found.guide),
         "own": own_state_of(restart.target),

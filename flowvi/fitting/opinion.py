@@ -40,6 +40,7 @@ def consult(restart: Restart, candidate: Candidate) -> None:
         restart.record.log.append(f"second opinion: failed, {error}")
         return
     candidate.opinion, candidate.drifts = said.reason, bool(said.drifts)
+    candidate.bridge = said.bridge
     restart.record.log.append(f"second opinion: {said.reason}")
 
 

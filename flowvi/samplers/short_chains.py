@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowvi.diagnostics import psis
+from flowvi.diagnostics.bridge_sampling import short_bridge
 from flowvi.diagnostics.drift import Chains, Opinion, opinion
 from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import axes_of, coordinates
@@ -52,7 +54,7 @@ SHORT, LONG = ChainLengths(chains=300, tuned=4, kept=6), ChainLengths()
 # Largest difference of two log densities, relative to their range, that rounding explains.
 SAME = 0.01
 # Rate at which the step size follows the acceptance.
-RATE = 2.0
+RATE = 1.0
 
 
 class _Whitened(SamplingSpace):
@@ -138,7 +140,9 @@ def second_opinion(
         z = torch.as_tensor(table, dtype=target.dtype, device=target.device)
         with frozen(target) if guide is None else frozen(target, guide):
             space = _space(target, guide, z, torch.as_tensor(weights).to(z))
-            path, path_log_p, acceptance = _run(space, z[places], log_p[places], lengths)
+            path, path_log_p, path_log_w, acceptance = _run(
+                space, z[places], log_p[places], lengths
+            )
     found = Chains(
         table.astype(np.float64),
         log_p,
@@ -150,7 +154,11 @@ def second_opinion(
     )
     named = blocks(coordinates(draws), axes_of(draws))
     labels = [name + index for name, indices, _ in named for index in indices]
-    return opinion(found, labels, acceptance)
+    said = opinion(found, labels, acceptance)
+    if not isinstance(space, _Base) or not said.mixed:
+        return said
+    value, error = short_bridge(draws.log_weights.ravel(), path_log_w.T)
+    return replace(said, bridge=(value, error))
 
 
 def _starts(weights: np.ndarray, n: int, rng: np.random.Generator) -> np.ndarray:
@@ -173,8 +181,8 @@ def _space(target: Target, guide: Guide | None, z: Tensor, weights: Tensor) -> _
 
 def _run(
     space: _Whitened, z: Tensor, log_p: np.ndarray, lengths: ChainLengths
-) -> tuple[np.ndarray, np.ndarray, float]:
-    """Points of the chains (T, N, D), their log densities (T, N), and the mean acceptance.
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float]:
+    """Points of the chains (T, N, D), log densities and weights (T, N), and mean acceptance.
 
     Args:
         space: The space in which they move.
@@ -185,7 +193,7 @@ def _run(
     point = space.at(space.pull(z))
     _check_density(_log_p(point), log_p)
     step = min(1.0, 1.2 * z.shape[-1] ** -0.25)
-    taken, points, densities = [], [], []
+    taken, points, densities, log_w = [], [], [], []
     for i in range(lengths.tuned + lengths.kept):
         number = min(lengths.leapfrog, max(1, math.ceil(lengths.time / step)))
         point, chance = hmc_transition(space, point, 1.0, step, number)
@@ -195,7 +203,8 @@ def _run(
         taken.append(chance)
         points.append(point.z.double().cpu().numpy())
         densities.append(_log_p(point))
-    return np.stack(points), np.stack(densities), float(np.mean(taken))
+        log_w.append(point.log_w.double().cpu().numpy())
+    return np.stack(points), np.stack(densities), np.stack(log_w), float(np.mean(taken))
 
 
 def _log_p(point: Point) -> np.ndarray:
