@@ -27,7 +27,7 @@ CLIP = 6.0
 # Chains that are correlated with their start by more, or accepted less often, say nothing.
 STUCK, REJECTED = 0.9, 0.3
 # Those that are correlated less, and accepted more often, are as good as draws of the posterior.
-MIXED, ACCEPTED = 0.3, 0.6
+MIXED, ACCEPTED = 0.3, 0.5
 # Kinds of measures, in the order in which they are named, and how many of them are named.
 KINDS = MEAN, SD, DIRECTION, TAIL, DENSITY = ("mean", "sd", "direction", "tail", "density")
 NAMED = 3

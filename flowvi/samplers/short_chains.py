@@ -54,7 +54,7 @@ SHORT, LONG = ChainLengths(chains=300, tuned=4, kept=6), ChainLengths()
 # Largest difference of two log densities, relative to their range, that rounding explains.
 SAME = 0.01
 # Rate at which the step size follows the acceptance.
-RATE = 1.0
+RATE = 2.0
 
 
 class _Whitened(SamplingSpace):
