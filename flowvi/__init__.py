@@ -10,12 +10,13 @@ from flowvi.compat import arviz_groups as groups
 
 if TYPE_CHECKING:
     from flowvi.analysis.compare import compare
+    from flowvi.analysis.diagnosis import diagnose
     from flowvi.analysis.evidence import evidence
     from flowvi.analysis.loo import loo
     from flowvi.analysis.neutra import neutra
     from flowvi.analysis.sbc import sbc
     from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
-    from flowvi.draws.diagnose import bounds, diagnose, where
+    from flowvi.draws.diagnose import bounds, where
     from flowvi.draws.draws import Draws, RowDraws
     from flowvi.draws.prediction import Prediction, predict
     from flowvi.draws.resampling import resample
@@ -119,12 +120,13 @@ __all__ = [
 # seconds, which the help of a command should not.
 _MODULES = {
     "analysis.compare": "compare",
+    "analysis.diagnosis": "diagnose",
     "analysis.evidence": "evidence",
     "analysis.loo": "loo",
     "analysis.neutra": "neutra",
     "analysis.sbc": "sbc",
     "bnn": "LIKELIHOODS PRIORS bayesian",
-    "draws.diagnose": "bounds diagnose where",
+    "draws.diagnose": "bounds where",
     "draws.draws": "Draws RowDraws",
     "draws.prediction": "Prediction predict",
     "draws.resampling": "resample",

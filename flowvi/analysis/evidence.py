@@ -10,7 +10,7 @@ import numpy as np
 
 from flowvi import diagnostics
 from flowvi.compat.arviz_groups import has_group
-from flowvi.diagnostics import LADDER, VERDICTS, Evidence
+from flowvi.diagnostics import LADDER, VERDICTS, Estimate, Evidence
 from flowvi.draws.diagnose import check_proper, diagnose
 from flowvi.draws.draws import Draws
 from flowvi.runtime.arguments import refuse_fit
@@ -83,6 +83,7 @@ def evidence(
         table.log_weights,
         above,
         trusted=trusted,
+        short=None if table.bridge is None else Estimate(*table.bridge),
         particles=particles,
         doubts=table.missed,
         title=table.title,
@@ -99,6 +100,7 @@ class _Table(NamedTuple):
     verdict: str
     title: str
     rows: Sequence[str] = ()
+    bridge: Sequence[float] | None = None
 
 
 def _read(source: Draws | az.InferenceData) -> _Table:
@@ -109,7 +111,7 @@ def _read(source: Draws | az.InferenceData) -> _Table:
         verdict = diagnose(source).verdict if source.mcmc else ""
         rows = [str(label) for label in source.labels]
         known = (source.improper, meta.get("missed", ()), verdict, title, rows)
-        return _Table(kind, weights, *known)
+        return _Table(kind, weights, *known, meta.get("bridge"))
     stats = _stats(source)
     facts: Mapping[str, Any] = stats.attrs
     kind = "MCMC" if "mcmc" in facts else "resampled" if "log_weight" not in stats else "guide"
@@ -124,7 +126,9 @@ def _read(source: Draws | az.InferenceData) -> _Table:
     if weights.ndim > 2:
         dim = stats["log_p"].dims[-1]
         rows = [str(label) for label in stats[dim].values]
-    return _Table(kind, weights, improper, missed, facts.get("verdict", ""), title, rows)
+    bridge = json.loads(facts["bridge"]) if "bridge" in facts else None
+    verdict = facts.get("verdict", "")
+    return _Table(kind, weights, improper, missed, verdict, title, rows, bridge)
 
 
 def _stats(source: az.InferenceData) -> Any:

@@ -5,6 +5,7 @@ import warnings
 import click
 
 from flowvi._version import __version__
+from flowvi.cli.check import check_command
 from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fit import fit_command
 from flowvi.cli.list import list_command
@@ -41,6 +42,7 @@ main.add_command(vae_command)
 main.add_command(report_command)
 main.add_command(compare_command)
 main.add_command(resample_command)
+main.add_command(check_command)
 main.add_command(neutra_command)
 main.add_command(predict_command)
 main.add_command(sbc_command)

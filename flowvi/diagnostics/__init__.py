@@ -1,5 +1,6 @@
 """Diagnostics of log weights and draws: functions of arrays that return frozen records."""
 
+from flowvi.diagnostics.bridge_sampling import with_bridge
 from flowvi.diagnostics.energy_distance import Distances, distances
 from flowvi.diagnostics.evidence import LADDER, Evidence, RowEvidence, evidence
 from flowvi.diagnostics.finding import VERDICTS, Check
@@ -63,4 +64,5 @@ __all__ = [
     "psis",
     "psis_of_rows",
     "where",
+    "with_bridge",
 ]

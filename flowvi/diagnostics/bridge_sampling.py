@@ -45,18 +45,51 @@ def bridge_evidence(log_w: np.ndarray, chains: np.ndarray) -> Estimate:
         Econometrics Journal 7: the standard error.
     """
     effective = _effective(chains)
+    value, at_q, at_p = _bridge(log_w, chains, effective)
+    square = (at_q.std() / at_q.mean()) ** 2 / len(log_w)
+    square += (at_p.std() / at_p.mean()) ** 2 / effective
+    return Estimate(value, math.sqrt(square))
+
+
+def short_bridge(log_w: np.ndarray, chains: np.ndarray) -> Estimate:
+    """Bridge sampling by many short chains, whose independence gives the error.
+
+    Args:
+        log_w: Log weights of independent draws of the guide, (S).
+        chains: Log weights along the chains, (chain, draw).
+    """
+    value, at_q, at_p = _bridge(log_w, chains, chains.size / 2)
+    square = (at_q.std() / at_q.mean()) ** 2 / len(log_w)
+    square += (at_p.mean(1).std() / at_p.mean()) ** 2 / len(chains)
+    return Estimate(value, math.sqrt(square))
+
+
+def with_bridge(weights: Estimate, bridge: Estimate) -> Estimate:
+    """The bridge by short chains, whose error includes its distance from the mean weight.
+
+    Weights leave out what no draw visits, and short chains visit but a part of it: their
+    difference is of the order of what both leave out.
+
+    Args:
+        weights: Log of the mean weight.
+        bridge: Result of `short_bridge`.
+    """
+    return Estimate(bridge.value, math.hypot(bridge.se, bridge.value - weights.value))
+
+
+def _bridge(
+    log_w: np.ndarray, chains: np.ndarray, effective: float
+) -> tuple[float, np.ndarray, np.ndarray]:
+    """The fixed point, and the terms at draws of the guide, (S), and of the chains."""
     share = effective / (effective + len(log_w))
-    at_q, at_p = log_w, chains.ravel()
     value = log_evidence(log_w).value
     for _ in range(1000):
-        f_q, f_p = _terms(at_q - value, share), _terms(at_p - value, share)
-        step = math.log(f_q[0].mean()) - math.log(f_p[1].mean())
+        at_q, at_p = _terms(log_w - value, share)[0], _terms(chains - value, share)[1]
+        step = math.log(at_q.mean()) - math.log(at_p.mean())
         value += step
         if abs(step) < 1e-10:
             break
-    square = (f_q[0].std() / f_q[0].mean()) ** 2 / len(log_w)
-    square += (f_p[1].std() / f_p[1].mean()) ** 2 / effective
-    return Estimate(value, math.sqrt(square))
+    return value, at_q, at_p
 
 
 def _terms(log_ratio: np.ndarray, share: float) -> tuple[np.ndarray, np.ndarray]:

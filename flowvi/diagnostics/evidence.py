@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from flowvi.diagnostics import finding, findings
-from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo
+from flowvi.diagnostics.bridge_sampling import bridge_evidence, eubo, with_bridge
 from flowvi.diagnostics.finding import DISTRUST, TRUST, Finding
 from flowvi.diagnostics.importance import (
     Bounds,
@@ -61,7 +61,7 @@ class Evidence:
         reliable: Whether the estimates of the evidence are reliable. The bounds
             hold in any case.
         log_evidence, log_evidence_se: The best estimate: the bridge where there are
-            trusted draws of the posterior, else the log mean weight.
+            trusted draws of the posterior, or short chains of the fit; else the log mean weight.
         mean_weight, mean_weight_se: Log of the mean weight, which is unbiased. The error
             includes an estimate of the unobserved tail.
         smoothed, smoothed_se: Log of the mean Pareto-smoothed weight.
@@ -120,6 +120,7 @@ def evidence(
     posterior_log_weights: ArrayLike | None = None,
     *,
     trusted: bool = True,
+    short: Estimate | None = None,
     particles: Sequence[int] = LADDER,
     doubts: Sequence[str] = (),
     title: str = "",
@@ -133,6 +134,8 @@ def evidence(
         log_weights: log p - log q of draws of the guide, (draw) or (chain, draw).
         posterior_log_weights: Log weights at draws of the posterior, for the upper bound.
         trusted: Whether the posterior draws are trusted.
+        short: The bridge by short chains of the fit, for the estimate where there are no other
+            draws of the posterior.
         particles: Numbers of particles K of the lower bounds.
         doubts: Further reasons against the estimates, in sentences.
         title: Description of the fit.
@@ -161,6 +164,9 @@ def evidence(
             # The error of the bridge is finite for any tail of the weights.
             best, judged = bridge, [Finding(TRUST, finding.reason) for finding in judged]
         judged += unlike
+    elif short is not None:
+        bridge, best = short, with_bridge(middle, short)
+        judged += _compare_estimates(middle, short, above)
     found += [*judged, *(Finding(DISTRUST, doubt) for doubt in doubts)]
     blocks = [k for k in particles if len(log_w) >= BLOCKS * k]
     return Evidence(

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import ArrayLike
 
 from flowvi import diagnostics
-from flowvi.diagnostics import Bounds, Check, Diagnosis, Where
+from flowvi.diagnostics import Bounds, Check, Diagnosis, Estimate, Where
 from flowvi.draws.draws import EXPECTED, Draws, checked, weights_of
 from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.targets import Target, outside
@@ -53,6 +53,10 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         _zero_density_reason(draws),
     )
     diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    if "bridge" in draws.meta and not draws.improper:
+        weights = Estimate(diagnosis.log_evidence, diagnosis.log_evidence_se)
+        best = diagnostics.with_bridge(weights, Estimate(*draws.meta["bridge"]))
+        diagnosis = replace(diagnosis, log_evidence=best.value, log_evidence_se=best.se)
     if len(draws.z) == 1:
         return diagnosis
     found = diagnostics.distances(draws.z)
@@ -84,7 +88,7 @@ def where(draws: Draws) -> Where:
 
 def named_values(draws: Draws) -> dict[str, np.ndarray]:
     """All values, and the unconstrained coordinates of each site."""
-    return {**draws.values, **_coordinates(draws)}
+    return {**draws.values, **coordinates(draws)}
 
 
 def axes_of(draws: Draws, rows: bool = True) -> dict[str, list[Sequence[Any] | None]]:
@@ -154,7 +158,7 @@ def _of_chains(draws: Draws) -> Diagnosis:
     """The verdict on MCMC draws, from every coordinate, the log density and deterministics."""
     named = {name: draws[name] for name in draws.target.deterministics}
     diagnosis = diagnostics.diagnose_chains(
-        {**_coordinates(draws), "log p": draws.log_p, **named},
+        {**coordinates(draws), "log p": draws.log_p, **named},
         draws.stats["diverging"],
         draws.title,
         draws.meta.get("missed", ()),
@@ -195,7 +199,7 @@ def _part_of_chains(
     return replace(diagnosis, verdict=verdict, reasons=(*missed, reason))
 
 
-def _coordinates(draws: Draws) -> dict[str, np.ndarray]:
+def coordinates(draws: Draws) -> dict[str, np.ndarray]:
     """The unconstrained coordinates of each site, which have moments even for heavy tails."""
     columns = {name: draws.z[..., part] for name, part in draws.target.slices.items()}
     return {

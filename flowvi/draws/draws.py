@@ -39,7 +39,7 @@ class Draws:
         stats: Statistics of each MCMC draw, (chain, draw), by ArviZ's names.
         weighted: For MCMC draws at the end of a fit, the weighted draws of its guide.
         batch: The rows; None without a row axis.
-        guide: The guide of the latents of rows.
+        guide: The guide that drew them; None for several guides and for Markov chains.
         diagnosis: For resampled draws, the verdict on the original ones.
         unit_scores: Log likelihood of each unit with its own latents integrated, given the
             shared ones, (chain, draw, unit). None without units, or where they are too many.

@@ -1,6 +1,7 @@
 """Draw from a guide into a table."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -42,7 +43,8 @@ def draw(
     """
     n = check_integer("n", n)
     with torch.no_grad(), isolated_rng(derive_seed(seed, DRAWING)):
-        return tabulate(target, n, [in_pieces(sampler(guide), n) for guide in guides], meta)
+        found = tabulate(target, n, [in_pieces(sampler(guide), n) for guide in guides], meta)
+    return replace(found, guide=guides[0]) if len(guides) == 1 else found
 
 
 def tabulate(

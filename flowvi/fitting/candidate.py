@@ -30,7 +30,10 @@ class Candidate:
         missed: Gaussians of the search for a start that it misses.
         beyond: Sentence about mass outside of it that annealing found; else empty.
         diagnosis: Verdict on its draws.
-        weighted: Draws of the check, of shared latents; further guides are fitted to them.
+        weighted: Draws of the check, which further guides are fitted to, and where chains start.
+        opinion: What short chains said of its draws, or why they were left out; empty before.
+        drifts: Whether they drift away from its draws.
+        bridge: Log evidence by them and its standard error, if they tell.
         units: Sentence about units whose conditional does not fit; else empty.
         chains: Draws of Markov chains in its space, if they were run.
     """
@@ -46,6 +49,9 @@ class Candidate:
     diagnosis: Diagnosis | None = None
     chains: Draws | None = None
     weighted: Draws | None = None
+    opinion: str = ""
+    drifts: bool = False
+    bridge: tuple[float, float] | None = None
 
     def keep(self, draws: Draws) -> None:
         """Keep the draws of the check."""
@@ -54,7 +60,7 @@ class Candidate:
     @property
     def trust_rank(self) -> int:
         """Index of its verdict in `VERDICTS`, 0 to 2; the lowest is the best."""
-        if self.diagnosis is None or self.reasons:
+        if self.diagnosis is None or self.reasons or self.drifts:
             return len(VERDICTS) - 1
         return VERDICTS.index(self.diagnosis.verdict)
 

@@ -17,6 +17,7 @@ from flowvi.draws.sampling import draw
 from flowvi.draws.storage import from_state, to_state
 from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.first_guide import flow
+from flowvi.fitting.opinion import consult
 from flowvi.fitting.restart import Restart
 from flowvi.fitting.reweighted import likeliest, moments
 from flowvi.flows import Chain
@@ -88,14 +89,24 @@ def escalate(restart: Restart) -> None:
             f"{name}: {summary(restart.candidate)} before, {summary(new)} after: {word}"
         )
         restart.candidate = new if taken else restart.candidate
+    if trusted(restart.candidate):
+        consult(restart, restart.candidate)
 
 
 def _enough(restart: Restart, attempt: Attempt) -> bool:
     """Whether an attempt is not worth its time.
 
-    Attempts that need no gradients are made until the plain draws are trusted.
+    Attempts that need no gradients are made until the plain draws are trusted. A guide is
+    trusted if short chains do not drift away from its draws either.
     """
-    return restart.candidate.trust_rank == 0 if attempt in CHEAP else trusted(restart.candidate)
+
+    def settled() -> bool:
+        candidate = restart.candidate
+        return candidate.trust_rank == 0 if attempt in CHEAP else trusted(candidate)
+
+    if settled():
+        consult(restart, restart.candidate)
+    return settled()
 
 
 def trusted(candidate: Candidate) -> bool:
@@ -272,7 +283,9 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
         found = longer
         if diagnose(found).verdict == VERDICTS[0]:
             break
-    return None if found is None else replace(candidate, chains=found)
+    if found is None:
+        return None
+    return replace(candidate, chains=found, opinion="", drifts=False, bridge=None, weighted=None)
 
 
 def joined(restarts: Sequence[Restart]) -> Candidate | None:
@@ -297,6 +310,8 @@ def joined(restarts: Sequence[Restart]) -> Candidate | None:
     new = Candidate(first.to_target(copy.deepcopy(guide)), "mixture", sizes, lr=parts[0].lr / 2)
     first.train(new, 1.0, "mixture of restarts")
     first.check(new)
+    if trusted(new):
+        consult(first, new)
     return new if trusted(new) else None
 
 

@@ -166,9 +166,12 @@ def _result(
         "skipped": int(history["skipped"].sum()),
         "failures": failures,
         "missed": _missed(candidates),
+        "reasons": [best.opinion] if best.opinion and not best.drifts else [],
         "flowvi": __version__,
         "torch": str(torch.__version__),
     }
+    if best.bridge is not None and len(candidates) == 1:
+        meta["bridge"] = list(best.bridge)
     guides, bounds = [c.guide for c in candidates], [c.bound for c in candidates]
     chosen = int(np.argmax(bounds)) if len(candidates) == len(restarts) else 0
     start = restarts[chosen].best
@@ -213,7 +216,7 @@ def _check_findings(
 
 
 def _missed(candidates: list[Candidate]) -> list[str]:
-    """Parts of the posterior that every restart misses."""
-    if all(c.missed or c.units for c in candidates):
-        return candidates[0].reasons
-    return []
+    """What every restart is known to miss, and chains that drift away from the best one."""
+    found = candidates[0].reasons if all(c.reasons for c in candidates) else []
+    best = max(candidates, key=lambda c: c.bound)
+    return [*found, best.opinion] if best.drifts else found

@@ -15,8 +15,9 @@ from flowvi.training.settings import Settings
 RESERVED, FEWEST_DRAWS = 0.2, 400
 # Comparisons of iterates after a stage: its start, its end, and their average.
 COMPARED = 3
-# Of the time that is left, the shares that annealing, and a search of the step size, may take.
-ANNEALED, SEARCHED = 0.5, 0.3
+# Of the time that is left, the shares that annealing, a search of the step size, and short
+# chains may take.
+ANNEALED, SEARCHED, ASKED = 0.5, 0.3, 0.25
 # A gradient takes about as long as the density.
 WITH_GRADIENT = 2
 
@@ -68,6 +69,10 @@ class Pace:
         """Whether annealing from a wide start would leave enough time."""
         seconds = WITH_GRADIENT * self.a_draw * EVALUATIONS
         return seconds <= ANNEALED * self.clock.seconds_left
+
+    def has_time_for(self, gradients: int) -> bool:
+        """Whether a number of gradients of the density leaves most of the time."""
+        return WITH_GRADIENT * self.a_draw * gradients <= ASKED * self.clock.seconds_left
 
     def has_time_to_search(self, settings: Settings) -> bool:
         """Whether trials of step sizes, for two guides, would leave enough time."""

@@ -237,7 +237,7 @@ class Restart:
             self.seed(CHECK),
             lambda: clock.out_of_time(CHECK_SHARE),
             self.schedule,
-            candidate.keep if isinstance(self.target, MarginalTarget) else lambda draws: None,
+            candidate.keep,
         )
 
     def find_missed_modes(self, candidate: Candidate) -> list[GaussianApproximation]:

@@ -11,7 +11,7 @@ import torch
 
 # The random operations of a restart; each has a stream of its own.
 BUILD, TRIAL, TRAIN, EVALUATE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
-ADAPT, REWEIGHT = 11, 12
+ADAPT, REWEIGHT, OPINION = 11, 12, 13
 
 
 class Step(NamedTuple):
