@@ -35,7 +35,8 @@ def neutra(
         chains: Number of chains, at least 2.
         seed: Seed of all chains; the global generators are not changed.
         target_accept: Target acceptance probability; a larger one gives smaller steps.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
 
     Returns:
         Draws of the posterior, with the log density of the guide at each draw.

@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
 from inspect import signature
 from pathlib import Path
-from sys import stderr
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro import poutine
-from tqdm import tqdm
 
 from flowvi.analysis.sbc_store import Outcome, Store
 from flowvi.diagnostics import MIN_DRAWS
@@ -27,6 +25,7 @@ from flowvi.fitting.executors import own_state_of
 from flowvi.fitting.fit import fit
 from flowvi.fitting.result import RowFit
 from flowvi.runtime.arguments import check_integer, check_keywords
+from flowvi.runtime.progress import showing
 from flowvi.runtime.rng import derive_seed
 from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicable
 
@@ -74,7 +73,8 @@ def sbc(
         seed: Seed of all random numbers.
         file: File of the finished fits (NumPy's .npz); a later call resumes from it.
         executor: Runs the fits in parallel, such as a `ProcessPoolExecutor`.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
         **settings: Arguments of `flowvi.fit`, such as guide and steps.
 
     References:
@@ -100,11 +100,11 @@ def sbc(
     key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
     store = Store(Path(file) if file is not None else None, key)
     left = [task for task in tasks if task.number not in store.done]
-    shown = progress and stderr.isatty()
-    with tqdm(total=fits, initial=fits - len(left), disable=not shown, unit="fit") as bar:
+    with showing("calibration", progress, unit="fit") as bar:
+        bar.phase("fits to simulated data", fits, fits - len(left))
         for outcome in _run(left, executor):
             store.add(outcome)
-            bar.update()
+            bar.step()
     return store.calibration(levels)
 
 

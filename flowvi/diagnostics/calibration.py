@@ -7,6 +7,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowvi.runtime.display import Displayed
+
 # Significance level of the tests.
 LEVEL = 0.01
 # With fewer fits the tests have little power: for one scalar, 100 fits detect a standard
@@ -70,8 +72,8 @@ def adjusted(*p_values: np.ndarray) -> float:
     return float(min(1.0, joined.min() * joined.size)) if joined.size else 1.0
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Displayed):
     """Ranks of true values among the draws of fits to simulated data.
 
     Attributes:

@@ -19,11 +19,11 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_stats as stats
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
+from flowvi.draws.scalars import elements
 from flowvi.fitting.request import STRUCTURED
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.plots.caterpillar import unit_values
-from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
 from flowvi.reporting.pictures import pictures
 from flowvi.reporting.units import chosen_units, doubtful_units, elements_of_units

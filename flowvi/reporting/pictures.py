@@ -58,10 +58,7 @@ class Picture:
 
 def pictures(contents: Contents) -> list[Picture]:
     """Draw all pictures of a report."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"backend": "agg"}):
-        return [_picture(*one) for one in _all(contents)]
+    return [_picture(*one) for one in _all(contents)]
 
 
 Drawing = tuple[str, Callable[[], "Figure"], str, str]
@@ -204,15 +201,32 @@ def _figure(axes: Any) -> Figure:
 
 
 def _picture(key: str, draw: Callable[[], Figure], alt: str, caption: str) -> Picture:
+    content = png(draw, DPI)
+    # The header of a PNG holds its width in pixels.
+    width = round(int.from_bytes(content[16:20], "big") * 96 / DPI)
+    return Picture(key, data_uri(content), width, alt, caption)
+
+
+def png(draw: Callable[[], Any], dpi: int) -> bytes:
+    """Draw a picture, and close it: the bytes of a PNG file.
+
+    Args:
+        draw: Returns a figure, or axes or an array of axes in it.
+        dpi: Resolution.
+    """
     import matplotlib.pyplot as plt
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plt.ioff():
         # A name may have letters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = draw()
+        drawn = draw()
+        figure = drawn if hasattr(drawn, "savefig") else _figure(drawn)
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=DPI)
-    width = round(figure.get_figwidth() * 96)
+        figure.savefig(content, format="png", dpi=dpi)
     plt.close(figure)
-    source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    return Picture(key, source, width, alt, caption)
+    return content.getvalue()
+
+
+def data_uri(content: bytes) -> str:
+    """A PNG file as the address of an image."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -12,13 +11,13 @@ import numpy as np
 import torch
 from pyro.infer.mcmc import NUTS
 from torch import Tensor
-from tqdm import tqdm
 
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import tabulate
 from flowvi.guides.guide import Guide, frozen
 from flowvi.guides.pushforward import Pushforward
+from flowvi.runtime.progress import Progress, within
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Target
 
@@ -69,7 +68,7 @@ def run_nuts(
         plan: Lengths and number of chains.
         seed: Seed of all chains; the caller's generators are unchanged.
         meta: Facts about the fit, kept with the draws.
-        progress: Show a bar, if the error stream is a terminal.
+        progress: Whether to show the progress.
         out_of_time: Returns whether to give up; asked after every draw.
 
     Returns:
@@ -84,9 +83,8 @@ def run_nuts(
     began = time.perf_counter()
     with isolated_rng(seed), frozen(guide, target):
         potential = _Potential(target, guide)
-        shown = progress and sys.stderr.isatty()
-        total = plan.chains * (plan.warmup + plan.draws)
-        with tqdm(total=total, desc="NUTS", disable=not shown, unit="step") as bar:
+        with within(target.name, progress) as bar:
+            bar.phase("NUTS", plan.chains * (plan.warmup + plan.draws))
             runs = []
             for _ in range(plan.chains):
                 run = _chain(potential, plan, bar, out_of_time)
@@ -180,7 +178,7 @@ class _Potential:
 
 
 def _chain(
-    potential: _Potential, plan: NutsSettings, bar: tqdm[Any], out_of_time: Callable[[], bool]
+    potential: _Potential, plan: NutsSettings, bar: Progress, out_of_time: Callable[[], bool]
 ) -> _ChainResult | None:
     kernel = NUTS(
         potential_fn=potential, target_accept_prob=plan.target_accept, max_tree_depth=MAX_DEPTH
@@ -197,7 +195,7 @@ def _chain(
         if i >= plan.warmup:
             kept.append(point["u"].detach())
             steps.append(potential.calls - before)
-        bar.update()
+        bar.step()
     facts = kernel.diagnostics()
     diverging = np.zeros(plan.draws, dtype=bool)
     diverging[facts["divergences"]] = True
