@@ -98,7 +98,7 @@ def test_a_fit_can_be_loaded_again(folder, default):
     loaded = flowvi.load("out/fit", load_target(Path("m.py"), None))
 
     posterior = az.from_netcdf("out/posterior.nc")["posterior"]
-    np.testing.assert_array_equal(loaded.draw(4000)["mu"], posterior["mu"].values)
+    np.testing.assert_array_equal(loaded.draw(4000)["mu"], posterior["mu"].values.reshape(1, -1))
 
 
 def test_a_trusted_fit_summarises_its_draws(default):

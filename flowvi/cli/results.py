@@ -12,13 +12,13 @@ import click
 import numpy as np
 
 from flowvi.cli.folder import DRAWS, FIT, GUIDES, REPORT, RESAMPLED
-from flowvi.compat import arviz_stats
 from flowvi.compat.netcdf import write_groups
 from flowvi.diagnostics import VERDICTS, Diagnosis
+from flowvi.draws import scalars
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.result import Fit
-from flowvi.interop.inference_data import all_groups, to_inference_data
+from flowvi.interop.inference_data import all_groups
 from flowvi.runtime.files import CheckpointError, atomic_replace, error_reason
 
 if TYPE_CHECKING:
@@ -46,10 +46,8 @@ def recommended_draws(draws: Draws, diagnosis: Diagnosis, seed: int) -> Recommen
 
 
 def summary(kept: RecommendedDraws) -> pd.DataFrame:
-    """Mean, sd and quantiles of every scalar, and which draws they are of."""
-    posterior = to_inference_data(kept.draws, log_likelihood=False)
-    numbers = arviz_stats.summary(posterior)
-    return numbers.assign(draws=kept.word).rename_axis("name")
+    """Mean, sd, HDI, errors and quantiles of every scalar, and which draws they are of."""
+    return scalars.table(kept.draws).assign(draws=kept.word)
 
 
 def table(numbers: pd.DataFrame) -> str:

@@ -31,6 +31,10 @@ if TYPE_CHECKING:
 # Largest size of a group with a number for each draw and observation (400 MB).
 MAX_NUMBERS = 50_000_000
 # Groups of units whose latents are integrated: likelihoods, and the check of conditionals.
+# Chains that the independent draws of one guide are written as, and the fewest draws for that.
+CHAINS, FEWEST_SPLIT = 4, 16
+# Groups whose draws are not those of the posterior.
+OWN_DRAWS = ("prior", "prior_predictive")
 UNITS, CHECKED = "unit_log_likelihood", "unit_diagnosis"
 
 
@@ -50,7 +54,9 @@ def to_inference_data(
     """Convert draws to ArviZ's groups.
 
     The result contains posterior (latents and deterministics) and sample_stats, and, if the
-    model has them, observed and constant data and the pointwise log likelihood. Names that a
+    model has them, observed and constant data and the pointwise log likelihood. The independent
+    draws of one guide are written as four chains, so that ArviZ's R-hat and ESS have a meaning;
+    the attribute ``split`` says so. Simulated counts are integers. Names that a
     file cannot store are changed, and the original is the attribute ``original_name``. Every
     group carries the verdict and its numbers as attributes. With a row axis, those of each
     row are in the additional group ``row_diagnosis``.
@@ -97,6 +103,14 @@ def to_inference_data(
         data["row_diagnosis"] = rows
     if draws.units is not None:
         data[CHECKED] = groups[CHECKED] = draws.units.columns
+    _to_counts(groups)
+    split = chains_of_one(draws)
+    if split > 1:
+        attrs["split"] = split
+        groups = {
+            group: arrays if group in data or group in OWN_DRAWS else _in_chains(arrays)
+            for group, arrays in groups.items()
+        }
     names = [name for arrays in groups.values() for name in arrays]
     own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
     if draws.by_row:
@@ -110,6 +124,53 @@ def to_inference_data(
         if arrays
     }
     return make_groups(datasets)
+
+
+def chains_of_one(draws: Draws) -> int:
+    """Number of chains that the independent draws of one guide are written as."""
+    chains, count = draws.log_p.shape[:2]
+    return 1 if draws.mcmc or chains > 1 else split_into(count)
+
+
+def split_into(count: int) -> int:
+    """Number of chains for some independent draws: four, if four divides their number."""
+    if count < FEWEST_SPLIT:
+        return 1
+    return next((chains for chains in (CHAINS, 5, 3, 7, 6, 2) if count % chains == 0), CHAINS)
+
+
+def _in_chains(arrays: Arrays) -> Arrays:
+    """The draws of one chain as those of several; a prime number loses one to three."""
+
+    def split(array: np.ndarray) -> np.ndarray:
+        count = array.shape[1]
+        chains = 1 if array.shape[0] > 1 else split_into(count)
+        kept = array[:, : count - count % chains]
+        return kept.reshape(chains, -1, *array.shape[2:]) if chains > 1 else array
+
+    return {name: split(array) for name, array in arrays.items()}
+
+
+def _to_counts(groups: dict[str, Arrays]) -> None:
+    """Write observed and simulated data as integers, if all that the model simulates are whole."""
+    predictive = ("posterior_predictive", "prior_predictive", "predictions")
+    for name in groups["observed_data"]:
+        simulated = [groups[group][name] for group in predictive if name in groups.get(group, {})]
+        known = [groups["observed_data"][name], *simulated]
+        if not simulated or not all(_is_whole(array) for array in known):
+            continue
+        for group in ("observed_data", *predictive):
+            if name in groups.get(group, {}):
+                array = groups[group][name]
+                if array.dtype.kind == "f":
+                    groups[group] = {**groups[group], name: array.astype(np.int64)}
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    if array.dtype.kind != "f":
+        return array.dtype.kind in "iu"
+    small = np.isfinite(array).all() and (np.abs(array) < 2**53).all()
+    return bool(small and (array == np.floor(array)).all())
 
 
 def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
