@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from flowvi.analysis.loo import loo
     from flowvi.analysis.neutra import neutra
     from flowvi.analysis.sbc import sbc
+    from flowvi.analysis.sensitivity import sensitivity
     from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
     from flowvi.draws.diagnose import bounds, diagnose, where
     from flowvi.draws.draws import Draws, RowDraws
@@ -109,6 +110,7 @@ __all__ = [
     "report",
     "resample",
     "sbc",
+    "sensitivity",
     "structure",
     "to_inference_data",
     "wake_sleep",
@@ -123,6 +125,7 @@ _MODULES = {
     "analysis.loo": "loo",
     "analysis.neutra": "neutra",
     "analysis.sbc": "sbc",
+    "analysis.sensitivity": "sensitivity",
     "bnn": "LIKELIHOODS PRIORS bayesian",
     "draws.diagnose": "bounds diagnose where",
     "draws.draws": "Draws RowDraws",

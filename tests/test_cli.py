@@ -89,7 +89,7 @@ def test_eight_schools_from_the_command_to_its_files(folder, default):
     posterior = az.from_netcdf("new/out/posterior.nc")
     assert posterior["posterior"]["theta"].dims == ("chain", "draw", "school")
     assert list(posterior["posterior"]["school"].values) == list("ABCDEFGH")
-    assert posterior["sample_stats"]["log_weight"].shape == (1, 400)
+    assert posterior["sample_stats"]["log_weight"].shape == (4, 100)
 
 
 def test_a_fit_can_be_loaded_again(folder, default):

@@ -54,7 +54,8 @@ def to_inference_data(
     """Convert draws to ArviZ's groups.
 
     The result contains posterior (latents and deterministics) and sample_stats, and, if the
-    model has them, observed and constant data and the pointwise log likelihood. The independent
+    model has them, observed and constant data, the pointwise log likelihood, and the log prior of
+    every latent site. The independent
     draws of one guide are written as four chains, so that ArviZ's R-hat and ESS have a meaning;
     the attribute ``split`` says so. Simulated counts are integers. Names that a
     file cannot store are changed, and the original is the attribute ``original_name``. Every
@@ -89,6 +90,7 @@ def to_inference_data(
         groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
+    groups["log_prior"] = _by_point(draws, "log_prior") if _has_prior(draws) else {}
     if draws.unit_scores is not None and draws.units is not None:
         groups[UNITS] = {f"{draws.units.plate}_units": draws.unit_scores}
     if prior and isinstance(target, Target):
@@ -255,11 +257,35 @@ def _log_likelihood(draws: Draws, particles: int, seed: int) -> Arrays:
             raise ValueError("These draws know no guide to evaluate bounds with.")
         found = row_bounds(target, draws.guide, draws.batch, particles, seed)
         return {next(iter(draws.observed), "row"): found.values[None, None]}
+    return _by_point(draws, "log_likelihood")
+
+
+def log_terms(draws: Draws) -> tuple[Arrays, Arrays]:
+    """Log prior of every latent site, and log likelihood of every observation, of each draw.
+
+    Args:
+        draws: Draws of latents that all rows share.
+
+    Returns:
+        Arrays (chain, draw, ...) by site; empty where the model does not tell them apart.
+    """
+    if not _has_prior(draws):
+        return {}, {}
+    return _by_point(draws, "log_prior"), _by_point(draws, "log_likelihood")
+
+
+def _has_prior(draws: Draws) -> bool:
+    return isinstance(draws.target, Target) and not draws.by_row and "inner" not in draws.meta
+
+
+def _by_point(draws: Draws, which: str) -> Arrays:
+    """A function of points, by site, for every draw: (chain, draw, ...)."""
+    target = draws.target
     z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device).flatten(0, 1)
     with torch.no_grad():
         columns: Columns[str] = Columns(len(z))
         for part in z.split(target.chunk()):
-            columns.add(target.log_likelihood(part))
+            columns.add(getattr(target, which)(part))
     return _by_chain(columns.arrays, draws)
 
 

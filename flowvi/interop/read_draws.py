@@ -131,7 +131,7 @@ def resample_groups(
     weights = np.exp(psis(log_w.ravel()).log_weights)
     rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
     groups: dict[str, Any] = {}
-    for group in ("posterior", "sample_stats", "log_likelihood", UNITS):
+    for group in ("posterior", "sample_stats", "log_likelihood", "log_prior", UNITS):
         if has_group(idata, group):
             groups[group] = _select(to_dataset(idata[group]), rows, log_w.shape)
     groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")

@@ -15,6 +15,7 @@ from flowvi.plots.marginals import plot_marginals
 from flowvi.plots.pair import plot_pair
 from flowvi.plots.predictive import plot_predictive
 from flowvi.plots.sbc import plot_sbc
+from flowvi.plots.sensitivity import plot_sensitivity
 from flowvi.plots.where import plot_where
 
 __all__ = [
@@ -31,5 +32,6 @@ __all__ = [
     "plot_predictive",
     "plot_reconstructions",
     "plot_sbc",
+    "plot_sensitivity",
     "plot_where",
 ]

@@ -189,6 +189,18 @@ class GlobalTarget(SimulatingTarget):
             return {}
         return self._of_all_rows("likelihood", z, self.dims)
 
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of every latent site given its parents. (*S, D) -> (*S, *batch shape).
+
+        It is the density of the values in their own supports, without Jacobian. Empty for plain
+        densities, and where a prior depends on a discrete site that is summed out.
+        """
+        self._check(z)
+        if self._functions.prior is None:
+            return {}
+        found: dict[str, Tensor] = self._map("prior")(z, *self._inputs())
+        return found
+
     def probabilities(self, z: Tensor) -> dict[str, Tensor]:
         """Probabilities of the values of discrete sites, given the data and the latents.
 

@@ -113,6 +113,10 @@ class Target(nn.Module, ABC):
         """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows)."""
         return {}
 
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of every latent site, without Jacobian. (*S, D) -> (*S, *shape)."""
+        return {}
+
     def probabilities(self, z: Tensor) -> dict[str, Tensor]:
         """Probabilities of the values of discrete sites, given the data and the latents."""
         return {}
