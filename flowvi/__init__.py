@@ -9,10 +9,12 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_groups as groups
 
 if TYPE_CHECKING:
+    from flowvi.analysis.average import average
     from flowvi.analysis.compare import compare
     from flowvi.analysis.evidence import evidence
     from flowvi.analysis.loo import loo
     from flowvi.analysis.neutra import neutra
+    from flowvi.analysis.nuts import nuts
     from flowvi.analysis.sbc import sbc
     from flowvi.analysis.sensitivity import sensitivity
     from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
@@ -90,6 +92,7 @@ __all__ = [
     "StructuredFit",
     "Target",
     "__version__",
+    "average",
     "bayesian",
     "bounds",
     "compare",
@@ -104,6 +107,7 @@ __all__ = [
     "loo",
     "nested",
     "neutra",
+    "nuts",
     "predict",
     "pyro_guide",
     "renyi",
@@ -120,10 +124,12 @@ __all__ = [
 # Modules of the public names. A name is imported when it is first needed: torch and Pyro take
 # seconds, which the help of a command should not.
 _MODULES = {
+    "analysis.average": "average",
     "analysis.compare": "compare",
     "analysis.evidence": "evidence",
     "analysis.loo": "loo",
     "analysis.neutra": "neutra",
+    "analysis.nuts": "nuts",
     "analysis.sbc": "sbc",
     "analysis.sensitivity": "sensitivity",
     "bnn": "LIKELIHOODS PRIORS bayesian",

@@ -79,6 +79,11 @@ def evidence(
                 "mcmc must be draws of the posterior, from neutra(fit); these are "
                 f"{posterior.kind} draws."
             )
+        if np.isnan(posterior.log_weights).all():
+            raise ValueError(
+                "mcmc has no density of the guide at its draws, as those of nuts(target): pass "
+                "draws of neutra(fit), which have it."
+            )
         above, trusted = posterior.log_weights, posterior.verdict == TRUST
     return diagnostics.evidence(
         table.log_weights,

@@ -58,13 +58,14 @@ def neutra(
         )
     require_fit("neutra", fit, Fit, "what flowvi.fit returned")
     check_has_map(fit.guide)
-    _check({"warmup": warmup, "draws": draws}, chains, target_accept)
+    check_lengths({"warmup": warmup, "draws": draws}, chains, target_accept)
     plan = NutsSettings(warmup, draws, chains, target_accept)
     found = run_nuts(fit.target, fit.guide, plan, seed, fit.meta, progress=progress)
     return cast(Draws, found)
 
 
-def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
+def check_lengths(counts: dict[str, int], chains: int, target_accept: float) -> None:
+    """Refuse lengths and numbers of chains that are too small to be judged."""
     for name, count in counts.items():
         check_integer(name, count, 100)
     # R-hat needs at least two chains.

@@ -144,8 +144,8 @@ class Draws(Displayed):
     def title(self) -> str:
         """Description of the fit, in one line."""
         if self.mcmc:
-            where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
-            return f"{self.target.name}: {' '.join(where.split())}"
+            guide = self.meta.get("guide", "")
+            return f"{self.target.name}: NUTS{f' in the space of the {guide} guide' * bool(guide)}"
         words = {
             "guide": "structured guide ({} of shared latents)"
             if "shared" in self.meta

@@ -2,6 +2,7 @@
 
 from flowvi.plots.calibration import plot_calibration
 from flowvi.plots.caterpillar import plot_caterpillar
+from flowvi.plots.compare import plot_compare
 from flowvi.plots.evidence import plot_evidence
 from flowvi.plots.images import (
     plot_epochs,
@@ -21,6 +22,7 @@ from flowvi.plots.where import plot_where
 __all__ = [
     "plot_calibration",
     "plot_caterpillar",
+    "plot_compare",
     "plot_epochs",
     "plot_evidence",
     "plot_images",

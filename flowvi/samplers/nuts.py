@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -51,6 +52,7 @@ def run_nuts(
     *,
     progress: bool = True,
     out_of_time: Callable[[], bool] = lambda: False,
+    starts: Sequence[Tensor] = (),
 ) -> Draws | None:
     r"""Sample the posterior by NUTS, in the base space of a guide.
 
@@ -70,6 +72,7 @@ def run_nuts(
         meta: Facts about the fit, kept with the draws.
         progress: Whether to show the progress.
         out_of_time: Returns whether to give up; asked after every draw.
+        starts: Points u to start from, where the posterior is finite at no draw of the guide.
 
     Returns:
         Draws of the posterior, with log q of the guide at each of them; None if given up.
@@ -83,6 +86,7 @@ def run_nuts(
     began = time.perf_counter()
     with isolated_rng(seed), frozen(guide, target):
         potential = _Potential(target, guide)
+        potential.others = starts
         with within(target.name, progress) as bar:
             bar.phase("NUTS", plan.chains * (plan.warmup + plan.draws))
             runs = []
@@ -151,11 +155,13 @@ class _Potential:
 
     Attributes:
         calls: How often it was evaluated.
+        others: Points u to start from, where the density is finite at no draw of the base.
     """
 
     def __init__(self, target: Target, guide: Pushforward) -> None:
         self.target, self.guide = target, guide
         self.calls = 0
+        self.others: Sequence[Tensor] = ()
 
     def __call__(self, point: dict[str, Tensor]) -> Tensor:
         self.calls += 1
@@ -166,8 +172,8 @@ class _Potential:
 
     def start(self) -> Tensor:
         """A draw of the base at which the posterior is finite."""
-        for _ in range(TRIES):
-            u = self.guide.base.sample(())
+        draws = (self.guide.base.sample(()) for _ in range(TRIES))
+        for u in itertools.chain(draws, self.others):
             with torch.no_grad():
                 if torch.isfinite(self({"u": u})):
                     return u
