@@ -190,15 +190,14 @@ def _model_tasks(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]
 def _posterior_tasks(given: Draws, common: _Common, fits: int) -> list[_Task]:
     """Simulate a second data set for draws of the posterior."""
     target = given.target
-    made = target.made
-    if given.by_row or "inner" in given.meta or not isinstance(made, partial):
+    if not isinstance(target, Target) or given.by_row or "inner" in given.meta:
         raise ModelError(
             "sbc(draws=...) needs draws of latents that all rows share, of a fit to a model from "
             f"from_pyro; these are of {target.name}: use sbc(model, *arguments)."
         )
-    model, *args = made.args
-    if made.func is not from_pyro or not isinstance(target, Target):
+    if target.source is None:
         raise ModelError(f"{target.name} is a plain density: there are no data to simulate.")
+    model, args, keywords = target.source
     _check(target)
     kept, _ = recommended(given, common.seed)
     rng = np.random.default_rng(derive_seed(common.seed, 2))
@@ -212,7 +211,7 @@ def _posterior_tasks(given: Draws, common: _Common, fits: int) -> list[_Task]:
             name: torch.as_tensor(simulated[name][i], dtype=like.dtype)
             for name, like in target.observed.items()
         }
-        own = common._replace(model=partial_model(WithReplicate(model, data), made.keywords))
+        own = common._replace(model=partial_model(WithReplicate(model, data), keywords))
         tasks.append(_Task(own, i, args, {}, {name: v[i] for name, v in flat.items()}))
     return tasks
 

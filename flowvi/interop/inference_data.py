@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -125,6 +126,12 @@ def to_inference_data(
         for group, arrays in groups.items()
         if arrays
     }
+    for dim, name in labels.lost.items():
+        warnings.warn(
+            f"'{name}' has no labels of '{dim}': a variable of its group has this name too, or the "
+            "sizes differ. Give the plate or dim another name than any variable.",
+            stacklevel=2,
+        )
     return make_groups(datasets)
 
 

@@ -57,6 +57,8 @@ class Target(nn.Module, ABC):
         self.coords, self.constants, self.masked, self.subsampled = {}, {}, {}, {}
         self.messages = {}
         self.made: Callable[[], Any] | None = None
+        # The model, its arguments and keyword arguments; None for plain densities.
+        self.source: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
         self._supports: Mapping[str, Constraint] = {}
         self._count = 0
 

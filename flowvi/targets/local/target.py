@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.labelling import labels_from
 from flowvi.targets.local.mapping import mapped
 from flowvi.targets.local.program import RowPrograms
 from flowvi.targets.local.rows import NOWHERE, Batch, Call
@@ -206,14 +207,15 @@ class LocalTarget(Target):
 
     def label(self, coords: Mapping[str, Sequence[Any]]) -> LocalTarget:
         """Give labels to the rows, by the name of their plate; returns the target itself."""
-        for dim, labels in coords.items():
+        for dim, given in coords.items():
+            labels = labels_from(given)
             if dim != self.plate:
                 raise ValueError(f"No dim named '{dim}'; the rows are in '{self.plate}'.")
             if len(labels) != self.rows:
                 raise ValueError(
                     f"dim '{dim}' has size {self.rows}; got {len(labels)} labels for it."
                 )
-            self.coords[dim] = list(labels)
+            self.coords[dim] = labels
         return self
 
     def observations(self, batch: Any = None) -> dict[str, Tensor]:
