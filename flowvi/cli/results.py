@@ -28,6 +28,8 @@ TRUST, RESAMPLE, DISTRUST = VERDICTS
 TABLE_ROWS = 20
 # Number of draws of each chain with simulated data, and of draws of the Gaussian start.
 PREDICTED, STARTED = 400, 2000
+# Draws from the prior.
+PRIOR = 1000
 
 
 class RecommendedDraws(NamedTuple):
@@ -105,7 +107,8 @@ def files(
         if draws.weighted is not None
         else "the guide's draws with their log weights, for ArviZ"
     )
-    yield ResultFile(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
+    prior = 0 if hurried else PRIOR
+    yield ResultFile(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted, prior))
     if draws.weighted is not None:
         guides = draws.weighted
         what = "the guide's own draws with their log weights, for the evidence"
@@ -258,8 +261,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         atomically(write)(path)
 
 
-def _netcdf(draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0) -> None:
-    write_groups(all_groups(draws, start, predicted), file)
+def _netcdf(
+    draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0, prior: int = 0
+) -> None:
+    write_groups(all_groups(draws, start, predicted, prior), file)
 
 
 def _loss(fit: Fit, file: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -201,23 +202,27 @@ def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
         )
 
 
-def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> az.InferenceData:
+def all_groups(
+    draws: Draws, start: Draws | None = None, predicted: int = 0, prior: int = 0
+) -> az.InferenceData:
     """Convert draws to all groups that the model supports and that are not too large.
 
     Args:
         draws: Draws of a fit.
         start: Draws of the initial Gaussian of the fit.
         predicted: Draws of each chain with simulated data, if the model can simulate.
+        prior: Draws from the prior, if it has any.
     """
     rows = sum(value.numel() for value in draws.observed.values())
     some = predicted if 0 < predicted * rows <= MAX_NUMBERS and "inner" not in draws.meta else 0
     # For rows the log likelihood needs more draws, and adds nothing to the weights.
     scored = len(draws) * rows <= MAX_NUMBERS and not draws.by_row
     made = partial(to_inference_data, draws, log_likelihood=scored, start=start)
-    try:
-        return made(predictive=some)
-    except ModelError:  # some models can be scored but not simulated
-        return made()
+    first = prior if prior * rows <= MAX_NUMBERS and _has_prior(draws) else 0
+    for predictive, simulated in ((some, first), (some, 0)):
+        with suppress(ModelError):  # some models can be scored but not simulated
+            return made(predictive=predictive, prior=simulated)
+    return made()
 
 
 def attributes(draws: Draws) -> tuple[dict[str, str | int | float], Arrays | None]:

@@ -24,6 +24,7 @@ from flowvi.plots import (
     plot_marginals,
     plot_pair,
     plot_predictive,
+    plot_sensitivity,
     plot_where,
 )
 from flowvi.plots.caterpillar import unit_values
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 DPI = 144
 SITES = 4  # observed sites with a predictive check
+MARGINALS, PAIRS = 9, 5  # scalars in a picture
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,14 @@ Drawing = tuple[str, Callable[[], "Figure"], str, str]
 
 
 def _all(c: Contents) -> Iterator[Drawing]:
-    scalars = ", ".join(list(c.kept.values)[:4])
-    yield from _marginals(c)
+    names = [one.label for one in c.first]
+    scalars = ", ".join(names[:4])
+    if names:
+        yield from _marginals(c, names[:MARGINALS])
+        yield from _prior(c, names[:MARGINALS])
     yield (
         "pairs",
-        lambda: _figure(plot_pair(c.kept)),
+        lambda: _figure(plot_pair(c.kept, names[:PAIRS] or None)),
         f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
         f"The draws are the {c.kind}. Darker cells hold more draws.",
     )
@@ -111,7 +116,29 @@ def _training(c: Contents) -> Iterator[Drawing]:
     )
 
 
-def _marginals(c: Contents) -> Iterator[Drawing]:
+def _prior(c: Contents, names: list[str]) -> Iterator[Drawing]:
+    prior = c.prior
+    known = [name for name in names if prior and name.partition("[")[0] in prior.values]
+    if prior is not None and known:
+        sets = {"prior": prior, "posterior": c.kept}
+        yield (
+            "prior",
+            lambda: _figure(plot_marginals(sets, known, 3, focus="posterior")),
+            f"Histograms of {', '.join(known[:4])} under the prior and the posterior.",
+            "Where the two are alike, the data say little. The prior may be wider than a panel.",
+        )
+    if c.sensitivity is not None and c.sensitivity.labels:
+        found = c.sensitivity
+        yield (
+            "sensitivity",
+            lambda: _figure(plot_sensitivity(found)),
+            "Sensitivity of each scalar to the power of the prior and of the likelihood.",
+            "Right of the line: orange alone says that the prior dominates, both that prior and "
+            "data disagree.",
+        )
+
+
+def _marginals(c: Contents, names: list[str]) -> Iterator[Drawing]:
     sets = {} if c.start is None else {"Gaussian start": c.start}
     if c.weighted is not None:
         guide = "structured" if "shared" in c.facts else c.facts.get("guide", "")
@@ -121,8 +148,8 @@ def _marginals(c: Contents) -> Iterator[Drawing]:
     sets = sets or {"draws": c.kept}
     yield (
         "marginals",
-        lambda: _figure(plot_marginals(sets, columns=2)),
-        f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
+        lambda: _figure(plot_marginals(sets, names, 3)),
+        f"Histograms of {', '.join(names[:4])}: {', '.join(sets)}.",
         "They compare the draws before and after each step of the approximation.",
     )
 
