@@ -21,4 +21,9 @@ def mathml(text: str, block: bool) -> str:
         formula = formula.removeprefix(left).removesuffix(right).strip()
     display = "block" if block else "inline"
     tag = "div" if block else "span"
-    return f'<{tag} class="arithmatex">{convert(formula, display=display)}</{tag}>'
+    found = re.sub(
+        r"<mi>(log|exp|det|max|min)</mi>",
+        r'<mi>\1</mi><mspace width="0.17em"/>',
+        convert(formula, display=display),
+    )
+    return f'<{tag} class="arithmatex">{found}</{tag}>'
