@@ -8,6 +8,9 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.S)
 
+# Functions that a space parts from what follows.
+NAMED, SPACE = re.compile("<mi>(?:log|exp|det|max|min)</mi>"), '<mspace width="0.17em"/>'
+
 
 def on_page_content(content: str, **kwargs: Any) -> str:
     """Called by mkdocs for the HTML of every page."""
@@ -21,9 +24,5 @@ def mathml(text: str, block: bool) -> str:
         formula = formula.removeprefix(left).removesuffix(right).strip()
     display = "block" if block else "inline"
     tag = "div" if block else "span"
-    found = re.sub(
-        r"<mi>(log|exp|det|max|min)</mi>",
-        r'<mi>\1</mi><mspace width="0.17em"/>',
-        convert(formula, display=display),
-    )
+    found = NAMED.sub(r"\g<0>" + SPACE, convert(formula, display=display))
     return f'<{tag} class="arithmatex">{found}</{tag}>'
