@@ -65,6 +65,7 @@ def test_groups_survive_a_file(draws, reopened):
         "posterior": {"slope", "level"},
         "posterior_predictive": {"y"},
         "log_likelihood": {"y"},
+        "log_prior": {"slope"},
         "sample_stats": {"log_p", "log_q", "log_weight"},
         "prior": {"slope", "level"},
         "prior_predictive": {"y"},
@@ -205,6 +206,7 @@ CLASHES = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:.*has no labels of:UserWarning")
 @pytest.mark.parametrize("clash", CLASHES)
 def test_awkward_names_survive_a_file(clash, tmp_path):
     values, dims, coords = CLASHES[clash]
