@@ -173,7 +173,7 @@ def test_the_table_is_that_of_the_draws(text, folder):
     for name in draws.values:
         one = next(scalars_of(draws, name))
         # Each number has some decimals of its own table.
-        mean = rf"{re.escape(one.label)} (\S+) "
+        mean = rf"{re.escape(one.label)} (-?[\d.,]+) "
         found = [float(number.replace(",", "")) for number in re.findall(mean, words)]
         assert any(abs(x - one.draws.mean()) <= 0.06 for x in found)
     assert "R-hat compares the restarts" in words

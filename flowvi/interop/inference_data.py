@@ -129,8 +129,8 @@ def to_inference_data(
     }
     for dim, name in labels.lost.items():
         warnings.warn(
-            f"'{name}' has no labels of '{dim}': a variable of its group has this name too. Give the "
-            "plate or dim another name.",
+            f"'{name}' has no labels of '{dim}': a variable of its group has this name too. Give "
+            "the plate or dim another name.",
             stacklevel=2,
         )
     return make_groups(datasets)

@@ -84,7 +84,7 @@ class Labels:
             chosen = _saveable(dim or default)
             if chosen in axes or not self._fits(chosen, size, taken):
                 chosen = default
-                if dim and known and chosen in taken:
+                if dim and known and _saveable(dim) in taken:
                     self.lost.setdefault(dim, name)
             while chosen in axes or not self._fits(chosen, size, taken):
                 chosen += "_"
