@@ -9,12 +9,15 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_groups as groups
 
 if TYPE_CHECKING:
+    from flowvi.analysis.average import average
     from flowvi.analysis.compare import compare
     from flowvi.analysis.diagnosis import diagnose
     from flowvi.analysis.evidence import evidence
     from flowvi.analysis.loo import loo
     from flowvi.analysis.neutra import neutra
+    from flowvi.analysis.nuts import nuts
     from flowvi.analysis.sbc import sbc
+    from flowvi.analysis.sensitivity import sensitivity
     from flowvi.bnn import LIKELIHOODS, PRIORS, bayesian
     from flowvi.draws.diagnose import bounds, where
     from flowvi.draws.draws import Draws, RowDraws
@@ -90,6 +93,7 @@ __all__ = [
     "StructuredFit",
     "Target",
     "__version__",
+    "average",
     "bayesian",
     "bounds",
     "compare",
@@ -104,12 +108,14 @@ __all__ = [
     "loo",
     "nested",
     "neutra",
+    "nuts",
     "predict",
     "pyro_guide",
     "renyi",
     "report",
     "resample",
     "sbc",
+    "sensitivity",
     "structure",
     "to_inference_data",
     "wake_sleep",
@@ -119,12 +125,15 @@ __all__ = [
 # Modules of the public names. A name is imported when it is first needed: torch and Pyro take
 # seconds, which the help of a command should not.
 _MODULES = {
+    "analysis.average": "average",
     "analysis.compare": "compare",
     "analysis.diagnosis": "diagnose",
     "analysis.evidence": "evidence",
     "analysis.loo": "loo",
     "analysis.neutra": "neutra",
+    "analysis.nuts": "nuts",
     "analysis.sbc": "sbc",
+    "analysis.sensitivity": "sensitivity",
     "bnn": "LIKELIHOODS PRIORS bayesian",
     "draws.diagnose": "bounds where",
     "draws.draws": "Draws RowDraws",

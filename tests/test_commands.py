@@ -105,8 +105,8 @@ def test_resample_follows_the_weights(place):
     assert done.exit_code == (
         0 if trusted and answer["diagnosis"]["verdict"] != "do not trust" else 3
     )
-    assert new["posterior"]["level"].shape == (1, 600, 4)
-    assert new["log_likelihood"]["y"].shape == (1, 600, 8)
+    assert new["posterior"]["level"].shape == (4, 150, 4)
+    assert new["log_likelihood"]["y"].shape == (4, 150, 8)
     assert "log_weight" not in new["sample_stats"]
     log_w = plain_draws["sample_stats"]["log_weight"].values.ravel()
     weight = np.exp(log_w - log_w.max())
@@ -116,7 +116,7 @@ def test_resample_follows_the_weights(place):
     assert found.mean() == pytest.approx(expected, abs=5 * slope.std() / math.sqrt(600))
     # Each resampled draw is one of the old ones, with all of its values.
     old = {tuple(row) for row in plain_draws["posterior"]["level"].values.reshape(-1, 4)}
-    assert {tuple(row) for row in new["posterior"]["level"].values[0]} <= old
+    assert {tuple(row) for row in new["posterior"]["level"].values.reshape(-1, 4)} <= old
 
 
 def test_resampled_draws_cannot_be_resampled(place, tmp_path):
@@ -206,7 +206,7 @@ def test_predict_runs_a_new_model_on_new_rows(place, tmp_path):
     done = run("predict", place / "wells.py", place / "one", "--new", file, "--draws", 200)
 
     assert done.exit_code in (0, 3), done.output
-    assert read_groups(place / "one/predictions.nc")["predictions"]["y"].shape == (1, 200, 3)
+    assert read_groups(place / "one/predictions.nc")["predictions"]["y"].shape == (4, 50, 3)
 
 
 def test_predict_names_its_own_option(place, tmp_path):

@@ -87,4 +87,39 @@ def test_the_site_builds_without_a_warning(tmp_path):
     reference = (tmp_path / "reference/index.html").read_text()
     for name in set(flowvi.__all__) - {"__version__"}:
         assert re.search(rf'id="flowvi\.(\w+\.)*{name}"', reference), name
-    assert "arithmatex" in (tmp_path / "explain/estimators/index.html").read_text()
+    estimators = (tmp_path / "explain/estimators/index.html").read_text()
+    assert "<math" in estimators and r"\(" not in estimators
+    pages = [path.read_text() for path in tmp_path.rglob("*.html")]
+    assert not [
+        page for page in pages if re.search(r'<(script|link)[^>]*(src|href)="https?://', page)
+    ]
+    assert "ELBO" in (tmp_path / "notebooks/eight_schools/index.html").read_text()
+
+
+@pytest.mark.parametrize("page", ["README.md", *PAGES])
+def test_every_page_is_in_the_navigation(page):
+    assert re.search(rf": {re.escape(page)}$", (ROOT / "mkdocs.yml").read_text(), re.M)
+
+
+def test_formulas_are_drawn_without_a_network():
+    pytest.importorskip("latex2mathml", reason="comes with the extra docs")
+    spec = importlib.util.spec_from_file_location("formulas", DOCS / "formulas.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    found = module.on_page_content(r'<p><span class="arithmatex">\(\log w &lt; 1\)</span></p>')
+
+    assert found.startswith('<p><span class="arithmatex"><math') and "<mspace" in found
+    assert "\\" not in found
+
+
+def test_notebooks_become_pages_with_what_they_printed():
+    pytest.importorskip("mkdocs", reason="comes with the extra docs")
+    spec = importlib.util.spec_from_file_location("notebook_pages", DOCS / "notebook_pages.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+
+    page = module.page(DOCS / "notebooks/eight_schools.ipynb")
+
+    assert page.startswith("# Eight schools") and "```text\nVerdict: " in page
+    assert "data:image/png;base64," in page

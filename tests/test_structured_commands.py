@@ -72,7 +72,7 @@ def test_a_folder_has_the_units(place):
     draws = read_groups(place / "one/posterior.nc")
 
     assert draws["posterior"]["u"].dims == ("chain", "draw", "group")
-    assert draws["unit_log_likelihood"]["group_units"].shape == (1, 1000, GROUPS)
+    assert draws["unit_log_likelihood"]["group_units"].shape == (4, 250, GROUPS)
     assert draws["unit_diagnosis"]["unit_khat"].shape == (GROUPS,)
     assert np.isfinite(flowvi.loo(draws, units=True).loo_i).all()
 
@@ -90,7 +90,7 @@ def test_resampled_draws_keep_the_units(place):
 
     again = read_groups(place / "one/resampled.nc")
 
-    assert again["unit_log_likelihood"]["group_units"].shape == (1, 200, GROUPS)
+    assert again["unit_log_likelihood"]["group_units"].shape == (4, 50, GROUPS)
     assert "unit_khat" in again["unit_diagnosis"]
 
 

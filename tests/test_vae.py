@@ -373,7 +373,7 @@ def test_the_command_writes_a_fit_its_bounds_and_pictures(tiny):
     names = {p.name for p in (tiny / "b").iterdir()}
     assert names == {
         *("epochs.png", "map.png", "samples.png", "reconstructions.png", "interpolation.png"),
-        *("traversal.png", "table.csv", "test_bounds.csv", "parts.json", "fit"),
+        *("traversal.png", "report.html", "table.csv", "test_bounds.csv", "parts.json", "fit"),
     }
     table = np.genfromtxt(tiny / "a/test_bounds.csv", delimiter=",", names=True)
     assert len(table) == 40 and (table["elbo"] < table["bound"] + 1e-9).all()
@@ -438,3 +438,12 @@ def test_runs_on_other_images_are_not_compared(tiny):
 
     assert done.exit_code == 1
     assert "bounds of 7 draws for 40 test images: compare with --particles 7" in done.output
+
+
+def test_a_report_has_the_table_and_every_picture(tiny):
+    assert run("--out", "r").exit_code == 0
+
+    page = (tiny / "r/report.html").read_text()
+
+    assert page.count("<img") == len(list((tiny / "r").glob("*.png")))
+    assert "L_7, nats per image" in page and "http" not in page.replace("http-equiv", "")

@@ -91,8 +91,17 @@ def test_epochs_show_both_bounds_and_forget_the_first_ones():
 
     ax = plot_epochs(history)
 
-    assert len(ax.lines) == 2
+    # The third line marks the first epochs, which lie below the scale.
+    assert [line.get_label() for line in ax.lines][2:] == ["lower"] and len(ax.lines) == 3
     assert ax.get_ylim()[0] > -60
+
+
+def test_the_first_epoch_is_shown_where_it_is_not_far_off():
+    bound = np.array([-31.0, -29.0, -27.0])
+
+    ax = plot_epochs({"epoch": [1, 2, 3], "bound": bound, "validation": bound})
+
+    assert ax.get_ylim()[0] < -31.0 and len(ax.lines) == 2
 
 
 @pytest.mark.parametrize(

@@ -18,6 +18,7 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.interop.inference_data import to_inference_data
 from flowvi.runtime.arguments import check_type, refuse_fit, suggest_spelling
+from flowvi.runtime.display import Displayed
 from flowvi.targets import NOWHERE
 
 if TYPE_CHECKING:
@@ -55,8 +56,8 @@ class Model:
     note: str = ""
 
 
-@dataclass(frozen=True)
-class ModelComparison:
+@dataclass(frozen=True, repr=False)
+class ModelComparison(Displayed):
     """Models by log evidence, the largest first, and by leave-one-out prediction.
 
     Attributes:

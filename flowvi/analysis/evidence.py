@@ -13,6 +13,7 @@ from flowvi.compat.arviz_groups import has_group
 from flowvi.diagnostics import LADDER, VERDICTS, Estimate, Evidence
 from flowvi.draws.diagnose import check_proper, diagnose
 from flowvi.draws.draws import Draws
+from flowvi.interop.read_draws import joined
 from flowvi.runtime.arguments import refuse_fit
 
 if TYPE_CHECKING:
@@ -78,6 +79,11 @@ def evidence(
                 "mcmc must be draws of the posterior, from neutra(fit); these are "
                 f"{posterior.kind} draws."
             )
+        if np.isnan(posterior.log_weights).all():
+            raise ValueError(
+                "mcmc has no density of the guide at its draws, as those of nuts(target): pass "
+                "draws of neutra(fit), which have it."
+            )
         above, trusted = posterior.log_weights, posterior.verdict == TRUST
     return diagnostics.evidence(
         table.log_weights,
@@ -115,7 +121,7 @@ def _read(source: Draws | az.InferenceData) -> _Table:
     stats = _stats(source)
     facts: Mapping[str, Any] = stats.attrs
     kind = "MCMC" if "mcmc" in facts else "resampled" if "log_weight" not in stats else "guide"
-    weights = stats["log_p"].values - stats["log_q"].values
+    weights = joined(stats["log_p"].values - stats["log_q"].values, int(facts.get("split", 1)))
     missed: list[str] = json.loads(facts.get("missed", "[]"))
     improper: list[str] = json.loads(facts.get("improper", "[]"))
     # Files of the first versions list no improper sites, but their evidence is NaN.

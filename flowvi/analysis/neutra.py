@@ -35,7 +35,8 @@ def neutra(
         chains: Number of chains, at least 2.
         seed: Seed of all chains; the global generators are not changed.
         target_accept: Target acceptance probability; a larger one gives smaller steps.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
 
     Returns:
         Draws of the posterior, with the log density of the guide at each draw.
@@ -57,13 +58,14 @@ def neutra(
         )
     require_fit("neutra", fit, Fit, "what flowvi.fit returned")
     check_has_map(fit.guide)
-    _check({"warmup": warmup, "draws": draws}, chains, target_accept)
+    check_lengths({"warmup": warmup, "draws": draws}, chains, target_accept)
     plan = NutsSettings(warmup, draws, chains, target_accept)
     found = run_nuts(fit.target, fit.guide, plan, seed, fit.meta, progress=progress)
     return cast(Draws, found)
 
 
-def _check(counts: dict[str, int], chains: int, target_accept: float) -> None:
+def check_lengths(counts: dict[str, int], chains: int, target_accept: float) -> None:
+    """Refuse lengths and numbers of chains that are too small to be judged."""
     for name, count in counts.items():
         check_integer(name, count, 100)
     # R-hat needs at least two chains.

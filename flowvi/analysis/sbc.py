@@ -6,16 +6,16 @@ import os
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, as_completed
+from functools import partial
 from inspect import signature
 from pathlib import Path
-from sys import stderr
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import numpy as np
 import torch
 from pyro import poutine
-from tqdm import tqdm
 
+from flowvi.analysis.replicates import WithReplicate
 from flowvi.analysis.sbc_store import Outcome, Store
 from flowvi.diagnostics import MIN_DRAWS
 from flowvi.diagnostics.calibration import Calibration, rank
@@ -23,10 +23,12 @@ from flowvi.diagnostics.moments import blocks
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
+from flowvi.draws.scalars import recommended
 from flowvi.fitting.executors import own_state_of
 from flowvi.fitting.fit import fit
 from flowvi.fitting.result import RowFit
 from flowvi.runtime.arguments import check_integer, check_keywords
+from flowvi.runtime.progress import showing
 from flowvi.runtime.rng import derive_seed
 from flowvi.targets import GlobalTarget, ModelError, Target, from_pyro, replicable
 
@@ -36,16 +38,18 @@ Simulate = Callable[[int], tuple[Sequence[Any], Truth]]
 TASKS_PER_SUBMIT = 5
 # Number of simulated rows in one call of an amortised guide.
 ROWS_PER_CALL = 50
+# Draws of each guide by default.
+DRAWS = 1000
 # Names of the settings of a fit.
 SETTINGS = [*signature(fit).parameters]
 
 
 def sbc(
-    model: Callable[..., Any] | RowFit,
+    model: Callable[..., Any] | RowFit | Draws | None = None,
     *args: Any,
     simulate: Simulate | None = None,
     fits: int = 100,
-    draws: int = 1000,
+    draws: int | Draws = DRAWS,
     levels: int = 127,
     seed: int = 0,
     file: str | os.PathLike[str] | None = None,
@@ -63,25 +67,42 @@ def sbc(
     An amortised guide needs one fit only: `sbc(row_fit, fits=1000)` simulates rows and draws
     from its guide for each of them.
 
+    `sbc(draws=fit.draw(4000))` tests calibration at the data of this fit (posterior SBC).
+    Parameters are drawn from the posterior, and a second data set given them; the fit to both
+    data sets is calibrated, if the rank of the true value is uniform. It needs no prior that
+    makes sense, and tests where it matters.
+
     Args:
-        model: A Pyro model; or a `RowFit`, whose guide is tested.
+        model: A Pyro model; or a `RowFit`, whose guide is tested; or draws, as for `draws`.
         *args: Arguments of the model. Observed values in them are replaced by simulated ones.
         simulate: Function from a seed to (arguments of the model, true values by name), for a
             model that cannot simulate its own data, or for a design that varies.
         fits: Number M of simulated data sets.
-        draws: Number of draws of each guide, for its weights and the probabilities.
+        draws: Number of draws of each guide, for its weights and the probabilities; or draws of
+            a fit to a Pyro model, for calibration at its data, with 1,000 draws of each guide.
         levels: Number L of draws for a rank, which lies between 0 and L.
         seed: Seed of all random numbers.
         file: File of the finished fits (NumPy's .npz); a later call resumes from it.
         executor: Runs the fits in parallel, such as a `ProcessPoolExecutor`.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
         **settings: Arguments of `flowvi.fit`, such as guide and steps.
 
     References:
         Talts, Betancourt, Simpson, Vehtari and Gelman (2018), arXiv:1804.06788: SBC.
         Yao, Vehtari, Simpson and Gelman (2018), arXiv:1802.02538: VSBC.
+        Saeilynoja, Schmitt, Buerkner and Vehtari (2025), arXiv:2502.03279: posterior SBC.
     """
-    if isinstance(model, Draws) or (hasattr(model, "draw") and not isinstance(model, RowFit)):
+    given = draws if isinstance(draws, Draws) else model if isinstance(model, Draws) else None
+    draws = DRAWS if isinstance(draws, Draws) else draws
+    if given is not None and (args or simulate or not isinstance(model, Draws | None)):
+        raise TypeError(
+            "sbc(draws=...) takes the model and its data from the draws: leave out the model, its "
+            "arguments and simulate."
+        )
+    if model is None and given is None:
+        raise TypeError("sbc needs a model and its arguments, or draws of a fit: sbc(draws=...).")
+    if given is None and (hasattr(model, "draw") and not isinstance(model, RowFit)):
         raise TypeError(
             f"sbc needs the model, to fit it to many data sets, or a fit of rows (local=), which "
             f"serves them all; got a {type(model).__name__}: use sbc(model, *arguments)."
@@ -93,18 +114,29 @@ def sbc(
     if isinstance(model, RowFit):
         return _of_rows(model, fits, draws, levels, seed)
     check_keywords("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
-    common = _Common(model, draws, levels, seed, settings)
-    tasks = (
-        _simulated_tasks(simulate, common, fits) if simulate else _model_tasks(args, common, fits)
-    )
-    key = {"fits": fits, "draws": draws, "levels": levels, "seed": seed, "settings": repr(settings)}
+    common = _Common(cast(Callable[..., Any], model), draws, levels, seed, settings)
+    if given is not None:
+        tasks = _posterior_tasks(given, common, fits)
+    elif simulate:
+        tasks = _simulated_tasks(simulate, common, fits)
+    else:
+        tasks = _model_tasks(args, common, fits)
+    key: dict[str, Any] = {
+        "fits": fits,
+        "draws": draws,
+        "levels": levels,
+        "seed": seed,
+        "settings": repr(settings),
+    }
+    if given is not None:
+        key["posterior"] = given.title
     store = Store(Path(file) if file is not None else None, key)
     left = [task for task in tasks if task.number not in store.done]
-    shown = progress and stderr.isatty()
-    with tqdm(total=fits, initial=fits - len(left), disable=not shown, unit="fit") as bar:
+    with showing("calibration", progress, unit="fit") as bar:
+        bar.phase("fits to simulated data", fits, fits - len(left))
         for outcome in _run(left, executor):
             store.add(outcome)
-            bar.update()
+            bar.step()
     return store.calibration(levels)
 
 
@@ -153,6 +185,40 @@ def _model_tasks(args: Sequence[Any], common: _Common, fits: int) -> list[_Task]
         )
         for i in range(fits)
     ]
+
+
+def _posterior_tasks(given: Draws, common: _Common, fits: int) -> list[_Task]:
+    """Simulate a second data set for draws of the posterior."""
+    target = given.target
+    if not isinstance(target, Target) or given.by_row or "inner" in given.meta:
+        raise ModelError(
+            "sbc(draws=...) needs draws of latents that all rows share, of a fit to a model from "
+            f"from_pyro; these are of {target.name}: use sbc(model, *arguments)."
+        )
+    if target.source is None:
+        raise ModelError(f"{target.name} is a plain density: there are no data to simulate.")
+    model, args, keywords = target.source
+    _check(target)
+    kept, _ = recommended(given, common.seed)
+    rng = np.random.default_rng(derive_seed(common.seed, 2))
+    places = rng.choice(len(kept), fits, replace=fits > len(kept))
+    flat = {n: v.reshape(len(kept), *v.shape[2:])[places] for n, v in kept.values.items()}
+    latents = {name: flat[name] for name in target.sites}
+    simulated = target.predictive(latents, derive_seed(common.seed, 0))
+    tasks = []
+    for i in range(fits):
+        data = {
+            name: torch.as_tensor(simulated[name][i], dtype=like.dtype)
+            for name, like in target.observed.items()
+        }
+        own = common._replace(model=partial_model(WithReplicate(model, data), keywords))
+        tasks.append(_Task(own, i, args, {}, {name: v[i] for name, v in flat.items()}))
+    return tasks
+
+
+def partial_model(model: WithReplicate, keywords: Mapping[str, Any]) -> Callable[..., Any]:
+    """The model with the keyword arguments of the fit."""
+    return partial(model, **keywords) if keywords else model
 
 
 def _check(target: Target) -> None:

@@ -244,7 +244,9 @@ def _report(
     names = {file.name: file.what for file in written if file.name != f"{FIT}/"}
     if as_json:
         facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
-        print_answer(True, {"diagnosis": diagnosis, "draws": kept.word, "fit": facts}, "")
+        posterior = numbers.drop(columns="draws").to_dict("index")
+        answer = {"diagnosis": diagnosis, "draws": kept.word, "posterior": posterior, "fit": facts}
+        print_answer(True, answer, "")
     elif not quiet:
         click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
         # The folder of the fit is listed last.

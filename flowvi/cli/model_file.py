@@ -27,14 +27,15 @@ def load_target(path: Path, data: Path | None) -> Target:
     """Run a model file and capture its model on its data.
 
     Args:
-        path: A file with `model`, `data` and optionally `coords`.
+        path: A file with `model`, `data` and optionally `dims` and `coords`.
         data: What its `data` reads, if it reads a file.
     """
     from flowvi.targets import from_pyro
 
-    run, arguments, coords = _parts(path, data)
+    run, arguments, dims, coords = _parts(path, data)
     with _errors_at_model_line(path):
         target = from_pyro(run, *arguments)
+        target.name_axes(dims)
         target.name = path.stem
         target.made = partial(load_target, path, data)
         return target.label(coords)
@@ -50,14 +51,14 @@ def load_arguments(
         data: File that its `data` reads, if it reads one.
         option: Option of the command line that named the file.
     """
-    run, arguments, _ = _parts(path, data, option)
+    run, arguments, *_ = _parts(path, data, option)
     return run, arguments
 
 
 def _parts(
     path: Path, data: Path | None, option: str = "--data"
-) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]]:
-    """Model, arguments and labels of a model file."""
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """Model, arguments, names of axes and labels of a model file."""
     module = _run(path)
     for name in ("model", "data"):
         if not callable(getattr(module, name, None)):
@@ -72,7 +73,8 @@ def _parts(
         )
     arguments = _arguments(module, path, data, option)
     _check_call(module, path, arguments)
-    return module.model, arguments, getattr(module, "coords", {})
+    labels = getattr(module, "coords", {})
+    return module.model, arguments, getattr(module, "dims", {}), labels
 
 
 def check_path(path: Path) -> None:

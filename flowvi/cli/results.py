@@ -12,13 +12,13 @@ import click
 import numpy as np
 
 from flowvi.cli.folder import DRAWS, FIT, GUIDES, REPORT, RESAMPLED
-from flowvi.compat import arviz_stats
 from flowvi.compat.netcdf import write_groups
 from flowvi.diagnostics import VERDICTS, Diagnosis
+from flowvi.draws import scalars
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.fitting.result import Fit
-from flowvi.interop.inference_data import all_groups, to_inference_data
+from flowvi.interop.inference_data import all_groups
 from flowvi.runtime.files import CheckpointError, atomic_replace, error_reason
 
 if TYPE_CHECKING:
@@ -28,6 +28,8 @@ TRUST, RESAMPLE, DISTRUST = VERDICTS
 TABLE_ROWS = 20
 # Number of draws of each chain with simulated data, and of draws of the Gaussian start.
 PREDICTED, STARTED = 400, 2000
+# Draws from the prior.
+PRIOR = 1000
 
 
 class RecommendedDraws(NamedTuple):
@@ -46,10 +48,8 @@ def recommended_draws(draws: Draws, diagnosis: Diagnosis, seed: int) -> Recommen
 
 
 def summary(kept: RecommendedDraws) -> pd.DataFrame:
-    """Mean, sd and quantiles of every scalar, and which draws they are of."""
-    posterior = to_inference_data(kept.draws, log_likelihood=False)
-    numbers = arviz_stats.summary(posterior)
-    return numbers.assign(draws=kept.word).rename_axis("name")
+    """Mean, sd, HDI, errors and quantiles of every scalar, and which draws they are of."""
+    return scalars.table(kept.draws).assign(draws=kept.word)
 
 
 def table(numbers: pd.DataFrame) -> str:
@@ -107,7 +107,8 @@ def files(
         if draws.weighted is not None
         else "the guide's draws with their log weights, for ArviZ"
     )
-    yield ResultFile(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted))
+    prior = 0 if hurried else PRIOR
+    yield ResultFile(DRAWS, what, lambda file: _netcdf(draws, file, start, predicted, prior))
     if draws.weighted is not None:
         guides = draws.weighted
         what = "the guide's own draws with their log weights, for the evidence"
@@ -260,8 +261,10 @@ def write_atomic(path: Path, write: Callable[[Path], object]) -> None:
         atomically(write)(path)
 
 
-def _netcdf(draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0) -> None:
-    write_groups(all_groups(draws, start, predicted), file)
+def _netcdf(
+    draws: Draws, file: Path, start: Draws | None = None, predicted: int = 0, prior: int = 0
+) -> None:
+    write_groups(all_groups(draws, start, predicted, prior), file)
 
 
 def _loss(fit: Fit, file: Path) -> None:

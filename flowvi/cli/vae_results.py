@@ -14,10 +14,11 @@ import click
 import numpy as np
 import torch
 
-from flowvi.cli.folder import BOUNDS, FIT, PARTS, PICTURES, TABLE
+from flowvi.cli.folder import BOUNDS, FIT, PARTS, PICTURES, REPORT, TABLE
 from flowvi.cli.results import ResultFile, WriteFailure, atomically, save, write_files
 from flowvi.draws.row_bounds import RowBounds
 from flowvi.fitting.result import RowFit
+from flowvi.reporting.vae import vae_page
 from flowvi.vae import (
     Generator,
     Images,
@@ -68,6 +69,8 @@ def report(
     )
     rows = list(_rows(run, found, other))
     written, failed = write_files(_files(run, found, rows), out)
+    more, worse = write_files([_page(run, rows, out)], out)
+    written, failed = written + more, failed + worse
     click.echo(_table(rows))
     if not quiet:
         click.echo(f"\nIn {out}:")
@@ -89,6 +92,29 @@ def _files(
     ):
         yield ResultFile(name, what, atomically(write))
     yield from draw_pictures(run)
+
+
+def _page(run: VaeRun, rows: list[tuple[str, float, float]], out: Path) -> ResultFile:
+    """The report, made of the pictures that were written before."""
+    numbers = [
+        (
+            name,
+            f"{value:.4g}" if np.isnan(se) else f"{value:.3f}",
+            "" if np.isnan(se) else f"{se:.2g}",
+        )
+        for name, value, se in rows
+    ]
+    facts = {str(key): str(value) for key, value in run.facts.items()}
+    pictures = {
+        name.removesuffix(".png").capitalize(): (out / name, what)
+        for name, what in PICTURES.items()
+    }
+
+    def write(file: Path) -> None:
+        page = vae_page(run.fit.target.name, facts, numbers, pictures, run.fit.log)
+        file.write_text(page)
+
+    return ResultFile(REPORT, "these results as one HTML file", atomically(write))
 
 
 def read_bounds(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
@@ -199,7 +225,7 @@ def _traversal(mean: torch.Tensor, model: Generator) -> Any:
     dtype = next(model.decoder.parameters()).dtype
     values = torch.linspace(-2.5, 2.5, SHOWN, dtype=dtype)
     images = traversal(model, mean[0].to(dtype), most, values)
-    return plots.plot_images(images, names=[f"$z_{{{unit + 1}}}$" for unit in most])
+    return plots.plot_images(images, names=[f"z[{unit}]" for unit in most])
 
 
 def _draw(picture: Callable[[], Any], file: Path) -> None:

@@ -61,10 +61,10 @@ def to_dataset(group: Any) -> Any:
 
 
 def xr_index(places: np.ndarray) -> Any:
-    """Places along a new axis of draws, for pointwise indexing."""
+    """Places along the axes of chains and draws, (chain, draw), for pointwise indexing."""
     import xarray as xr
 
-    return xr.DataArray(places, dims="draw")
+    return xr.DataArray(places, dims=("chain", "draw"))
 
 
 def read_groups(path: Path) -> az.InferenceData:

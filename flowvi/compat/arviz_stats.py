@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from functools import partial
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +12,6 @@ from flowvi.compat.arviz_groups import has_trees
 
 if TYPE_CHECKING:
     import arviz as az
-    import pandas as pd
 
 TAILS = (0.05, 0.95)
 # Probability of the highest-density interval of a summary.
@@ -30,23 +28,6 @@ def ess(chains: np.ndarray, method: str) -> float:
     # ArviZ 1 has no default for the tails of an array.
     tails = {"prob": TAILS} if method == "tail" else {}
     return float(_arviz().ess(chains, method=method, **tails))
-
-
-def summary(idata: az.InferenceData) -> pd.DataFrame:
-    """Mean, sd, highest-density interval and quantiles of every scalar, under ArviZ's labels."""
-    exact: dict[str, Any] = {"round_to": "none"}
-    arviz = _arviz()
-    if not has_trees():
-        quantiles = {f"{q:.0%}": partial(np.quantile, q=q) for q in (TAILS[0], 0.5, TAILS[1])}
-        return arviz.summary(
-            idata, kind="stats", hdi_prob=HDI_PROBABILITY, stat_funcs=quantiles, **exact
-        )
-    densest = arviz.summary(idata, kind="stats", ci_kind="hdi", ci_prob=HDI_PROBABILITY, **exact)
-    width = TAILS[1] - TAILS[0]
-    middle = arviz.summary(idata, kind="stats_median", ci_kind="eti", ci_prob=width, **exact)
-    low, high = (name for name in middle if name.startswith("eti"))
-    columns = {"5%": middle[low], "50%": middle["median"], "95%": middle[high]}
-    return densest.set_axis(["mean", "sd", "hdi_3%", "hdi_97%"], axis=1).assign(**columns)
 
 
 def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:

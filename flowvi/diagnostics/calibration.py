@@ -7,8 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
+from flowvi.runtime.display import Displayed
+
 # Significance level of the tests.
 LEVEL = 0.01
+# Samples of uniform numbers behind a simultaneous band.
+SIMULATED = 2000
 # With fewer fits the tests have little power: for one scalar, 100 fits detect a standard
 # deviation that is 20 % too small with probability 0.6.
 ENOUGH = 100
@@ -50,6 +54,35 @@ def uniformity(ranks: np.ndarray, levels: int) -> Uniformity:
     return Uniformity(ks, 2 * np.minimum(lower, 1 - lower))
 
 
+def ecdf_band(fits: int, cells: np.ndarray, level: float = LEVEL) -> tuple[np.ndarray, np.ndarray]:
+    """Ends of a band that holds the whole ECDF of uniform numbers with probability 1 - level.
+
+    Args:
+        fits: Number M of uniform numbers.
+        cells: Points of the unit interval at which the ECDF is looked at, (K).
+        level: Probability that the ECDF leaves the band at any of them.
+
+    Returns:
+        Lower and upper end at each point, as shares, (K) each.
+
+    References:
+        Saeilynoja, Buerkner and Vehtari (2022), "Graphical test for discrete uniformity and its
+        applications in goodness-of-fit evaluation and multiple sample comparison", Statistics and
+        Computing 32, algorithm 1.
+    """
+    from scipy import stats  # slow to import
+
+    rng = np.random.default_rng(0)
+    uniform = np.sort(rng.random((SIMULATED, fits)), axis=1)
+    counts = np.stack([np.searchsorted(row, cells, side="right") for row in uniform])
+    below = stats.binom.cdf(counts, fits, cells)
+    above = stats.binom.sf(counts - 1, fits, cells)
+    # The pointwise level at which a share `level` of uniform samples leaves the band.
+    pointwise = np.quantile(2 * np.minimum(below, above).min(1), level)
+    low = stats.binom.ppf(pointwise / 2, fits, cells) / fits
+    return low, stats.binom.isf(pointwise / 2, fits, cells) / fits
+
+
 def symmetry(probabilities: np.ndarray) -> np.ndarray:
     """Test that P_q(theta < truth), (M, P), is symmetric about 1/2: p-values (P).
 
@@ -70,8 +103,8 @@ def adjusted(*p_values: np.ndarray) -> float:
     return float(min(1.0, joined.min() * joined.size)) if joined.size else 1.0
 
 
-@dataclass(frozen=True)
-class Calibration:
+@dataclass(frozen=True, repr=False)
+class Calibration(Displayed):
     """Ranks of true values among the draws of fits to simulated data.
 
     Attributes:

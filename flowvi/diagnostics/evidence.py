@@ -25,6 +25,7 @@ from flowvi.diagnostics.importance import (
     smoothed_evidence,
     with_tail,
 )
+from flowvi.runtime.display import Displayed
 
 LADDER = (1, 10, 100, 1000)
 # Probability that a certain bound is wrong.
@@ -53,8 +54,8 @@ class RowEvidence(NamedTuple):
     reliable: np.ndarray
 
 
-@dataclass(frozen=True)
-class Evidence:
+@dataclass(frozen=True, repr=False)
+class Evidence(Displayed):
     """The log evidence, with bounds.
 
     Attributes:

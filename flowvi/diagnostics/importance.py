@@ -13,6 +13,7 @@ from numpy.typing import ArrayLike
 
 from flowvi.diagnostics.pareto import PRIOR, log_sum, psislw, tail_size
 from flowvi.runtime.arguments import check_integer
+from flowvi.runtime.display import Printed
 
 MIN_DRAWS = 100
 # Limit of k-hat for many draws.
@@ -66,7 +67,7 @@ class RowBound(NamedTuple):
     se: np.ndarray
 
 
-class Bounds(tuple[Bound, ...]):
+class Bounds(Printed, tuple[Bound, ...]):
     """One importance-weighted bound per number of particles.
 
     Attributes:

@@ -20,7 +20,7 @@ def tail_size(draws: int) -> int:
     return math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
 
 
-def psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def psislw(log_w: np.ndarray, tail: int | None = None) -> tuple[np.ndarray, np.ndarray]:
     r"""Pareto-smoothed, normalised log weights of each row, and its k-hat. (R, S) -> (R, S), (R).
 
     A generalised Pareto distribution with shape k and scale :math:`\sigma` is fitted to the M
@@ -31,12 +31,16 @@ def psislw(log_w: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     but at most the largest original weight. Weights are not smoothed if the tail has fewer than
     five of them, or if no distribution fits, as for few distinct values; k-hat is then inf.
 
+    Args:
+        log_w: Log weights, (R, S).
+        tail: Number of weights M; `tail_size` of their number by default.
+
     References:
         Vehtari, Simpson, Gelman, Yao and Gabry (2024), "Pareto smoothed
         importance sampling", JMLR 25(72), section 3.1. The results agree with ArviZ.
     """
     x = log_w - log_w.max(1, keepdims=True)
-    order = np.argsort(x, axis=1)[:, -tail_size(x.shape[1]) - 1 :]
+    order = np.argsort(x, axis=1)[:, -(tail or tail_size(x.shape[1])) - 1 :]
     largest = np.take_along_axis(x, order, 1)
     cutoff = np.maximum(largest[:, 0], math.log(np.finfo(float).tiny))
     sizes = (largest[:, 1:] > cutoff[:, None]).sum(1)

@@ -18,6 +18,7 @@ from flowvi.diagnostics.importance import (
     log_evidence,
     with_tail,
 )
+from flowvi.runtime.display import Printed
 
 # Largest number of rows named in a sentence or a table.
 NAMED = 10
@@ -29,8 +30,8 @@ TOLERATED = 0.05
 UPPER = 1.645
 
 
-@dataclass(frozen=True, eq=False)
-class Rows:
+@dataclass(frozen=True, eq=False, repr=False)
+class Rows(Printed):
     """A verdict and its numbers for each row, (R) each.
 
     Attributes:

@@ -24,10 +24,11 @@ from flowvi.diagnostics.moments import Axes, compare
 from flowvi.diagnostics.rows import Rows
 from flowvi.diagnostics.undefined_moments import heavy
 from flowvi.diagnostics.weight_regions import where
+from flowvi.runtime.display import Displayed
 
 
-@dataclass(frozen=True)
-class Diagnosis:
+@dataclass(frozen=True, repr=False)
+class Diagnosis(Displayed):
     """Verdict on the draws of a fit, with the numbers behind it.
 
     Attributes:
@@ -91,13 +92,18 @@ class Diagnosis:
         )
 
     def __str__(self) -> str:
-        table = self._of_weights() if math.isnan(self.rhat) else self._of_chains()
         lines = [f"Verdict: {self.verdict}", *([self.title] if self.title else [])]
-        numbers = [f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in table]
+        numbers = [
+            f"  {name:<12} {value:>10}    {note}".rstrip() for name, value, note in self.numbers()
+        ]
         reasons = [f"  - {reason}" for reason in self.reasons]
         if self.rows is None:
             return "\n".join([*lines, *numbers, *reasons])
         return "\n".join([*lines, *reasons, *numbers, str(self.rows)])
+
+    def numbers(self) -> list[tuple[str, str, str]]:
+        """The numbers behind the verdict: name, value, and what it means."""
+        return self._of_weights() if math.isnan(self.rhat) else self._of_chains()
 
     def _of_chains(self) -> list[tuple[str, str, str]]:
         rows = [

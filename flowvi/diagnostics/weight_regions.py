@@ -12,14 +12,15 @@ from numpy.typing import ArrayLike
 from flowvi.diagnostics.importance import check_weights, psis_of_rows
 from flowvi.diagnostics.moments import Axes, blocks
 from flowvi.diagnostics.pareto import tail_size
+from flowvi.runtime.display import Printed
 
 # Least displacement of the heaviest draws, in standard errors, that is reported.
 CLEARLY = 5.0
 SHOWN = 5
 
 
-@dataclass(frozen=True, eq=False)
-class Where:
+@dataclass(frozen=True, eq=False, repr=False)
+class Where(Printed):
     """Location of the heaviest weights for each scalar; one entry per scalar, (P).
 
     Attributes:

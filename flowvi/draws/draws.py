@@ -9,19 +9,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from torch import Tensor
 
+from flowvi.compat.arviz_stats import HDI_PROBABILITY
 from flowvi.diagnostics import Check, Diagnosis, psis_of_rows
 from flowvi.guides.guide import Guide
-from flowvi.runtime.arguments import unknown_choice
+from flowvi.runtime.arguments import check_choice, unknown_choice
+from flowvi.runtime.display import Displayed, later
 from flowvi.targets import NOWHERE, Batch, LocalTarget, Target
 
 if TYPE_CHECKING:
+    import pandas as pd
+
     from flowvi.draws.structured import Units
 
 EXPECTED = "the draws of a fit, such as fit.draw(4000)"
 
 
-@dataclass(frozen=True, eq=False)
-class Draws:
+@dataclass(frozen=True, eq=False, repr=False)
+class Draws(Displayed):
     """Draws of one or several guides, or of Markov chains. Each guide is one chain.
 
     For latents of rows, a row axis follows the draw axis, and each row has weights of
@@ -140,8 +144,8 @@ class Draws:
     def title(self) -> str:
         """Description of the fit, in one line."""
         if self.mcmc:
-            where = f"NUTS in the space of the {self.meta.get('guide', '')} guide"
-            return f"{self.target.name}: {' '.join(where.split())}"
+            guide = self.meta.get("guide", "")
+            return f"{self.target.name}: NUTS{f' in the space of the {guide} guide' * bool(guide)}"
         words = {
             "guide": "structured guide ({} of shared latents)"
             if "shared" in self.meta
@@ -172,6 +176,40 @@ class Draws:
             stats=pick(self.stats),
             unit_scores=None if self.unit_scores is None else self.unit_scores[:, rows],
         )
+
+    def summary(self, probability: float = HDI_PROBABILITY) -> pd.DataFrame:
+        """Mean, sd, HDI, Monte Carlo errors and quantiles of every scalar, one line each.
+
+        The draws are those that the verdict recommends: if it is "trust the resampled draws",
+        these are resampled first. The column ``draws`` says which they are: plain, resampled,
+        MCMC, or untrusted. ``ess`` is the effective number of draws of the mean: all of them, if
+        they are independent; draws of Markov chains have ``r_hat`` too.
+
+        Args:
+            probability: Probability of the highest-density interval.
+        """
+        return later("flowvi.draws.scalars", "summarise")(self, probability)
+
+    def to_dataframe(self) -> pd.DataFrame:
+        """One row for each draw, and one column for each scalar, by its label.
+
+        The columns ``chain`` and ``draw`` come first. Weighted draws have ``log_weight``.
+        """
+        return later("flowvi.draws.scalars", "data_frame")(self)
+
+    def plot(self, names: Sequence[str] | None = None, kind: str = "marginals") -> np.ndarray:
+        """Draw the marginals of scalars, or scalars in pairs.
+
+        Args:
+            names: What to show, as in `flowvi.plots.plot_pair`; the first scalars by default.
+            kind: "marginals" or "pair".
+
+        Returns:
+            Axes of matplotlib.
+        """
+        check_choice("kind", kind, ["marginals", "pair"])
+        shown: np.ndarray = later("flowvi.plots", f"plot_{kind}")(self, names)
+        return shown
 
     def __getitem__(self, name: str) -> np.ndarray:
         if name not in self.values:

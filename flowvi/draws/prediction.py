@@ -12,13 +12,14 @@ import torch
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.row_sampling import pairs_of
 from flowvi.runtime.arguments import check_choice, check_type, refuse_fit, unknown_choice
+from flowvi.runtime.display import Printed
 from flowvi.targets import LocalTarget
 
 Arrays = Mapping[str, np.ndarray]
 
 
-@dataclass(frozen=True, eq=False)
-class Prediction:
+@dataclass(frozen=True, eq=False, repr=False)
+class Prediction(Printed):
     """Predictions for new arguments, one value for each draw of the posterior.
 
     Attributes:

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from flowvi.draws.row_sampling import Pairs, pairs_of, sample_rows
 from flowvi.guides.guide import Guide
 from flowvi.runtime import memory
 from flowvi.runtime.arguments import check_integer
+from flowvi.runtime.display import Printed
+from flowvi.runtime.progress import showing
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.local.rows import split_batch
@@ -28,8 +28,8 @@ class Difference(NamedTuple):
     se: float
 
 
-@dataclass(frozen=True)
-class RowBounds:
+@dataclass(frozen=True, repr=False)
+class RowBounds(Printed):
     r"""Importance-weighted bounds on the log evidence of rows.
 
     .. math:: L_K(x_n) = \log \frac{1}{K} \sum_k \frac{p(x_n, z_k)}{q(z_k \mid x_n)}
@@ -99,7 +99,8 @@ def row_bounds(
         batch: The rows.
         particles: Number of draws K for each row.
         seed: Seed of the draws.
-        progress: Whether to show a progress bar.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
     """
     particles = check_integer("particles", particles)
     with torch.no_grad(), isolated_rng():
@@ -108,11 +109,13 @@ def row_bounds(
     scored = pairs_of(target, batch)
     values: list[Tensor] = []
     elbos: list[Tensor] = []
-    hidden = not progress or not sys.stderr.isatty()
-    parts = tqdm(
-        list(split_batch(batch, size)), desc=f"L_{particles}", unit="piece", disable=hidden
-    )
-    with torch.no_grad(), isolated_rng(seed):
+    parts = list(split_batch(batch, size))
+    with (
+        torch.no_grad(),
+        isolated_rng(seed),
+        showing(target.name, progress, unit="part") as shown,
+    ):
+        shown.phase(f"bound with {particles:,} draws of each row", len(parts))
         for part in parts:
             total = torch.zeros(len(part.places), dtype=torch.float64)
             log_sum = torch.full_like(total, -math.inf)
@@ -124,6 +127,7 @@ def row_bounds(
                 total += log_w.sum(0)
             values.append(log_sum - math.log(particles))
             elbos.append(total / particles)
+            shown.step()
     return RowBounds(torch.cat(values).numpy(), torch.cat(elbos).numpy(), particles)
 
 

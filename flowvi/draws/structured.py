@@ -16,6 +16,7 @@ from flowvi.diagnostics.rows import clearly_above_limit
 from flowvi.draws.draws import Draws, scored
 from flowvi.guides.guide import Guide
 from flowvi.runtime.columns import Columns
+from flowvi.runtime.display import Printed
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets.structure import MarginalTarget
 from flowvi.targets.structure.noise import is_wide, normal_variance
@@ -36,8 +37,8 @@ POINT, LOG_P, LOG_Q, BY_UNIT = range(4)
 MOST_SCORES = 20_000_000
 
 
-@dataclass(frozen=True, eq=False)
-class Units:
+@dataclass(frozen=True, eq=False, repr=False)
+class Units(Printed):
     """How well the conditional of each unit fits, (G) each.
 
     Attributes:

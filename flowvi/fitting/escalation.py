@@ -26,6 +26,7 @@ from flowvi.guides.pushforward import FlowGuide, Pushforward
 from flowvi.guides.registry import make_guide
 from flowvi.guides.skewed import SkewedNormal
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.progress import phase
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.samplers.nuts import NutsSettings, run_nuts
 from flowvi.samplers.tempering import MOST_DIM
@@ -67,6 +68,7 @@ def escalate(restart: Restart) -> None:
             return
         if _enough(restart, attempt):
             continue
+        phase(name)
         try:
             with abort_on_interrupt():
                 new = attempt(restart, restart.candidate)
@@ -266,7 +268,6 @@ def sampled(restart: Restart, candidate: Candidate) -> Candidate | None:
                 plan,
                 restart.seed(CHAINS),
                 {"model": restart.target.name, "guide": candidate.name},
-                progress=restart.session.progress,
                 out_of_time=lambda: clock.out_of_time() or clock.seconds > began + CHAIN_SECONDS,
             )
 

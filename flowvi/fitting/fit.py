@@ -17,6 +17,8 @@ from flowvi.objectives.registry import Objective
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
 from flowvi.runtime.arguments import suggest_spelling
+from flowvi.runtime.clock import Clock
+from flowvi.runtime.progress import showing
 from flowvi.targets import LocalTarget, Target
 from flowvi.training.compiling import Compile
 from flowvi.training.epochs import Epoch
@@ -144,7 +146,8 @@ def fit(
             compiles in another process and switches when that is done, or at once to a step
             that an earlier fit left in FLOWVI_CACHE (~/.cache/flowvi). The variable
             FLOWVI_COMPILE, on or off, overrides "auto". Steps on a GPU are not compiled.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
         callback: Function called with a `Step` after each step, or for rows with an `Epoch`
             after each epoch; a true answer stops the fit.
         epochs: For rows: number of passes over the rows; 40 by default.
@@ -168,4 +171,5 @@ def fit(
             bound for this target.
     """
     request = Request(**locals())
-    return fit_rows(request) if isinstance(target, LocalTarget) else fit_global(request)
+    with showing(target.name, progress, Clock(budget)):
+        return fit_rows(request) if isinstance(target, LocalTarget) else fit_global(request)

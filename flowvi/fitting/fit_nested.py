@@ -80,7 +80,8 @@ def nested(
             default. It is halved where a stage of the training gained nothing.
         seed: Seed of all random numbers.
         budget: Time limit in seconds; none by default.
-        progress: Whether to show a progress bar, if the error stream is a terminal.
+        progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+            every 10 seconds elsewhere.
         callback: Function called with a `Step` after each step; a true answer stops the fit.
         checkpoint: Folder for the state of the fit, as for `fit`.
         resume: Whether to resume an earlier fit with the same arguments.

@@ -23,6 +23,7 @@ from flowvi.runtime import distributed, memory
 from flowvi.runtime.arguments import check_choice
 from flowvi.runtime.checkpoint_folder import open_checkpoint, warn_if_unwritable
 from flowvi.runtime.clock import Clock, interruptible
+from flowvi.runtime.progress import current
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.precision import dtype_name
@@ -44,7 +45,8 @@ def fit_rows(request: Request) -> RowFit:
     check_objective(target, objective, settings)
     clock = Clock(request.budget)
     checkpointer = Checkpointer(clock, target)
-    session = Session(clock, checkpointer, request.progress, request.callback)
+    session = Session(clock, checkpointer, request.callback)
+    current().ending = clock.interrupted_here
     facts = {k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"}
     guide, record = cast(str | Guide, request.guide), Record()
     with (

@@ -29,6 +29,7 @@ from flowvi.objectives.registry import describe
 from flowvi.runtime import distributed, memory
 from flowvi.runtime.checkpoint_folder import open_checkpoint, warn_if_unwritable
 from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt, interruptible
+from flowvi.runtime.progress import current
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Target
 from flowvi.targets.precision import dtype_name
@@ -49,7 +50,8 @@ def fit_shared(request: Request) -> Fit:
     target, settings = request.target, request.settings()
     clock, folder = Clock(request.budget), request.folder
     checkpointer = Checkpointer(clock, target)
-    session = Session(clock, checkpointer, request.progress, request.callback)
+    session = Session(clock, checkpointer, request.callback)
+    current().ending = clock.interrupted_here
     guide = cast(str | Guide, request.guide)
     about = _fit_identity(target, guide, settings, request.restarts)
     plan = Plan(guide, request.fresh, settings, about, folder, request.resume)

@@ -25,6 +25,7 @@ from flowvi.initialization.missed_modes import missed_modes
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import weighs
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.progress import current, phase
 from flowvi.runtime.rng import derive_seed
 from flowvi.samplers.tempering import MOST_DIM, mass_beyond_guide, wide_gaussian
 from flowvi.targets import Target
@@ -151,6 +152,7 @@ class Restart:
         """
         if candidate.evaluation is UNKNOWN:
             candidate.evaluation = self.evaluate(candidate.guide)
+        current().part = f"{candidate.name} guide" if candidate.name else "guide"
         stages = self.stages(candidate.guide)
         if self.suffices(candidate):
             self.record.log.append("training: left out, since the guide is as good as the start")
@@ -192,6 +194,7 @@ class Restart:
 
     def check(self, candidate: Candidate) -> None:
         """Check a guide on fresh draws, and against the modes of the search for a start."""
+        phase("check by fresh draws")
         candidate.missed = self.find_missed_modes(candidate)
         try:
             with abort_on_interrupt():
@@ -262,6 +265,7 @@ class Restart:
         if hopeless or not math.isfinite(diagnosis.gap) or late:
             return ""
         try:
+            phase("search for mass beyond the guide")
             with abort_on_interrupt():
                 return mass_beyond_guide(
                     self.target, diagnosis, self.tempered_normal(), self.seed(ANNEAL)

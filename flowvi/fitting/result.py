@@ -25,6 +25,7 @@ from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
+from flowvi.runtime.display import Displayed
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget, Target
 from flowvi.targets.precision import dtype_name
@@ -33,7 +34,7 @@ from flowvi.targets.precision import dtype_name
 START, NESTED_DRAWS = 1_000_000, 2
 
 
-class AnyFit(ABC):
+class AnyFit(Displayed, ABC):
     """Base class of all fits. Abstract.
 
     Attributes:
@@ -64,7 +65,7 @@ class AnyFit(ABC):
         return "\n".join([self.HEAD.format(**facts), *(f"  {line}" for line in self.log)])
 
 
-@dataclass
+@dataclass(repr=False)
 class Fit(AnyFit):
     """The result of a fit.
 
@@ -144,7 +145,7 @@ class Fit(AnyFit):
         )
 
 
-@dataclass
+@dataclass(repr=False)
 class NestedFit(Fit):
     """The result of a fit with shared latents and latents of each row.
 
@@ -257,7 +258,7 @@ def draw_nested(
     return replace(table, log_p=np.where(inside, values, -np.inf))
 
 
-@dataclass
+@dataclass(repr=False)
 class RowFit(AnyFit):
     """The result of a fit of local latents.
 
@@ -293,7 +294,8 @@ class RowFit(AnyFit):
             particles: Number of draws K for each row.
             seed: Seed of the draws; the global generators are not changed.
             rows: Indices of rows of the fit, in place of data.
-            progress: Whether to show a progress bar, if the error stream is a terminal.
+            progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
+                every 10 seconds elsewhere.
             max_memory: As for `Fit.draw`.
         """
         batch = self._rows(data, rows)

@@ -19,6 +19,7 @@ from flowvi.initialization.nested import start
 from flowvi.initialization.preflight import check_integrable, preflight
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt
+from flowvi.runtime.progress import phase
 from flowvi.targets import Target
 from flowvi.targets.structure import MarginalTarget
 from flowvi.training.records import BUILD, LOOK, MODES
@@ -40,6 +41,8 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
     target, say = restart.target, restart.record.log.append
     once = restart.session.checkpointer.run_once
     clock, share = restart.session.clock, restart.schedule.start_share
+
+    phase("searching for a start")
 
     def late() -> bool:
         return clock.out_of_time(share)
@@ -111,6 +114,7 @@ def global_start(
             seen.places,
         )
     modes: list[GaussianApproximation] = []
+    phase("searching for further modes")
     with suppress(Interrupted), abort_on_interrupt():
         say(check_integrable(target, best))
         with clock.deadline(2 * LATE * share):

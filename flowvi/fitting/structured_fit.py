@@ -25,7 +25,7 @@ TABLE, FEWEST_DRAWS, MOST_DRAWS = 40_000_000, 400, 4000
 UNIT_DRAWS = 3
 
 
-@dataclass
+@dataclass(repr=False)
 class StructuredFit(Fit):
     """The result of a fit of shared latents, with local latents integrated and corrected.
 

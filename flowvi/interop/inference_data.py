@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -31,6 +33,10 @@ if TYPE_CHECKING:
 # Largest size of a group with a number for each draw and observation (400 MB).
 MAX_NUMBERS = 50_000_000
 # Groups of units whose latents are integrated: likelihoods, and the check of conditionals.
+# Chains that the independent draws of one guide are written as, and the fewest draws for that.
+CHAINS, FEWEST_SPLIT = 4, 16
+# Groups whose draws are not those of the posterior.
+OWN_DRAWS = ("prior", "prior_predictive")
 UNITS, CHECKED = "unit_log_likelihood", "unit_diagnosis"
 
 
@@ -50,7 +56,10 @@ def to_inference_data(
     """Convert draws to ArviZ's groups.
 
     The result contains posterior (latents and deterministics) and sample_stats, and, if the
-    model has them, observed and constant data and the pointwise log likelihood. Names that a
+    model has them, observed and constant data, the pointwise log likelihood, and the log prior of
+    every latent site. The independent
+    draws of one guide are written as four chains, so that ArviZ's R-hat and ESS have a meaning;
+    the attribute ``split`` says so. Simulated counts are integers. Names that a
     file cannot store are changed, and the original is the attribute ``original_name``. Every
     group carries the verdict and its numbers as attributes. With a row axis, those of each
     row are in the additional group ``row_diagnosis``.
@@ -83,6 +92,7 @@ def to_inference_data(
         groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
+    groups["log_prior"] = _by_point(draws, "log_prior") if _has_prior(draws) else {}
     if draws.unit_scores is not None and draws.units is not None:
         groups[UNITS] = {f"{draws.units.plate}_units": draws.unit_scores}
     if prior and isinstance(target, Target):
@@ -97,6 +107,14 @@ def to_inference_data(
         data["row_diagnosis"] = rows
     if draws.units is not None:
         data[CHECKED] = groups[CHECKED] = draws.units.columns
+    _to_counts(groups)
+    split = chains_of_one(draws)
+    if split > 1:
+        attrs["split"] = split
+        groups = {
+            group: arrays if group in data or group in OWN_DRAWS else _in_chains(arrays)
+            for group, arrays in groups.items()
+        }
     names = [name for arrays in groups.values() for name in arrays]
     own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
     if draws.by_row:
@@ -109,7 +127,60 @@ def to_inference_data(
         for group, arrays in groups.items()
         if arrays
     }
+    for dim, name in labels.lost.items():
+        warnings.warn(
+            f"'{name}' has no labels of '{dim}': a variable of its group has this name too. Give "
+            "the plate or dim another name.",
+            stacklevel=2,
+        )
     return make_groups(datasets)
+
+
+def chains_of_one(draws: Draws) -> int:
+    """Number of chains that the independent draws of one guide are written as."""
+    chains, count = draws.log_p.shape[:2]
+    return 1 if draws.mcmc or chains > 1 else split_into(count)
+
+
+def split_into(count: int) -> int:
+    """Number of chains for some independent draws: four, if four divides their number."""
+    if count < FEWEST_SPLIT:
+        return 1
+    return next((chains for chains in (CHAINS, 5, 3, 7, 6, 2) if count % chains == 0), CHAINS)
+
+
+def _in_chains(arrays: Arrays) -> Arrays:
+    """The draws of one chain as those of several; a prime number loses one to three."""
+
+    def split(array: np.ndarray) -> np.ndarray:
+        count = array.shape[1]
+        chains = 1 if array.shape[0] > 1 else split_into(count)
+        kept = array[:, : count - count % chains]
+        return kept.reshape(chains, -1, *array.shape[2:]) if chains > 1 else array
+
+    return {name: split(array) for name, array in arrays.items()}
+
+
+def _to_counts(groups: dict[str, Arrays]) -> None:
+    """Write observed and simulated data as integers, if all that the model simulates are whole."""
+    predictive = ("posterior_predictive", "prior_predictive", "predictions")
+    for name in groups["observed_data"]:
+        simulated = [groups[group][name] for group in predictive if name in groups.get(group, {})]
+        known = [groups["observed_data"][name], *simulated]
+        if not simulated or not all(_is_whole(array) for array in known):
+            continue
+        for group in ("observed_data", *predictive):
+            if name in groups.get(group, {}):
+                array = groups[group][name]
+                if array.dtype.kind == "f":
+                    groups[group] = {**groups[group], name: array.astype(np.int64)}
+
+
+def _is_whole(array: np.ndarray) -> bool:
+    if array.dtype.kind != "f":
+        return array.dtype.kind in "iu"
+    small = np.isfinite(array).all() and (np.abs(array) < 2**53).all()
+    return bool(small and (array == np.floor(array)).all())
 
 
 def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
@@ -131,23 +202,27 @@ def _check_simulated(draws: Draws, prior: int, predictive: bool | int) -> None:
         )
 
 
-def all_groups(draws: Draws, start: Draws | None = None, predicted: int = 0) -> az.InferenceData:
+def all_groups(
+    draws: Draws, start: Draws | None = None, predicted: int = 0, prior: int = 0
+) -> az.InferenceData:
     """Convert draws to all groups that the model supports and that are not too large.
 
     Args:
         draws: Draws of a fit.
         start: Draws of the initial Gaussian of the fit.
         predicted: Draws of each chain with simulated data, if the model can simulate.
+        prior: Draws from the prior, if it has any.
     """
     rows = sum(value.numel() for value in draws.observed.values())
     some = predicted if 0 < predicted * rows <= MAX_NUMBERS and "inner" not in draws.meta else 0
     # For rows the log likelihood needs more draws, and adds nothing to the weights.
     scored = len(draws) * rows <= MAX_NUMBERS and not draws.by_row
     made = partial(to_inference_data, draws, log_likelihood=scored, start=start)
-    try:
-        return made(predictive=some)
-    except ModelError:  # some models can be scored but not simulated
-        return made()
+    first = prior if prior * rows <= MAX_NUMBERS and _has_prior(draws) else 0
+    for predictive, simulated in ((some, first), (some, 0)):
+        with suppress(ModelError):  # some models can be scored but not simulated
+            return made(predictive=predictive, prior=simulated)
+    return made()
 
 
 def attributes(draws: Draws) -> tuple[dict[str, str | int | float], Arrays | None]:
@@ -194,11 +269,35 @@ def _log_likelihood(draws: Draws, particles: int, seed: int) -> Arrays:
             raise ValueError("These draws know no guide to evaluate bounds with.")
         found = row_bounds(target, draws.guide, draws.batch, particles, seed)
         return {next(iter(draws.observed), "row"): found.values[None, None]}
+    return _by_point(draws, "log_likelihood")
+
+
+def log_terms(draws: Draws) -> tuple[Arrays, Arrays]:
+    """Log prior of every latent site, and log likelihood of every observation, of each draw.
+
+    Args:
+        draws: Draws of latents that all rows share.
+
+    Returns:
+        Arrays (chain, draw, ...) by site; empty where the model does not tell them apart.
+    """
+    if not _has_prior(draws):
+        return {}, {}
+    return _by_point(draws, "log_prior"), _by_point(draws, "log_likelihood")
+
+
+def _has_prior(draws: Draws) -> bool:
+    return isinstance(draws.target, Target) and not draws.by_row and "inner" not in draws.meta
+
+
+def _by_point(draws: Draws, which: str) -> Arrays:
+    """A function of points, by site, for every draw: (chain, draw, ...)."""
+    target = draws.target
     z = torch.as_tensor(draws.z, dtype=target.dtype, device=target.device).flatten(0, 1)
     with torch.no_grad():
         columns: Columns[str] = Columns(len(z))
         for part in z.split(target.chunk()):
-            columns.add(target.log_likelihood(part))
+            columns.add(getattr(target, which)(part))
     return _by_chain(columns.arrays, draws)
 
 

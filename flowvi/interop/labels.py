@@ -35,6 +35,9 @@ class Labels:
         dims: For each variable, the names of its axes.
         coords: Labels along dims.
         variables: Names of all variables of all groups.
+
+    Attributes:
+        lost: Dims whose labels a variable could not have, with the variable.
     """
 
     def __init__(
@@ -48,6 +51,7 @@ class Labels:
         self.names: dict[str, str] = {}
         self.sizes: dict[str, int] = {}
         self.labels: dict[str, np.ndarray] = {}
+        self.lost: dict[str, str] = {}
         for name in variables:
             if name not in self.names:
                 self.names[name] = _unused(_saveable(name), {*self.names.values(), *SAMPLE})
@@ -80,6 +84,8 @@ class Labels:
             chosen = _saveable(dim or default)
             if chosen in axes or not self._fits(chosen, size, taken):
                 chosen = default
+                if dim and known and _saveable(dim) in taken:
+                    self.lost.setdefault(dim, name)
             while chosen in axes or not self._fits(chosen, size, taken):
                 chosen += "_"
             self.sizes[chosen] = size

@@ -15,7 +15,7 @@ from flowvi.diagnostics import Diagnosis, Rows, psis
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import stratified
 from flowvi.draws.structured import Units
-from flowvi.interop.inference_data import CHECKED, UNITS
+from flowvi.interop.inference_data import CHECKED, UNITS, split_into
 from flowvi.targets import Batch, Target
 
 if TYPE_CHECKING:
@@ -56,10 +56,11 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
     """
     posterior = idata[group]
     attrs = facts(idata)
+    split = int(attrs.pop("split", 1))
     values, dims = {}, {}
     for key, variable in posterior.data_vars.items():
         name = str(variable.attrs.get("original_name", key))
-        values[name] = variable.values
+        values[name] = joined(variable.values, split)
         dims[name] = tuple(map(str, variable.dims[2:]))
     shape = idata["sample_stats"]["log_p"].dims if has_group(idata, "sample_stats") else ()
     rows = tuple(map(str, shape[2:]))
@@ -70,15 +71,26 @@ def draws_of(idata: az.InferenceData, group: str = "posterior") -> Draws:
         tuple(attrs.get("improper", ())),
         plate="".join(rows),
     )
-    lead = tuple(posterior.sizes[dim] for dim in ("chain", "draw", *rows))
+    chains, count, *sizes = (posterior.sizes[dim] for dim in ("chain", "draw", *rows))
+    lead = (1, chains * count, *sizes) if split > 1 else (chains, count, *sizes)
     log_p, log_q = np.full(lead, np.nan), np.full(lead, np.nan)
     if group == "posterior":
         stats = idata["sample_stats"]
-        log_p, log_q = stats["log_p"].values, stats["log_q"].values
+        log_p, log_q = (joined(stats[name].values, split) for name in ("log_p", "log_q"))
     batch = Batch(torch.arange(lead[-1]), ()) if rows else None
     target = cast(Target, names)
     made = Draws(np.zeros((*lead, 0)), log_p, log_q, values, target, attrs, batch=batch)
     return made if group != "posterior" else replace(made, **_units(idata))
+
+
+def joined(array: np.ndarray, split: int) -> np.ndarray:
+    """Draws of one guide that were written as several chains, as one chain again.
+
+    Args:
+        array: (chain, draw, ...).
+        split: The attribute of that name; 1 leaves the chains as they are.
+    """
+    return array.reshape(1, -1, *array.shape[2:]) if split > 1 else array
 
 
 def _units(idata: az.InferenceData) -> dict[str, Any]:
@@ -88,14 +100,14 @@ def _units(idata: az.InferenceData) -> dict[str, Any]:
         found["units"] = Units.of_columns(idata[CHECKED])
     if has_group(idata, UNITS):
         (scores,) = idata[UNITS].data_vars.values()
-        found["unit_scores"] = scores.values
+        found["unit_scores"] = joined(scores.values, int(facts(idata).get("split", 1)))
     return found
 
 
 def resample_groups(
     idata: az.InferenceData, seed: int = 0, n: int | None = None
 ) -> az.InferenceData:
-    """Resample the draws of a file by their smoothed weights, to one chain of equal weights.
+    """Resample the draws of a file by their smoothed weights, to draws of equal weights.
 
     Groups with a value for each draw are resampled. Groups of data are kept, others dropped.
 
@@ -119,26 +131,33 @@ def resample_groups(
     weights = np.exp(psis(log_w.ravel()).log_weights)
     rows = stratified(weights, n or log_w.size, np.random.default_rng(seed))
     groups: dict[str, Any] = {}
-    for group in ("posterior", "sample_stats", "log_likelihood", UNITS):
+    for group in ("posterior", "sample_stats", "log_likelihood", "log_prior", UNITS):
         if has_group(idata, group):
             groups[group] = _select(to_dataset(idata[group]), rows, log_w.shape)
     groups["sample_stats"] = groups["sample_stats"].drop_vars("log_weight")
     for group in ("observed_data", "constant_data", CHECKED):
         if has_group(idata, group):
             groups[group] = to_dataset(idata[group]).copy()
+    chains = split_into(len(rows))
     for dataset in groups.values():
         dataset.attrs["resampled"] = 1
+        dataset.attrs.pop("split", None)
+        if chains > 1:
+            dataset.attrs["split"] = chains
     return make_groups(groups)
 
 
 def _select(dataset: Any, rows: np.ndarray, shape: tuple[int, ...]) -> Any:
-    """Select rows of the pooled draws, as the one chain of a data set."""
+    """Select rows of the pooled draws, as the chains of a data set."""
+    chains = split_into(len(rows))
+    rows = rows[: len(rows) - len(rows) % chains].reshape(chains, -1)
     chain, place = np.divmod(rows, shape[1])
-    picked = dataset.isel(chain=xr_index(chain), draw=xr_index(place))
-    new = picked.drop_vars(["chain", "draw"], errors="ignore").expand_dims(chain=[0])
+    plain = dataset.drop_vars(["chain", "draw"], errors="ignore")
+    new = plain.isel(chain=xr_index(chain), draw=xr_index(place))
     order = dict.fromkeys(new.data_vars, ("chain", "draw", ...))
     ordered = new.assign({name: new[name].transpose(*dims) for name, dims in order.items()})
-    return ordered.assign_coords(draw=np.arange(len(rows))).assign_attrs(dataset.attrs)
+    labels = {"chain": np.arange(rows.shape[0]), "draw": np.arange(rows.shape[1])}
+    return ordered.assign_coords(labels).assign_attrs(dataset.attrs)
 
 
 def facts(idata: az.InferenceData) -> dict[str, Any]:

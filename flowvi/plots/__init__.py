@@ -2,6 +2,7 @@
 
 from flowvi.plots.calibration import plot_calibration
 from flowvi.plots.caterpillar import plot_caterpillar
+from flowvi.plots.compare import plot_compare
 from flowvi.plots.evidence import plot_evidence
 from flowvi.plots.images import (
     plot_epochs,
@@ -15,11 +16,13 @@ from flowvi.plots.marginals import plot_marginals
 from flowvi.plots.pair import plot_pair
 from flowvi.plots.predictive import plot_predictive
 from flowvi.plots.sbc import plot_sbc
+from flowvi.plots.sensitivity import plot_sensitivity
 from flowvi.plots.where import plot_where
 
 __all__ = [
     "plot_calibration",
     "plot_caterpillar",
+    "plot_compare",
     "plot_epochs",
     "plot_evidence",
     "plot_images",
@@ -31,5 +34,6 @@ __all__ = [
     "plot_predictive",
     "plot_reconstructions",
     "plot_sbc",
+    "plot_sensitivity",
     "plot_where",
 ]

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 COLOURS = 10  # classes that can be told apart
+# Range of all epochs, in ranges of the later ones, from which the first ones are left out.
+FAR = 5.0
 INCHES = 0.55  # side of an image in a grid
 
 
@@ -108,9 +110,15 @@ def plot_epochs(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axe
         ax.plot(epochs, bound, color=BLUE, lw=1.4, label="training rows")
         if np.isfinite(held).any():
             ax.plot(epochs, held, color=ORANGE, lw=1.4, label="validation rows")
-        # The first epochs do not affect the scale.
-        late = np.concatenate([bound, held])[np.isfinite(np.concatenate([bound, held]))]
-        low, high = float(np.quantile(late, 0.1)), float(late.max())
+        both = np.concatenate([bound, held])
+        known = both[np.isfinite(both)]
+        low, usual, high = (float(np.quantile(known, q)) for q in (0.0, 0.1, 1.0))
+        if high - low > FAR * (high - usual) > 0:
+            # The first epochs do not affect the scale; a mark says that they lie below.
+            low = usual
+            early = epochs[np.isfinite(bound) & (bound < low - 0.1 * (high - low))]
+            foot = np.full(len(early), low - 0.1 * (high - low))
+            ax.plot(early, foot, "v", color=BLUE, ms=5, clip_on=False, label="lower")
         margin = 0.1 * (high - low) or 1.0
         ax.set(xlabel="epoch", ylabel="bound (nats per row)", ylim=(low - margin, high + margin))
         ax.legend(loc="lower right")

@@ -20,7 +20,10 @@ COLOURS = (GREY, BLUE, ORANGE, "#4d8f5b")
 
 
 def plot_marginals(
-    sets: Draws | Mapping[str, Draws], names: Sequence[str] | None = None, columns: int = 3
+    sets: Draws | Mapping[str, Draws],
+    names: Sequence[str] | None = None,
+    columns: int = 3,
+    focus: str = "",
 ) -> np.ndarray:
     """Outlines of histograms, one panel for each scalar.
 
@@ -29,6 +32,7 @@ def plot_marginals(
             resampled ones; four at most.
         names: What to show, as in `plot_pair`; three rows of scalars without.
         columns: Panels side by side.
+        focus: The set whose draws, and as much to each side, are shown; all draws by default.
 
     Returns:
         Axes, (rows, columns); those of empty panels are switched off.
@@ -60,20 +64,24 @@ def plot_marginals(
         for ax in axes.flat[len(labels) :]:
             ax.set_axis_off()
         for ax, label in zip(axes.flat, labels, strict=False):
-            _panel(ax, label, {name: found[label] for name, found in shown.items()})
+            _panel(ax, label, {name: found[label] for name, found in shown.items()}, focus)
         figure.legend(
             *axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(sets)
         )
     return np.asarray(axes)
 
 
-def _panel(ax: Axes, label: str, columns: Mapping[str, np.ndarray]) -> None:
-    ends = [np.quantile(x[np.isfinite(x)], (0.003, 0.997)) for x in columns.values()]
-    low, high = min(e[0] for e in ends), max(e[1] for e in ends)
+def _panel(ax: Axes, label: str, columns: Mapping[str, np.ndarray], focus: str) -> None:
+    ends = {n: np.quantile(x[np.isfinite(x)], (0.003, 0.997)) for n, x in columns.items()}
+    low, high = min(e[0] for e in ends.values()), max(e[1] for e in ends.values())
+    if focus:
+        near, far = ends[focus]
+        low, high = max(low, near - (far - near)), min(high, far + (far - near))
     edges = np.linspace(low, high if high > low else low + 1.0, BINS + 1)
     for (name, x), colour in zip(columns.items(), COLOURS, strict=False):
         last = name == list(columns)[-1]
-        heights, _ = np.histogram(x, edges, density=True)
+        # Draws beyond the panel count too.
+        heights = np.histogram(x, edges)[0] / (len(x) * np.diff(edges))
         ax.stairs(heights, edges, color=colour, lw=1.4, label=name, fill=False)
         if last:
             ax.stairs(heights, edges, color=colour, alpha=0.15, fill=True)

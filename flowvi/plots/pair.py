@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from flowvi.draws.draws import EXPECTED, Draws
+from flowvi.draws.scalars import elements
 from flowvi.plots.theme import BLUE, style
 from flowvi.runtime.arguments import check_type, refuse_fit
 
@@ -82,21 +83,6 @@ def scalars(
             "Name some elements, for example 'theta[0]'."
         )
     return columns
-
-
-def elements(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
-    """Every scalar of a value: its name by index, its name by label, its draws."""
-    value = draws[name]
-    axes = [draws.coords.get(dim) for dim in draws.dims.get(name, ())]
-    if value.ndim == 2:
-        yield name, name, value.ravel()
-        return
-    for index in np.ndindex(value.shape[2:]):
-        labels = [
-            str(i if axis is None else axis[i]) for i, axis in itertools.zip_longest(index, axes)
-        ]
-        plain = ", ".join(map(str, index))
-        yield f"{name}[{plain}]", f"{name}[{', '.join(labels)}]", value[(..., *index)].ravel()
 
 
 def _marginal(ax: Axes, x: np.ndarray) -> None:

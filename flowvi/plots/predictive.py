@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MOST_ROWS, MOST_LINES, BINS = 60, 40, 30
+# Bars of counts, and draws behind their intervals.
+MOST_BARS, MOST_DRAWS = 40, 400
 INNER, OUTER = (0.25, 0.75), (0.05, 0.95)
 
 
@@ -25,6 +28,8 @@ def plot_predictive(
     ax: Axes | None = None,
 ) -> Axes:
     """Intervals of each observation and the observation itself; histograms where there are many.
+
+    Counts have a bar for each number.
 
     Args:
         observed: The data, (*rows).
@@ -51,7 +56,9 @@ def plot_predictive(
             _intervals(ax, y, x, labels)
             ax.set_ylabel(name)
         else:
-            _histograms(ax, y[np.isfinite(y)], x)
+            seen = y[np.isfinite(y)]
+            draw = _bars if _is_whole(x) and _is_whole(seen) else _histograms
+            draw(ax, seen, x)
             ax.set_xlabel(name)
         ax.legend(loc="lower left", bbox_to_anchor=(0.0, 1.0), ncols=3, borderaxespad=0.2)
     return ax
@@ -68,6 +75,28 @@ def _intervals(ax: Axes, y: np.ndarray, x: np.ndarray, labels: Sequence[Any] | N
         steep = max(map(len, texts)) > 3
         ax.set_xticks(places, texts, rotation=60 if steep else 0, ha="right" if steep else "center")
     ax.set_xlim(-0.7, len(y) - 0.3)
+
+
+def _is_whole(x: np.ndarray) -> bool:
+    return bool(np.isfinite(x).all() and (x == np.floor(x)).all())
+
+
+def _bars(ax: Axes, y: np.ndarray, x: np.ndarray) -> None:
+    """Shares of counts: bars of the observed ones, intervals of the predicted ones."""
+    low = min(y.min(), np.quantile(x, 0.002))
+    high = max(y.max(), np.quantile(x, 0.998))
+    # Bars of several counts each, where there are many.
+    width = max(1, math.ceil((high - low + 1) / MOST_BARS))
+    edges = np.arange(low, high + width + 1, width) - 0.5
+    middle = edges[:-1] + width / 2
+    seen = np.histogram(y, edges)[0] / len(y)
+    shares = np.stack([np.histogram(row, edges)[0] / len(y) for row in x[:MOST_DRAWS]])
+    ax.bar(middle, seen, 0.8 * width, color=ORANGE, alpha=0.75, label="observed")
+    for quantiles, line, word in ((OUTER, 1.6, "90 %"), (INNER, 4.0, "50 %")):
+        ends = np.quantile(shares, quantiles, axis=0)
+        ax.vlines(middle, *ends, color=BLUE, lw=line, alpha=0.6, label=f"{word} predicted")
+    ax.set(xlim=(edges[0] - 0.2, edges[-1] + 0.2), ylim=(0, None), ylabel="share")
+    ax.locator_params(axis="x", integer=True)
 
 
 def _histograms(ax: Axes, y: np.ndarray, x: np.ndarray) -> None:

@@ -1,4 +1,7 @@
-"""Ranks of simulation-based calibration."""
+"""Ranks of simulation-based calibration.
+
+The band is that of Saeilynoja, Buerkner and Vehtari (2022).
+"""
 
 from __future__ import annotations
 
@@ -6,21 +9,24 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from flowvi.diagnostics.calibration import Calibration, uniformity
+from flowvi.diagnostics.calibration import Calibration, ecdf_band, uniformity
 from flowvi.plots.theme import BLUE, GREY, ORANGE, style
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 MAX_SCALARS = 6
+# Points of an ECDF.
+POINTS = 64
 
 
 def plot_sbc(calibration: Calibration) -> np.ndarray:
-    """Histograms of the ranks, and of P_q(theta < truth), of the six worst scalars.
+    """ECDFs of the ranks less uniform ones, and P_q(theta < truth), of the six worst scalars.
 
-    The band is where 99 % of the bars of uniform ranks are. Bars high at both
-    ends say that the draws are too narrow, a hill that they are too wide, a
-    slope that they are shifted. The lower row should be its own mirror image.
+    The band holds the whole line of 99 % of uniform ranks. A line above zero on the
+    left and below on the right says that the draws are too narrow, the reverse that they are too
+    wide, a single hill or valley that they are shifted. The lower row should be its own
+    mirror image.
 
     Args:
         calibration: From `flowvi.sbc`.
@@ -33,32 +39,36 @@ def plot_sbc(calibration: Calibration) -> np.ndarray:
     with style(mathematics=True):
         import matplotlib.pyplot as plt
 
-        size = (max(2.1 * len(shown), 3.5), 4.2)
+        size = (max(2.1 * len(shown), 5.2), 4.2)
         figure, axes = plt.subplots(
             2, len(shown), figsize=size, squeeze=False, layout="constrained"
         )
         for (top, bottom), i in zip(axes.T, shown, strict=True):
             top.set_title(calibration.labels[i])
-            _ranks(top, calibration, i)
+            _difference(top, calibration, i)
             _mirror(bottom, calibration.probabilities[:, i])
-        axes[0, 0].set_ylabel("fits")
+        axes[0, 0].set_ylabel("ECDF - uniform")
         axes[1, 0].set_ylabel("fits")
         figure.legend(*axes[0, 0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     return np.asarray(axes)
 
 
-def _ranks(ax: Axes, calibration: Calibration, i: int) -> None:
-    from scipy import stats  # slow to import
-
-    fits, cells = len(calibration.plain), calibration.levels + 1
-    bins = int(np.clip(fits // 10, 4, min(20, cells)))
-    edges = np.linspace(0, cells, bins + 1).tolist()
-    low, high = stats.binom.interval(0.99, fits, 1 / bins)
-    ax.axhspan(low, high, color=GREY, alpha=0.25, lw=0, label="99 % of uniform bars")
-    ax.hist(calibration.plain[:, i] + 0.5, edges, color=BLUE, alpha=0.75, label="plain draws")
-    resampled = calibration.resampled[:, i] + 0.5
-    ax.hist(resampled, edges, color=ORANGE, histtype="step", lw=1.3, label="resampled draws")
-    ax.set(xlabel="rank", xlim=(0, cells))
+def _difference(ax: Axes, calibration: Calibration, i: int) -> None:
+    fits, levels = len(calibration.plain), calibration.levels + 1
+    count = min(levels, POINTS)
+    cells = np.unique(np.linspace(0, levels, count + 1).round().astype(int))[1:-1] / levels
+    low, high = ecdf_band(fits, cells)
+    ends = np.concatenate([[0.0], cells, [1.0]])
+    lower, upper = (np.concatenate([[0.0], side - cells, [0.0]]) for side in (low, high))
+    ax.fill_between(ends, lower, upper, color=GREY, alpha=0.25, lw=0, label="99 % of uniform ranks")
+    for ranks, colour, word in (
+        (calibration.plain, BLUE, "plain draws"),
+        (calibration.resampled, ORANGE, "resampled draws"),
+    ):
+        share = (ranks[:, i, None] < cells * levels - 0.5).mean(0)
+        ax.plot(ends, np.concatenate([[0.0], share - cells, [0.0]]), color=colour, label=word)
+    ax.axhline(0.0, color=GREY, lw=0.6)
+    ax.set(xlabel="rank / L", xlim=(0, 1))
 
 
 def _mirror(ax: Axes, probabilities: np.ndarray) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -45,14 +46,26 @@ def plot_where(draws: Draws, ax: Axes | None = None) -> Axes:
         for name, indices, x in blocks(named_values(draws), axes_of(draws))
         for i, index in enumerate(indices)
     }
-    x, y = (columns[label] for label in found.labels[:2])
+    first, second = pair_of(found.labels, columns)
+    x, y = columns[first], columns[second]
     top = np.argsort(log_w)[-found.heaviest :]
     size = LARGEST * np.exp(log_w[top] - log_w.max())
     with style():
         ax = ax or new_axes((4.8, 3.6))
         ax.plot(x, y, ".", ms=2, color=GREY, alpha=0.4, label="draws of the guide")
         ax.scatter(x[top], y[top], s=size, color=ORANGE, alpha=0.6, lw=0, label="heaviest weights")
-        ax.set(xlabel=found.labels[0], ylabel=found.labels[1])
+        ax.set(xlabel=first, ylabel=second)
         ax.set_title(f"{found.share:.0%} of the weight on {found.heaviest} draws")
         ax.legend(loc="best")
     return ax
+
+
+def pair_of(labels: Sequence[str], columns: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """The first scalar, and the next one that is no function of it, such as its logarithm."""
+    first = labels[0]
+    order = np.argsort(columns[first], kind="stable")
+    for label in labels[1:]:
+        steps = np.diff(columns[label][order])
+        if (steps < 0).any() and (steps > 0).any():
+            return first, label
+    return first, labels[1]

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowvi.analysis.evidence import evidence
+from flowvi.analysis.sensitivity import sensitivity
 from flowvi.compat.arviz_groups import as_written, has_group, read_groups
 from flowvi.diagnostics import VERDICTS, Diagnosis, Evidence
+from flowvi.diagnostics.power_scaling import Sensitivity
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
+from flowvi.draws.scalars import Scalar
+from flowvi.draws.selection import first_scalars
 from flowvi.fitting.fit_folder import read_record
 from flowvi.fitting.identity import latents
 from flowvi.fitting.result import Fit, NestedFit, RowFit
@@ -29,6 +34,9 @@ if TYPE_CHECKING:
 GUIDE = "guide.nc"
 PREDICTED = 200  # draws with simulated data
 MOST_ROWS = 1000  # largest number of rows in a report
+PRIOR = 1000  # draws from the prior
+# Scalars that come first, and the largest number of those whose sensitivity is computed.
+SCALARS, MOST_SCALED = 24, 1000
 POSTERIOR, RESAMPLED = "posterior.nc", "resampled.nc"
 
 
@@ -46,6 +54,8 @@ class Contents:
         history: Bound, restart and stage of each step.
         log: Decisions of the fit.
         sites: Latent sites: shape, support, columns.
+        folder: Whether the draws are files in a folder of results.
+        sensitivity: Sensitivity to the prior; None where it is not known.
     """
 
     plain: az.InferenceData
@@ -57,6 +67,18 @@ class Contents:
     history: Mapping[str, np.ndarray] = field(default_factory=dict)
     log: tuple[str, ...] = ()
     sites: Mapping[str, Any] = field(default_factory=dict)
+    folder: bool = False
+    sensitivity: Sensitivity | None = None
+
+    @property
+    def prior(self) -> Draws | None:
+        """Draws from the prior."""
+        return draws_of(self.plain, "prior") if has_group(self.plain, "prior") else None
+
+    @property
+    def first(self) -> list[Scalar]:
+        """The scalars that a reader wants to see first."""
+        return list(islice(first_scalars(self.kept, self.sites), SCALARS))
 
     @property
     def kind(self) -> str:
@@ -112,6 +134,8 @@ def _read(folder: Path) -> Contents:
         history,
         log,
         sites,
+        folder=True,
+        sensitivity=_sensitivity(plain),
     )
 
 
@@ -133,7 +157,7 @@ def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
     kept = resample(draws, seed=seed) if diagnosis.verdict == VERDICTS[1] else draws
     begun = isinstance(fit, Fit) and fit.start is not None
     start = fit.draw_start(n, seed) if isinstance(fit, Fit) and begun else None
-    plain = all_groups(draws, start, PREDICTED)
+    plain = all_groups(draws, start, PREDICTED, PRIOR)
     found = None if draws.improper else evidence(draws)
     return Contents(
         plain,
@@ -145,7 +169,19 @@ def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
         fit.history,
         tuple(fit.log),
         latents(draws.target),
+        sensitivity=_sensitivity(plain),
     )
+
+
+def _sensitivity(idata: az.InferenceData) -> Sensitivity | None:
+    """Sensitivity to the prior, where prior and likelihood are known and there are not too many."""
+    scalars = sum(v[0, 0].size for v in idata["posterior"].data_vars.values())
+    if scalars > MOST_SCALED:
+        return None
+    try:
+        return sensitivity(idata)
+    except ValueError:
+        return None
 
 
 def _weighted(idata: az.InferenceData) -> Draws | None:

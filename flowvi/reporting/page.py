@@ -19,12 +19,14 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_stats as stats
 from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.draws import Draws
+from flowvi.draws.scalars import Scalar, every_scalar, table
+from flowvi.draws.selection import first_scalars
 from flowvi.fitting.request import STRUCTURED
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.plots.caterpillar import unit_values
-from flowvi.plots.pair import elements
 from flowvi.reporting.contents import Contents, of_fit, of_folder
+from flowvi.reporting.decimals import decimals, even
 from flowvi.reporting.pictures import pictures
 from flowvi.reporting.units import chosen_units, doubtful_units, elements_of_units
 from flowvi.runtime.arguments import require_fit
@@ -32,16 +34,20 @@ from flowvi.runtime.files import write_atomic
 from flowvi.runtime.rng import isolated_rng
 
 REPORT = "report.html"
-ROWS = 200  # of the posterior table
+# Rows of the posterior table, and of its part that is not folded away.
+ROWS, WHOLE = 500, 40
 LEAST = 20  # number of the least trusted rows that are listed
 NO_RHAT = "–"
 TEMPLATE = "report.html.j2"
 TONES = dict(zip(VERDICTS, ("good", "care", "bad"), strict=True))
 ADVICE = {
-    VERDICTS[0]: "Use the draws in posterior.nc as they are.",
-    VERDICTS[1]: "Use the draws in resampled.nc; those in posterior.nc need their weights.",
+    VERDICTS[0]: "Use the draws as they are: {plain}.",
+    VERDICTS[1]: "Use the resampled draws, {resampled}; those of {plain} need their weights.",
     VERDICTS[2]: "Do not draw conclusions from these draws. The reasons say what to look at.",
 }
+# Where the draws are: in a folder of results, or in Python.
+FILES = {"plain": "posterior.nc", "resampled": "resampled.nc"}
+CALLS = {"plain": "fit.draw(4000)", "resampled": "resample(fit.draw(4000))"}
 REFERENCES = (
     "Vehtari, Simpson, Gelman, Yao and Gabry (2024), “Pareto smoothed importance sampling”, "
     "JMLR 25(72): k-hat and the resampled draws.",
@@ -52,15 +58,17 @@ REFERENCES = (
 )
 
 
-class Scalar(NamedTuple):
-    """A row of the posterior table."""
+class Line(NamedTuple):
+    """A row of the posterior table.
+
+    Attributes:
+        name: Name of the scalar.
+        cells: Mean, sd, ends of the highest-density interval, median, and error of the mean.
+        rhat: R-hat over restarts or chains.
+    """
 
     name: str
-    mean: str
-    sd: str
-    low: str
-    median: str
-    high: str
+    cells: tuple[str, ...]
     rhat: str
 
 
@@ -107,24 +115,33 @@ def page(contents: Contents) -> str:
     environment = jinja2.Environment(
         loader=loader, autoescape=True, undefined=jinja2.StrictUndefined
     )
+    environment.filters["zip"] = zip
     drawn = pictures(contents)
     diagnosis = contents.diagnosis
     verdict = diagnosis.verdict if diagnosis else "not judged"
     facts = contents.facts
-    rows = list(itertools.islice(_scalars(contents), ROWS + 1))
+    first, others = _chosen(contents)
+    rows, folded = _lines(contents, first), _lines(contents, others[:ROWS])
+    total = sum(math.prod(value.shape[2:]) for value in contents.kept.values.values())
     return environment.get_template(TEMPLATE).render(
         title=facts.get("model", "") or "fit",
         verdict=verdict,
         tone=TONES.get(verdict, "care"),
-        advice=ADVICE.get(verdict, "There are too few draws to judge them."),
+        advice=ADVICE.get(verdict, "There are too few draws to judge them.").format(
+            **(FILES if contents.folder else CALLS)
+        ),
+        restart_words="--restarts 2" if contents.folder else "restarts=2",
+        table_words="summary.csv" if contents.folder else "draws.summary()",
         reasons=diagnosis.reasons if diagnosis else (),
         numbers=list(_numbers(contents)),
         fitted=list(_fitted(contents)),
         sites=contents.sites,
         log=contents.log,
-        rows=rows[:ROWS],
+        rows=rows[:WHOLE],
+        rest=rows[WHOLE:],
+        folded=folded,
         least=list(_least_trusted(diagnosis)),
-        more=len(rows) > ROWS,
+        more=max(total - len(rows) - len(folded), 0) if not _unit_facts(contents.kept) else 0,
         units=_unit_facts(contents.kept),
         doubtful=doubtful_units(contents.kept),
         compared=any(row.rhat != NO_RHAT for row in rows),
@@ -133,6 +150,7 @@ def page(contents: Contents) -> str:
         kept=contents.kind,
         pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
         ladder=contents.evidence,
+        sensitivity=contents.sensitivity,
         improper=facts.get("improper", ()),
         guides=_guide_references(str(facts.get("guide", ""))),
         references=REFERENCES,
@@ -219,23 +237,42 @@ def _sizes(c: Contents, group: str) -> str:
     return ", ".join(f"{name} {tuple(data[name].shape)}" for name in data.data_vars)
 
 
-def _scalars(c: Contents) -> Iterator[Scalar]:
-    """Mean, sd, quantiles and R-hat over restarts of every scalar."""
-    plain, local = _by_restart(c), unit_values(c.kept)
-    units = chosen_units(c.kept)
+def _lines(c: Contents, chosen: list[Scalar]) -> list[Line]:
+    """Rows of the posterior table."""
+    if not chosen:
+        return []
+    numbers = table(c.kept, chosen=chosen)
+    low, high = numbers.columns[2:4]
+    sds = numbers["sd"].to_numpy()
+    places = decimals(sds)
+    restarts = _by_restart(c)
+    found = []
+    for one, (_, row) in zip(chosen, numbers.iterrows(), strict=True):
+        columns = ("mean", "sd", low, high, "50%")
+        cells = [even(float(row[column]), float(row["sd"]), places) for column in columns]
+        found.append(Line(one.label, (*cells, f"{row['mcse_mean']:.1g}"), _rhat(restarts, one)))
+    return found
 
-    def every(draws: Draws, name: str) -> Iterator[tuple[str, str, np.ndarray]]:
-        return elements_of_units(draws, name, units) if name in local else elements(draws, name)
 
-    for name in [*(n for n in c.kept.values if n not in local), *local]:
-        restarts = {label: x for _, label, x in every(plain, name)}
-        for _, label, x in every(c.kept, name):
-            rhat = NO_RHAT
-            if len(plain.log_p) > 1 and label in restarts:
-                rhat = f"{stats.rhat(restarts[label].reshape(plain.log_p.shape)):.3f}"
-            low, middle, high = np.quantile(x, (0.05, 0.5, 0.95))
-            mean, sd = f"{x.mean():.4g}", f"{x.std(ddof=1):.4g}"
-            yield Scalar(label, mean, sd, f"{low:.4g}", f"{middle:.4g}", f"{high:.4g}", rhat)
+def _rhat(restarts: Draws, one: Scalar) -> str:
+    if len(restarts.log_p) < 2 or one.name not in restarts.values:
+        return NO_RHAT
+    index: Any = (..., *one.place)
+    chains = restarts[one.name][index]
+    return f"{stats.rhat(chains):.3f}" if np.ptp(chains) > 0 else NO_RHAT
+
+
+def _chosen(c: Contents) -> tuple[list[Scalar], list[Scalar]]:
+    """Scalars of the table, and those that are folded away: constant, copies, standardised."""
+    local, units = unit_values(c.kept), chosen_units(c.kept)
+    if not local:
+        every = list(itertools.islice(every_scalar(c.kept), ROWS + 1))
+        first = list(itertools.islice(first_scalars(c.kept, c.sites), ROWS))
+        shown = {one.label for one in first}
+        return first, [one for one in every if one.label not in shown]
+    shared = [one for one in first_scalars(c.kept, c.sites) if one.name not in local]
+    by_unit = [one for name in local for one in elements_of_units(c.kept, name, units)]
+    return [*shared, *by_unit][:ROWS], []
 
 
 def _unit_facts(draws: Draws) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from flowvi.plots import (
     plot_marginals,
     plot_pair,
     plot_predictive,
+    plot_sensitivity,
     plot_where,
 )
 from flowvi.plots.caterpillar import unit_values
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 
 DPI = 144
 SITES = 4  # observed sites with a predictive check
+MARGINALS, PAIRS = 9, 5  # scalars in a picture
 
 
 @dataclass(frozen=True)
@@ -58,21 +60,21 @@ class Picture:
 
 def pictures(contents: Contents) -> list[Picture]:
     """Draw all pictures of a report."""
-    import matplotlib as mpl
-
-    with mpl.rc_context({"backend": "agg"}):
-        return [_picture(*one) for one in _all(contents)]
+    return [_picture(*one) for one in _all(contents)]
 
 
 Drawing = tuple[str, Callable[[], "Figure"], str, str]
 
 
 def _all(c: Contents) -> Iterator[Drawing]:
-    scalars = ", ".join(list(c.kept.values)[:4])
-    yield from _marginals(c)
+    names = [one.label for one in c.first]
+    scalars = ", ".join(names[:4])
+    if names:
+        yield from _marginals(c, names[:MARGINALS])
+        yield from _prior(c, names[:MARGINALS])
     yield (
         "pairs",
-        lambda: _figure(plot_pair(c.kept)),
+        lambda: _figure(plot_pair(c.kept, names[:PAIRS] or None)),
         f"Scatter matrix of {scalars}: histograms on the diagonal, densities of pairs below.",
         f"The draws are the {c.kind}. Darker cells hold more draws.",
     )
@@ -114,7 +116,29 @@ def _training(c: Contents) -> Iterator[Drawing]:
     )
 
 
-def _marginals(c: Contents) -> Iterator[Drawing]:
+def _prior(c: Contents, names: list[str]) -> Iterator[Drawing]:
+    prior = c.prior
+    known = [name for name in names if prior and name.partition("[")[0] in prior.values]
+    if prior is not None and known:
+        sets = {"prior": prior, "posterior": c.kept}
+        yield (
+            "prior",
+            lambda: _figure(plot_marginals(sets, known, 3, focus="posterior")),
+            f"Histograms of {', '.join(known[:4])} under the prior and the posterior.",
+            "Where the two are alike, the data say little. The prior may be wider than a panel.",
+        )
+    if c.sensitivity is not None and c.sensitivity.labels:
+        found = c.sensitivity
+        yield (
+            "sensitivity",
+            lambda: _figure(plot_sensitivity(found)),
+            "Sensitivity of each scalar to the power of the prior and of the likelihood.",
+            "Right of the line: orange alone says that the prior dominates, both that prior and "
+            "data disagree.",
+        )
+
+
+def _marginals(c: Contents, names: list[str]) -> Iterator[Drawing]:
     sets = {} if c.start is None else {"Gaussian start": c.start}
     if c.weighted is not None:
         guide = "structured" if "shared" in c.facts else c.facts.get("guide", "")
@@ -124,8 +148,8 @@ def _marginals(c: Contents) -> Iterator[Drawing]:
     sets = sets or {"draws": c.kept}
     yield (
         "marginals",
-        lambda: _figure(plot_marginals(sets, columns=2)),
-        f"Histograms of {', '.join(list(c.kept.values)[:4])}: {', '.join(sets)}.",
+        lambda: _figure(plot_marginals(sets, names, 3)),
+        f"Histograms of {', '.join(names[:4])}: {', '.join(sets)}.",
         "They compare the draws before and after each step of the approximation.",
     )
 
@@ -204,15 +228,32 @@ def _figure(axes: Any) -> Figure:
 
 
 def _picture(key: str, draw: Callable[[], Figure], alt: str, caption: str) -> Picture:
+    content = png(draw, DPI)
+    # The header of a PNG holds its width in pixels.
+    width = round(int.from_bytes(content[16:20], "big") * 96 / DPI)
+    return Picture(key, data_uri(content), width, alt, caption)
+
+
+def png(draw: Callable[[], Any], dpi: int) -> bytes:
+    """Draw a picture, and close it: the bytes of a PNG file.
+
+    Args:
+        draw: Returns a figure, or axes or an array of axes in it.
+        dpi: Resolution.
+    """
     import matplotlib.pyplot as plt
 
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), plt.ioff():
         # A name may have letters that the font lacks; they are drawn as boxes.
         warnings.filterwarnings("ignore", message="Glyph .* missing from font")
-        figure = draw()
+        drawn = draw()
+        figure = drawn if hasattr(drawn, "savefig") else _figure(drawn)
         content = io.BytesIO()
-        figure.savefig(content, format="png", dpi=DPI)
-    width = round(figure.get_figwidth() * 96)
+        figure.savefig(content, format="png", dpi=dpi)
     plt.close(figure)
-    source = "data:image/png;base64," + base64.b64encode(content.getvalue()).decode()
-    return Picture(key, source, width, alt, caption)
+    return content.getvalue()
+
+
+def data_uri(content: bytes) -> str:
+    """A PNG file as the address of an image."""
+    return "data:image/png;base64," + base64.b64encode(content).decode()

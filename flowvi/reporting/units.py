@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from flowvi.draws.draws import Draws
+from flowvi.draws.scalars import Scalar
 from flowvi.plots.caterpillar import unit_values
 
 # Units in the table of the posterior, and in that of doubtful units.
@@ -26,10 +27,8 @@ def chosen_units(draws: Draws) -> list[int]:
     return [*dict.fromkeys([*worst, *extreme])][:SHOWN]
 
 
-def elements_of_units(
-    draws: Draws, name: str, units: list[int]
-) -> Iterator[tuple[str, str, np.ndarray]]:
-    """The elements of some units: name by index, name by label, draws; as `elements` has them."""
+def elements_of_units(draws: Draws, name: str, units: list[int]) -> Iterator[Scalar]:
+    """The elements of some units."""
     value, dims = draws[name], draws.dims[name]
     assert draws.units is not None
     axis = dims.index(draws.units.plate)
@@ -40,8 +39,8 @@ def elements_of_units(
         for index in np.ndindex(*map(len, rest)):
             place = [r[i] for r, i in zip(rest, index, strict=True)]
             words = [c[i] if len(c) > i else i for c, i in zip(coords, place, strict=True)]
-            plain, label = (f"{name}[{', '.join(map(str, parts))}]" for parts in (place, words))
-            yield plain, label, value[(..., *place)].ravel()
+            label = f"{name}[{', '.join(map(str, words))}]"
+            yield Scalar(label, name, tuple(place), value[(..., *place)].ravel())
 
 
 def doubtful_units(draws: Draws) -> list[tuple[str, str, str, str]]:

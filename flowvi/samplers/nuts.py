@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import math
-import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from pyro.infer.mcmc import NUTS
 from torch import Tensor
-from tqdm import tqdm
 
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import tabulate
 from flowvi.guides.guide import Guide, frozen
 from flowvi.guides.pushforward import Pushforward
+from flowvi.runtime.progress import Progress, within
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Target
 
@@ -52,6 +52,7 @@ def run_nuts(
     *,
     progress: bool = True,
     out_of_time: Callable[[], bool] = lambda: False,
+    starts: Sequence[Tensor] = (),
 ) -> Draws | None:
     r"""Sample the posterior by NUTS, in the base space of a guide.
 
@@ -69,8 +70,9 @@ def run_nuts(
         plan: Lengths and number of chains.
         seed: Seed of all chains; the caller's generators are unchanged.
         meta: Facts about the fit, kept with the draws.
-        progress: Show a bar, if the error stream is a terminal.
+        progress: Whether to show the progress.
         out_of_time: Returns whether to give up; asked after every draw.
+        starts: Points u to start from, where the posterior is finite at no draw of the guide.
 
     Returns:
         Draws of the posterior, with log q of the guide at each of them; None if given up.
@@ -84,9 +86,9 @@ def run_nuts(
     began = time.perf_counter()
     with isolated_rng(seed), frozen(guide, target):
         potential = _Potential(target, guide)
-        shown = progress and sys.stderr.isatty()
-        total = plan.chains * (plan.warmup + plan.draws)
-        with tqdm(total=total, desc="NUTS", disable=not shown, unit="step") as bar:
+        potential.others = starts
+        with within(target.name, progress) as bar:
+            bar.phase("NUTS", plan.chains * (plan.warmup + plan.draws))
             runs = []
             for _ in range(plan.chains):
                 run = _chain(potential, plan, bar, out_of_time)
@@ -153,11 +155,13 @@ class _Potential:
 
     Attributes:
         calls: How often it was evaluated.
+        others: Points u to start from, where the density is finite at no draw of the base.
     """
 
     def __init__(self, target: Target, guide: Pushforward) -> None:
         self.target, self.guide = target, guide
         self.calls = 0
+        self.others: Sequence[Tensor] = ()
 
     def __call__(self, point: dict[str, Tensor]) -> Tensor:
         self.calls += 1
@@ -168,8 +172,8 @@ class _Potential:
 
     def start(self) -> Tensor:
         """A draw of the base at which the posterior is finite."""
-        for _ in range(TRIES):
-            u = self.guide.base.sample(())
+        draws = (self.guide.base.sample(()) for _ in range(TRIES))
+        for u in itertools.chain(draws, self.others):
             with torch.no_grad():
                 if torch.isfinite(self({"u": u})):
                     return u
@@ -180,7 +184,7 @@ class _Potential:
 
 
 def _chain(
-    potential: _Potential, plan: NutsSettings, bar: tqdm[Any], out_of_time: Callable[[], bool]
+    potential: _Potential, plan: NutsSettings, bar: Progress, out_of_time: Callable[[], bool]
 ) -> _ChainResult | None:
     kernel = NUTS(
         potential_fn=potential, target_accept_prob=plan.target_accept, max_tree_depth=MAX_DEPTH
@@ -197,7 +201,7 @@ def _chain(
         if i >= plan.warmup:
             kept.append(point["u"].detach())
             steps.append(potential.calls - before)
-        bar.update()
+        bar.step()
     facts = kernel.diagnostics()
     diverging = np.zeros(plan.draws, dtype=bool)
     diverging[facts["divergences"]] = True

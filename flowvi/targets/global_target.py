@@ -12,6 +12,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from flowvi.runtime import memory
 from flowvi.targets import subsampling
+from flowvi.targets.labelling import labels_from, renamed
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.recording.capture import Trial, capture_values
 from flowvi.targets.recording.program import CompiledDensity
@@ -189,6 +190,18 @@ class GlobalTarget(SimulatingTarget):
             return {}
         return self._of_all_rows("likelihood", z, self.dims)
 
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of every latent site given its parents. (*S, D) -> (*S, *batch shape).
+
+        It is the density of the values in their own supports, without Jacobian. Empty for plain
+        densities, and where a prior depends on a discrete site that is summed out.
+        """
+        self._check(z)
+        if self._functions.prior is None:
+            return {}
+        found: dict[str, Tensor] = self._map("prior")(z, *self._inputs())
+        return found
+
     def probabilities(self, z: Tensor) -> dict[str, Tensor]:
         """Probabilities of the values of discrete sites, given the data and the latents.
 
@@ -240,19 +253,44 @@ class GlobalTarget(SimulatingTarget):
         return new
 
     def label(self, coords: Mapping[str, Sequence[Any]]) -> GlobalTarget:
-        """Give labels to dims; returns the target itself."""
+        """Give labels to dims; returns the target itself.
+
+        Args:
+            coords: Labels by dim: a list, an index of pandas, or a column of categories.
+
+        Raises:
+            ValueError: There is no such dim, or it has another size.
+        """
         sizes = self._dim_sizes()
-        for dim, labels in coords.items():
+        for dim, given in coords.items():
+            labels = labels_from(given)
             if dim not in sizes:
-                raise ValueError(f"No dim named '{dim}'; {self.name} has {', '.join(sizes)}.")
+                raise ValueError(
+                    f"No dim named '{dim}'; {self.name} has {', '.join(sizes)}. An axis without a "
+                    "plate gets a name by dims, as in from_pyro(..., dims={'beta': ['coef']})."
+                )
             if len(labels) != sizes[dim]:
                 raise ValueError(
                     f"dim '{dim}' has size {sizes[dim]}; got {len(labels)} labels for it."
                 )
-            self.coords[dim] = list(labels)
+            self.coords[dim] = labels
         for part in self._facts.missing:
             if part.dim not in coords:
                 self.coords[part.dim] = part.labels(self.coords)
+        return self
+
+    def name_axes(self, dims: Mapping[str, Sequence[str] | str]) -> GlobalTarget:
+        """Name the axes of variables that are in no plate; returns the target itself.
+
+        Args:
+            dims: Names by variable: of all its axes, or of those without a plate. Variables that
+                share a name share its labels.
+
+        Raises:
+            ValueError: The names do not fit the variables, or each other.
+        """
+        shapes = {name: tuple(value.shape) for name, value in self._some_values().items()}
+        self.dims = renamed(self.dims, {**dict.fromkeys(self.dims, ()), **shapes}, dims)
         return self
 
     def starts(self, generator: torch.Generator) -> Tensor:
@@ -352,9 +390,12 @@ class GlobalTarget(SimulatingTarget):
         return [batch[name] for name in self.subsampled]
 
     def _dim_sizes(self) -> dict[str, int]:
-        values = self.constrain(self._trial.points[0]) | self.observed | self.constants
-        shapes = [(self.dims[name], value.shape) for name, value in values.items()]
+        shapes = [(self.dims[name], value.shape) for name, value in self._some_values().items()]
         return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
+
+    def _some_values(self) -> dict[str, Tensor]:
+        """One value of every variable, and the data."""
+        return self.constrain(self._trial.points[0]) | self.observed | self.constants
 
     def _value_and_score(self, n: int) -> object:
         """Evaluate some points without recording a program."""

@@ -110,6 +110,7 @@ class Functions:
         discrete: z (D,) -> probabilities of the values of discrete sites that are summed out.
         violation: z (D,) -> the site, and a sentence, where a parameter of its distribution leaves
             its constraint.
+        prior: z (D,) -> log prior density of each latent site, without Jacobian.
     """
 
     values: PointFunction
@@ -122,3 +123,4 @@ class Functions:
     messages_with: Callable[[tuple[Any, ...], dict[str, Any]], Mapping[str, Any]] | None = None
     discrete: PointFunction | None = None
     violation: Callable[[Tensor], tuple[str, str]] | None = None
+    prior: PointFunction | None = None

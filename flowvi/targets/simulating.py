@@ -6,6 +6,8 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from flowvi.targets.schema import Functions, ModelError
 from flowvi.targets.target import Target
@@ -26,7 +28,7 @@ class SimulatingTarget(Target):
             raise ModelError(f"{self.name} is a plain density; it has no prior to draw from.")
         if self.improper:
             raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
-        return self._functions.simulate(None, n, seed)
+        return as_observed(self._functions.simulate(None, n, seed), self.observed)
 
     def prior_of_latents(self, n: int, seed: int) -> dict[str, np.ndarray]:
         """Draw the latent sites from the prior, without data: name -> (n, *shape).
@@ -43,7 +45,8 @@ class SimulatingTarget(Target):
         if self._functions.simulate is None:
             raise ModelError(f"{self.name} is a plain density; it cannot simulate data.")
         given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.simulate(given, len(next(iter(given.values()))), seed)
+        count = len(next(iter(given.values())))
+        return as_observed(self._functions.simulate(given, count, seed), self.observed)
 
     def rerun(
         self,
@@ -72,7 +75,8 @@ class SimulatingTarget(Target):
         if self._functions.rerun is None:
             raise ModelError(f"{self.name} is a plain density; it has no arguments to change.")
         given = {name: np.asarray(values[name]) for name in self.sites}
-        return self._functions.rerun(given, args, kwargs, seed, new)
+        drawn, scores = self._functions.rerun(given, args, kwargs, seed, new)
+        return as_observed(drawn, self.observed), scores
 
     def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Refuse arguments with which the latents of the model have other shapes.
@@ -92,3 +96,30 @@ class SimulatingTarget(Target):
                     "arguments: the guide is one of the rows that were fitted. Call it with those, "
                     "fit again, or fit with local= for a guide that reads its rows."
                 )
+
+
+def as_observed(
+    simulated: Mapping[str, np.ndarray], observed: Mapping[str, Tensor]
+) -> dict[str, np.ndarray]:
+    """Simulated values in the type of the observed ones, where these are counts or categories.
+
+    Pyro's distributions of counts return floating-point numbers.
+
+    Args:
+        simulated: Values by site.
+        observed: Observed values by site.
+    """
+
+    def converted(name: str, value: np.ndarray) -> np.ndarray:
+        like = observed.get(name)
+        if like is None or like.is_floating_point() or like.is_complex():
+            return value
+        whole = np.isfinite(value).all() and (value == np.floor(value)).all()
+        return value.astype(torch_to_numpy(like.dtype)) if whole else value
+
+    return {name: converted(name, value) for name, value in simulated.items()}
+
+
+def torch_to_numpy(dtype: torch.dtype) -> np.dtype[Any]:
+    """The type of NumPy's arrays for a type of tensors."""
+    return torch.empty(0, dtype=dtype).numpy().dtype

@@ -57,6 +57,8 @@ class Target(nn.Module, ABC):
         self.coords, self.constants, self.masked, self.subsampled = {}, {}, {}, {}
         self.messages = {}
         self.made: Callable[[], Any] | None = None
+        # The model, its arguments and keyword arguments; None for plain densities.
+        self.source: tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None = None
         self._supports: Mapping[str, Constraint] = {}
         self._count = 0
 
@@ -111,6 +113,10 @@ class Target(nn.Module, ABC):
 
     def log_likelihood(self, z: Tensor) -> dict[str, Tensor]:
         """Pointwise log likelihood of every observed site. (*S, D) -> (*S, *rows)."""
+        return {}
+
+    def log_prior(self, z: Tensor) -> dict[str, Tensor]:
+        """Log prior density of every latent site, without Jacobian. (*S, D) -> (*S, *shape)."""
         return {}
 
     def probabilities(self, z: Tensor) -> dict[str, Tensor]:

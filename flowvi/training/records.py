@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -12,6 +13,8 @@ import torch
 # The random operations of a restart; each has a stream of its own.
 BUILD, TRIAL, TRAIN, EVALUATE, COVER, CHECK, ANNEAL, CHAINS, LOOK, WIDE, MODES = range(11)
 ADAPT, REWEIGHT, OPINION = 11, 12, 13
+# Takes the decisions of a fit, with their reasons, at the level INFO.
+LOGGER = logging.getLogger("flowvi.fit")
 
 
 class Step(NamedTuple):
@@ -96,6 +99,19 @@ class Stage:
     share: float = 1.0
 
 
+class Log(list[str]):
+    """Lines of a log; each one that is appended goes to the logger ``flowvi.fit`` too."""
+
+    def append(self, line: str) -> None:
+        super().append(line)
+        LOGGER.info(line)
+
+    def __iadd__(self, lines: Iterable[str]) -> Log:  # type: ignore[misc, override]
+        for line in lines:
+            self.append(line)
+        return self
+
+
 @dataclass
 class Record:
     """History, log and failures of a restart.
@@ -109,7 +125,7 @@ class Record:
     """
 
     rows: list[Row] = field(default_factory=list)
-    log: list[str] = field(default_factory=list)
+    log: list[str] = field(default_factory=Log)
     stages: list[str] = field(default_factory=list)
     failures: list[str] = field(default_factory=list)
     stopped: bool = False

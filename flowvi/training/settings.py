@@ -48,11 +48,9 @@ class Session:
     Args:
         clock: Remaining time, and whether an interrupt was requested.
         checkpointer: Saves the state of the fit.
-        progress: Whether to show a progress bar.
         callback: Function called after every step or epoch; a true answer stops the fit.
     """
 
     clock: Clock = field(default_factory=Clock)
     checkpointer: Checkpointer = field(default_factory=lambda: Checkpointer(Clock()))
-    progress: bool = False
     callback: Callable[[Any], object] | None = None

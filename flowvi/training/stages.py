@@ -291,7 +291,7 @@ class Stages:
             before = taken.rate
             return clock.budget_spent(stage.share)
 
-        self._take(stage, rate, steps, state, end)
+        self._take(stage, rate, steps, state, end, falling=", smaller steps")
 
     def _take(
         self,
@@ -300,6 +300,7 @@ class Stages:
         steps: int,
         state: TrainState,
         end: Callable[[Taken], bool] = lambda taken: False,
+        falling: str = "",
     ) -> None:
         """Take the steps of a stage, and compile the step if enough steps remain."""
         first, began = state.step, time.perf_counter()
@@ -322,7 +323,7 @@ class Stages:
             gradient,
             after,
             lambda taken: self._tell(steps, state),
-            self.record.stages[-1] if self.record.stages else "",
+            f"{self.record.stages[-1] if self.record.stages else ''}{falling}",
         )
         self.trainer.take(phase, state)
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import math
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 from torch import Tensor
-from tqdm import tqdm
 
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Interrupted, abort_on_interrupt
+from flowvi.runtime.progress import current
 from flowvi.training.adam import Adam
 from flowvi.training.gradient import Gradient
 from flowvi.training.records import Record
 from flowvi.training.settings import Session
 from flowvi.training.state import MOST_HALVINGS, TrainState
-
-# Steps between two updates of the progress bar, and number of bounds in the mean it shows.
-SHOWN_EVERY, SHOWN = 20, 50
 
 
 @dataclass(frozen=True)
@@ -54,7 +48,7 @@ class Phase:
         gradient: Function from the index of a step to (bound, gradient of minus the bound (P)).
         after: Function called after each step; true ends the phase.
         tell: Function called after each step with a complete state: for callbacks.
-        name: Name in the progress bar.
+        name: Name in the progress.
         levels: Whether a collapse of the bound is a failure.
         state: Function that returns the checkpoint state; the training state by default.
         sparse: Whether only `after` saves states.
@@ -105,13 +99,14 @@ class Trainer:
         """
         checkpointer, clock = self.session.checkpointer, self.session.clock
         whole_state = phase.state or state.state_dict
-        with self._stepping(), self._bar(phase, state) as bar:
-            seen: list[float] = []
+        progress = current()
+        progress.phase(phase.name or "training", phase.steps, state.step)
+        with self._stepping():
             while state.step < phase.steps and not (state.ended or self.record.stopped):
                 taken = self._step(phase, state)
                 if phase.levels:
                     state.level.add(taken.bound)
-                _show(bar, taken, seen)
+                progress.step(taken.bound)
                 state.ended = phase.after(taken) or self._failing(state, phase.levels)
                 phase.tell(taken)
                 if not phase.sparse:
@@ -134,6 +129,7 @@ class Trainer:
         Raises:
             Interrupted: An interrupt was requested.
         """
+        current().phase("trying step sizes")
         with self._stepping():
             while state.step < phase.steps and not state.ended:
                 state.ended = phase.after(self._step(phase, state)) or state.guard.failed
@@ -190,25 +186,3 @@ class Trainer:
         )
         self.record.log.append(self.record.failures[-1])
         return True
-
-    def _bar(self, phase: Phase, state: TrainState) -> tqdm[Any]:
-        hidden = distributed.rank() or not self.session.progress or not sys.stderr.isatty()
-        words = f"{self.name} ({phase.name})" if phase.name else self.name
-        return tqdm(
-            total=phase.steps,
-            initial=state.step,
-            desc=words,
-            unit="step",
-            disable=bool(hidden),
-            dynamic_ncols=True,
-        )
-
-
-def _show(bar: tqdm[Any], taken: Taken, seen: list[float]) -> None:
-    """Advance the progress bar, and show the mean bound of the last steps."""
-    bar.update()
-    if math.isfinite(taken.bound):
-        seen.append(taken.bound)
-        del seen[:-SHOWN]
-    if taken.number % SHOWN_EVERY == 0 and seen:
-        bar.set_postfix_str(f"bound {np.mean(seen):.3f}")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
+from flowvi.runtime.progress import showing
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.model import named
 from flowvi.vae.nets import NETS, Decoder, Encoder, pixel_means
@@ -70,7 +70,7 @@ def plain_autoencoder(
         batch_size: Images a step.
         lr: Step size of Adam.
         seed: Of the initial parameters and of the order of images.
-        progress: Show a bar, if the error stream is a terminal.
+        progress: Whether to show the progress.
     """
     means = pixel_means(x)
     with torch.random.fork_rng(devices=[]):
@@ -86,9 +86,12 @@ def plain_autoencoder(
             family,
         )
         optimiser = torch.optim.Adam(made.parameters(), lr=lr, fused=True)
-        for _ in tqdm(range(epochs), desc="autoencoder", disable=None if progress else True):
-            for rows in torch.randperm(len(x)).split(batch_size):
-                optimiser.zero_grad()
-                (-made(x[rows]).mean()).backward()
-                optimiser.step()
+        with showing("autoencoder", progress, unit="epoch") as shown:
+            shown.phase("training", epochs)
+            for _ in range(epochs):
+                for rows in torch.randperm(len(x)).split(batch_size):
+                    optimiser.zero_grad()
+                    (-made(x[rows]).mean()).backward()
+                    optimiser.step()
+                shown.step()
     return made

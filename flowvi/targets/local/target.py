@@ -12,12 +12,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from flowvi.targets.global_target import GlobalTarget
+from flowvi.targets.labelling import labels_from
 from flowvi.targets.local.mapping import mapped
 from flowvi.targets.local.program import RowPrograms
 from flowvi.targets.local.rows import NOWHERE, Batch, Call
 from flowvi.targets.local.schema import LocalFacts, RowFunctions, RowSimulator
 from flowvi.targets.recording.batched import Batched
 from flowvi.targets.schema import ModelError
+from flowvi.targets.simulating import as_observed
 from flowvi.targets.target import Target
 from flowvi.targets.vectors import flattened
 
@@ -201,18 +203,19 @@ class LocalTarget(Target):
         Data that the model does not observe are those of its first rows.
         """
         batch = self.batch(torch.arange(n) % self.rows)
-        return self._simulated()(None, batch, theta, seed)
+        return as_observed(self._simulated()(None, batch, theta, seed), self.observations(batch))
 
     def label(self, coords: Mapping[str, Sequence[Any]]) -> LocalTarget:
         """Give labels to the rows, by the name of their plate; returns the target itself."""
-        for dim, labels in coords.items():
+        for dim, given in coords.items():
+            labels = labels_from(given)
             if dim != self.plate:
                 raise ValueError(f"No dim named '{dim}'; the rows are in '{self.plate}'.")
             if len(labels) != self.rows:
                 raise ValueError(
                     f"dim '{dim}' has size {self.rows}; got {len(labels)} labels for it."
                 )
-            self.coords[dim] = list(labels)
+            self.coords[dim] = labels
         return self
 
     def observations(self, batch: Any = None) -> dict[str, Tensor]:
@@ -248,6 +251,7 @@ class LocalTarget(Target):
             values = self.constrain(z, rows, theta)
             flat = {k: values[k].reshape(-1, *self.sites[k].shape) for k in self.sites}
             found = self._simulated()(flat, repeated, theta, seed)
+        found = as_observed(found, self.observations(rows))
         return {k: v.reshape(*lead, *v.shape[1:]) for k, v in found.items()}
 
     def __repr__(self) -> str:

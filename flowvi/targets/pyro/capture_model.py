@@ -89,6 +89,7 @@ class PyroCapture:
                 self._messages_with,
                 discrete,
                 lambda z: violation(self._trace(self._from_vector(z), trial.inputs)),
+                self._log_prior if self._has_priors() else None,
             ),
             trial,
             self.parameters,
@@ -168,6 +169,22 @@ class PyroCapture:
             for site in checks.sites_with_density(trace)
             if site["name"] in self.data
         }
+
+    def _log_prior(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
+        trace = self._trace(self._from_vector(z), inputs)
+        return {
+            name: scale_and_mask(site["unscaled_log_prob"], site["scale"], site["mask"])
+            for name in self.layout.latents
+            if name not in self.layout.missing
+            for site in [trace.nodes[name]]
+        }
+
+    def _has_priors(self) -> bool:
+        """Whether no prior depends on a discrete site, which has several values at once."""
+        with torch.no_grad():
+            found = self._log_prior(self._unconstrained(self.first), *self._some_inputs())
+        shapes = {name: self.first.nodes[name]["unscaled_log_prob"].shape for name in found}
+        return not self.summation or all(found[name].shape == shapes[name] for name in found)
 
     def _probabilities(self, z: Tensor, *inputs: Tensor) -> dict[str, Tensor]:
         assert self.summation is not None

@@ -127,6 +127,10 @@ class Runner:
         """Arguments of the model by name, with defaults; empty if its signature is unknown."""
         return self._named(self.args, self.kwargs)
 
+    def given_by_name(self) -> dict[str, Any]:
+        """The same before arrays and columns become tensors."""
+        return self._named(*self.given)
+
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         try:
             bound = signature_of(self.model).bind(*args, **kwargs)

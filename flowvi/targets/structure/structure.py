@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime.arguments import check_type
+from flowvi.runtime.display import Printed
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.candidates import Group, groups
@@ -36,8 +37,8 @@ MOST_FIELD = 2000
 FEWEST = 10
 
 
-@dataclass(frozen=True)
-class Structure:
+@dataclass(frozen=True, repr=False)
+class Structure(Printed):
     """How the latents of a model depend on each other, given the data.
 
     Attributes:
