@@ -344,9 +344,9 @@ class Stages:
             seconds: Time of one step.
         """
         if self.settings.steps is None:
-            # Add the decay and one stage of twice the draws.
-            steps = steps + steps // 2 if stage.steady else steps
-            steps *= 3
+            # Most stages end long before their limit: as many steps are expected as were taken.
+            decay = self.settings.schedule.least_decay
+            steps = min(steps, len(self.record.rows) + decay)
         self.gradient.consider(min(steps * seconds, self.session.clock.seconds_left))
 
     def _choose(
