@@ -121,10 +121,14 @@ class Restart:
 
     def evaluate(self, guide: Guide) -> Evaluation:
         """Evaluate a guide before its training, by draws that the time budget allows."""
+        return self._paced(guide).evaluate()
+
+    def _paced(self, guide: Guide) -> Stages:
+        """The training of a guide, with settings that the time budget allows."""
         self.settings = self.pace.reserve(
             self.settings, lambda settings: self.stages(guide, settings).evaluate()
         )
-        return self.stages(guide).evaluate()
+        return self.stages(guide)
 
     def to_target(self, guide: Guide) -> Guide:
         """Move a guide to the precision and the device of the target."""
@@ -150,9 +154,10 @@ class Restart:
             name: Name of the stages.
             draws: Factor of the number of draws of the first stage.
         """
-        if candidate.evaluation is UNKNOWN:
-            candidate.evaluation = self.evaluate(candidate.guide)
-        stages = self.stages(candidate.guide)
+        new = candidate.evaluation is UNKNOWN
+        stages = self._paced(candidate.guide) if new else self.stages(candidate.guide)
+        if new:
+            candidate.evaluation = stages.evaluate()
         if self.suffices(candidate):
             self.record.log.append("training: left out, since the guide is as good as the start")
             return

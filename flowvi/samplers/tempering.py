@@ -22,8 +22,8 @@ from flowvi.targets import Target
 # Power of the density at which most modes merge into one.
 LOW_POWER = 0.05
 WIDTHS = (1.0, 10.0)
-ROUNDS = 15
-JUDGE_DRAWS = 400
+ROUNDS = 8
+JUDGE_DRAWS = 200
 # Settings of the annealing from the wide normal.
 DRAWS, TEMPERATURES, LEAPFROG = 500, 40, 3
 REPEATS = 2

@@ -86,6 +86,7 @@ class Stages:
         self.gradient = DrawGradient(target, guide, settings, session.clock, record.log.append)
         self.trainer = Trainer(self.gradient, session, record, target.name)
         self.halvings = 0
+        self._evaluated: tuple[Tensor, Evaluation] | None = None
 
     @property
     def trained(self) -> Sequence[Tensor]:
@@ -228,9 +229,14 @@ class Stages:
         draws, density = self.settings.schedule.evaluation_draws, self.gradient.in_parts
         # Restarts share the noise too, because their bounds are compared.
         seed = derive_seed(self.settings.seed, 0, EVALUATE)
-        return evaluate(
+        vector = self.vector()
+        if self._evaluated is not None and torch.equal(vector, self._evaluated[0]):
+            return self._evaluated[1]
+        found = evaluate(
             self.settings.objective, density, self.guide, seed, draws, self._draws_at_once
         )
+        self._evaluated = vector, found
+        return found
 
     @cached_property
     def _draws_at_once(self) -> int:
