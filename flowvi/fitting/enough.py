@@ -30,9 +30,7 @@ def is_trained(guide: Guide) -> bool:
     return isinstance(guide, FullRank | MeanField)
 
 
-def needs_no_flow(
-    schedule: Schedule, found: Evaluation, trusted: Callable[[], bool]
-) -> bool:
+def needs_no_flow(schedule: Schedule, found: Evaluation, trusted: Callable[[], bool]) -> bool:
     """Whether plain draws of the initial Gaussian can be the result.
 
     Either its gap is negligible, or it is small, the weights have a light tail, and the verdict

@@ -323,7 +323,12 @@ class Restart:
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
         time = clock.seconds_left >= schedule.search_seconds
-        return not few and not self._is_little(gap) and time and self.pace.has_time_to_search(self.settings)
+        return (
+            not few
+            and not self._is_little(gap)
+            and time
+            and self.pace.has_time_to_search(self.settings)
+        )
 
     def _is_little(self, gap: float) -> bool:
         return self.settings.steps is None and gap < self.schedule.little

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowvi.guides.guide import FULL_RANK_DIM
+from flowvi.initialization.ascents import ascend, ascend_together
 from flowvi.initialization.gaussian import (
     GaussianApproximation,
     LogDensityProtocol,
@@ -35,7 +36,6 @@ from flowvi.runtime.clock import Interrupted, abort_on_interrupt, until_interrup
 Log = Callable[[str], None]
 
 PATH_POINTS = 6
-LBFGS_STEPS = 300
 NEWTON_STEPS = 12
 SMALL = 50
 LARGE = 300
@@ -293,8 +293,7 @@ def candidates(
     if target.dim > LARGE:
         # A Hessian costs 2 D gradients: only two starts of different kinds are used.
         starts = starts[[0, -3]]
-    for i, z in enumerate(starts):
-        path = ascend(target, z)
+    for i, (z, path) in enumerate(zip(starts, _paths(target, starts), strict=True)):
         group = [
             GaussianApproximation(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
             GaussianApproximation(z, identity, f"standard normal at start {i}"),
@@ -308,6 +307,13 @@ def candidates(
                     group.append(laplace(target, point, f"Laplace {k} on the path to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield StartCandidates(group, path[-1])
+
+
+def _paths(target: StartDensity, starts: Tensor) -> Iterator[list[Tensor]]:
+    """The ascents from all start points: the first alone, as a start where time is short."""
+    yield ascend(target, starts[0])
+    if len(starts) > 1:
+        yield from ascend_together(target, list(starts[1:]))
 
 
 def _finite_starts(
@@ -337,33 +343,6 @@ def _pathfinder(
             scale = factor_of(e.inverse.dense()) if dense else variances.sqrt()
             found.append(GaussianApproximation(e.loc, scale, f"Pathfinder {k} {where}"))
     return found
-
-
-def ascend(target: StartDensity, start: Tensor) -> list[Tensor]:
-    """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
-    path: list[Tensor] = []
-
-    from scipy.optimize import minimize  # slow to import
-
-    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = value_and_score(target, start.new_tensor(x))
-        if not (value.isfinite() and gradient.isfinite().all()):
-            return 1e30, np.zeros_like(x)
-        return -value.item(), -gradient.cpu().numpy().astype(np.float64)
-
-    def keep(x: np.ndarray) -> None:
-        path.append(start.new_tensor(x))
-
-    with suppress(Interrupted), abort_on_interrupt():
-        minimize(
-            objective,
-            start.cpu().numpy().astype(np.float64),
-            jac=True,
-            method="L-BFGS-B",
-            callback=keep,
-            options={"maxiter": LBFGS_STEPS, "maxcor": 20},
-        )
-    return path or [start]
 
 
 def laplace(target: StartDensity, z: Tensor, name: str) -> GaussianApproximation:

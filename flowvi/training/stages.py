@@ -308,13 +308,13 @@ class Stages:
         end: Callable[[Taken], bool] = lambda taken: False,
     ) -> None:
         """Take the steps of a stage, and compile the step if enough steps remain."""
-        first, began = state.step, time.perf_counter()
+        first, began = state.step, time.thread_time()
         draws = stage.repeats * particles_of(self.settings.objective)
         place = len(self.record.stages) - 1
 
         def gradient(i: int) -> tuple[Tensor, Tensor]:
             if self.gradient.fast.pending and i % POLL == POLL - 1 and i > first:
-                self._accelerate(stage, steps, (time.perf_counter() - began) / (i - first))
+                self._accelerate(stage, steps, (time.thread_time() - began) / (i - first))
             return self.gradient(stage.repeats)
 
         def after(taken: Taken) -> bool:
@@ -347,7 +347,7 @@ class Stages:
         Args:
             stage: The stage.
             steps: Largest number of its steps.
-            seconds: Time of one step.
+            seconds: Time of this thread for one step, which other load does not change.
         """
         if self.settings.steps is None:
             # Most stages end long before their limit: as many steps are expected as were taken.
