@@ -7,8 +7,8 @@ import pytest
 import torch
 from quick import quick
 
-from flowvi.initialization import candidates as init
 from flowvi.initialization import ascents, modes, peaks
+from flowvi.initialization import candidates as init
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")

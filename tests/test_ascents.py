@@ -88,3 +88,13 @@ def test_an_error_ends_all_ascents_and_an_interrupt_keeps_their_points(error):
     paths = ascend_together(target, list(STARTS))
 
     assert len(paths) == len(STARTS) and all(1 <= len(path) < 8 for path in paths)
+
+
+def test_an_error_of_the_optimiser_is_raised(monkeypatch):
+    def minimize(*args, **options):
+        raise ValueError("no such method")
+
+    monkeypatch.setattr("scipy.optimize.minimize", minimize)
+
+    with pytest.raises(ValueError, match="no such method"):
+        ascend_together(valley(), list(STARTS))
