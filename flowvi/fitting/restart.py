@@ -194,9 +194,11 @@ class Restart:
         """Whether a guide needs no steps: the best of its kind, at a start that leaves little."""
         asked = self.settings.steps is not None or self.schedule.lengths is not None
         found = candidate.evaluation
-        little = found.gap <= self.schedule.enough and found.khat < self.schedule.light
-        best = self.best.searched or self._is_settled(candidate)
-        return best and little and not asked
+        # A mean may be off by sqrt(2 KL) sds.
+        searched, schedule = self.best.searched, self.schedule
+        little = schedule.enough if searched else schedule.nothing_left
+        light = found.gap <= little and found.khat < schedule.light
+        return light and (searched or self._is_settled(candidate)) and not asked
 
     def _is_enough(self, candidate: Candidate) -> bool:
         """Whether a guide's gap is small enough, or small and trusted by the check."""
