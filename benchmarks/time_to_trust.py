@@ -1,7 +1,8 @@
 """How long until a posterior can be trusted, beside NUTS: whole processes, in paired runs.
 
     python benchmarks/time_to_trust.py --quick [--write] [NAME ...]
-    python benchmarks/time_to_trust.py [--shared DIR] [--seeds 3] [--effective 400] [NAME ...]
+    python benchmarks/time_to_trust.py [--shared DIR] [--seeds 3] [--effective 400]
+                                       [--python PYTHON] [--longest 1800] [--json FILE] [NAME ...]
 
 With --quick ten small fits are counted (`ten_fits.py`): steps, points at which the density and
 the guide were evaluated, and calls. Counts do not depend on the machine; they are compared with
@@ -12,29 +13,33 @@ sampled by NumPyro's NUTS in another, in turn, with one thread each. NUTS double
 every parameter has the effective ones asked for, or gives up after 8,000. Per posterior: medians of
 the CPU seconds of the whole processes, imports and compilers included, their ratio, and of the
 median run the largest error of a mean (in sds) and of an sd against the reference, and the
-verdict. Without NumPyro its columns are left out, and a line says so.
+verdict; and what NUTS came to. NUTS needs NumPyro: `--python` is an interpreter that has it, this
+one by default. Without NumPyro its columns are left out, and a line says so. --json appends every
+run to a file.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import resource
 import statistics
 import subprocess
 import sys
+import tempfile
 import warnings
 from dataclasses import asdict
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import corpus
+import numpy as np
 
 TABLE = Path(__file__).with_suffix(".json")
 CHAINS, WARM_UP, DRAWS, MOST = 4, 1000, 1000, 8000
-HEADER = f"{'posterior':<28}{'flowvi':>8}{'NUTS':>8}{'ratio':>7}{'mean':>7}{'sd':>7}  verdict"
+HEADER = f"{'posterior':<28}{'flowvi':>8}{'NUTS':>8}{'ratio':>7}{'mean':>7}{'sd':>7}  verdict; NUTS"
 
 
 def quick(names: list[str], write: bool) -> None:
@@ -71,18 +76,17 @@ def flowvi_run(name: str, folder: Path, seed: int) -> dict[str, Any]:
     return {"mean": mean, "sd": sd, "verdict": verdict, "steps": fit.meta["steps"]}
 
 
-def nuts_run(name: str, folder: Path, seed: int, effective: float) -> dict[str, Any]:
+def nuts_run(name: str, folder: Path, seed: int, effective: float, data: Path) -> dict[str, Any]:
     """NumPyro's NUTS, with draws doubled until there are enough effective ones."""
     import jax
-    import numpy as np
     from numpyro.diagnostics import effective_sample_size
     from numpyro.infer import MCMC, NUTS
     from peers.numpyro_models import MODELS
     from peers.numpyro_series import MODELS as SERIES
 
     jax.config.update("jax_enable_x64", True)
-    module = corpus.load_model(name)
-    args = [np.asarray(a) for a in corpus.arguments(module, name, folder)]
+    with np.load(data) as file:
+        args = [file[key] for key in file.files]
     mcmc = MCMC(
         NUTS({**MODELS, **SERIES}[name]),
         num_warmup=WARM_UP,
@@ -107,48 +111,85 @@ def nuts_run(name: str, folder: Path, seed: int, effective: float) -> dict[str, 
     return {"mean": mean, "sd": sd, "verdict": f"{least:.0f} effective", "steps": count}
 
 
-def timed(method: str, name: str, options: argparse.Namespace, seed: int) -> dict[str, Any]:
+def timed(
+    method: str, name: str, options: argparse.Namespace, seed: int, data: Path
+) -> dict[str, Any]:
     """One process; its CPU seconds from start to end with what it prints."""
+    python = options.python if method == "nuts" else sys.executable
     before = resource.getrusage(resource.RUSAGE_CHILDREN)
-    words = [sys.executable, __file__, "--run", method, "--seeds", str(seed), name]
+    words = [python, __file__, "--run", method, "--seeds", str(seed), name]
     words += ["--shared", str(options.shared), "--effective", str(options.effective)]
-    one = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
-    done = subprocess.run(words, capture_output=True, text=True, env={**os.environ, **one})
+    words += ["--data", str(data)]
+    # XLA would take every processor for itself otherwise.
+    flags = "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
+    one = {"OMP_NUM_THREADS": "1", "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    try:
+        done = subprocess.run(
+            words,
+            capture_output=True,
+            text=True,
+            env={**os.environ, **one},
+            timeout=options.longest,
+        )
+    except subprocess.TimeoutExpired:
+        return {"seconds": math.inf, "verdict": f"did not end in {options.longest:.0f} s"}
     after = resource.getrusage(resource.RUSAGE_CHILDREN)
     if done.returncode:
         raise RuntimeError(f"{method} on {name} failed:\n{done.stderr[-2000:]}")
     seconds = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds}
+    found = {**json.loads(done.stdout.splitlines()[-1]), "seconds": seconds}
+    if options.json is not None:
+        with options.json.open("a") as file:
+            file.write(json.dumps({"posterior": name, "method": method, "seed": seed, **found}))
+            file.write("\n")
+    return found
+
+
+def has_numpyro(python: str) -> bool:
+    """Whether an interpreter can import NumPyro."""
+    command = [python, "-c", "import numpyro"]
+    return subprocess.run(command, capture_output=True).returncode == 0
 
 
 def compare(options: argparse.Namespace) -> None:
     """Run all posteriors by both, in turn, and print the table."""
     posteriors = options.shared / "posteriors"
     names = options.names or sorted(p.name for p in posteriors.iterdir() if p.is_dir())
-    beside = find_spec("numpyro") is not None
+    beside = has_numpyro(options.python)
     if not beside:
-        print("NumPyro is not installed (pip install numpyro): flowvi alone is timed.")
+        print(f"{options.python} has no NumPyro (--python names one): flowvi alone is timed.")
     print(HEADER)
     ratios = []
     for name in names:
         runs: dict[str, list[dict[str, Any]]] = {"flowvi": [], "nuts": []}
-        for seed in range(options.seeds):
-            for method in ("flowvi", "nuts") if beside else ("flowvi",):
-                runs[method].append(timed(method, name, options, seed))
+        with tempfile.TemporaryDirectory() as folder:
+            data = Path(folder) / "data.npz"
+            module = corpus.load_model(name)
+            # NumPyro's interpreter need not have torch, which the model files import.
+            np.savez(data, *map(np.asarray, corpus.arguments(module, name, posteriors / name)))
+            for seed in range(options.seeds):
+                for method in ("flowvi", "nuts") if beside else ("flowvi",):
+                    runs[method].append(timed(method, name, options, seed, data))
         ours = sorted(runs["flowvi"], key=lambda r: r["seconds"])[options.seeds // 2]
-        cells = f"{'':>8}{'':>7}"
+        cells, last = f"{'':>8}{'':>7}", ""
         if beside:
-            theirs = statistics.median(run["seconds"] for run in runs["nuts"])
-            ratios.append(ours["seconds"] / theirs)
-            cells = f"{theirs:>8.1f}{ratios[-1]:>7.2f}"
+            theirs = sorted(runs["nuts"], key=lambda r: r["seconds"])[options.seeds // 2]
+            ratios.append(ours["seconds"] / theirs["seconds"])
+            cells = f"{theirs['seconds']:>8.1f}{ratios[-1]:>7.2f}"
+            last = f"; {theirs['verdict']}" + _errors(theirs)
         print(
-            f"{name:<28}{ours['seconds']:>8.1f}{cells}{ours['mean']:>7.3f}{ours['sd']:>7.3f}"
-            f"  {ours['verdict']} ({ours['steps']} steps)",
+            f"{name:<28}{ours['seconds']:>8.1f}{cells}{ours.get('mean', math.nan):>7.3f}"
+            f"{ours.get('sd', math.nan):>7.3f}  {ours['verdict']}"
+            f" ({ours.get('steps', 0)} steps){last}",
             flush=True,
         )
     if ratios:
         sooner = sum(ratio < 1 for ratio in ratios)
         print(f"sooner on {sooner} of {len(ratios)}; median ratio {statistics.median(ratios):.2f}")
+
+
+def _errors(run: dict[str, Any]) -> str:
+    return f", {run['mean']:.3f} / {run['sd']:.3f}" if "mean" in run else ""
 
 
 def main() -> None:
@@ -159,7 +200,11 @@ def main() -> None:
     parser.add_argument("--write", action="store_true", help="store the counts")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--effective", type=float, default=400.0)
+    parser.add_argument("--python", default=sys.executable, help="interpreter that has NumPyro")
+    parser.add_argument("--longest", type=float, default=1800.0, help="seconds of a run")
+    parser.add_argument("--json", type=Path, help="file that every run is appended to")
     parser.add_argument("--run", choices=["flowvi", "nuts"], help="one run, in this process")
+    parser.add_argument("--data", type=Path, help="arguments of the model, for one run of NUTS")
     parser.add_argument("names", nargs="*")
     options = parser.parse_args()
     warnings.simplefilter("ignore")
@@ -172,9 +217,8 @@ def main() -> None:
         folder = options.shared / "posteriors" / options.names[0]
         arguments = (options.names[0], folder, options.seeds)
         nuts = options.run == "nuts"
-        print(
-            json.dumps(nuts_run(*arguments, options.effective) if nuts else flowvi_run(*arguments))
-        )
+        more = (options.effective, options.data)
+        print(json.dumps(nuts_run(*arguments, *more) if nuts else flowvi_run(*arguments)))
     else:
         compare(options)
 

@@ -27,7 +27,8 @@ import flowvi
 from flowvi.bnn import Bayesian
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import tabulate
-from flowvi.initialization.candidates import ascend, laplace
+from flowvi.initialization.ascents import ascend
+from flowvi.initialization.candidates import laplace
 
 DRAWS = 500
 ENSEMBLE = 5

@@ -7,8 +7,8 @@ import pytest
 import torch
 from quick import quick
 
+from flowvi.initialization import ascents, modes, peaks
 from flowvi.initialization import candidates as init
-from flowvi.initialization import modes, peaks
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")
@@ -52,7 +52,7 @@ def brief(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(init, "candidates", lambda *args: itertools.islice(candidates(*args), 1))
     monkeypatch.setattr(init, "TRY_ROUNDS", 2)
     monkeypatch.setattr(init, "REFINE_ROUNDS", 5)
-    monkeypatch.setattr(init, "LBFGS_STEPS", 50)
+    monkeypatch.setattr(ascents, "LBFGS_STEPS", 50)
     monkeypatch.setattr(modes, "TRY_ROUNDS", 2)
     monkeypatch.setattr(modes, "FIRST", 1)
     monkeypatch.setattr(modes, "FEWEST", 1)
@@ -67,7 +67,7 @@ def hasty(monkeypatch: pytest.MonkeyPatch) -> None:
     brief(monkeypatch)
     monkeypatch.setattr(init, "TRY_ROUNDS", 1)
     monkeypatch.setattr(init, "REFINE_ROUNDS", 1)
-    monkeypatch.setattr(init, "LBFGS_STEPS", 20)
+    monkeypatch.setattr(ascents, "LBFGS_STEPS", 20)
     monkeypatch.setattr(init, "NEWTON_STEPS", 1)
     monkeypatch.setattr(init, "PATH_POINTS", 1)
     monkeypatch.setattr(peaks, "STEPS", 1)

@@ -1,7 +1,6 @@
 """Training ends when it is enough: gaps from the noise of steps, and guides that need no steps."""
 
 import math
-from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -86,24 +85,17 @@ def test_a_heavier_tail_needs_a_smaller_gap(gap, khat, enough):
     ],
 )
 def test_a_gaussian_is_the_result_if_its_draws_are_trusted(gap, khat, verdict, needs_none):
-    rng = np.random.default_rng(0)
-    judged = replace(flowvi.diagnostics.diagnose(rng.normal(size=500)), verdict=verdict)
+    trusted = verdict == VERDICTS[0]
 
-    assert needs_no_flow(DEFAULT, Evaluation(0.0, 0.1, gap, khat), lambda: judged) is needs_none
-
-
-def test_a_gaussian_that_cannot_be_judged_is_no_result():
-    def fail():
-        raise ValueError("no weights")
-
-    assert not needs_no_flow(DEFAULT, Evaluation(0.0, 0.1, 0.008, 0.3), fail)
+    assert needs_no_flow(DEFAULT, Evaluation(0.0, 0.1, gap, khat), lambda: trusted) is needs_none
 
 
-@pytest.mark.parametrize("guide", ["meanfield", "fullrank"])
-def test_a_gaussian_by_name_takes_few_steps(guide):
+@pytest.mark.parametrize(("guide", "steps"), [("meanfield", DEFAULT.polish_steps), ("fullrank", 0)])
+def test_a_gaussian_by_name_takes_few_steps(guide, steps):
+    """None where it is as good as the posterior itself: its start is the best of its kind."""
     fit = flowvi.fit(correlated(), guide, compile=False, progress=False)
 
-    assert fit.meta["steps"] == DEFAULT.polish_steps
+    assert fit.meta["steps"] == steps
     assert not any(line.startswith("learning rate") for line in fit.log)
     # The sd of the best independent normal is sqrt(1 - 0.8^2), that of x itself is 1.
     sd = {"meanfield": 0.6, "fullrank": 1.0}[guide]
@@ -129,13 +121,15 @@ def test_a_gaussian_that_is_not_the_best_is_trained(monkeypatch):
 def test_a_stage_ends_its_constant_steps_when_the_gap_is_small():
     numbers = {"steady_steps": 200, "few_steps": 200, "most_stages": 1, "least_decay": 20}
     taken = {}
-    for ready in (0.0, 1.0):
+    for ready in (0.0, 0.1, 1.0):
         schedule = Schedule(ready=ready, nothing_left=0.0, spare=0.0, **numbers)
         fit = flowvi.fit(curved(), "realnvp", schedule=schedule, compile=False, progress=False)
         taken[ready] = fit.meta["steps"]
 
-    # A warm-up and the steps behind the estimate; then half as many.
-    assert taken == {0.0: 300, 1.0: 70 + 35}
+    # Without the rule all steps and half as many; a warm-up, the steps behind the estimate, and
+    # half as many; and steps of falling size alone, where the stage begins with such a gap.
+    assert taken[0.0] == 300 and taken[1.0] == 20
+    assert 70 + 35 <= taken[0.1] < 300 and taken[0.1] % 15 == 0
 
 
 def test_a_step_size_that_convinces_is_the_last_one_tried():

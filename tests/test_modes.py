@@ -12,7 +12,7 @@ from random_models import random_model
 
 import flowvi
 from flowvi.guides import make_guide
-from flowvi.initialization.candidates import ascend
+from flowvi.initialization.ascents import ascend
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.missed_modes import describe_missed_modes, missed_modes
 from flowvi.initialization.modes import further_modes

@@ -314,3 +314,15 @@ def test_an_integral_that_fails_leaves_the_other_guides(
     fit = flowvi.fit(target, budget=10, progress=False)
     assert not isinstance(fit, StructuredFit)
     assert "no structured guide" in fit.log[0]
+
+
+def test_one_point_of_scalar_latents_has_scalar_values():
+    target = flowvi.from_pyro(normal())
+    marginal = MarginalTarget(target, structure(target))
+    z = torch.zeros(marginal.dim, dtype=marginal.dtype)
+
+    values = marginal.constrain(z)
+
+    assert {name: value.shape for name, value in values.items()} == {"mu": (), "tau": ()}
+    for name, value in marginal.constrain(z.expand(2, 3, -1)).items():
+        torch.testing.assert_close(value, values[name].expand(2, 3))

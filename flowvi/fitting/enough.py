@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.guides.gaussian import FullRank, MeanField
 from flowvi.guides.guide import Guide
 from flowvi.training.records import Evaluation
@@ -31,9 +30,7 @@ def is_trained(guide: Guide) -> bool:
     return isinstance(guide, FullRank | MeanField)
 
 
-def needs_no_flow(
-    schedule: Schedule, found: Evaluation, check: Callable[[], Diagnosis | None]
-) -> bool:
+def needs_no_flow(schedule: Schedule, found: Evaluation, trusted: Callable[[], bool]) -> bool:
     """Whether plain draws of the initial Gaussian can be the result.
 
     Either its gap is negligible, or it is small, the weights have a light tail, and the verdict
@@ -42,14 +39,8 @@ def needs_no_flow(
     Args:
         schedule: The thresholds.
         found: Evaluation of the Gaussian.
-        check: Diagnoses fresh draws.
+        trusted: Whether the check trusts fresh draws.
     """
     if found.gap < schedule.nothing_left:
         return True
-    if not (found.gap < schedule.spare and found.khat < schedule.light):
-        return False
-    try:
-        diagnosis = check()
-    except ValueError:
-        return False
-    return diagnosis is not None and diagnosis.verdict == VERDICTS[0]
+    return found.gap < schedule.spare and found.khat < schedule.light and trusted()

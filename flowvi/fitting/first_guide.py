@@ -80,7 +80,7 @@ def _choose_by_gap(restart: Restart) -> Candidate:
         or (own and gap < schedule.nothing_left)
     ):
         return gaussian
-    if not own and needs_no_flow(schedule, found, lambda: restart.diagnose_candidate(gaussian)):
+    if not own and needs_no_flow(schedule, found, lambda: restart.trusts(gaussian)):
         return gaussian
     if target.dim > HELD_DIM:
         return flow(restart, {}, "skewed")

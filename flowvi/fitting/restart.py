@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from flowvi.diagnostics import Diagnosis
+from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws.diagnose import diagnose
 from flowvi.fitting.candidate import UNKNOWN, Candidate
 from flowvi.fitting.check import diagnose_fresh_draws
@@ -82,6 +82,7 @@ class Restart:
         self.other_starts: list[GaussianApproximation] = []
         self._tempered_normal: GaussianApproximation | None = None
         self.candidate: Candidate
+        self._checked: tuple[Candidate, Diagnosis] | None = None
         self.pace = Pace(session.clock)
 
     @property
@@ -121,10 +122,14 @@ class Restart:
 
     def evaluate(self, guide: Guide) -> Evaluation:
         """Evaluate a guide before its training, by draws that the time budget allows."""
+        return self._paced(guide).evaluate()
+
+    def _paced(self, guide: Guide) -> Stages:
+        """The training of a guide, with settings that the time budget allows."""
         self.settings = self.pace.reserve(
             self.settings, lambda settings: self.stages(guide, settings).evaluate()
         )
-        return self.stages(guide).evaluate()
+        return self.stages(guide)
 
     def to_target(self, guide: Guide) -> Guide:
         """Move a guide to the precision and the device of the target."""
@@ -150,16 +155,18 @@ class Restart:
             name: Name of the stages.
             draws: Factor of the number of draws of the first stage.
         """
-        if candidate.evaluation is UNKNOWN:
-            candidate.evaluation = self.evaluate(candidate.guide)
         current().part = f"{candidate.name} guide" if candidate.name else "guide"
-        stages = self.stages(candidate.guide)
+        new = candidate.evaluation is UNKNOWN
+        stages = self._paced(candidate.guide) if new else self.stages(candidate.guide)
+        if new:
+            candidate.evaluation = stages.evaluate()
         if self.suffices(candidate):
             self.record.log.append("training: left out, since the guide is as good as the start")
             return
         self.interrupted = self.interrupted or self.session.clock.interrupted
         if not stages.trained or self.interrupted:
             return
+        self._checked = None
         try:
             candidate.lr = candidate.lr or self.settings.lr or self._choose_rate(stages, candidate)
             if self.schedule.lengths is not None:
@@ -186,11 +193,22 @@ class Restart:
             )
 
     def suffices(self, candidate: Candidate) -> bool:
-        """Whether a guide needs no steps: one of many rows, at a start that leaves little."""
+        """Whether a guide needs no steps: the best of its kind, at a start that leaves little."""
         asked = self.settings.steps is not None or self.schedule.lengths is not None
         found = candidate.evaluation
-        little = found.gap <= self.schedule.enough and found.khat < self.schedule.light
-        return self.best.searched and little and not asked
+        # A mean may be off by sqrt(2 KL) sds.
+        searched, schedule = self.best.searched, self.schedule
+        little = schedule.enough if searched else schedule.nothing_left
+        light = found.gap <= little and found.khat < schedule.light
+        return light and (searched or self._is_settled(candidate)) and not asked
+
+    def _is_enough(self, candidate: Candidate) -> bool:
+        """Whether a guide's gap is small enough, or small and trusted by the check."""
+        if is_enough(self.schedule, candidate.evaluation):
+            return True
+        if isinstance(self.target, NestedTarget | MarginalTarget):
+            return False
+        return candidate.gap <= self.schedule.enough and self.trusts(candidate)
 
     def check(self, candidate: Candidate) -> None:
         """Check a guide on fresh draws, and against the modes of the search for a start."""
@@ -200,7 +218,7 @@ class Restart:
             with abort_on_interrupt():
                 if isinstance(self.target, MarginalTarget):
                     candidate.units = adapt_conditionals(self, self.target, candidate.guide)
-                candidate.diagnosis = found = self.diagnose_candidate(candidate)
+                candidate.diagnosis = found = self._latest_diagnosis(candidate)
         except Interrupted:
             self.record.log.append("check: interrupted")
             return
@@ -243,6 +261,22 @@ class Restart:
             candidate.keep,
         )
 
+    def trusts(self, candidate: Candidate) -> bool:
+        """Whether the check trusts plain draws of a guide; the final check need not repeat it."""
+        try:
+            found = self.diagnose_candidate(candidate)
+        except ValueError:
+            return False
+        self._checked = None if found is None else (candidate, found)
+        return found is not None and found.verdict == VERDICTS[0]
+
+    def _latest_diagnosis(self, candidate: Candidate) -> Diagnosis | None:
+        """The verdict of `trusts`, if the guide has not changed since, or a new one."""
+        known, self._checked = self._checked, None
+        if known is not None and known[0] is candidate:
+            return known[1]
+        return self.diagnose_candidate(candidate)
+
     def find_missed_modes(self, candidate: Candidate) -> list[GaussianApproximation]:
         """Modes from the search for a start that a guide misses."""
         modes = [g for g in self.other_starts if math.isfinite(g.mass)]
@@ -280,8 +314,11 @@ class Restart:
     def _choose_rate(self, stages: Stages, candidate: Candidate) -> float:
         if candidate.name == "skewed" and not candidate.sizes:
             return self.schedule.skew_rate
+        gap = candidate.evaluation.gap
         fixed = self.schedule.lengths is not None or self._needs_little(candidate)
-        if fixed or not self.should_search_rate(candidate.evaluation.gap):
+        if self._is_little(gap) and not fixed:
+            return self.schedule.little_rate
+        if fixed or not self.should_search_rate(gap):
             return self.schedule.middle_rate
         lr = self.try_rates(stages).lr
         candidate.evaluation = stages.evaluate()
@@ -291,9 +328,16 @@ class Restart:
         """Whether to search a step size: not if the gap or the remaining time is small."""
         steps, clock, schedule = self.settings.steps, self.session.clock, self.schedule
         few = steps is not None and steps < schedule.fewest_to_search
-        little = steps is None and gap < schedule.little
         time = clock.seconds_left >= schedule.search_seconds
-        return not few and not little and time and self.pace.has_time_to_search(self.settings)
+        return (
+            not few
+            and not self._is_little(gap)
+            and time
+            and self.pace.has_time_to_search(self.settings)
+        )
+
+    def _is_little(self, gap: float) -> bool:
+        return self.settings.steps is None and gap < self.schedule.little
 
     def try_rates(self, stages: Stages, lr: float | None = None) -> Trial:
         """The best of several step sizes, or the result of a given one."""
@@ -316,8 +360,12 @@ class Restart:
         """Whether a guide is good enough, or the best of its kind, before its training."""
         if list(self.target.parameters()) or self.settings.steps is not None:
             return False
-        settled = self.fresh and is_trained(candidate.guide)
-        return settled or is_enough(self.schedule, candidate.evaluation)
+        return self._is_settled(candidate) or is_enough(self.schedule, candidate.evaluation)
+
+    def _is_settled(self, candidate: Candidate) -> bool:
+        """Whether a guide is where the search for a start has put the best of its kind."""
+        own = bool(list(self.target.parameters()))
+        return self.fresh and is_trained(candidate.guide) and not own
 
     def _train_given_steps(self, stages: Stages, candidate: Candidate, steps: int) -> None:
         stage = Stage("training", 0, steps, self.settings.repeats, candidate.lr)
@@ -361,12 +409,13 @@ class Restart:
         for i in range(schedule.most_stages):
             if self.session.clock.out_of_time(share) or self.record.stopped:
                 return
-            before, failures = candidate.evaluation, len(self.record.failures)
+            before, failures, self._checked = candidate.evaluation, len(self.record.failures), None
             few = before.gap < schedule.little
+            close = before.gap <= schedule.ready and not list(self.target.parameters())
             stage = Stage(
                 f"{name} stage {i + 1}".strip(),
-                schedule.few_steps if few else schedule.steady_steps,
-                None,
+                0 if close else schedule.few_steps if few else schedule.steady_steps,
+                schedule.least_decay if close else None,
                 self.settings.repeats * draws * 2**i,
                 candidate.lr / 2**i,
                 share,
@@ -375,7 +424,7 @@ class Restart:
             gained, left = candidate.bound - before.bound, candidate.gap
             if len(self.record.failures) > failures:
                 return
-            if is_enough(schedule, candidate.evaluation):
+            if self._is_enough(candidate):
                 return
             if i and gained < schedule.worth * (left + gained):
                 return

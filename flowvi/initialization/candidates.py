@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowvi.guides.guide import FULL_RANK_DIM
+from flowvi.initialization.ascents import ascend, ascend_together
 from flowvi.initialization.gaussian import (
     GaussianApproximation,
     LogDensityProtocol,
@@ -21,6 +22,7 @@ from flowvi.initialization.gaussian import (
     distinct_candidates,
     evaluate,
     factor_of,
+    log_weights,
     refine,
     scores_in_chunks,
     value_and_score,
@@ -34,7 +36,6 @@ from flowvi.runtime.clock import Interrupted, abort_on_interrupt, until_interrup
 Log = Callable[[str], None]
 
 PATH_POINTS = 6
-LBFGS_STEPS = 300
 NEWTON_STEPS = 12
 SMALL = 50
 LARGE = 300
@@ -45,6 +46,8 @@ JUDGE_DRAWS = 400
 SIFT_DRAWS = 100
 # Number of path candidates to refine if all starts lead to one mode.
 PATH_REFINED = 2
+# KL(q || p) in nats below which no other candidate of the same mode is refined.
+CLOSE = 0.1
 # If draws of a normal around a start point have no finite density, its scale is multiplied by
 # this factor, at most so many times.
 NARROWER, TIMES = 0.1, 12
@@ -108,7 +111,8 @@ def best_gaussian(
     along and at the end of L-BFGS paths to a mode: where the density has no
     mode, as in a centred hierarchy, an earlier point of the path wins. The
     best ELBO on common draws is refined by `refine`. Where all ascents end in one
-    mode, few candidates are enough: the best around a start point, and two at the mode.
+    mode, few candidates are enough: the best around a start point, and two at the mode; or
+    the first of them alone, if its KL(q || p) leaves too little for another to be better.
 
     Args:
         target: The log density.
@@ -127,15 +131,18 @@ def best_gaussian(
     found, ends = _score_starts(target, groups, judge, out_of_time)
     if diagonal:
         found = [with_elbo(target, diagonal_of(g), judge) for g in found]
-    found = _worth_refining(target, found, ends, out_of_time)
+    found, alone = _worth_refining(target, found, ends, out_of_time)
 
     first = found if target.dim <= LARGE else found[:2]
     if target.dim > LARGE and not diagonal:
         first = [_try_diagonal(target, g, generator, judge, out_of_time) for g in first]
-    tried = [
-        refine_fully(target, g, generator, judge, out_of_time, TRY_ROUNDS, diagonal=diagonal)
-        for g in first
-    ]
+    tried = []
+    for g in first:
+        tried.append(
+            refine_fully(target, g, generator, judge, out_of_time, TRY_ROUNDS, diagonal=diagonal)
+        )
+        if alone and noise_gap_of(target, tried[-1], judge) < CLOSE:
+            break
     best = max(tried, key=lambda g: g.elbo)
     refined = refine_fully(
         target, best, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal
@@ -185,19 +192,29 @@ def _worth_refining(
     found: list[GaussianApproximation],
     ends: list[Tensor],
     out_of_time: Callable[[], bool],
-) -> list[GaussianApproximation]:
-    """Candidates in the order of their ELBOs: the best of each kind where these are enough."""
+) -> tuple[list[GaussianApproximation], bool]:
+    """Candidates in the order of their ELBOs: the best of each kind where these are enough.
+
+    Returns:
+        The candidates, and whether all ascents have ended in one mode.
+    """
     found = sorted(found, key=lambda g: -g.elbo)
     kinds = [[g for g in found if g.blind == kind] for kind in (True, False)]
     if out_of_time():
-        return [kind[0] for kind in kinds if kind]
+        return [kind[0] for kind in kinds if kind], False
     try:
         with abort_on_interrupt():
             if target.dim <= LARGE and _one_mode(target, ends):
-                return [*kinds[0][:1], *kinds[1][:PATH_REFINED]]
+                few = [*kinds[0][:1], *kinds[1][:PATH_REFINED]]
+                return sorted(few, key=lambda g: -g.elbo), True
     except Interrupted:
-        return [kind[0] for kind in kinds if kind]
-    return found
+        return [kind[0] for kind in kinds if kind], False
+    return found, False
+
+
+def noise_gap_of(target: StartDensity, g: GaussianApproximation, judge: Tensor) -> float:
+    """KL(q || p) of a Gaussian in nats, by half the variance of its log weights."""
+    return float(log_weights(target, g, judge).double().var() / 2)
 
 
 def _narrow_until_finite(
@@ -276,8 +293,7 @@ def candidates(
     if target.dim > LARGE:
         # A Hessian costs 2 D gradients: only two starts of different kinds are used.
         starts = starts[[0, -3]]
-    for i, z in enumerate(starts):
-        path = ascend(target, z)
+    for i, (z, path) in enumerate(zip(starts, _paths(target, starts), strict=True)):
         group = [
             GaussianApproximation(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),
             GaussianApproximation(z, identity, f"standard normal at start {i}"),
@@ -291,6 +307,13 @@ def candidates(
                     group.append(laplace(target, point, f"Laplace {k} on the path to mode {i}"))
                 group.append(_newton(target, path[-1], f"Laplace at mode {i}"))
         yield StartCandidates(group, path[-1])
+
+
+def _paths(target: StartDensity, starts: Tensor) -> Iterator[list[Tensor]]:
+    """The ascents from all start points: the first alone, as a start where time is short."""
+    yield ascend(target, starts[0])
+    if len(starts) > 1:
+        yield from ascend_together(target, list(starts[1:]))
 
 
 def _finite_starts(
@@ -320,33 +343,6 @@ def _pathfinder(
             scale = factor_of(e.inverse.dense()) if dense else variances.sqrt()
             found.append(GaussianApproximation(e.loc, scale, f"Pathfinder {k} {where}"))
     return found
-
-
-def ascend(target: StartDensity, start: Tensor) -> list[Tensor]:
-    """Points of an L-BFGS ascent of the log density (SciPy), the last the highest."""
-    path: list[Tensor] = []
-
-    from scipy.optimize import minimize  # slow to import
-
-    def objective(x: np.ndarray) -> tuple[float, np.ndarray]:
-        value, gradient = value_and_score(target, start.new_tensor(x))
-        if not (value.isfinite() and gradient.isfinite().all()):
-            return 1e30, np.zeros_like(x)
-        return -value.item(), -gradient.cpu().numpy().astype(np.float64)
-
-    def keep(x: np.ndarray) -> None:
-        path.append(start.new_tensor(x))
-
-    with suppress(Interrupted), abort_on_interrupt():
-        minimize(
-            objective,
-            start.cpu().numpy().astype(np.float64),
-            jac=True,
-            method="L-BFGS-B",
-            callback=keep,
-            options={"maxiter": LBFGS_STEPS, "maxcor": 20},
-        )
-    return path or [start]
 
 
 def laplace(target: StartDensity, z: Tensor, name: str) -> GaussianApproximation:

@@ -190,11 +190,15 @@ def with_elbo(
 
     The ELBO is minus infinity if the density of some draw is zero or not finite.
     """
+    elbo = float(log_weights(target, g, eps).mean())
+    return replace(g, elbo=elbo if math.isfinite(elbo) else -math.inf)
+
+
+def log_weights(target: LogDensityProtocol, g: GaussianApproximation, eps: Tensor) -> Tensor:
+    """Log p - log q of a Gaussian at its draws from given noise. (S, D) -> (S)."""
     log_p = evaluate(target, g.at(eps))
     log_q = -0.5 * (eps.square().sum(-1) + len(g.loc) * math.log(2 * math.pi))
-    log_q = log_q - g.log_det
-    elbo = float((log_p - log_q).mean())
-    return replace(g, elbo=elbo if math.isfinite(elbo) else -math.inf)
+    return log_p - (log_q - g.log_det)
 
 
 def evaluate(target: LogDensityProtocol, z: Tensor) -> Tensor:

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from flowvi.diagnostics.importance import psis, smoothed_evidence
 from flowvi.guides.guide import FULL_RANK_DIM
-from flowvi.initialization.candidates import JUDGE_DRAWS, LARGE, TRY_ROUNDS, ascend
+from flowvi.initialization.ascents import ascend, ascend_together
+from flowvi.initialization.candidates import JUDGE_DRAWS, LARGE, TRY_ROUNDS
 from flowvi.initialization.gaussian import GaussianApproximation, evaluate, refine, with_elbo
 from flowvi.initialization.missed_modes import SHARE
 from flowvi.initialization.peaks import Peak, are_separate, connected_place, converged_peak
@@ -87,9 +88,9 @@ def _search(
 ) -> int:
     """Look for more modes from further starts and symmetries; how many the first starts found."""
     target = climb.target
-    for start in places[:FIRST]:
-        if not out_of_time():
-            climb.count_end(ascend(target, start)[-1])
+    if not out_of_time() and len(places):
+        for path in ascend_together(target, list(places[:FIRST])):
+            climb.count_end(path[-1])
     first = climb.count
     found = symmetries(target, places)
     for symmetry in found:
@@ -150,11 +151,15 @@ class _ModeSearch:
 def _search_further(climb: _ModeSearch, places: Tensor, out_of_time: Callable[[], bool]) -> None:
     """Ascents from other places, until the chance of a mode not seen yet is small."""
     before = sum(climb.hits)
-    for i, start in enumerate(places[:MOST]):
+    if not len(places):
+        return
+    groups = places[:MOST].split(FEWEST)
+    ends = (path[-1] for group in groups for path in ascend_together(climb.target, list(group)))
+    for i in range(min(len(places), MOST)):
         rare = climb.hits.count(1) < NEW_MODE_CHANCE * max(sum(climb.hits) - before, 1)
         if out_of_time() or climb.count > MOST_MODES or (i >= FEWEST and rare):
             return
-        climb.count_end(ascend(climb.target, start)[-1])
+        climb.count_end(next(ends))
 
 
 def _with_masses(

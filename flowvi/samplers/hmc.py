@@ -63,6 +63,11 @@ class SamplingSpace:
         """Map u to z (n, D), log|det dz/du| (n) and log q with respect to u (n)."""
         raise NotImplementedError
 
+    def slope(self, u: Tensor, log_q: Tensor) -> Tensor:
+        """Gradient of log q with respect to u, (n, D)."""
+        (found,) = torch.autograd.grad(log_q.sum(), u, retain_graph=True)
+        return found
+
     def draw(self, n: int) -> Point:
         """Draws of the guide."""
         return self.at(self.start(n))
@@ -73,7 +78,7 @@ class SamplingSpace:
             u = u.detach().requires_grad_()
             z, volume, log_q = self.map(u)
             log_p = self.target.log_prob(z) + volume
-            (slope_q,) = torch.autograd.grad(log_q.sum(), u, retain_graph=True)
+            slope_q = self.slope(u, log_q)
             (slope_p,) = torch.autograd.grad(log_p.sum(), u)
         known = log_p.isfinite() & log_q.isfinite()
         log_q = torch.where(known, log_q, 0.0)
@@ -95,6 +100,9 @@ class _BaseSpace(SamplingSpace):
     def map(self, u: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         z, volume = self.guide.transport(u)
         return z, volume, self.guide.base.log_prob(u)
+
+    def slope(self, u: Tensor, log_q: Tensor) -> Tensor:
+        return self.guide.base.score(u)
 
 
 class _WhitenedSpace(SamplingSpace):

@@ -30,6 +30,7 @@ class Schedule:
         convincing: Share of the gap that a trial has to remove to be the last one.
         trial_share: Share of a time budget at which trials end.
         search_seconds: Least remaining time in seconds for a search of the step size.
+        little_rate: Step size where the gap is below `little`.
         skew_rate: Step size of skews, each of which has a gradient of its own.
         steady_steps: Largest number of steps of constant size in a stage.
         few_steps: The same limit for a stage that begins with a gap below `little`.
@@ -38,7 +39,8 @@ class Schedule:
         lengths: Fixed numbers of steps of the stages; None if stages end at plateaus.
         most_stages: Largest number of stages that end at plateaus.
         ready: A gap, estimated from the noise of the last `ready_steps` steps, at which a stage
-            goes over to steps of falling size without waiting for a plateau.
+            goes over to steps of falling size without waiting for a plateau. A stage that begins
+            with such a gap has no others.
         ready_steps: Steps behind that estimate.
         polish_steps: Steps of falling size for a guide that is good enough where it starts.
         nothing_left: A gap below which the initial Gaussian needs no flow.
@@ -48,7 +50,7 @@ class Schedule:
         enough_beyond: The same threshold where k-hat is not below `heavy`.
         light: Largest k-hat of weights with a light tail.
         heavy: Largest k-hat of weights whose mean can be relied on.
-        little: A gap below which the middle step size and `few_steps` are used.
+        little: A gap below which `little_rate` and `few_steps` are used.
         worth: Share of the gap that a stage has to remove for another one to follow.
         first_share: Share of a time budget for the first guide, if other guides may follow.
         start_share: Share of a time budget for the search for a start.
@@ -67,10 +69,11 @@ class Schedule:
     convincing: float = 0.3
     trial_share: float = 0.5
     search_seconds: float = 30.0
+    little_rate: float = 1e-2
     skew_rate: float = 1e-2
     steady_steps: int = 1000
     few_steps: int = 400
-    least_decay: int = 150
+    least_decay: int = 100
     lengths: tuple[int, ...] | None = None
     most_stages: int = 3
     ready: float = 0.05

@@ -86,6 +86,7 @@ class Stages:
         self.gradient = DrawGradient(target, guide, settings, session.clock, record.log.append)
         self.trainer = Trainer(self.gradient, session, record, target.name)
         self.halvings = 0
+        self._evaluated: tuple[Tensor, Evaluation] | None = None
 
     @property
     def trained(self) -> Sequence[Tensor]:
@@ -228,9 +229,14 @@ class Stages:
         draws, density = self.settings.schedule.evaluation_draws, self.gradient.in_parts
         # Restarts share the noise too, because their bounds are compared.
         seed = derive_seed(self.settings.seed, 0, EVALUATE)
-        return evaluate(
+        vector = self.vector()
+        if self._evaluated is not None and torch.equal(vector, self._evaluated[0]):
+            return self._evaluated[1]
+        found = evaluate(
             self.settings.objective, density, self.guide, seed, draws, self._draws_at_once
         )
+        self._evaluated = vector, found
+        return found
 
     @cached_property
     def _draws_at_once(self) -> int:
@@ -303,13 +309,13 @@ class Stages:
         falling: str = "",
     ) -> None:
         """Take the steps of a stage, and compile the step if enough steps remain."""
-        first, began = state.step, time.perf_counter()
+        first, began = state.step, time.thread_time()
         draws = stage.repeats * particles_of(self.settings.objective)
         place = len(self.record.stages) - 1
 
         def gradient(i: int) -> tuple[Tensor, Tensor]:
             if self.gradient.fast.pending and i % POLL == POLL - 1 and i > first:
-                self._accelerate(stage, steps, (time.perf_counter() - began) / (i - first))
+                self._accelerate(stage, steps, (time.thread_time() - began) / (i - first))
             return self.gradient(stage.repeats)
 
         def after(taken: Taken) -> bool:
@@ -342,12 +348,12 @@ class Stages:
         Args:
             stage: The stage.
             steps: Largest number of its steps.
-            seconds: Time of one step.
+            seconds: Time of this thread for one step, which other load does not change.
         """
         if self.settings.steps is None:
-            # Add the decay and one stage of twice the draws.
-            steps = steps + steps // 2 if stage.steady else steps
-            steps *= 3
+            # Most stages end long before their limit: as many steps are expected as were taken.
+            decay = self.settings.schedule.least_decay
+            steps = min(steps, len(self.record.rows) + decay)
         self.gradient.consider(min(steps * seconds, self.session.clock.seconds_left))
 
     def _choose(

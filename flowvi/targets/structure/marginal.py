@@ -196,7 +196,7 @@ class MarginalTarget(Target):
             for name in self.sites:
                 values.setdefault(name, []).append(found[name])
         return {
-            name: torch.cat(parts).reshape(*z.shape[:-1], *parts[0].shape[1:])
+            name: torch.cat(parts).reshape((*z.shape[:-1], *parts[0].shape[1:]))
             for name, parts in values.items()
         }
 

@@ -18,7 +18,7 @@ Compile = bool | Literal["auto"]
 # Parameters (P), number of estimates, rows -> bound, gradient of minus the bound (P).
 Gradient = Callable[[int, Sequence[Tensor]], tuple[Tensor, Tensor]]
 # Least remaining training in seconds to look for a compiled step, and to compile one.
-LOOK_SECONDS, MAKE_SECONDS = 10.0, 40.0
+LOOK_SECONDS, MAKE_SECONDS = 20.0, 40.0
 # Largest error of a compiled value or gradient, in units of the precision and of its size; the
 # root of the precision if that is smaller, as in single precision.
 ROUNDING = 1e6
