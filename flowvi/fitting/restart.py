@@ -16,6 +16,7 @@ from flowvi.fitting.check import diagnose_fresh_draws
 from flowvi.fitting.conditionals import adapt_conditionals
 from flowvi.fitting.enough import is_enough, is_trained
 from flowvi.fitting.pace import Pace
+from flowvi.fitting.plateaus import train_fixed_stages, train_until_plateaus
 from flowvi.fitting.starts import find_start
 from flowvi.guides.guide import Guide
 from flowvi.guides.mixture_overlap import overlap
@@ -82,7 +83,7 @@ class Restart:
         self.other_starts: list[GaussianApproximation] = []
         self._tempered_normal: GaussianApproximation | None = None
         self.candidate: Candidate
-        self._checked: tuple[Candidate, Diagnosis] | None = None
+        self.checked: tuple[Candidate, Diagnosis] | None = None
         self.pace = Pace(session.clock)
 
     @property
@@ -166,15 +167,15 @@ class Restart:
         self.interrupted = self.interrupted or self.session.clock.interrupted
         if not stages.trained or self.interrupted:
             return
-        self._checked = None
+        self.checked = None
         try:
             candidate.lr = candidate.lr or self.settings.lr or self._choose_rate(stages, candidate)
             if self.schedule.lengths is not None:
-                self._train_fixed_stages(stages, candidate)
+                train_fixed_stages(self, stages, candidate)
             elif self.settings.steps is not None:
                 self._train_given_steps(stages, candidate, self.settings.steps)
             else:
-                self._train_until_plateaus(stages, candidate, share, name, draws)
+                train_until_plateaus(self, stages, candidate, share, name, draws)
         except (Interrupted, KeyboardInterrupt) as interrupt:
             if isinstance(interrupt, KeyboardInterrupt):
                 self.session.clock.interrupt()
@@ -202,7 +203,7 @@ class Restart:
         light = found.gap <= little and found.khat < schedule.light
         return light and (searched or self._is_settled(candidate)) and not asked
 
-    def _is_enough(self, candidate: Candidate) -> bool:
+    def is_enough(self, candidate: Candidate) -> bool:
         """Whether a guide's gap is small enough, or small and trusted by the check."""
         if is_enough(self.schedule, candidate.evaluation):
             return True
@@ -267,12 +268,12 @@ class Restart:
             found = self.diagnose_candidate(candidate)
         except ValueError:
             return False
-        self._checked = None if found is None else (candidate, found)
+        self.checked = None if found is None else (candidate, found)
         return found is not None and found.verdict == VERDICTS[0]
 
     def _latest_diagnosis(self, candidate: Candidate) -> Diagnosis | None:
         """The verdict of `trusts`, if the guide has not changed since, or a new one."""
-        known, self._checked = self._checked, None
+        known, self.checked = self.checked, None
         if known is not None and known[0] is candidate:
             return known[1]
         return self.diagnose_candidate(candidate)
@@ -315,7 +316,7 @@ class Restart:
         if candidate.name == "skewed" and not candidate.sizes:
             return self.schedule.skew_rate
         gap = candidate.evaluation.gap
-        fixed = self.schedule.lengths is not None or self._needs_little(candidate)
+        fixed = self.schedule.lengths is not None or self.needs_little(candidate)
         if self._is_little(gap) and not fixed:
             return self.schedule.little_rate
         if fixed or not self.should_search_rate(gap):
@@ -356,7 +357,7 @@ class Restart:
             lambda state: Trial(*stages.restore(state)),
         )
 
-    def _needs_little(self, candidate: Candidate) -> bool:
+    def needs_little(self, candidate: Candidate) -> bool:
         """Whether a guide is good enough, or the best of its kind, before its training."""
         if list(self.target.parameters()) or self.settings.steps is not None:
             return False
@@ -370,64 +371,3 @@ class Restart:
     def _train_given_steps(self, stages: Stages, candidate: Candidate, steps: int) -> None:
         stage = Stage("training", 0, steps, self.settings.repeats, candidate.lr)
         candidate.evaluation = stages.run(stage)
-
-    def _train_fixed_stages(self, stages: Stages, candidate: Candidate) -> None:
-        """Train stages of fixed lengths; halve the step size after a stage without a gain."""
-        rate, clock = candidate.lr, self.session.clock
-        for i, length in enumerate(self.schedule.counted(self.settings.steps)):
-            if clock.out_of_time() or self.record.stopped:
-                break
-            before = candidate.evaluation
-            stage = Stage(f"stage {i + 1}", 0, length, self.settings.repeats, rate)
-            candidate.evaluation = stages.run(stage)
-            gained = candidate.bound - before.bound
-            left = candidate.gap
-            enough = left <= self.schedule.enough or 0 < gained < self.schedule.worth * (
-                left + gained
-            )
-            if self.settings.steps is None and i and enough:
-                break
-            rate *= 0.5 ** max(stages.halvings, int(not gained > 0))
-        candidate.lr = rate
-
-    def _train_until_plateaus(
-        self, stages: Stages, candidate: Candidate, share: float, name: str, draws: int
-    ) -> None:
-        """Train stages with more draws and smaller steps, until one reduces the gap too little.
-
-        A guide that is good enough or the best of its kind where it starts takes a few steps.
-        """
-        schedule = self.schedule
-        if self._needs_little(candidate):
-            before = candidate.evaluation
-            title, repeats = f"{name} stage 1".strip(), self.settings.repeats * draws
-            candidate.evaluation = stages.run(
-                Stage(title, 0, schedule.polish_steps, repeats, candidate.lr, share)
-            )
-            if not candidate.bound - before.bound > schedule.enough:
-                return
-        for i in range(schedule.most_stages):
-            if self.session.clock.out_of_time(share) or self.record.stopped:
-                return
-            before, failures, self._checked = candidate.evaluation, len(self.record.failures), None
-            few = before.gap < schedule.little
-            close = before.gap <= schedule.ready and not list(self.target.parameters())
-            stage = Stage(
-                f"{name} stage {i + 1}".strip(),
-                0 if close else schedule.few_steps if few else schedule.steady_steps,
-                schedule.least_decay if close else None,
-                self.settings.repeats * draws * 2**i,
-                candidate.lr / 2**i,
-                share,
-            )
-            candidate.evaluation = stages.run(stage)
-            gained, left = candidate.bound - before.bound, candidate.gap
-            if len(self.record.failures) > failures:
-                return
-            if self._is_enough(candidate):
-                return
-            if i and gained < schedule.worth * (left + gained):
-                return
-            if self.settings.escalate and self.find_missed_modes(candidate):
-                # Further steps cannot recover modes that this guide misses.
-                return
