@@ -202,7 +202,7 @@ def _objective(objective: Objective | WakeSleep | str | None, particles: int | N
 def _schedule(target: Target, objective: Objective) -> Schedule:
     """The default schedule for a target and an objective."""
     if isinstance(target, MarginalTarget):
-        return schedules.structured(target.whole.dim, target.structure.units == 1)
+        return schedules.structured(target.whole.dim, target.dim, target.structure.units == 1)
     if not isinstance(target, NestedTarget):
         rows = target.sum_of_rows
         return schedules.DEFAULT if rows is None else schedules.of_rows(rows.count)

@@ -27,9 +27,9 @@ from flowvi.training.adam import Adam
 from flowvi.training.learning_rate import decayed
 from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 
-# Fewest effective draws for each dimension whose moments mean something: those of a covariance,
-# and means and widths alone; and fewest at all.
-FEWEST, FEWEST_WIDTHS, FEW_DRAWS = 20, 2, 40
+# Fewest effective draws for each dimension, and at all, whose moments mean something; and fewest
+# for each dimension to which skews are fitted.
+FEWEST, FEW_DRAWS, FEWEST_SKEWS = 2, 40, 10
 # Draws of a pilot, for each dimension where these are more, and of its conditionals.
 PILOT, PILOT_DIM, POINTS = 200, 40, 16
 # Rounds of a pilot, and share of effective draws whose moments are no better than the guide's.
@@ -57,20 +57,15 @@ def moments(restart: Restart, candidate: Candidate) -> Candidate | None:
 
     .. math:: z' = m_w + L_w L_q^{-1} (z - m_q)
 
-    with the means and Cholesky factors of the weighted draws (w) and of the plain ones (q). Where
-    the effective draws are too few for a covariance, the map has the means, and the widths along
-    the axes in which the plain draws are white.
+    with the means and Cholesky factors of the weighted draws (w) and of the plain ones (q).
     """
     affine = getattr(candidate.guide, "affine", None)
     if not isinstance(restart.target, MarginalTarget) or not isinstance(affine, Triangular):
         return None
-    drawn = _drawn(restart, candidate, FEWEST_WIDTHS)
+    drawn = _drawn(restart, candidate)
     if drawn is None:
         return None
-    even = torch.full_like(drawn.weight, 1 / len(drawn.weight))
-    source, before = _moments(drawn._replace(weight=even))
-    few = drawn.effective < FEWEST * restart.target.dim
-    to, scale = _widths(drawn, source, before) if few else _moments(drawn)
+    (to, scale), (source, before) = _moments(drawn), _plain_moments(drawn)
     turn = torch.linalg.solve_triangular(before, scale, upper=False, left=False)
     new = replace(candidate, guide=copy.deepcopy(candidate.guide), diagnosis=None, weighted=None)
     moved = cast(Triangular, new.guide.affine)
@@ -134,7 +129,7 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     if candidate.name != "fullrank" or not 1 < restart.target.dim <= MOST_DIM:
         return None
     drawn = _drawn(restart, candidate)
-    if drawn is None:
+    if drawn is None or drawn.effective < FEWEST_SKEWS * restart.target.dim:
         return None
     new = Candidate(restart.to_target(make_guide("skewed", restart.target.dim)), "skewed")
     new.guide.start(*_moments(drawn))
@@ -148,31 +143,35 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     return new
 
 
-def _moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
-    """Weighted mean (p), and Cholesky factor of the covariance (p, p)."""
-    loc = (drawn.weight[:, None] * drawn.theta).sum(0)
+def _plain_moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
+    """Mean of the draws without weights (p), and Cholesky factor of their covariance (p, p)."""
+    loc = drawn.theta.mean(0)
     shift = drawn.theta - loc
-    return loc, factor_of((drawn.weight[:, None] * shift).mT @ shift)
+    return loc, factor_of(shift.mT @ shift / len(shift))
 
 
-def _widths(drawn: WeightedDraws, loc: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """As `_moments`, by means and widths of draws that a normal (loc, scale) makes white."""
+def _moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
+    r"""Weighted mean (p), and Cholesky factor of a covariance (p, p), which is shrunk.
+
+    In the axes in which the plain draws are white, the elements of the weighted covariance W off
+    its diagonal are shrunk by the share of their squares that is noise, p (p - 1) / n of n
+    effective draws (Schaefer and Strimmer, 2005, doi:10.2202/1544-6115.1175).
+    """
+    loc, scale = _plain_moments(drawn)
     white = torch.linalg.solve_triangular(scale, (drawn.theta - loc).mT, upper=False).mT
     mean = (drawn.weight[:, None] * white).sum(0)
-    width = (drawn.weight[:, None] * (white - mean).square()).sum(0).sqrt()
-    return loc + scale @ mean, scale * width
+    shift = white - mean
+    covariance = (drawn.weight[:, None] * shift).mT @ shift
+    diagonal = covariance.diagonal().diag()
+    off = covariance - diagonal
+    p, width = len(mean), covariance.diagonal().mean()
+    noise = width.square() * p * (p - 1) / drawn.effective
+    kept = 1 - (noise / off.square().sum().clamp(min=1e-300)).clamp(max=1.0)
+    return loc + scale @ mean, scale @ factor_of(diagonal + kept * off)
 
 
-def _drawn(
-    restart: Restart, candidate: Candidate, fewest: int | None = None
-) -> WeightedDraws | None:
-    """Weighted draws of a guide; None if they are too few to fit anything to.
-
-    Args:
-        restart: The restart.
-        candidate: The guide.
-        fewest: Fewest effective draws for each dimension.
-    """
+def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
+    """Weighted draws of a guide; None if they are too few to fit anything to."""
     target = restart.target
     if not isinstance(target, MarginalTarget) or not target.dim:
         return None
@@ -185,8 +184,7 @@ def _drawn(
         torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
     )
     found = WeightedDraws(theta, weight.exp())
-    fewest = FEWEST if fewest is None else fewest
-    return found if found.effective >= max(FEW_DRAWS, fewest * target.dim) else None
+    return found if found.effective >= max(FEW_DRAWS, FEWEST * target.dim) else None
 
 
 def _train(restart: Restart, guide: Guide, drawn: WeightedDraws) -> None:

@@ -139,7 +139,7 @@ class Schedule:
 
 # Numbers of latents up to which an uncertain check takes more draws, and from which any check has
 # few, where each draw integrates the local latents.
-SMALL, LARGE = 500, 30_000
+SMALL, LARGE = 200, 30_000
 
 # Draws of the check of a chain or a field; a verdict needs 400 effective ones.
 FEW_OF_ONE = 800
@@ -166,16 +166,17 @@ def of_rows(rows: int) -> Schedule:
     return replace(DEFAULT, evaluation_draws=compared, check_draws=checked)
 
 
-def structured(dim: int, one: bool = False) -> Schedule:
+def structured(dim: int, shared: int, one: bool = False) -> Schedule:
     """The default for shared latents whose density integrates many local ones.
 
     Args:
         dim: Number D of all latents; the more there are, the fewer draws.
+        shared: Number of shared latents, whose covariance needs many draws.
         one: Whether the local latents are one chain or field, whose draws take many steps each.
     """
-    few = 500 if dim >= LARGE else 1000
+    few = 500 if dim >= LARGE else max(1000, 100 * shared)
     return Schedule(
         evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
-        check_draws=min(FEW_OF_ONE if one else 4000, max(few, 1_000_000 // dim)),
+        check_draws=min(FEW_OF_ONE if one else 4000, max(few, 400_000 // dim)),
         again=4 if dim <= SMALL else 1,
     )
