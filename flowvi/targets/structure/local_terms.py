@@ -100,8 +100,9 @@ class LocalTerms:
                 self.evaluate(theta if one else theta[i : i + size], u[i : i + size], second)
                 for i in range(0, len(u), size)
             ]
-            value, first, twice = zip(*parts, strict=True)
-            return Local(torch.cat(value), torch.cat(first), torch.cat(twice) if second else None)
+            values, firsts, seconds = zip(*parts, strict=True)
+            curvature = torch.cat(seconds) if second else None
+            return Local(torch.cat(values), torch.cat(firsts), curvature)
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             value = self._evaluate(self._local, theta, u)
