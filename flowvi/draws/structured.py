@@ -233,7 +233,7 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
     if found.any():
         found[uneven] &= clearly_above_limit(khat[uneven], log_w.shape[1])
     plate = target.structure.plate
-    labels = target.whole.coords.get(plate, range(count))
+    labels: Sequence[object] = target.whole.coords.get(plate, range(count))
     if target.structure.kind != INDEPENDENT:
         plate, labels = ", ".join(target.structure.sites), WHOLE
     return Units(plate, tuple(map(str, labels)), khat, variance, found, log_w.shape[1])

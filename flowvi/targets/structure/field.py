@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -156,6 +157,7 @@ class Field(Laplace):
             return best if bool(found.definite.all()) else self._with_ridge(found)
         now = best
         for _ in range(ROUNDS):
+            assert isinstance(now.factor, Dense)
             sd = now.factor.sd()
             moved = now.centre[:, 0] + self._nodes[:, None, None] * sd
             points = now.z.repeat(NODES, 1)
@@ -237,8 +239,7 @@ def _factor(precision: Tensor, added: Tensor) -> tuple[Dense, Tensor, Tensor]:
     return factor, first.ok, ridge
 
 
-def _joined(parts: list[Conditional]) -> FieldConditional:
-    some = [part for part in parts if isinstance(part, FieldConditional)]
+def _joined(some: Sequence[FieldConditional]) -> FieldConditional:
     plain = {
         name: torch.cat([getattr(part, name) for part in some])
         for name in ("z", "mode", "log_p", "gradient", "left", "definite")

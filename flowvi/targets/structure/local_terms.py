@@ -100,8 +100,8 @@ class LocalTerms:
                 self.evaluate(theta if one else theta[i : i + size], u[i : i + size], second)
                 for i in range(0, len(u), size)
             ]
-            value, first, twice = zip(*parts, strict=True)
-            return Local(torch.cat(value), torch.cat(first), torch.cat(twice) if second else None)
+            pieces = zip(*(part[: 3 if second else 2] for part in parts), strict=True)
+            return Local(*(torch.cat(some) for some in pieces))
         with torch.enable_grad():
             u = u.detach().requires_grad_()
             value = self._evaluate(self._local, theta, u)
