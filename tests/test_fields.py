@@ -91,7 +91,7 @@ CASES = {"field": (field, field_truth, "u", 4), "chain": (chain, chain_truth, "h
 def few_draws(monkeypatch: pytest.MonkeyPatch) -> None:
     """Few draws of a check."""
     few = Schedule(evaluation_draws=300, check_draws=300, again=1)
-    monkeypatch.setattr(schedule, "structured", lambda dim, one=False: few)
+    monkeypatch.setattr(schedule, "structured", lambda dim, shared, one=False: few)
 
 
 @pytest.mark.parametrize("name", CASES)
