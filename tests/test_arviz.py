@@ -98,7 +98,7 @@ def of(found, name):
 
 def test_all_groups_are_there(idata):
     assert set(group_names(idata)) == {
-        *("posterior", "posterior_predictive", "log_likelihood", "sample_stats"),
+        *("posterior", "posterior_predictive", "log_likelihood", "log_prior", "sample_stats"),
         *("prior", "prior_predictive", "observed_data", "constant_data", "predictions"),
     }
 

@@ -96,7 +96,7 @@ def test_a_table_has_doubtful_units_then_extreme_ones():
     draws = hierarchy(30)
 
     chosen = chosen_units(draws)
-    labels = [label for _, label, _ in elements_of_units(draws, "u", chosen)]
+    labels = [element.label for element in elements_of_units(draws, "u", chosen)]
 
     assert len(chosen) == 10 and {*chosen[:2]} == {1, 4}
     # The means fall from the first unit to the last.
