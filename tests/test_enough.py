@@ -111,7 +111,8 @@ def test_a_flow_on_a_normal_takes_few_steps():
 
 def test_a_gaussian_that_is_not_the_best_is_trained(monkeypatch):
     """Where the first steps bring more than what counts as enough, more follow."""
-    quick(monkeypatch, steady_steps=20, few_steps=20, least_decay=20, most_stages=1, enough=-1.0)
+    numbers = {"steady_steps": 20, "few_steps": 20, "least_decay": 20, "most_stages": 1}
+    quick(monkeypatch, **numbers, enough=-1.0, spare=0.0, nothing_left=-1.0)
 
     fit = flowvi.fit(normal(), "fullrank", compile=False, progress=False)
 

@@ -277,6 +277,11 @@ def drawn(kinds: Kinds, kind: str, ax: Any) -> None:
     assert ax is not None
 
 
+def calibrated(kinds: Kinds, kind: str, calibration: Any) -> None:
+    assert len(calibration.plain) + len(calibration.failures) == 2
+    assert ((calibration.plain >= 0) & (calibration.plain <= 9)).all()
+
+
 FUNCTIONS: dict[str, tuple[Callable[[Kinds, Any], Any], Check, set[str]]] = {
     # Call, property, and the kinds that are refused.
     "diagnose": (lambda k, d: flowvi.diagnose(d), judged, set()),
@@ -308,7 +313,13 @@ FUNCTIONS: dict[str, tuple[Callable[[Kinds, Any], Any], Check, set[str]]] = {
     "neutra": (lambda k, d: flowvi.neutra(d), drawn, {*DRAWN}),
     "pyro_guide": (lambda k, d: flowvi.pyro_guide(d), drawn, {*DRAWN}),
     "report": (lambda k, d: flowvi.report(d, "report.html"), drawn, {*DRAWN}),
-    "sbc": (lambda k, d: flowvi.sbc(d), drawn, {*DRAWN}),
+    "sbc": (
+        lambda k, d: flowvi.sbc(
+            d, fits=2, draws=100, levels=9, guide="meanfield", steps=20, progress=False
+        ),
+        calibrated,
+        {"subsampled", "rows", "nested", "resampled rows"},
+    ),
 }
 OF_DRAWS = [name for name in FUNCTIONS if name not in ("neutra", "pyro_guide", "report", "sbc")]
 

@@ -19,6 +19,8 @@ GROUPS, EACH = 8, 3
 # Of the log of tau, a priori.
 CENTRE, WIDTH = -0.3, 0.2
 COUNTS = np.array([3, 0, 1, 5, 4, 9, 2, 2, 6, 1, 0, 0, 3, 7, 4, 2, 1, 3, 8, 12, 9, 0, 2, 1.0])
+# The shape of the weights of this posterior of eight groups is near the limit.
+pytestmark = pytest.mark.filterwarnings("ignore:Pareto k-hat")
 PRECISIONS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
 
@@ -101,7 +103,8 @@ def test_units_are_groups_of_a_file():
     assert {"unit_log_likelihood", "unit_diagnosis"} <= set(group_names(idata))
     scores = idata["unit_log_likelihood"]["group_units"]
     assert scores.dims == ("chain", "draw", "group")
-    np.testing.assert_array_equal(scores, draws.unit_scores)
+    # Files have four chains.
+    np.testing.assert_array_equal(scores, draws.unit_scores.reshape(4, -1, GROUPS))
     assert idata["posterior"]["u"].dims == ("chain", "draw", "group")
     assert idata["unit_diagnosis"]["unit_khat"].dims == ("group",)
     back = draws_of(resample_groups(idata))

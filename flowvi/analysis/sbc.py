@@ -192,8 +192,13 @@ def _posterior_tasks(given: Draws, common: _Common, fits: int) -> list[_Task]:
     target = given.target
     if not isinstance(target, Target) or given.by_row or "inner" in given.meta:
         raise ModelError(
-            "sbc(draws=...) needs draws of latents that all rows share, of a fit to a model from "
-            f"from_pyro; these are of {target.name}: use sbc(model, *arguments)."
+            "sbc needs draws of latents that all rows share, of a fit to a model from from_pyro, "
+            f"and got draws of {target.name}: use sbc(model, *arguments)."
+        )
+    if target.subsampled:
+        raise ModelError(
+            f"sbc needs draws of a model of all rows, and got draws of {target.name}, whose rows "
+            "are subsampled: give from_pyro the model without a subsample size."
         )
     if target.source is None:
         raise ModelError(f"{target.name} is a plain density: there are no data to simulate.")
