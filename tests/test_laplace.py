@@ -482,3 +482,17 @@ def test_few_programs_serve_all_numbers_of_points() -> None:
         for one, all_ in zip(found.curvature(z[:count]), whole, strict=True):
             torch.testing.assert_close(one, all_[:count])
     assert len(found._programs) <= 2
+
+
+def test_a_saddle_is_left() -> None:
+    target = flowvi.from_density(
+        lambda v: -0.5 * ((v["u"].square() - 4).square().sum() + v["m"].square()),
+        {"m": flowvi.Site(), "u": flowvi.Site((4,))},
+    )
+    found = MarginalTarget(target, structure(target)).laplace
+    # Newton's method starts at zero, where the gradient is zero.
+    assert not found.mode.any()
+    at = found.at(torch.zeros(2, 1, dtype=target.dtype))
+    assert at.definite.all()
+    # What is left to gain is 1e-9 nats, where a standard deviation is a quarter.
+    torch.testing.assert_close(at.mode.abs(), torch.full_like(at.mode, 2.0), rtol=0, atol=1e-4)
