@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from types import SimpleNamespace
+from typing import Any
 
 import arviz
 import numpy as np
@@ -364,3 +365,9 @@ def test_mass_that_only_annealing_finds_is_said(target, monkeypatch):
     fit = flowvi.fit(target, seed=0, compile=False, progress=False)
     assert fit.meta["missed"] == [said]
     assert flowvi.diagnose(fit.draw(1000)).verdict == "do not trust"
+
+
+def test_the_number_of_chains_is_no_choice() -> None:
+    wrong: Any = 3
+    with pytest.raises(TypeError, match=r"chains must be True or False.*got an int"):
+        flowvi.diagnose(np.zeros(100), chains=wrong)

@@ -39,6 +39,7 @@ def diagnose(draws: Draws | ArrayLike, chains: bool = False, seed: int = 0) -> D
         Approximations", arXiv:2302.12419.
     """
     check_integer("seed", seed, 0)
+    check_type("chains", chains, bool, "True or False: the number of short chains is fixed")
     found = by_weights.diagnose(draws)
     if not chains:
         return found

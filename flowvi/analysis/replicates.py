@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
@@ -44,7 +44,7 @@ class _Replicating(Messenger):
 class _Twice(dist.TorchDistribution):
     """The distribution of an observed value, whose density counts a second value as well."""
 
-    arg_constraints: dict[str, Any] = {}  # noqa: RUF012 -- as in torch
+    arg_constraints: ClassVar[dict[str, Any]] = {}
 
     def __init__(self, base: Any, other: Tensor) -> None:
         self.base, self.other = base, other

@@ -24,7 +24,7 @@ def consult(restart: Restart, candidate: Candidate) -> None:
         return
     candidate.opinion = why = _why_not(restart)
     if why or candidate.weighted is None:
-        restart.record.log += [why] if why else []
+        restart.record.log.extend([why] if why else [])
         return
     table, candidate.weighted = candidate.weighted, None
     resampled = candidate.diagnosis.verdict == VERDICTS[1]

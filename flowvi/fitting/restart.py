@@ -186,7 +186,7 @@ class Restart:
         finally:
             stages.gradient.fast.stop()
         if isinstance(candidate.guide, MixtureGuide):
-            self.record.log += overlap(candidate.guide).complaints
+            self.record.log.extend(overlap(candidate.guide).complaints)
         if self.schedule.lengths is not None and not math.isfinite(candidate.bound):
             self.record.failures.append(
                 f"The bound of {self.target.name} is {candidate.bound:g} on fresh draws, also "
@@ -240,11 +240,11 @@ class Restart:
             # The corrected density counts, not that of Laplace's formula.
             candidate.evaluation = Evaluation(found.elbo, found.elbo_se, found.gap, found.khat)
             self.record.stages.append(f"weights of {candidate.name}")
-            self.record.log += [candidate.units] if candidate.units else []
+            self.record.log.extend([candidate.units] if candidate.units else [])
             return
         if self.settings.escalate and not candidate.missed:
             candidate.missed_mass = self._describe_missed_mass(candidate.guide, found)
-            self.record.log += [candidate.missed_mass] if candidate.missed_mass else []
+            self.record.log.extend([candidate.missed_mass] if candidate.missed_mass else [])
 
     def diagnose_candidate(self, candidate: Candidate) -> Diagnosis | None:
         """The verdict on fresh draws; None if they would take too long."""

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import warnings
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
@@ -173,7 +174,7 @@ def _view(progress: Progress) -> _Bar | _Lines | None:
     return _Bar(progress) if sys.stderr.isatty() else _Lines(progress)
 
 
-class _View:
+class _View(ABC):
     """Shows a progress from a thread of its own, so that it moves also while a step takes long."""
 
     every: float
@@ -183,9 +184,9 @@ class _View:
         self._ended = threading.Event()
         self._thread = threading.Thread(target=self._run, name="flowvi progress", daemon=True)
 
+    @abstractmethod
     def show(self) -> None:
         """Show the present state."""
-        raise NotImplementedError
 
     def __enter__(self) -> None:
         self._thread.start()

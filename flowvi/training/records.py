@@ -100,16 +100,15 @@ class Stage:
 
 
 class Log(list[str]):
-    """Lines of a log; each one that is appended goes to the logger ``flowvi.fit`` too."""
+    """Lines of a log; each one that is added goes to the logger ``flowvi.fit`` too."""
 
     def append(self, line: str) -> None:
         super().append(line)
         LOGGER.info(line)
 
-    def __iadd__(self, lines: Iterable[str]) -> Log:  # type: ignore[misc, override]
+    def extend(self, lines: Iterable[str]) -> None:
         for line in lines:
             self.append(line)
-        return self
 
 
 @dataclass
@@ -150,7 +149,7 @@ class Record:
         """Append entries that `since` returned."""
         for bound, norm, lr, skipped, draws, stage in added["rows"].tolist():
             self.rows.append(Row(bound, norm, lr, bool(skipped), int(draws), int(stage)))
-        self.log += added["log"]
+        self.log.extend(added["log"])
         self.stages += added["stages"]
         self.failures += added["failures"]
         self.stopped = added["stopped"]
