@@ -450,7 +450,7 @@ def test_estimates_and_densities_of_draws_are_one(name: str) -> None:
     target.laplace.centre(theta[0])
     correction = target.correction
     z, log_q = correction.draw(theta, torch.Generator().manual_seed(1))
-    again = correction.log_density(theta, z[:, target.laplace.columns])
+    again = correction.log_density(z)
     torch.testing.assert_close(again, log_q, rtol=1e-9, atol=1e-7)
     found = correction(theta, 3, torch.Generator().manual_seed(1))
     density = target.whole.log_prob(found.z)

@@ -19,6 +19,7 @@ from flowvi.runtime.columns import Columns
 from flowvi.runtime.display import Printed
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets.structure import MarginalTarget
+from flowvi.targets.structure.candidates import SEVERAL
 from flowvi.targets.structure.noise import is_wide, normal_variance
 from flowvi.targets.structure.structure import UNITS as INDEPENDENT
 
@@ -63,6 +64,9 @@ class Units(Printed):
         """Names of the units; a chain or a field has the name of its latents."""
         if self.labels == WHOLE:
             return [self.plate]
+        if SEVERAL in self.plate:
+            # Labels of units of several plates are names.
+            return list(self.labels)
         return [f"{self.plate}[{label}]" for label in self.labels]
 
     @property
@@ -240,7 +244,9 @@ def check_units(target: MarginalTarget, theta: Tensor, seed: int) -> Units:
     if found.any():
         found[uneven] &= clearly_above_limit(khat[uneven], log_w.shape[1])
     plate = target.structure.plate
-    labels: Sequence[object] = target.whole.coords.get(plate, range(count))
+    labels: Sequence[object] = target.structure.names or target.whole.coords.get(
+        plate, range(count)
+    )
     if target.structure.kind != INDEPENDENT:
         plate, labels = ", ".join(target.structure.sites), WHOLE
     return Units(plate, tuple(map(str, labels)), khat, variance, found, log_w.shape[1])

@@ -55,7 +55,7 @@ def fit_global(request: Request) -> Fit:
 
 def pays(found: Structure) -> bool:
     """Whether a structured guide is worth trying."""
-    local = found.columns.numel()
+    local = found.local
     fewest = FEWEST_UNITS if found.kind == UNITS else FEWEST_CHAIN
     few = len(found.shared) <= MOST_SHARED * (local + len(found.shared))
     return bool(found) and local >= fewest and few

@@ -45,11 +45,10 @@ class StructuredGuide(Guide):
     @torch.no_grad()
     def log_prob(self, z: Tensor, context: Tensor | None = None) -> Tensor:
         """Score points. (*S, D) -> (*S)."""
-        laplace, parts = self.marginal.laplace, []
+        shared, parts = self.marginal.laplace.shared, []
         for one in z.reshape(z.shape[:-1].numel(), self.dim).split(self.marginal.chunk()):
-            theta, mode = one[:, laplace.shared], one[:, laplace.columns]
-            local = self.marginal.correction.log_density(theta, mode)
-            parts.append(self.theta.log_prob(theta) + local)
+            local = self.marginal.correction.log_density(one)
+            parts.append(self.theta.log_prob(one[:, shared]) + local)
         return torch.cat(parts).reshape(z.shape[:-1])
 
 

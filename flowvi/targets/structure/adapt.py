@@ -90,7 +90,7 @@ def _from_wide(laplace: Laplace, theta: Tensor, generator: torch.Generator) -> S
     plain = Shape(Shape.identity(laplace.mode))
     pilot = pilot_draws(laplace.structure.size)
     found = moments(Correction(laplace, plain), theta, pilot, generator, wide=True)
-    wanted = Shape.from_moments(*found[:4])
+    wanted = _wanted(laplace, found)
     fair = wanted.isfinite().all(0).all(-1)
     normal = (found.mean.square() + (found.sd - 1).square()).amax(-1) < NOTICED
     return Shape(torch.where((fair & ~normal).view(1, -1, 1), wanted, plain.coefficients))
@@ -101,7 +101,7 @@ def _by_rounds(laplace: Laplace, theta: Tensor, generator: torch.Generator) -> S
     plain = Shape(Shape.identity(laplace.mode))
     best, chosen = moments(Correction(laplace, plain), theta, PILOT, generator), plain
     for _ in range(ROUNDS if laplace.structure.size <= MOST_BENT else 0):
-        wanted = Shape.from_moments(*best[:4])
+        wanted = _wanted(laplace, best)
         bent = best.variance > NOTICED
         coefficients = torch.where(bent.view(1, -1, 1), wanted, chosen.coefficients)
         found = moments(Correction(laplace, Shape(coefficients)), theta, PILOT, generator)
@@ -115,6 +115,12 @@ def _by_rounds(laplace: Laplace, theta: Tensor, generator: torch.Generator) -> S
             )
         )
     return chosen
+
+
+def _wanted(laplace: Laplace, found: Moments) -> Tensor:
+    """Coefficients of given moments; what fills up units with fewer latents stays normal."""
+    wanted = Shape.from_moments(*found[:4])
+    return torch.where(laplace.derivatives.filled, Shape.identity(laplace.mode), wanted)
 
 
 def pilot_draws(dim: int) -> int:

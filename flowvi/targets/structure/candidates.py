@@ -11,6 +11,11 @@ from torch import Tensor
 
 from flowvi.targets.target import Target
 
+# Column of a unit that has fewer latents than others.
+NOTHING = -1
+# Between the names of several plates.
+SEVERAL = ", "
+
 
 class Group(NamedTuple):
     """Latents that stand along one axis.
@@ -18,12 +23,23 @@ class Group(NamedTuple):
     Attributes:
         name: Name of the axis: a plate, or a dim of the site.
         sites: Names of the sites.
-        columns: Columns of z, (G, d): those of each of G units.
+        columns: Columns of z, (G, d): those of each of G units; `NOTHING` where there are fewer.
+        names: Names of the units, if these are units of several plates.
     """
 
     name: str
     sites: tuple[str, ...]
     columns: Tensor
+    names: tuple[str, ...] = ()
+
+    def name_of(self, unit: int) -> str:
+        """Name of a unit: "group[17]"."""
+        return self.names[unit] if self.names else f"{self.name}[{unit}]"
+
+    def latents(self, units: Tensor | None = None) -> Tensor:
+        """Columns of all units, or of some: a mask or indices."""
+        columns = (self.columns if units is None else self.columns[units]).flatten()
+        return columns[columns != NOTHING]
 
 
 def groups(target: Target) -> list[Group]:

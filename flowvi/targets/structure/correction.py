@@ -83,10 +83,11 @@ class Correction:
         picked = self._picked(log_w, generator)
         chosen = units.gather(0, picked.unsqueeze(0))[0]
         mode = mode.gather(0, picked[None, ..., None].expand(1, *mode.shape[1:]))[0]
+        z, filling = self.laplace.derivatives.without_filling(self.laplace.points(theta, mode))
         return Weighted(
             (shared + log_mean.sum(-1)).nan_to_num(nan=-torch.inf),
-            self.laplace.points(theta, mode),
-            shared + chosen.sum(-1),
+            z,
+            shared + chosen.sum(-1) - filling,
             log_w - log_mean,
             log_mean,
         )
@@ -95,15 +96,21 @@ class Correction:
     def draw(self, theta: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """One draw of all units at each value of theta: points (S, D), log density (S)."""
         mode, _, log_q = self._drawn(theta, 1, generator)
-        return self.laplace.points(theta, mode[0]), log_q[0].sum(-1)
+        points = self.laplace.points(theta, mode[0])
+        z, filling = self.laplace.derivatives.without_filling(points)
+        return z, log_q[0].sum(-1) - filling
 
     @torch.no_grad()
-    def log_density(self, theta: Tensor, mode: Tensor) -> Tensor:
-        """Log density of local latents given theta. (S, p), (S, G, d) -> (S)."""
+    def log_density(self, z: Tensor) -> Tensor:
+        """Log density of the local latents of points given the shared ones. (S, D) -> (S)."""
+        derivatives = self.laplace.derivatives
+        z = derivatives.with_filling(z)
+        theta, mode = z[:, self.laplace.shared], z[:, self.laplace.columns]
         normal = self.laplace.centred(self.laplace.at(theta))
         white = self._by_unit(normal.factor.whiten, mode - normal.centre)
         _, log_density = self.shape.inverse(white)
-        return (log_density + 0.5 * normal.factor.log_det).sum(-1)
+        _, filling = derivatives.without_filling(z)
+        return (log_density + 0.5 * normal.factor.log_det).sum(-1) - filling
 
     @torch.no_grad()
     def weighted_noise(
@@ -123,7 +130,7 @@ class Correction:
 
     def pieces(self, particles: int) -> int:
         """Number of values of theta in one call; draws do not depend on `max_memory`."""
-        numbers = particles * (self.laplace.target.dim + len(self.laplace.structure.element))
+        numbers = particles * (self.laplace.derivatives.dim + len(self.laplace.structure.element))
         if self.laplace.structure.kind == FIELD and len(self.laplace.shared):
             # A matrix for each value of theta.
             numbers += 3 * self.laplace.structure.size**2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable
@@ -16,6 +17,7 @@ from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.recording.products import merge_products
 from flowvi.targets.recording.simpler import simpler
 from flowvi.targets.recording.tape import record
+from flowvi.targets.structure.colouring import Colouring, colouring
 from flowvi.targets.structure.structure import CHAIN, Structure
 from flowvi.targets.structure.terms import Terms
 
@@ -50,33 +52,45 @@ class Curvature(NamedTuple):
 class Derivatives:
     """Derivatives of a log density whose Hessian has a known sparsity among local latents.
 
-    The Hessian of independent units of d latents is found from d products: probe k is one at
-    latent k of every unit. A chain of order b needs 2 b + 1, a dense field one for each latent
-    (Curtis, Powell and Reid, 1974, doi:10.1093/imamat/13.1.117).
+    The Hessian of independent units of d latents is found from at most d products: probe k is one
+    at latent k of every unit, or at several latents that no element ties (see `colouring`). A chain
+    of order b needs 2 b + 1, a dense field one for each latent (Curtis, Powell and Reid, 1974,
+    doi:10.1093/imamat/13.1.117).
 
     Args:
         target: The log density.
         structure: Its structure.
 
+    Units with fewer latents than others are filled up by standard normal latents, on which nothing
+    else depends: the D of these functions counts them.
+
     Attributes:
+        dim: Number D of latents.
         probes: Probing directions, (C, D).
         columns: Columns of the local latents, (G, d).
+        colouring: Which products have the elements of a unit's Hessian; None for a chain.
+        filled: Which of them fill up units with fewer latents, (G, d).
     """
 
     def __init__(self, target: GlobalTarget, structure: Structure) -> None:
         self.target, self.structure = target, structure
         self.columns = structure.columns.to(target.device)
-        size = structure.size
+        size, self.dim = structure.size, target.dim + structure.padding
+        self.filled = self.columns >= target.dim
         options: dict[str, Any] = {"dtype": target.dtype, "device": target.device}
+        self.colouring: Colouring | None = None
         if structure.kind == CHAIN:
             colours = min(2 * structure.order + 1, size)
-            self.probes = torch.zeros(colours, target.dim, **options)
+            self.probes = torch.zeros(colours, self.dim, **options)
             for c in range(colours):
                 self.probes[c, self.columns[0, c::colours]] = 1
         else:
-            self.probes = torch.zeros(size, target.dim, **options)
-            for k in range(size):
-                self.probes[k, self.columns[:, k]] = 1
+            pattern = structure.pattern
+            full = torch.ones(size, size, dtype=torch.bool)
+            self.colouring = colouring(pattern if pattern.numel() else full)
+            self.probes = torch.zeros(self.colouring.products, self.dim, **options)
+            for k, colour in enumerate(self.colouring.colour.tolist()):
+                self.probes[colour, self.columns[:, k]] = 1
         self._programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._uses: dict[tuple[str, int], int] = {}
         self._element = structure.element.to(target.device)
@@ -84,7 +98,7 @@ class Derivatives:
     @cached_property
     def terms(self) -> Terms:
         """The elements of the log density."""
-        return Terms(self.target.density.batched, (self._point, *self._behind))
+        return Terms(self.target.density.batched, (self._trial, *self._behind))
 
     def curvature(self, z: Tensor) -> Curvature:
         """Value, gradient and curvature. (S, D) -> (S), (S, D), (S, C, D)."""
@@ -136,6 +150,15 @@ class Derivatives:
             found = torch.cat([self._run("units", self._by_unit, one)[0] for one in parts])
         return found.reshape(*z.shape[:-1], -1)
 
+    def with_filling(self, z: Tensor) -> Tensor:
+        """Points of the target, filled up by zeros. (*S, D_target) -> (*S, D)."""
+        return torch.cat([z, z.new_zeros(*z.shape[:-1], self.structure.padding)], -1)
+
+    def without_filling(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Points of the target, and the log density of what filled them up. (*S, D), (*S)."""
+        dim = self.target.dim
+        return z[..., :dim], _standard_normal(z[..., dim:]).sum(-1)
+
     @cached_property
     def cost(self) -> memory.Cost:
         """Memory of the curvature at some points."""
@@ -153,16 +176,25 @@ class Derivatives:
         return max(1, min(fits, MOST_AT_ONCE, CACHED // len(self._element)))
 
     @property
-    def _point(self) -> Tensor:
+    def _trial(self) -> Tensor:
         return self.target._trial.points[0]
+
+    @property
+    def _point(self) -> Tensor:
+        return self.with_filling(self._trial)
 
     @property
     def _behind(self) -> list[Tensor]:
         return self.target._behind
 
     def _log_prob(self, z: Tensor) -> Tensor:
-        found: Tensor = self.target.density.batched(z, *self._behind)
-        return found
+        found: Tensor
+        if not self.structure.padding:
+            found = self.target.density.batched(z, *self._behind)
+            return found
+        z, filling = self.without_filling(z)
+        found = self.target.density.batched(z, *self._behind)
+        return found + filling
 
     def _plain(self, z: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():
@@ -220,9 +252,14 @@ class Derivatives:
 
     def _by_unit(self, z: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
-            elements = self.terms(z, *self._behind)
+            elements = self.terms(z[..., : self.target.dim], *self._behind)
             total = elements.new_zeros(len(z), self.structure.units + 1)
-            return (total.index_add(1, self._element, elements),)
+            total = total.index_add(1, self._element, elements)
+            if self.structure.padding:
+                units = self.filled.nonzero()[:, 0]
+                filled = z[..., self.columns[self.filled]]
+                total = total.index_add(1, units, _standard_normal(filled).to(total))
+            return (total,)
 
     def _run(self, name: str, function: Callable[..., Any], *inputs: Tensor) -> Any:
         """Call a function of tensors by a program for that number of points, or for another."""
@@ -262,6 +299,11 @@ class Derivatives:
         self._programs.move_to_end(key)
         with torch.no_grad():
             return self._programs[key](*inputs)
+
+
+def _standard_normal(x: Tensor) -> Tensor:
+    """Log density of each element."""
+    return -0.5 * (x.square() + math.log(2 * math.pi))
 
 
 def _extended(x: Tensor, size: int) -> Tensor:

@@ -130,7 +130,7 @@ class Laplace:
 
     def points(self, theta: Tensor, mode: Tensor) -> Tensor:
         """Points of values of theta and of local latents. (*S, p), (*S, G, d) -> (*S, D)."""
-        z = mode.new_empty(*mode.shape[:-2], self.target.dim)
+        z = mode.new_empty(*mode.shape[:-2], self.derivatives.dim)
         z[..., self.shared] = theta.to(mode).expand(*mode.shape[:-2], -1)
         z[..., self.columns.flatten()] = mode.flatten(-2)
         return z
@@ -248,8 +248,10 @@ class Laplace:
             added = ridge.expand(len(products), 1) * (bands[:, 0].abs() + 1)
             bands[:, 0] += added
             return Banded(bands.nan_to_num(nan=-1.0), len(self.derivatives.probes))
-        flat = products[..., self.columns.flatten()]
-        blocks = -flat.view(len(products), size, *self.columns.shape).permute(0, 2, 3, 1)
+        assert self.derivatives.colouring is not None
+        # (S, C, G, d) -> (S, G, C, d)
+        own = products[..., self.columns].transpose(1, 2)
+        blocks = -self.derivatives.colouring.elements(own)
         blocks = 0.5 * (blocks + blocks.mT)
         diagonal = blocks.diagonal(dim1=-2, dim2=-1).abs() + 1
         blocks = blocks + torch.diag_embed(ridge.unsqueeze(-1) * diagonal)
@@ -372,6 +374,10 @@ class Laplace:
     def _trace_weights(self, found: Conditional) -> Tensor:
         """H^-1 laid out as the products with probes are, (S, C, D)."""
         inverse = found.factor.inverse()
-        weights = found.z.new_zeros(*inverse.shape[:2], self.target.dim)
+        colouring = self.derivatives.colouring
+        if colouring is not None:
+            # (S, d, G, d) -> (S, C, G, d)
+            inverse = colouring.weights(inverse.transpose(1, 2)).transpose(1, 2)
+        weights = found.z.new_zeros(*inverse.shape[:2], self.derivatives.dim)
         weights[..., self.columns.flatten()] = inverse.flatten(2)
         return weights

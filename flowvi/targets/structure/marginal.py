@@ -20,14 +20,14 @@ from flowvi.targets.structure.field import laplace_of
 from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.modes import Modes, search_modes
 from flowvi.targets.structure.shape import Shape
-from flowvi.targets.structure.structure import CHAIN, UNITS, Structure, structure
+from flowvi.targets.structure.structure import UNITS, Structure, structure
 from flowvi.targets.target import Target
 
 # Parts of the state with as many rows as units have further modes.
 VARYING = ("other_modes", "other_slopes")
 # Step of a central difference of a dense field, whose third derivatives take too much memory.
 DIFFERENCE = 1e-4
-# Latents of a unit beyond which differences are cheaper than the third derivatives.
+# Products with the Hessian beyond which differences are cheaper than the third derivatives.
 DENSE_GRADIENT = 16
 
 
@@ -163,7 +163,7 @@ class MarginalTarget(Target):
     @property
     def dense(self) -> bool:
         """Whether a value takes a large matrix, and a gradient several of them."""
-        return self.structure.size > DENSE_GRADIENT and self.structure.kind != CHAIN
+        return len(self.laplace.derivatives.probes) > DENSE_GRADIENT
 
     def value_and_gradient(self, theta: Tensor) -> tuple[Tensor, Tensor]:
         """Laplace's formula and its gradient. (S, p) -> (S), (S, p)."""
@@ -192,7 +192,8 @@ class MarginalTarget(Target):
         values: dict[str, list[Tensor]] = {}
         for one in theta.split(self.chunk()):
             mode = self.laplace.mode.expand(len(one), -1, -1)
-            found = self.whole.constrain(self.laplace.points(one.to(self.dtype), mode))
+            points = self.laplace.points(one.to(self.dtype), mode)
+            found = self.whole.constrain(self.laplace.derivatives.without_filling(points)[0])
             for name in self.sites:
                 values.setdefault(name, []).append(found[name])
         return {

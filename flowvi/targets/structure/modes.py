@@ -142,7 +142,8 @@ def _starts(laplace: Laplace, found: Conditional, seed: int) -> Iterator[Tensor]
     yield -mode
     few = laplace.structure.kind != UNITS or columns.numel() > MANY
     generator = torch.Generator(mode.device).manual_seed(seed)
-    yield from laplace.target.starts(generator)[: 1 if few else None, columns]
+    starts = laplace.derivatives.with_filling(laplace.target.starts(generator))
+    yield from starts[: 1 if few else None, columns]
     for axis in axes(found):
         for move in FEW_MOVES if few else MOVES:
             yield mode + move * axis[0]

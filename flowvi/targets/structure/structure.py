@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -12,7 +12,8 @@ from flowvi.runtime.arguments import check_type
 from flowvi.runtime.display import Printed
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets.global_target import GlobalTarget
-from flowvi.targets.structure.candidates import Group, groups
+from flowvi.targets.structure.candidates import NOTHING, Group, groups
+from flowvi.targets.structure.joined import Units, joined
 from flowvi.targets.structure.terms import Terms
 from flowvi.targets.target import Target
 
@@ -33,6 +34,8 @@ AT_ONCE = 20_000_000
 MOST_ORDER = 4
 # Largest number of latents of a field, whose precision matrix is dense.
 MOST_FIELD = 2000
+# Latents of a unit whose Hessian may be sparse enough that this is worth knowing.
+FEWEST_SPARSE, MOST_SPARSE = 3, 200
 # Fewest latents that count as a chain or a field.
 FEWEST = 10
 
@@ -45,12 +48,17 @@ class Structure(Printed):
         kind: "units" (independent given the shared latents), "chain", "field", or "none".
         plate: Name of the axis of the local latents: a plate, or a dim of a site.
         sites: Names of the local sites.
-        columns: Columns of z of each unit's latents, (G, d). A chain or a field is one unit.
+        columns: Columns of z of each unit's latents, (G, d). A chain or a field is one unit. Units
+            with fewer latents than others are filled up by columns behind the last one of z.
         shared: Columns of z of the other latents, (p).
         order: Largest distance along a chain at which latents depend on each other.
         reason: Why no larger group of latents is independent; empty if there is none.
         element: Unit of each element of the log density, (T); G for one of shared latents only.
         shared_sites: Names of the sites of the shared latents.
+        padding: Number of columns that fill up units with fewer latents.
+        names: Names of the units, if these are units of several plates.
+        pattern: Pairs of a unit's latents on which one element of the log density depends,
+            (d, d); empty if all may be.
     """
 
     kind: str
@@ -62,6 +70,14 @@ class Structure(Printed):
     reason: str = ""
     element: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long), repr=False)
     shared_sites: tuple[str, ...] = ()
+    padding: int = 0
+    names: tuple[str, ...] = field(default=(), repr=False)
+    pattern: Tensor = field(default_factory=lambda: torch.empty(0, 0, dtype=torch.bool), repr=False)
+
+    @property
+    def local(self) -> int:
+        """Number of local latents."""
+        return self.columns.numel() - self.padding
 
     @property
     def units(self) -> int:
@@ -70,7 +86,7 @@ class Structure(Printed):
 
     @property
     def size(self) -> int:
-        """Number d of latents of a unit."""
+        """Number d of latents of a unit, the largest one."""
         return self.columns.shape[1]
 
     def __bool__(self) -> bool:
@@ -82,7 +98,8 @@ class Structure(Printed):
             given += f" ({', '.join(self.shared_sites)})"
         local = ", ".join(self.sites)
         if self.kind == UNITS:
-            each = f", {self.size} latents each" if self.size > 1 else ""
+            most = "up to " if self.padding else ""
+            each = f", {most}{self.size} latents each" if self.size > 1 else ""
             found = (
                 f"{self.units:,} units of '{self.plate}' ({local}{each}) are independent {given}"
             )
@@ -125,14 +142,16 @@ def structure(target: Target, seed: int = 0) -> Structure:
         probe = _Probe(target, seed)
     except TypeError:
         return Structure(NONE, reason="the log density is no recorded graph")
-    reason = ""
+    reason, found = "", None
     for group in proposed:
-        element, tie = probe.units(group)
+        element, tie = probe.independent(group)
         if element is not None:
-            tie = probe.hidden_tie(group, element)
-        if element is not None and not tie:
-            return _found(target, UNITS, group, element, "")
+            found = Units(group, element)
+            break
         reason = reason or tie
+    if found is not None:
+        found = _with_others(probe, found, proposed)
+        return replace(_found(target, UNITS, *found, ""), pattern=probe.pattern(found.group))
     for group in proposed:
         if group.columns.shape[0] >= FEWEST and group.columns.shape[1] == 1:
             order = probe.order(group)
@@ -146,16 +165,44 @@ def structure(target: Target, seed: int = 0) -> Structure:
     return Structure(NONE, reason=reason)
 
 
+def _with_others(probe: _Probe, found: Units, proposed: list[Group]) -> Units:
+    """Units, joined with other groups of independent units where that leaves them small."""
+    for group in proposed:
+        own = group.latents()
+        if len(own) < FEWEST or torch.isin(own, found.group.latents()).any():
+            continue
+        element, _ = probe.units(group)
+        more = None if element is None else joined(found, Units(group, element))
+        if more is not None and not probe.hidden_tie(*more):
+            found = more
+    return found
+
+
 def _found(
     target: Target, kind: str, group: Group, element: Tensor, reason: str, order: int = 0
 ) -> Structure:
     local = torch.zeros(target.dim, dtype=torch.bool)
-    local[group.columns.flatten()] = True
+    local[group.latents()] = True
     inside = {n for n, part in target.slices.items() if bool(local[part].any())}
     others = tuple(name for name in target.slices if name not in inside)
     shared = (~local).nonzero().flatten()
     names = tuple(name for name in target.slices if name in inside)
-    return Structure(kind, group.name, names, group.columns, shared, order, reason, element, others)
+    columns, missing = group.columns.clone(), group.columns == NOTHING
+    padding = int(missing.sum())
+    columns[missing] = target.dim + torch.arange(padding)
+    return Structure(
+        kind,
+        group.name,
+        names,
+        columns,
+        shared,
+        order,
+        reason,
+        element,
+        others,
+        padding,
+        group.names,
+    )
 
 
 class _Probe:
@@ -181,6 +228,13 @@ class _Probe:
         self.base, self.moved = base[keep], moved[keep]
         self.values = self._evaluate(self.base)
 
+    def independent(self, group: Group) -> tuple[Tensor | None, str]:
+        """As `units`, and far from the start points too."""
+        element, tie = self.units(group)
+        if element is not None:
+            tie = self.hidden_tie(group, element)
+        return (None if tie else element), tie
+
     def units(self, group: Group) -> tuple[Tensor | None, str]:
         """The unit of each element, (T), or why there is none.
 
@@ -194,7 +248,7 @@ class _Probe:
         ever = torch.zeros(self.values.shape[-1], dtype=torch.bool)
         for digit in range(digits):
             half = (number >> digit) % 2 == 1
-            ones, zeros = (self._changed(group.columns[one]) for one in (half, ~half))
+            ones, zeros = (self._changed(group.latents(one)) for one in (half, ~half))
             both = ones & zeros
             if both.any():
                 return None, self._tie(group, int(both.nonzero()[0]))
@@ -237,6 +291,22 @@ class _Probe:
                 return MOST_ORDER + 1
         return order
 
+    def pattern(self, group: Group) -> Tensor:
+        """Pairs of places in a unit that share an element, (d, d); empty for very few or many."""
+        size = group.columns.shape[1]
+        if not FEWEST_SPARSE <= size <= MOST_SPARSE:
+            return torch.empty(0, 0, dtype=torch.bool)
+        fine = Terms(self.target.density.batched, (self.base[0], *self.behind), fine=True)
+        before = self._evaluate(self.base, fine)
+        changed = []
+        for place in range(size):
+            z, columns = self.base.clone(), group.columns[:, place]
+            columns = columns[columns != NOTHING]
+            z[:, columns] = self.moved[:, columns]
+            changed.append(_differ(before, self._evaluate(z, fine)))
+        both = torch.stack(changed).float()
+        return both @ both.T > 0
+
     def of_one(self) -> Tensor:
         """The unit of each element of a chain or a field: all of them belong to the one."""
         return torch.zeros(self.values.shape[-1], dtype=torch.long)
@@ -267,7 +337,7 @@ class _Probe:
             unit: Unit of each element, (T); -1 if it is not to be looked at.
         """
         generator = torch.Generator().manual_seed(len(number))
-        columns = group.columns.flatten()
+        columns = group.latents()
         spread = torch.randn(
             2 * len(SIDES), len(columns), generator=generator, dtype=self.target.dtype
         ).to(self.base)
@@ -281,7 +351,7 @@ class _Probe:
                 for on in (0, 1):
                     half = (number >> digit) % 2 == on
                     z = base.clone()
-                    some = group.columns[half].flatten()
+                    some = group.latents(half)
                     z[:, some] = moved[:, some]
                     changed = _differ(values, self._evaluate(z))
                     still = ((unit >> digit) % 2 != on) | (unit > number.max())
@@ -293,12 +363,13 @@ class _Probe:
     def _changed(self, columns: Tensor) -> Tensor:
         """Elements that depend on columns, (T)."""
         z = self.base.clone()
-        z[:, columns.flatten()] = self.moved[:, columns.flatten()]
+        z[:, columns] = self.moved[:, columns]
         return _differ(self.values, self._evaluate(z))
 
     @torch.no_grad()
-    def _evaluate(self, z: Tensor) -> Tensor:
-        return torch.cat([self.terms(one, *self.behind) for one in z.split(1)]).cpu()
+    def _evaluate(self, z: Tensor, terms: Terms | None = None) -> Tensor:
+        terms = terms or self.terms
+        return torch.cat([terms(one, *self.behind) for one in z.split(1)]).cpu()
 
     def _tie(self, group: Group, element: int) -> str:
         """Two units on which one element depends, in words."""
@@ -309,7 +380,7 @@ class _Probe:
             rest = [i for i in units if avoid is None or i != tied[0]]
             while len(rest) > 1:
                 half = rest[: len(rest) // 2]
-                hit = bool(self._changed(group.columns[torch.tensor(half)])[element])
+                hit = bool(self._changed(group.latents(torch.tensor(half)))[element])
                 rest = half if hit else rest[len(rest) // 2 :]
             tied.append(rest[0])
         first, second = sorted(tied)

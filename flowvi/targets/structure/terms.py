@@ -27,6 +27,11 @@ SAME = {
     *(aten.squeeze.dim, aten.squeeze.dims, aten.unsqueeze.default, aten.expand.default),
     *(aten.alias.default, aten.clone.default, aten.select.int),
 }
+# Operations that keep all elements of a tensor, if their number is the same.
+RESHAPED = {
+    *(aten.reshape.default, torch.reshape, aten.view.default, aten.alias.default),
+    *(aten.expand.default, aten.squeeze.dim, aten.unsqueeze.default, aten.clone.default),
+}
 # What the elements of a sum are multiplied or divided by: an operation and its second argument.
 Factor = tuple[Any, Any]
 
@@ -41,19 +46,21 @@ class Terms(nn.Module):
     Args:
         batched: The log density, as a recorded graph.
         example: Arguments of the graph: a point (D) and further inputs.
+        fine: Whether sums over some axes, such as those of the events of a site, are taken apart
+            too.
 
     Raises:
         TypeError: The log density is no recorded graph.
     """
 
-    def __init__(self, batched: Batched, example: tuple[Tensor, ...]) -> None:
+    def __init__(self, batched: Batched, example: tuple[Tensor, ...], fine: bool = False) -> None:
         super().__init__()
         graph = batched.graph
         if batched.how != "tape" or not isinstance(graph, fx.GraphModule):
             raise TypeError("only a recorded log density has terms")
         self.dtype = batched.dtype
         example = tuple(x.to(self.dtype) if x.is_floating_point() else x for x in example)
-        self.module = _elements(graph, example)
+        self.module = _elements(graph, example, fine)
 
     def forward(self, z: Tensor, *inputs: Tensor) -> Tensor:
         """Evaluate the elements. (*S, D) -> (*S, T)."""
@@ -67,32 +74,36 @@ class Terms(nn.Module):
         return found.reshape(*z.shape[:-1], -1)
 
 
-class _Sizes(fx.Interpreter):
-    """The number of elements of every tensor of a graph."""
+class _Shapes(fx.Interpreter):
+    """The shape of every tensor of a graph."""
 
     def __init__(self, module: fx.GraphModule, example: tuple[Tensor, ...]) -> None:
         super().__init__(module)
-        self.sizes: dict[Any, int] = {}
+        self.shapes: dict[Any, torch.Size] = {}
         with torch.no_grad():
             self.run(*example)
 
     def run_node(self, n: fx.Node) -> Any:
         value = super().run_node(n)
         if isinstance(value, Tensor):
-            self.sizes[n] = value.numel()
+            self.shapes[n] = value.shape
         return value
 
 
-def _elements(module: fx.GraphModule, example: tuple[Tensor, ...]) -> fx.GraphModule:
+def _elements(module: fx.GraphModule, example: tuple[Tensor, ...], fine: bool) -> fx.GraphModule:
     """The graph with the elements of its sums as outputs, a vector for each sum."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(module.graph, copied)
-    sizes = {copied[n]: size for n, size in _Sizes(module, example).sizes.items() if n in copied}
+    shapes = {copied[n]: s for n, s in _Shapes(module, example).shapes.items() if n in copied}
+    sizes = {n: shape.numel() for n, shape in shapes.items()}
     (output,) = (node for node in module.graph.nodes if node.op == "output")
     end = copied[output.args[0]]
     vectors = []
-    for leaf, factors in _leaves(end, (), sizes):
+    leaves = list(_leaves(end, (), sizes))
+    if fine:
+        leaves = [part for leaf, factors in leaves for part in _summands(leaf, factors, shapes)]
+    for leaf, factors in leaves:
         for op, other in reversed(factors):
             if isinstance(other, fx.Node) and sizes.get(other) == 1:
                 other = graph.call_function(torch.reshape, (other, ()))
@@ -138,6 +149,36 @@ def _leaves(
         yield from go(one, (*factors, (torch.mul, other)))
     else:
         yield node, factors
+
+
+def _summands(
+    node: Any, factors: tuple[Factor, ...], shapes: dict[Any, torch.Size]
+) -> Iterator[tuple[Any, tuple[Factor, ...]]]:
+    """Tensors whose elements, times their factors, have the same total as those of a tensor."""
+    if not isinstance(node, fx.Node) or node.op != "call_function" or any(_wide(factors, shapes)):
+        yield node, factors
+        return
+    op, args = node.target, node.args
+    go = partial(_summands, shapes=shapes)
+    if op in TOTAL or (op in RESHAPED and shapes[args[0]].numel() == shapes[node].numel()):
+        yield from go(args[0], factors)
+    elif op in NEGATE:
+        yield from go(args[0], (*factors, (torch.mul, -1)))
+    elif (
+        op in ADD | SUBTRACT
+        and not node.kwargs
+        and all(shapes.get(arg) == shapes.get(node) for arg in args[:2])
+    ):
+        yield from go(args[0], factors)
+        yield from go(args[1], (*factors, (torch.mul, -1)) if op in SUBTRACT else factors)
+    else:
+        yield node, factors
+
+
+def _wide(factors: tuple[Factor, ...], shapes: dict[Any, torch.Size]) -> Iterator[bool]:
+    """Whether the elements of a tensor have factors of their own."""
+    for _, other in factors:
+        yield other in shapes and shapes[other].numel() > 1
 
 
 def _sums(node: Any, sizes: dict[Any, int]) -> bool:
