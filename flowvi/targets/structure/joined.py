@@ -6,8 +6,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import coo_array
-from scipy.sparse.csgraph import connected_components
 from torch import Tensor
 
 from flowvi.targets.structure.candidates import NOTHING, SEVERAL, Group
@@ -44,12 +42,14 @@ def joined(first: Units, second: Units) -> Units | None:
         The joined units; None if one of them has more than 24 latents, or if they all hang
         together.
     """
+    from scipy.sparse import coo_array, csgraph  # slow to import
+
     (one, at_one), (two, at_two) = first, second
     a, b = len(one.columns), len(two.columns)
     both = ((at_one < a) & (at_two < b)).numpy()
     tied = (at_one.numpy()[both], a + at_two.numpy()[both])
     graph = coo_array((np.ones(len(tied[0]), dtype=np.int8), tied), shape=(a + b, a + b))
-    count, part = connected_components(graph, directed=False)
+    count, part = csgraph.connected_components(graph, directed=False)
     rows: list[list[int]] = [[] for _ in range(count)]
     # Of a unit, the latents of the group with fewer units are first, in the same places everywhere.
     parts = [(one.columns, part[:a]), (two.columns, part[a:])]
