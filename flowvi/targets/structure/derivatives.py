@@ -38,10 +38,12 @@ CACHED = 300_000
 class Curvature(NamedTuple):
     """Value, gradient, and products of the Hessian with the probing directions.
 
+    The L = G d local latents are in the order of the units; the shared ones are held fixed.
+
     Attributes:
         log_p: Log density, (S).
-        gradient: Its gradient, (S, D).
-        products: Products of its Hessian with each probe, (S, C, D).
+        slope: Its gradient by the local latents, (S, L).
+        products: Products of its Hessian with each probe, (S, C, L).
     """
 
     log_p: Tensor
@@ -66,7 +68,7 @@ class Derivatives:
 
     Attributes:
         dim: Number D of latents.
-        probes: Probing directions, (C, D).
+        probes: Probing directions, (C, L) with L = G d.
         columns: Columns of the local latents, (G, d).
         colouring: Which products have the elements of a unit's Hessian; None for a chain.
         filled: Which of them fill up units with fewer latents, (G, d).
@@ -81,16 +83,21 @@ class Derivatives:
         self.colouring: Colouring | None = None
         if structure.kind == CHAIN:
             colours = min(2 * structure.order + 1, size)
-            self.probes = torch.zeros(colours, self.dim, **options)
+            self.probes = torch.zeros(colours, size, **options)
             for c in range(colours):
-                self.probes[c, self.columns[0, c::colours]] = 1
+                self.probes[c, c::colours] = 1
         else:
             pattern = structure.pattern
             full = torch.ones(size, size, dtype=torch.bool)
             self.colouring = colouring(pattern if pattern.numel() else full)
-            self.probes = torch.zeros(self.colouring.products, self.dim, **options)
+            self.probes = torch.zeros(self.colouring.products, structure.units, size, **options)
             for k, colour in enumerate(self.colouring.colour.tolist()):
-                self.probes[colour, self.columns[:, k]] = 1
+                self.probes[colour, :, k] = 1
+            self.probes = self.probes.flatten(1)
+        self._shared = _Columns(structure.shared.to(target.device))
+        self._local = _Columns(self.columns.flatten())
+        order = torch.cat([self._shared.columns, self._local.columns]).argsort()
+        self._back = None if bool((order.diff() == 1).all()) else order
         self._programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._uses: dict[tuple[str, int], int] = {}
         self._element = structure.element.to(target.device)
@@ -101,7 +108,7 @@ class Derivatives:
         return Terms(self.target.density.batched, (self._trial, *self._behind))
 
     def curvature(self, z: Tensor) -> Curvature:
-        """Value, gradient and curvature. (S, D) -> (S), (S, D), (S, C, D)."""
+        """Value, gradient and curvature by the local latents. (S, D) -> (S), (S, L), (S, C, L)."""
         if len(self.probes) > WRITTEN:
             parts = [self._batched_curvature(one) for one in z.split(1)]
             return Curvature(*(torch.cat(p) for p in zip(*parts, strict=True)))
@@ -125,7 +132,7 @@ class Derivatives:
         return value, gradient
 
     def trace_gradient(self, z: Tensor, weights: Tensor) -> Tensor:
-        """Gradient of the sum over probes of <weights, H probe>. (S, D), (S, C, D) -> (S, D)."""
+        """Gradient of the sum over probes of <weights, H probe>. (S, D), (S, C, L) -> (S, D)."""
         (found,) = self._run("trace", self._trace_gradient, z, weights)
         return found
 
@@ -203,24 +210,32 @@ class Derivatives:
             (gradient,) = torch.autograd.grad(log_p.sum(), z, create_graph=True)
         return log_p, gradient
 
+    def _joined(self, theta: Tensor, u: Tensor) -> Tensor:
+        """Points of shared and of local latents. (S, p), (S, L) -> (S, D)."""
+        z = torch.cat([theta, u], -1)
+        return z if self._back is None else z[:, self._back]
+
     def _curvature(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        # What depends on the shared latents alone has no part in the derivatives.
+        theta, u = self._shared.of(z.detach()), self._local.of(z.detach())
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            log_p = self._log_prob(z)
-            gradient = _grad(log_p.sum(), z, create_graph=True)
-            products = [_grad((gradient * v).sum(), z, retain_graph=True) for v in self.probes]
-        return log_p.detach(), gradient.detach(), torch.stack(products, 1)
+            u = u.requires_grad_()
+            log_p = self._log_prob(self._joined(theta, u))
+            slope = _grad(log_p.sum(), u, create_graph=True)
+            products = [_grad((slope * v).sum(), u, retain_graph=True) for v in self.probes]
+        return log_p.detach(), slope.detach(), torch.stack(products, 1)
 
     def _batched_curvature(self, z: Tensor) -> Curvature:
         """The same for many probes at one point: the value and gradient are computed once."""
+        theta, u = self._shared.of(z.detach()), self._local.of(z.detach())
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            log_p = self._log_prob(z)
-            gradient = _grad(log_p.sum(), z, create_graph=True)
+            u = u.requires_grad_()
+            log_p = self._log_prob(self._joined(theta, u))
+            slope = _grad(log_p.sum(), u, create_graph=True)
             (products,) = torch.autograd.grad(
-                gradient, z, self.probes.unsqueeze(1), is_grads_batched=True
+                slope, u, self.probes.unsqueeze(1), is_grads_batched=True
             )
-        return Curvature(log_p.detach(), gradient.detach(), products.movedim(0, 1))
+        return Curvature(log_p.detach(), slope.detach(), products.movedim(0, 1))
 
     def _gradient(self, z: Tensor) -> tuple[Tensor]:
         with torch.enable_grad():
@@ -235,14 +250,17 @@ class Derivatives:
         return log_p.detach(), gradient
 
     def _trace_gradient(self, z: Tensor, weights: Tensor) -> tuple[Tensor]:
+        theta, u = self._shared.of(z.detach()), self._local.of(z.detach())
         with torch.enable_grad():
-            z = z.detach().requires_grad_()
-            gradient = _grad(self._log_prob(z).sum(), z, create_graph=True)
-            total = gradient.new_zeros(())
+            theta, u = theta.requires_grad_(), u.requires_grad_()
+            log_p = self._log_prob(self._joined(theta, u))
+            slope = _grad(log_p.sum(), u, create_graph=True)
+            total = slope.new_zeros(())
             for k, probe in enumerate(self.probes):
-                product = _grad((gradient * probe).sum(), z, create_graph=True)
+                product = _grad((slope * probe).sum(), u, create_graph=True)
                 total = total + (product * weights[:, k]).sum()
-            return (_grad(total, z),)
+            by_theta = _grad(total, theta, retain_graph=True)
+            return (self._joined(by_theta, _grad(total, u)),)
 
     def _product(self, z: Tensor, direction: Tensor) -> tuple[Tensor]:
         with torch.enable_grad():
@@ -299,6 +317,23 @@ class Derivatives:
         self._programs.move_to_end(key)
         with torch.no_grad():
             return self._programs[key](*inputs)
+
+
+class _Columns:
+    """Some columns of points; a slice where they are next to each other.
+
+    Args:
+        columns: Their numbers.
+    """
+
+    def __init__(self, columns: Tensor) -> None:
+        self.columns = columns
+        together = len(columns) > 0 and bool((columns.diff() == 1).all())
+        self._part = slice(int(columns[0]), int(columns[-1]) + 1) if together else None
+
+    def of(self, z: Tensor) -> Tensor:
+        """The columns of points, (S, D) -> (S, n)."""
+        return z[:, self.columns] if self._part is None else z[:, self._part].contiguous()
 
 
 def _standard_normal(x: Tensor) -> Tensor:

@@ -95,7 +95,7 @@ class Field(Laplace):
         for number in range(MOST_STEPS):
             if not (found.left > enough).any():
                 break
-            step = self._bounded(found.factor.solve(found.gradient[:, self.columns]), number)
+            step = self._bounded(found.factor.solve(found.slope), number)
             tried = self._tried(theta, found, step)
             if tried is None:
                 break
@@ -133,10 +133,10 @@ class Field(Laplace):
         factor, definite, _ = _factor(rest.precision, -local.second)
         left = 0.5 * (slope.unsqueeze(1) * factor.solve(slope.unsqueeze(1))).sum(-1)
         left = torch.where(left.isfinite(), left, torch.inf)
-        gradient = torch.zeros_like(z)
-        gradient[:, self.columns[0]] = slope  # that of the shared latents is not needed
         log_p = rest.value + local.value
-        return FieldConditional(z, mode, log_p, gradient, factor, left, definite, rest, local)
+        return FieldConditional(
+            z, mode, log_p, slope.unsqueeze(1), factor, left, definite, rest, local
+        )
 
     def normal(self, found: Conditional) -> Normal:
         r"""The normal of the largest ELBO of those with precision P + diag(d).

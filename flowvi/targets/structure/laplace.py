@@ -42,7 +42,7 @@ class Conditional:
         z: Points (theta, mode), (S, D).
         mode: Modes of the units, (S, G, d).
         log_p: Log density at z, (S).
-        gradient: Its gradient, (S, D).
+        slope: Its gradient by the local latents, (S, G, d).
         factor: Cholesky factors of the precisions.
         left: Nats that a further Newton step would gain, (S, G).
         definite: Whether the precision was positive definite without a ridge, (S, G).
@@ -51,7 +51,7 @@ class Conditional:
     z: Tensor
     mode: Tensor
     log_p: Tensor
-    gradient: Tensor
+    slope: Tensor
     factor: Factor
     left: Tensor
     definite: Tensor
@@ -158,7 +158,7 @@ class Laplace:
         if self.only is not None or not len(self.shared):
             return self.at(theta)
         found = self._search(theta, CLOSE)
-        step = found.factor.solve(found.gradient[:, self.columns])
+        step = found.factor.solve(found.slope)
         close = ((found.left <= CLOSE) & found.definite).unsqueeze(-1)
         return replace(found, mode=found.mode + torch.where(close, step, 0.0))
 
@@ -181,7 +181,7 @@ class Laplace:
         for number in range(MOST_STEPS):
             if not ((found.left > enough) | ~found.definite).any():
                 break
-            step = found.factor.solve(found.gradient[:, self.columns])
+            step = found.factor.solve(found.slope)
             # A saddle, where the gradient is zero, is left along the axes of the unit.
             saddle = (~found.definite & (found.left <= CONVERGED)).unsqueeze(-1) & (number < NUDGES)
             step = torch.where(saddle, found.factor.spread(NUDGE * torch.ones_like(step)), step)
@@ -215,13 +215,13 @@ class Laplace:
 
     def _curvature(self, theta: Tensor, mode: Tensor) -> Conditional:
         z = self.points(theta, mode)
-        log_p, gradient, products = self._derivatives_in_pieces(z)
+        log_p, slope, products = self._derivatives_in_pieces(z)
         factor, definite = self._factor(products)
-        slope = gradient[:, self.columns]
+        slope = slope.view_as(mode)
         # Newton's estimate of what is left to gain: half of g^T H^-1 g.
         left = 0.5 * (slope * factor.solve(slope)).sum(-1)
         left = torch.where(left.isfinite(), left, torch.inf)
-        return Conditional(z, mode, log_p, gradient, factor, left, definite)
+        return Conditional(z, mode, log_p, slope, factor, left, definite)
 
     def _derivatives_in_pieces(self, z: Tensor) -> Curvature:
         size = self.derivatives.at_once
@@ -250,7 +250,7 @@ class Laplace:
             return Banded(bands.nan_to_num(nan=-1.0), len(self.derivatives.probes))
         assert self.derivatives.colouring is not None
         # (S, C, G, d) -> (S, G, C, d)
-        own = products[..., self.columns].transpose(1, 2)
+        own = products.unflatten(-1, self.columns.shape).transpose(1, 2)
         blocks = -self.derivatives.colouring.elements(own)
         blocks = 0.5 * (blocks + blocks.mT)
         diagonal = blocks.diagonal(dim1=-2, dim2=-1).abs() + 1
@@ -261,12 +261,11 @@ class Laplace:
     def _bands(self, products: Tensor) -> Tensor:
         """Elements (t + k, t) of the precision of a chain, (S, b + 1, n)."""
         order, n = self.structure.order, self.structure.size
-        colours, columns = len(self.derivatives.probes), self.columns[0]
+        colours = len(self.derivatives.probes)
         place = torch.arange(n, device=products.device)
         bands = products.new_zeros(len(products), min(order, n - 1) + 1, n)
         for k in range(bands.shape[1]):
-            rows = columns[k:]
-            bands[:, k, : n - k] = -products[:, (place % colours)[: n - k], rows]
+            bands[:, k, : n - k] = -products[:, (place % colours)[: n - k], place[k:]]
         return bands
 
     def marginal_gradient(self, found: Conditional) -> Tensor:
@@ -294,7 +293,8 @@ class Laplace:
                 for z, v in zip(found.z.split(size), direction.split(size), strict=True)
             ]
         )
-        whole = found.gradient + 0.5 * (trace + by_mode)
+        gradient = torch.cat([self.derivatives.gradient(z) for z in found.z.split(size)])
+        whole = gradient + 0.5 * (trace + by_mode)
         return whole[:, self.shared]
 
     def forget(self) -> None:
@@ -363,7 +363,7 @@ class Laplace:
             device=found.z.device,
         )
         away = found.factor.spread(noise.expand(SHIFT_PAIRS, *found.mode.shape))
-        total = torch.zeros_like(found.gradient)
+        total = torch.zeros_like(found.z)
         for one in away:
             for side in (one, -one):
                 z = self.points(found.z[:, self.shared], found.mode + side)
@@ -372,12 +372,10 @@ class Laplace:
         return found.factor.solve(mean)
 
     def _trace_weights(self, found: Conditional) -> Tensor:
-        """H^-1 laid out as the products with probes are, (S, C, D)."""
+        """H^-1 laid out as the products with probes are, (S, C, L)."""
         inverse = found.factor.inverse()
         colouring = self.derivatives.colouring
         if colouring is not None:
             # (S, d, G, d) -> (S, C, G, d)
             inverse = colouring.weights(inverse.transpose(1, 2)).transpose(1, 2)
-        weights = found.z.new_zeros(*inverse.shape[:2], self.derivatives.dim)
-        weights[..., self.columns.flatten()] = inverse.flatten(2)
-        return weights
+        return inverse.flatten(2)
