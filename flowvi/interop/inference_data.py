@@ -21,6 +21,7 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.prediction import Prediction, predict
 from flowvi.draws.row_bounds import row_bounds
+from flowvi.draws.row_sampling import log_prior_of_rows
 from flowvi.interop.labels import SAMPLE, Arrays, Labels, storable
 from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.runtime.columns import Columns
@@ -92,7 +93,7 @@ def to_inference_data(
         groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
-    groups["log_prior"] = _by_point(draws, "log_prior") if _has_prior(draws) else {}
+    groups["log_prior"] = _log_prior(draws)
     if draws.unit_scores is not None and draws.units is not None:
         groups[UNITS] = {f"{draws.units.plate}_units": draws.unit_scores}
     if prior and isinstance(target, Target):
@@ -118,7 +119,7 @@ def to_inference_data(
     names = [name for arrays in groups.values() for name in arrays]
     own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
     if draws.by_row:
-        own |= dict.fromkeys((*groups["sample_stats"], "row"), (draws.plate,))
+        own |= dict.fromkeys((*groups["sample_stats"], "row", "latents"), (draws.plate,))
     if draws.units is not None:
         own |= dict.fromkeys((*groups.get(UNITS, ()), *groups[CHECKED]), (draws.units.plate,))
     labels = Labels({**own, **(dims or {})}, {**draws.coords, **(coords or {})}, names)
@@ -284,6 +285,14 @@ def log_terms(draws: Draws) -> tuple[Arrays, Arrays]:
     if not _has_prior(draws):
         return {}, {}
     return _by_point(draws, "log_prior"), _by_point(draws, "log_likelihood")
+
+
+def _log_prior(draws: Draws) -> Arrays:
+    """Log prior of every latent site; of rows (chain, draw, row)."""
+    target = draws.target
+    if not isinstance(target, LocalTarget):
+        return _by_point(draws, "log_prior") if _has_prior(draws) else {}
+    return {} if draws.batch is None else log_prior_of_rows(target, draws.z, draws.batch)
 
 
 def _has_prior(draws: Draws) -> bool:
