@@ -203,7 +203,7 @@ def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:
     finite = all(a.is_floating_point() and bool(a.isfinite().all()) for a in numbers)
     if not (whole and alike and finite):
         raise CheckpointError(
-            f"{file} has no finite draws of chains of {target.dim} numbers, and finite log_q of each."
+            f"{file} has no finite draws of chains of {target.dim} numbers, and no finite log_q."
         )
     return arrays
 
