@@ -38,6 +38,9 @@ MAX_NUMBERS = 50_000_000
 CHAINS, FEWEST_SPLIT = 4, 16
 # Groups whose draws are not those of the posterior.
 OWN_DRAWS = ("prior", "prior_predictive")
+# Attribute of the log prior that names sites whose prior depends on other latents, and draws that
+# show it.
+HIERARCHICAL, PROBES = "hierarchical", 3
 UNITS, CHECKED = "unit_log_likelihood", "unit_diagnosis"
 
 
@@ -128,6 +131,8 @@ def to_inference_data(
         for group, arrays in groups.items()
         if arrays
     }
+    if "log_prior" in datasets:
+        datasets["log_prior"].attrs[HIERARCHICAL] = storable(hierarchical(draws))
     for dim, name in labels.lost.items():
         warnings.warn(
             f"'{name}' has no labels of '{dim}': a variable of its group has this name too. Give "
@@ -293,6 +298,26 @@ def _log_prior(draws: Draws) -> Arrays:
     if not isinstance(target, LocalTarget):
         return _by_point(draws, "log_prior") if _has_prior(draws) else {}
     return {} if draws.batch is None else log_prior_of_rows(target, draws.z, draws.batch)
+
+
+def hierarchical(draws: Draws) -> list[str]:
+    """Latent sites whose prior depends on other latents, as that of the groups of a hierarchy."""
+    target = draws.target
+    if not _has_prior(draws):
+        return []
+    with torch.enable_grad():
+        z = torch.as_tensor(draws.z[0, :PROBES], dtype=target.dtype, device=target.device)
+        z = z.clone().requires_grad_()
+        priors = target.log_prior(z)
+        found = []
+        for name, log_p in priors.items():
+            slope = torch.zeros_like(z)
+            if log_p.requires_grad:
+                (slope,) = torch.autograd.grad(log_p.sum(), z, retain_graph=True)
+            slope[:, target.slices[name]] = 0.0
+            if bool((slope != 0).any()):
+                found.append(name)
+    return found
 
 
 def _has_prior(draws: Draws) -> bool:
