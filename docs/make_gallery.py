@@ -1,6 +1,7 @@
-"""Fit models of `models/` and draw a small picture of each: `python docs/make_gallery.py [NAME ...]`.
+"""Fit models of `models/` and draw a small picture of each.
 
-Writes images/gallery/NAME.png, and gallery.md of all that are there.
+`python docs/make_gallery.py [NAME ...]` writes images/gallery/NAME.png, and gallery.md of all that
+are there.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def picture(draws: Draws, title: str) -> plt.Figure:
         ax.set_yticks([])
         ax.tick_params(labelsize=7)
         ax.spines[["top", "right", "left"]].set_visible(False)
-    figure.suptitle(title, fontsize=8, x=0.01, ha="left", color="#555c64")
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left", color="#555c64")
     figure.tight_layout(rect=(0, 0, 1, 0.97))
     return figure
 
@@ -72,8 +73,8 @@ def page() -> str:
     """The page of all pictures that are there."""
     parts = [
         "# Gallery",
-        "Models of `models/`, each fitted by the default call: marginals of what a reader wants to\n"
-        "see first, with the verdict. The program that draws them is `docs/make_gallery.py`.",
+        "Models of `models/`, each fitted by the default call: marginals of what a reader wants\n"
+        "to see first, with the verdict. The program that draws them is `docs/make_gallery.py`.",
     ]
     for name, (heading, _) in SHOWN.items():
         if (IMAGES / f"{name}.png").is_file():

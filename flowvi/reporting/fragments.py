@@ -74,16 +74,27 @@ def grid(rows: Iterable[tuple[str, str, str]]) -> str:
     return f"<table><tbody>{lines}</tbody></table>"
 
 
-def cells(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names its rows."""
-    head = "".join(f'<th style="{CELL}">{escape(cell)}</th>' for cell in header)
+def cells(header: Sequence[str], rows: Iterable[Sequence[str]], *, of_page: bool = False) -> str:
+    """A table whose first column names its rows.
+
+    Args:
+        header: Headings of the columns.
+        rows: Cells of each row.
+        of_page: Whether the style sheet of a report applies, in place of styles of each cell.
+    """
+    head, first, cell = ("", "", "") if of_page else (CELL, PLAIN, CELL)
     body = "".join(
-        f'<tr><th style="{PLAIN}">{escape(first)}</th>'
-        + "".join(f'<td style="{CELL}">{escape(cell)}</td>' for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
+        f"<tr>{_cell('th', first, name)}{''.join(_cell('td', cell, text) for text in rest)}</tr>"
+        for name, *rest in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    columns = "".join(_cell("th", head, text) for text in header)
+    table = '<table class="numbers">' if of_page else "<table>"
+    return f"{table}<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(tag: str, style: str, text: str) -> str:
+    opened = f'{tag} style="{style}"' if style else tag
+    return f"<{opened}>{escape(text)}</{tag}>"
 
 
 def scale(name: str, value: float, limit: float, high: float, se: float, low: float = 0.0) -> str:

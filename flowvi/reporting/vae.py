@@ -9,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 from flowvi._version import __version__
+from flowvi.reporting.fragments import cells
 from flowvi.reporting.pictures import data_uri
 
 
@@ -82,14 +83,4 @@ def _facts(facts: Mapping[str, str]) -> str:
 
 
 def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    head = "".join(f'<th scope="col">{escape(cell)}</th>' for cell in heads)
-    body = "".join(
-        f'<tr><th scope="row">{escape(first)}</th>'
-        + "".join(f"<td>{escape(cell)}</td>" for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
-    )
-    return (
-        f'<div class="scroll" tabindex="0"><table class="numbers"><thead><tr>{head}</tr></thead>'
-        f"<tbody>{body}</tbody></table></div>"
-    )
+    return f'<div class="scroll" tabindex="0">{cells(heads, rows, of_page=True)}</div>'
