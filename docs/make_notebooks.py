@@ -35,10 +35,10 @@ target = flowvi.from_pyro(model, effect, error).label({"school": list("ABCDEFGH"
 print(target)""",
         "No settings: the fit chooses them, and its log says why.",
         """fit = flowvi.fit(target, seed=0, progress=False)
-print(fit)""",
+fit""",
         "The verdict, with the reasons for it.",
         """draws = fit.draw(4000, seed=1)
-print(flowvi.diagnose(draws))""",
+flowvi.diagnose(draws)""",
         "What the flow adds to the Gaussian that it began with.",
         """from flowvi.plots import plot_marginals
 

@@ -1,6 +1,7 @@
 """The notebooks as pages of the site, with what they printed and drew."""
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +32,13 @@ def page(notebook: Path) -> str:
 
 
 def shown(output: dict[str, Any]) -> str:
-    """Markdown of one output: its picture, or else its text."""
+    """Markdown of one output: its picture, its HTML, or else its text."""
     data = output.get("data", {})
     if "image/png" in data:
         image = "".join(data["image/png"]).replace("\n", "")
         return f'<img alt="Picture drawn by the cell" src="data:image/png;base64,{image}">'
+    if "text/html" in data:
+        # Markdown ends a block of HTML at a blank line.
+        return re.sub(r"\n\s*\n", "\n", "".join(data["text/html"])).strip()
     text = "".join(output.get("text", data.get("text/plain", "")))
     return f"```text\n{text.rstrip()}\n```" if text.strip() else ""

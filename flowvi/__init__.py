@@ -48,7 +48,9 @@ if TYPE_CHECKING:
     from flowvi.objectives import OBJECTIVES, elbo, iwelbo, renyi, wake_sleep
     from flowvi.objectives.nested import NestedTarget
     from flowvi.reporting import report
+    from flowvi.runtime.tables import read_table
     from flowvi.targets import LocalTarget, ModelError, Site, Target, from_density, from_pyro
+    from flowvi.targets.streams import read_rows
     from flowvi.targets.structure import MarginalTarget, Structure, structure
     from flowvi.training.epochs import Epoch
     from flowvi.training.minibatch import Minibatch
@@ -111,6 +113,8 @@ __all__ = [
     "nuts",
     "predict",
     "pyro_guide",
+    "read_rows",
+    "read_table",
     "renyi",
     "report",
     "resample",
@@ -156,7 +160,9 @@ _MODULES = {
     "objectives": "OBJECTIVES elbo iwelbo renyi wake_sleep",
     "objectives.nested": "NestedTarget",
     "reporting": "report",
+    "runtime.tables": "read_table",
     "targets": "LocalTarget ModelError Site Target from_density from_pyro",
+    "targets.streams": "read_rows",
     "targets.structure": "MarginalTarget Structure structure",
     "training.epochs": "Epoch",
     "training.minibatch": "Minibatch",

@@ -379,3 +379,41 @@ def test_no_text_is_run_as_code(name):
 )
 def test_running_text_as_code_would_be_found(text):
     assert list(dangers(ast.parse(text)))
+
+
+WINDOWS = """
+import sys
+for name in ("fcntl", "resource", "pwd", "grp", "termios"):
+    sys.modules[name] = None
+import flowvi
+for name in flowvi.__all__:
+    getattr(flowvi, name)
+import flowvi.cli, flowvi.cli.fit, flowvi.cli.results, flowvi.cli.vae_results
+from flowvi.runtime import locks
+from types import ModuleType
+fake = ModuleType("msvcrt")
+fake.LK_NBLCK, held = 2, []
+def locking(handle, mode, count):
+    if held:
+        raise PermissionError(13, "Permission denied")
+    held.append(handle)
+fake.locking = locking
+sys.modules["msvcrt"] = fake
+locks.lock(0) if sys.stdin.seekable() else None
+try:
+    locks.lock(0)
+except BlockingIOError:
+    print("locked")
+"""
+
+
+def test_everything_is_imported_where_there_are_no_modules_of_posix(tmp_path):
+    """As on Windows, whose locks are those of msvcrt."""
+    file = tmp_path / "lock"
+    file.touch()
+    with file.open("r+") as handle:
+        done = subprocess.run(
+            [sys.executable, "-c", WINDOWS], stdin=handle, capture_output=True, text=True
+        )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "locked\n"

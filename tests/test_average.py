@@ -79,6 +79,19 @@ def test_what_does_not_fit_is_refused(both):
             flowvi.average(*args, **settings)
 
 
+def test_missing_weights_and_other_types_are_said_in_one_sentence(both):
+    refused = [
+        ((both,), TypeError, "average needs weights of the models: the result of compare, or a "),
+        (([both["one"]],), TypeError, "predictions must be a dictionary of predictions by name; "),
+        ((both, 0.5), TypeError, "weights must be the result of compare, or a weight for each "),
+        (({},), ValueError, "predictions must hold the predictions of a model at least; got none"),
+    ]
+    for args, kind, message in refused:
+        with pytest.raises(kind, match=message) as caught:
+            flowvi.average(*args)
+        assert str(caught.value).count(".") == 1
+
+
 def both_equal():
     return {"one": 1.0, "two": 1.0}
 

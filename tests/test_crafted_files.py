@@ -332,6 +332,8 @@ def test_a_crafted_fit_is_refused_by_its_file(results, written, name):
 
 CHAINS = {
     "not a number": lambda t: t["z"].view(-1)[0].fill_(math.nan),
+    "no density": lambda t: t["log_q"].view(-1)[1].fill_(math.nan),
+    "a density without end": lambda t: t["log_q"].view(-1)[1].fill_(math.inf),
     "one number too many": lambda t: t.update(z=t["z"].repeat(1, 1, 2)),
     "whole numbers": lambda t: t.update(z=t["z"].long()),
     "no densities": lambda t: t.pop("log_q"),

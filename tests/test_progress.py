@@ -149,3 +149,18 @@ def test_a_closed_stream_ends_nothing(monkeypatch, often):
         shown.step(1.0)
 
     assert "flowvi progress" not in [thread.name for thread in threading.enumerate()]
+
+
+@pytest.mark.parametrize("room", [None, 100, 60, 40, 25])
+def test_a_bar_says_what_there_is_room_for(room):
+    title = "eight_schools: realnvp guide, stage 1, smaller steps"
+    numbers = "step 35 of ≤ 100, bound -31.320 ± 0.004, 8 s, ≤ 2 min left of this"
+
+    found = progress.fitting(title, numbers, room)
+
+    assert room is None or len("".join(found)) <= max(room, 45)
+    assert found[1].endswith("8 s, ≤ 2 min left of this")
+    if room is None:
+        assert found == (title, numbers)
+    elif room <= 60:
+        assert "eight_schools" not in found[0] and found[0].startswith("realnvp guide")

@@ -1,5 +1,6 @@
 """A report shows first what a reader wants to see, in words that fit where it was made."""
 
+import json
 import re
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 import torch
 
 import flowvi
+from flowvi.draws.draws import Draws
 from flowvi.draws.selection import first_scalars, standardised
 from flowvi.plots import plot_marginals, plot_predictive
 from flowvi.plots.where import pair_of
@@ -137,3 +139,41 @@ def test_a_panel_is_as_wide_as_the_set_in_focus(draws):
 
     assert np.ptp(free.get_xlim()) > 20 * np.ptp(near.get_xlim())
     plt.close("all")
+
+
+def test_the_distribution_of_groups_is_no_prior_of_a_report():
+    """Nor is that of standardised latents; what is scaled is said."""
+
+    def model(y):
+        mu = pyro.sample("mu", dist.Normal(y.new_zeros(()), 5.0))
+        tau = pyro.sample("tau", dist.HalfNormal(y.new_ones(())))
+        with pyro.plate("group", len(y)):
+            u = pyro.sample("u", dist.Normal(mu, tau))
+            eta = pyro.sample("eta", dist.Normal(y.new_zeros(()), 1.0))
+            v = pyro.deterministic("v", mu + tau * eta)
+            pyro.sample("y", dist.Normal(u + v, 1.0), obs=y)
+
+    fit = flowvi.fit(
+        flowvi.from_pyro(model, torch.linspace(-1, 1, 6)), "meanfield", steps=1, progress=False
+    )
+    groups = flowvi.to_inference_data(fit.draw(400))
+    assert json.loads(groups["log_prior"].attrs["hierarchical"]) == ["u"]
+
+    contents = of_fit(fit, 400, 0)
+
+    assert contents.sensitivity.scaled == ("mu", "tau")
+    labels = {label.partition("[")[0] for label in contents.sensitivity.labels}
+    assert labels == {"mu", "tau", "u", "v"}
+    said = "priors of mu, tau; the distribution of u, eta is taken as part of the model."
+    assert said in words(page(contents))
+
+
+def test_what_the_other_elements_of_a_correlation_factor_determine_is_left_out():
+    r = np.linspace(-0.9, 0.9, 50)
+    factor = np.zeros((1, 50, 2, 2))
+    factor[..., 0, 0], factor[0, :, 1, 0], factor[0, :, 1, 1] = 1.0, r, np.sqrt(1 - r**2)
+    ordinary = factor * np.array([2.0, 1.0])[:, None]
+    for value, labels in ((factor, ["L[1, 0]"]), (ordinary, ["L[1, 0]", "L[1, 1]"])):
+        target = flowvi.from_density(lambda v: -v["x"].square(), {"x": flowvi.Site()})
+        draws = Draws(r[None, :, None], r[None], r[None], {"L": value}, target, {})
+        assert [one.label for one in first_scalars(draws)] == labels

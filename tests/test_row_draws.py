@@ -286,3 +286,50 @@ def test_draws_of_rows_say_what_they_are(fit):
         flowvi.diagnose(draws)
     with pytest.raises(ValueError, match="evidence of draws with rows takes no mcmc"):
         flowvi.evidence(fit.draw(200), draws)
+
+
+def two_latents(x):
+    with pyro.plate("data", len(x)):
+        z = pyro.sample("z", dist.Normal(0.0, 2.0).expand([2]).to_event(1))
+        s = pyro.sample("s", dist.LogNormal(0.5, 0.3))
+        pyro.sample("x", dist.Normal(z.sum(-1), s), obs=x)
+
+
+def one_latent(x):
+    with pyro.plate("data", len(x)):
+        s = pyro.sample("s", dist.Gamma(3.0, 2.0))
+        pyro.sample("x", dist.Normal(torch.zeros_like(x), s), obs=x)
+
+
+def test_the_log_prior_of_rows_is_exported():
+    """In the values' own supports: no Jacobian of the map to them."""
+    x = torch.linspace(-1, 1, 7)
+    for model in (one_latent, two_latents):
+        target = flowvi.from_pyro(model, x, local="data")
+        draws = flowvi.fit(target, "meanfield", epochs=1, progress=False).draw(40)
+
+        groups = flowvi.to_inference_data(draws)
+        ((name, found),) = groups["log_prior"].data_vars.items()
+
+        s = torch.as_tensor(draws["s"])
+        expected = dist.Gamma(3.0, 2.0).log_prob(s)
+        if model is two_latents:
+            z = torch.as_tensor(draws["z"])
+            expected = dist.LogNormal(0.5, 0.3).log_prob(s)
+            expected = expected + dist.Normal(0.0, 2.0).log_prob(z).sum(-1)
+        assert found.dims == ("chain", "draw", "data")
+        assert name == ("s" if model is one_latent else "latents")
+        np.testing.assert_allclose(found.values.reshape(expected.shape), expected, rtol=1e-5)
+
+
+def test_the_log_prior_of_a_sum_over_discrete_sites_is_left_out():
+    def model(x):
+        with pyro.plate("data", len(x)):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+            k = pyro.sample("k", dist.Bernoulli(0.3), infer={"enumerate": "parallel"})
+            pyro.sample("x", dist.Normal(z + k, 1.0), obs=x)
+
+    target = flowvi.from_pyro(model, torch.zeros(5), local="data")
+    draws = flowvi.fit(target, "meanfield", epochs=1, progress=False).draw(20)
+    assert target.log_prior(torch.zeros(1, 5, 1)) == {}
+    assert "log_prior" not in flowvi.groups.group_names(flowvi.to_inference_data(draws))

@@ -11,11 +11,12 @@ from flowvi.draws.prediction import Prediction
 from flowvi.runtime.arguments import check_choice, check_integer, check_type, optional
 
 EVIDENCE, STACKING = "evidence", "stacking"
+EXPECTED = "the result of compare, or a weight for each name"
 
 
 def average(
     predictions: Mapping[str, Prediction],
-    weights: ModelComparison | Mapping[str, float],
+    weights: ModelComparison | Mapping[str, float] | None = None,
     *,
     by: str = STACKING,
     n: int | None = None,
@@ -30,6 +31,7 @@ def average(
     Args:
         predictions: Results of `predict` on the same new arguments, by the names of the models.
         weights: Result of `compare` of these models, or weights by name, which are normalised.
+            One of them has to be given.
         by: "stacking" or "evidence", for a result of `compare`.
         n: Number of draws; by default that of the largest prediction.
         seed: Seed of the choice of draws.
@@ -47,6 +49,11 @@ def average(
     check_type("predictions", predictions, Mapping, "a dictionary of predictions by name")
     for name, prediction in predictions.items():
         check_type(f"predictions['{name}']", prediction, Prediction, "a result of predict")
+    if not predictions:
+        raise ValueError("predictions must hold the predictions of a model at least; got none.")
+    if weights is None:
+        raise TypeError(f"average needs weights of the models: {EXPECTED}.")
+    check_type("weights", weights, (ModelComparison, Mapping), EXPECTED)
     optional(check_integer, "n", n)
     known = _weights(weights, by) if isinstance(weights, ModelComparison) else dict(weights)
     if set(known) != set(predictions):

@@ -114,6 +114,7 @@ def sensitivity(
         len(kept),
         kept.title,
         doubts,
+        tuple(scaled),
     )
 
 

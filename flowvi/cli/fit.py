@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from collections.abc import Iterator
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import contextmanager
@@ -225,6 +226,10 @@ def _report(
 
     if n is None:
         n = fitted.most_draws if isinstance(fitted, StructuredFit) else DRAWS
+    if not quiet and sys.stderr is not None and sys.stderr.isatty():
+        click.echo(
+            f"Drawing {n:,} times; then tables, pictures and a report in {out} ...", err=True
+        )
     draws = fitted.draw(n, seed=seed)
     try:
         with errors_without_traceback():
@@ -240,7 +245,7 @@ def _report(
         written, failed = results.write(fitted, draws, kept, numbers, out)
     finally:
         if not as_json:
-            click.echo(str(diagnosis))
+            click.echo(results.wrapped(str(diagnosis)))
     names = {file.name: file.what for file in written if file.name != f"{FIT}/"}
     if as_json:
         facts = {**fitted.meta, "log": fitted.log, "folder": out, "files": names}
@@ -248,11 +253,11 @@ def _report(
         answer = {"diagnosis": diagnosis, "draws": kept.word, "posterior": posterior, "fit": facts}
         print_answer(True, answer, "")
     elif not quiet:
-        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}\n\nIn {out}:")
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers, kept)}\n\nIn {out}:")
         # The folder of the fit is listed last.
         for file in sorted(written, key=lambda file: file.name.endswith("/")):
             click.echo(f"  {file.name:<13} {file.what}")
     elif failed:
         # Files are missing, so the table is printed in spite of --quiet.
-        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers)}")
+        click.echo(f"\nPosterior ({kept.word} draws)\n{results.table(numbers, kept)}")
     return diagnosis.verdict, written, failed

@@ -21,7 +21,14 @@ PICTURES = {
     "traversal.png": "one coordinate of a code changed, for the most active of them",
     "map.png": "posterior means of test images, projected to two dimensions",
 }
-VAE_FILES = (PARTS, BOUNDS, TABLE, *PICTURES)
+COLUMNS, SIMULATED = "columns.csv", "simulated.csv"
+TABLE_PICTURES = {
+    "columns.png": "each column of new rows from the model, beside the test rows",
+    "associations.png": "correlations of all pairs of columns, of new rows and of test rows",
+    "epochs.png": PICTURES["epochs.png"],
+    "map.png": "posterior means of test rows, projected to two dimensions",
+}
+VAE_FILES = (PARTS, BOUNDS, TABLE, COLUMNS, SIMULATED, *PICTURES, *TABLE_PICTURES)
 
 
 def check_folder(folder: Path, names: Iterable[str] = FILES) -> None:

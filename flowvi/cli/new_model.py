@@ -8,7 +8,7 @@ from flowvi.cli.options import EXISTING_FOLDER
 
 TEMPLATE = '''"""{title}: say here what is modelled, and where the data come from."""
 
-import numpy as np
+import flowvi
 import pyro
 import pyro.distributions as dist
 import torch
@@ -21,14 +21,14 @@ coords = {{"group": ["a", "b", "c", "d"]}}
 def data(path: str | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """The arguments of the model, in double precision: those below, or of a table x,y,member.
 
-    `flowvi fit {name}.py --data FILE` reads such a table, and `flowvi predict {name}.py DIR
-    --new FILE` one of new rows, in which the column y can be left out if it is not known.
+    `flowvi fit {name}.py --data FILE` reads such a table, CSV or Parquet, and
+    `flowvi predict {name}.py DIR --new FILE` one of new rows, in which the column y can be left
+    out if it is not known.
     """
     if path is not None:
-        table = np.atleast_1d(np.genfromtxt(path, delimiter=",", names=True))
-        x = torch.as_tensor(table["x"])
-        y = torch.as_tensor(table["y"]) if "y" in table.dtype.names else torch.zeros_like(x)
-        return x, y, torch.as_tensor(table["member"]).long()
+        table = flowvi.read_rows(path)
+        x = table["x"].double()
+        return x, table.get("y", torch.zeros_like(x)), table["member"].long()
     x = torch.tensor([0.0, 1.0, 2.0, 3.0, 0.5, 1.5, 2.5, 3.5], dtype=torch.float64)
     y = torch.tensor([1.1, 1.9, 3.2, 3.8, 0.9, 2.1, 2.4, 4.4], dtype=torch.float64)
     member = torch.tensor([0, 0, 1, 1, 2, 2, 3, 3])  # the group of each row

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
+import shutil
+import sys
 import tempfile
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -17,8 +21,10 @@ from flowvi.diagnostics import VERDICTS, Diagnosis
 from flowvi.draws import scalars
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
+from flowvi.draws.selection import first_scalars
 from flowvi.fitting.result import Fit
 from flowvi.interop.inference_data import all_groups
+from flowvi.reporting.decimals import decimals, even
 from flowvi.runtime.files import CheckpointError, atomic_replace, error_reason
 
 if TYPE_CHECKING:
@@ -52,17 +58,39 @@ def summary(kept: RecommendedDraws) -> pd.DataFrame:
     return scalars.table(kept.draws).assign(draws=kept.word)
 
 
-def table(numbers: pd.DataFrame) -> str:
-    """The first rows of a summary, scalars before elements of vectors, for reading."""
-    names = sorted(numbers.index, key=lambda name: "[" in name)
-    shown, columns = names[:TABLE_ROWS], ["mean", "sd", "5%", "95%"]
+def table(numbers: pd.DataFrame, kept: RecommendedDraws) -> str:
+    """The rows of a summary that a reader wants to see first, with even decimals."""
+    first = (one.label for one in first_scalars(kept.draws))
+    shown = [name for name in itertools.islice(first, TABLE_ROWS) if name in numbers.index]
+    shown = shown or list(numbers.index[:TABLE_ROWS])
+    sds = numbers.loc[shown, "sd"].to_numpy()
+    places = decimals(sds)
+    heads = ["mean", "sd", "5%", "95%"]
+    cells = [
+        [even(float(numbers.at[name, head]), float(sd), places) for head in heads]
+        for name, sd in zip(shown, sds, strict=True)
+    ]
     width = max(map(len, shown))
-    lines = [" " * width + "".join(f"{column:>11}" for column in columns)]
-    for name in shown:
-        cells = "".join(f"{numbers.at[name, column]:11.4g}" for column in columns)
-        lines.append(f"{name:<{width}}{cells}")
-    if len(names) > len(shown):
-        lines.append(f"... and {len(names) - len(shown)} more in summary.csv")
+    widths = [max(map(len, column)) + 3 for column in zip(heads, *cells, strict=True)]
+    lines = [" " * width + "".join(f"{h:>{w}}" for h, w in zip(heads, widths, strict=True))]
+    for name, row in zip(shown, cells, strict=True):
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{c:>{w}}" for c, w in zip(row, widths, strict=True))
+        )
+    if len(numbers) > len(shown):
+        lines.append(f"... and {len(numbers) - len(shown)} more in summary.csv")
+    return "\n".join(lines)
+
+
+def wrapped(text: str) -> str:
+    """A text whose lines end between words where the output is a terminal."""
+    if not sys.stdout.isatty():
+        return text
+    width = shutil.get_terminal_size().columns
+    lines = []
+    for line in text.splitlines():
+        indent = "    " if line.startswith("  - ") else ""
+        lines += textwrap.wrap(line, width, subsequent_indent=indent) or [""]
     return "\n".join(lines)
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from flowvi.cli.catalog import names
 from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
@@ -27,10 +28,12 @@ from flowvi.cli.resume import (
     results_folder,
     resume_option,
 )
+from flowvi.runtime.tables import is_table_file
 
 if TYPE_CHECKING:
+    from flowvi.cli.vae_data import Given
     from flowvi.objectives.renyi_bound import Renyi
-    from flowvi.vae import Images
+    from flowvi.vae import Autoencoder, Images
 
 LIKELIHOODS = names(("vae.likelihoods", "LIKELIHOODS"))
 NETS = names(("vae.nets", "NETS"))
@@ -45,14 +48,17 @@ READ = {
     "gaussian": "grey",
     "gaussian_fixed": "grey",
 }
+# Steps of a table by default, and the fewest and the most epochs; priors that need images.
+TABLE_STEPS, TABLE_EPOCHS = 4000, (20, 500)
+OF_IMAGES = ("glow", "vamp")
 # Default sizes for scikit-learn's digits, and for image files.
 SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
-LARGE = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
+LARGE: dict[str, int] = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
 
 
 @click.command(
     "vae",
-    short_help="Train a variational autoencoder on images.",
+    short_help="Train a variational autoencoder on images or a table.",
     epilog="""\b
 Examples:
   flowvi vae --out results/digits
@@ -60,11 +66,12 @@ Examples:
   flowvi vae --data mnist.npz --prior maf --against results/iaf --out results/maf
   flowvi vae --data mnist.npz --guide iaf --epochs 40 --resume results/iaf
   flowvi vae --data faces.npz --likelihood discretised_logistic --net conv --out results/faces
+  flowvi vae --data people.csv --out results/people
 
 \b
 Exit codes:
   0    trained and written
-  1    the images cannot be used; or a file could not be written (a full disk): all
+  1    the data cannot be used; or a file could not be written (a full disk): all
        others are, and --resume writes the rest
   2    the command line was wrong; nothing was trained
   130  interrupted (Ctrl-C); the results so far are written; --resume continues the fit
@@ -75,7 +82,8 @@ Exit codes:
     type=click.Path(exists=True, path_type=Path),
     metavar="PATH",
     help="An .npz file with train_x, val_x and test_x, or x; chardata.mat, the silhouettes' .mat, "
-    "or the folder of .amat files.  [default: scikit-learn's digits]",
+    "or the folder of .amat files; a table, .csv, .tsv or .parquet.  [default: scikit-learn's "
+    "digits]",
 )
 @click.option(
     "--binarise",
@@ -112,15 +120,23 @@ Exit codes:
     show_default=True,
     help="mlp: two hidden layers; conv: gated convolutions; maps: conv with an image as code.",
 )
-@click.option("--latent", type=click.IntRange(min=1), help="Latent dimensions.  [default: 64]")
+@click.option(
+    "--latent",
+    type=click.IntRange(min=1),
+    help="Latent dimensions.  [default: 64; of a table, half of the numbers of a row, to 16]",
+)
 @click.option(
     "--objective",
     callback=objective_call,
     metavar="OBJECTIVE",
     help='elbo (the default), "iwelbo(50)": see `flowvi list objectives`.',
 )
-@click.option("--epochs", type=click.IntRange(min=1), help="Number of epochs.  [default: 40]")
-@click.option("--batch-size", type=click.IntRange(min=1), help="Images per step.  [default: 100]")
+@click.option(
+    "--epochs",
+    type=click.IntRange(min=1),
+    help="Number of epochs.  [default: 40; of a table, as many as make 4000 steps]",
+)
+@click.option("--batch-size", type=click.IntRange(min=1), help="Rows per step.  [default: 100]")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
 @click.option(
     "--warmup",
@@ -132,20 +148,20 @@ Exit codes:
     type=click.IntRange(min=1),
     default=500,
     show_default=True,
-    help="Importance samples K per image for the test bound.",
+    help="Importance samples K per row for the test bound.",
 )
 @click.option(
     "--test-images",
     type=click.IntRange(min=2),
     default=1000,
     show_default=True,
-    help="Largest number of test images for that bound.",
+    help="Largest number of test images, or rows, for that bound.",
 )
 @click.option(
     "--against",
     type=EXISTING_FOLDER,
     metavar="DIR",
-    help="Results of another run, to compare with image by image.",
+    help="Results of another run, to compare with row by row.",
 )
 @seed_option
 @click.option("--quiet", is_flag=True, help="No progress bar; print the bounds only.")
@@ -175,46 +191,43 @@ def vae_command(
     out: Path | None,
     resume: Path | None,
 ) -> None:
-    """Train a variational autoencoder on images; write bounds, draws and pictures to a folder.
+    """Train a variational autoencoder; write bounds, draws and pictures to a folder.
 
-    The bounds are those of test images: the ELBO, and the importance-weighted
-    bound of K draws, with standard errors over images.
+    The bounds are those of test images, or of test rows of a table: the ELBO, and the
+    importance-weighted bound of K draws, with standard errors over images or rows. Columns of a
+    table have likelihoods of their own: Gaussian for floats, Bernoulli for 0 and 1, categorical
+    for strings and categories, negative binomial or Poisson for counts.
     """
+    tabular = data is not None and data.is_file() and is_table_file(data)
+    if tabular:
+        _refuse_options_of_images(ctx, prior)
     folder = results_folder(out, resume, VAE_FILES)
-    usual = SMALL if data is None else LARGE
     with one_line_warnings(), interruptible() as stop, errors_without_traceback():
         from flowvi.cli import vae_results as results
         from flowvi.cli.results import describe_failures
+        from flowvi.cli.vae_data import facts_of
         from flowvi.fitting.fit import fit
         from flowvi.objectives.renyi_bound import elbo
         from flowvi.targets import from_pyro
         from flowvi.training.minibatch import Minibatch
-        from flowvi.vae import build, load
         from flowvi.vae.model import PLATE
 
-        images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
+        images = {"likelihood": likelihood, "net": net, "binarise": binarise}
+        made, given, data_rows, held, usual = (
+            _of_table(data, latent, guide, prior, batch_size, seed)
+            if tabular and data is not None
+            else _of_images(data, latent, guide, prior, seed, **images)
+        )
         other = (
-            None
-            if against is None
-            else results.read_bounds(against, images, particles, test_images)
+            None if against is None else results.read_bounds(against, given, particles, test_images)
         )
-        made = build(
-            images.example,
-            latent or _latent(net, images, usual["latent"]),
-            guide,
-            likelihood,
-            prior,
-            net,
-            net_sizes={"hidden": [usual["hidden"]] * 2} if net == "mlp" else None,
-            seed=seed,
-        )
-        target = from_pyro(made.model, images.rows, local=PLATE)
-        target.name = images.name
+        target = from_pyro(made.model, data_rows, local=PLATE)
+        target.name = given.name
         fitted = fit(
             target,
             made.guide,
             objective or elbo(1, "total"),
-            validation=images.val,
+            validation=held,
             seed=seed,
             progress=not quiet,
             minibatch=Minibatch(
@@ -228,8 +241,8 @@ def vae_command(
         )
         if fitted.meta["interrupted"]:
             announce_writing("epochs", folder)
-        facts: dict[str, Any] = {"data": images.name, "binarise": binarise, **made.parts}
-        run = results.VaeRun(images, made.generator, fitted, facts, particles, test_images, seed)
+        facts = facts_of(given, made.parts, binarise)
+        run = results.VaeRun(given, made.generator, fitted, facts, particles, test_images, seed)
         written, failed = results.report(run, other, folder, quiet)
     if failed:
         there = (folder / CHECKPOINT).is_dir()
@@ -238,6 +251,64 @@ def vae_command(
         explain_resume("epochs", folder)
         ctx.exit(stop.code)
     shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+
+
+def _of_images(
+    data: Path | None,
+    latent: int | None,
+    guide: str,
+    prior: str,
+    seed: int,
+    *,
+    likelihood: str,
+    net: str,
+    binarise: str,
+) -> tuple[Autoencoder, Given, Any, Any, dict[str, int]]:
+    """An autoencoder of images, the images, training and validation rows, and usual sizes."""
+    from flowvi.cli.vae_data import GivenImages
+    from flowvi.vae import build, load
+
+    usual = SMALL if data is None else LARGE
+    images = load(data, READ[likelihood] if likelihood != "bernoulli" else binarise)
+    made = build(
+        images.example,
+        latent or _latent(net, images, usual["latent"]),
+        guide,
+        likelihood,
+        prior,
+        net,
+        net_sizes={"hidden": [usual["hidden"]] * 2} if net == "mlp" else None,
+        seed=seed,
+    )
+    return made, GivenImages(images), images.rows, images.val, usual
+
+
+def _of_table(
+    data: Path, latent: int | None, guide: str, prior: str, batch_size: int | None, seed: int
+) -> tuple[Autoencoder, Given, Any, Any, dict[str, int]]:
+    """The same of the rows of a table."""
+    from flowvi.cli.vae_data import GivenTable
+    from flowvi.vae import build_table, load_table
+
+    table = load_table(data)
+    made = build_table(table, latent, guide, prior, seed=seed)
+    fewest, most = TABLE_EPOCHS
+    size = min(batch_size or LARGE["batch_size"], len(table.train))
+    epochs = min(max(TABLE_STEPS * size // len(table.train), fewest), most)
+    usual = {"batch_size": size, "epochs": epochs, "warmup": epochs // 10}
+    return made, GivenTable(table), table.train, table.val, usual
+
+
+def _refuse_options_of_images(ctx: click.Context, prior: str) -> None:
+    """Refuse options that say how images are read and decoded."""
+    for name in ("binarise", "likelihood", "net"):
+        if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT:
+            raise click.UsageError(
+                f"--{name} is for images: the likelihoods of a table are those of its columns, "
+                "and its nets have two hidden layers."
+            )
+    if prior in OF_IMAGES:
+        raise click.UsageError(f"--prior {prior} is made of images: take another for a table.")
 
 
 def _latent(net: str, images: Images, usual: int) -> int:

@@ -1,10 +1,10 @@
-"""The folder of `flowvi vae`: bounds of test images, pictures, and the fit itself."""
+"""The folder of `flowvi vae`: bounds of test rows, pictures, and the fit itself."""
 
 from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -12,25 +12,14 @@ from typing import Any
 
 import click
 import numpy as np
-import torch
 
-from flowvi.cli.folder import BOUNDS, FIT, PARTS, PICTURES, REPORT, TABLE
+from flowvi.cli.folder import BOUNDS, COLUMNS, FIT, PARTS, REPORT, TABLE
 from flowvi.cli.results import ResultFile, WriteFailure, atomically, save, write_files
+from flowvi.cli.vae_data import MAPPED, Given, Trained
 from flowvi.draws.row_bounds import RowBounds
 from flowvi.fitting.result import RowFit
 from flowvi.reporting.vae import vae_page
-from flowvi.vae import (
-    Generator,
-    Images,
-    active_units,
-    interpolation,
-    moments,
-    reconstructions,
-    traversal,
-)
-
-SHOWN = 10
-MAPPED = 1000
+from flowvi.vae import Generator, active_units
 
 
 @dataclass(frozen=True)
@@ -38,22 +27,27 @@ class VaeRun:
     """A trained autoencoder, and settings of its measurements.
 
     Attributes:
-        images: The data.
-        generator: The model of images.
+        given: The data.
+        generator: The model.
         fit: The fit.
         facts: Names of the data and of the parts.
         particles: Draws K of the test bound.
-        tests: Test images that it is for, at most.
+        tests: Test rows that it is for, at most.
         seed: Of all draws.
     """
 
-    images: Images
+    given: Given
     generator: Generator
     fit: RowFit
     facts: dict[str, Any]
     particles: int
     tests: int
     seed: int
+
+    @property
+    def trained(self) -> Trained:
+        """The parts that pictures are made of."""
+        return Trained(self.generator, self.fit.guide, self.fit.history, self.seed)
 
 
 def report(
@@ -65,7 +59,7 @@ def report(
         Whether any file was written, and those that could not be.
     """
     found = run.fit.iw_bound(
-        run.images.test[: run.tests], run.particles, run.seed, progress=not quiet
+        run.given.test[: run.tests], run.particles, run.seed, progress=not quiet
     )
     rows = list(_rows(run, found, other))
     written, failed = write_files(_files(run, found, rows), out)
@@ -84,14 +78,24 @@ def _files(
 ) -> Iterator[ResultFile]:
     """Every file of the results, the most important first."""
     yield ResultFile(f"{FIT}/", "the fit, for flowvi.load", run.fit.save)
-    facts = json.dumps(run.facts, indent=1)
+    facts, unit = json.dumps(run.facts, indent=1), run.given.unit
     for name, what, write in (
         (PARTS, "the data and parts, by name", lambda file: file.write_text(facts)),
-        (BOUNDS, "the bounds of every test image", partial(_write_bounds, found)),
+        (
+            BOUNDS,
+            f"the bounds of every test {unit}",
+            partial(_write_bounds, found, unit),
+        ),
         (TABLE, "the table above", partial(_write_table, rows)),
     ):
         yield ResultFile(name, what, atomically(write))
-    yield from draw_pictures(run)
+    for name, (what, put) in run.given.tables(run.trained).items():
+        yield ResultFile(name, what, atomically(put))
+    import matplotlib as mpl
+
+    mpl.use("agg")  # files are drawn, no windows
+    for name, picture in run.given.pictures(run.trained).items():
+        yield ResultFile(name, run.given.captions[name], atomically(partial(_draw, picture)))
 
 
 def _page(run: VaeRun, rows: list[tuple[str, float, float]], out: Path) -> ResultFile:
@@ -104,21 +108,50 @@ def _page(run: VaeRun, rows: list[tuple[str, float, float]], out: Path) -> Resul
         )
         for name, value, se in rows
     ]
-    facts = {str(key): str(value) for key, value in run.facts.items()}
+    facts = {
+        str(key): _words(value)
+        for key, value in run.facts.items()
+        if value not in ({}, []) and key != "columns"
+    }
     pictures = {
         name.removesuffix(".png").capitalize(): (out / name, what)
-        for name, what in PICTURES.items()
+        for name, what in run.given.captions.items()
     }
 
     def write(file: Path) -> None:
-        page = vae_page(run.fit.target.name, facts, numbers, pictures, run.fit.log)
+        name, unit = run.fit.target.name, run.given.unit
+        page = vae_page(name, facts, numbers, pictures, run.fit.log, unit, _columns(out))
         file.write_text(page)
 
     return ResultFile(REPORT, "these results as one HTML file", atomically(write))
 
 
-def read_bounds(folder: Path, images: Images, particles: int, tests: int) -> RowBounds:
-    """The test bounds of another run, if they are of the same images.
+def _words(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_words(entry)}" for key, entry in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list | tuple) else str(value)
+
+
+def _columns(out: Path) -> list[list[str]]:
+    """The lines of the file on columns, if there is one, with few digits."""
+    file = out / COLUMNS
+    if not file.is_file():
+        return []
+    with file.open(newline="") as lines:
+        _, *rows = csv.reader(lines)
+    return [
+        [
+            name,
+            f"{float(alone):.3f}",
+            f"{float(given):.3f}",
+            f"{likelihood}, {float(levels):.0f} levels" if levels else likelihood,
+        ]
+        for name, _, likelihood, levels, alone, given in rows
+    ]
+
+
+def read_bounds(folder: Path, given: Given, particles: int, tests: int) -> RowBounds:
+    """The test bounds of another run, if they are of the same data.
 
     Raises:
         ValueError: They are not; the message says what differs.
@@ -127,16 +160,16 @@ def read_bounds(folder: Path, images: Images, particles: int, tests: int) -> Row
         if not (folder / name).is_file():
             raise ValueError(f"There is no {folder / name}; name a folder that `flowvi vae` wrote.")
     facts = json.loads((folder / PARTS).read_text())
-    if facts["data"] != images.name:
-        raise ValueError(f"{folder} is of the data {facts['data']}, not of {images.name}.")
+    if facts["data"] != given.name:
+        raise ValueError(f"{folder} is of the data {facts['data']}, not of {given.name}.")
     with (folder / BOUNDS).open(newline="") as file:
         table = list(csv.DictReader(file))
     found = int(table[0]["particles"])
-    count = min(tests, len(images.test))
+    count = min(tests, len(given.test))
     if found != particles or len(table) != count:
         raise ValueError(
-            f"{folder} has bounds of {found} draws for {len(table)} test images: compare with "
-            f"--particles {found} --test-images {len(table)}, not {particles} and {count}."
+            f"{folder} has bounds of {found} draws for {len(table)} test {given.unit}s: compare "
+            f"with --particles {found} --test-images {len(table)}, not {particles} and {count}."
         )
     bound, elbo = (np.array([float(row[key]) for row in table]) for key in ("bound", "elbo"))
     return RowBounds(bound, elbo, found)
@@ -146,17 +179,16 @@ def _rows(
     run: VaeRun, found: RowBounds, other: RowBounds | None
 ) -> Iterator[tuple[str, float, float]]:
     """Name, value and standard error of every line of the table."""
-    yield "-ELBO, nats per image", -found.elbo_mean, found.elbo_se
-    yield f"-L_{found.particles}, nats per image", -found.mean, found.se
-    pixels = run.images.size[0] * run.images.size[1]
-    bits = 1 / (pixels * np.log(2))
-    yield f"-L_{found.particles}, bits per pixel", -found.mean * bits, found.se * bits
+    unit = run.given.unit
+    yield f"-ELBO, nats per {unit}", -found.elbo_mean, found.elbo_se
+    yield f"-L_{found.particles}, nats per {unit}", -found.mean, found.se
+    yield from run.given.numbers(found)
     if other is not None:
         elbo = RowBounds(found.elbo, found.elbo, 1).minus(RowBounds(other.elbo, other.elbo, 1))
         yield "ELBO better by, paired", elbo.value, elbo.se
         bound = found.minus(other)
         yield f"L_{found.particles} better by, paired", bound.value, bound.se
-    units = active_units(run.fit.guide, run.images.test[:MAPPED], seed=run.seed)
+    units = active_units(run.fit.guide, run.given.test[:MAPPED], seed=run.seed)
     yield "active units", units.count, np.nan
     yield "epochs", run.fit.meta["epochs"], np.nan
     yield "seconds of training", run.fit.meta["seconds"], np.nan
@@ -178,54 +210,12 @@ def _write_table(rows: list[tuple[str, float, float]], path: Path) -> None:
         writer.writerows((name, value, "" if np.isnan(se) else se) for name, value, se in rows)
 
 
-def _write_bounds(found: RowBounds, path: Path) -> None:
+def _write_bounds(found: RowBounds, unit: str, path: Path) -> None:
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["image", "bound", "elbo", "particles"])
+        writer.writerow([unit, "bound", "elbo", "particles"])
         pairs = zip(found.values, found.elbo, strict=True)
         writer.writerows((i, *pair, found.particles) for i, pair in enumerate(pairs))
-
-
-def draw_pictures(run: VaeRun) -> Iterator[ResultFile]:
-    """Every picture that the run allows."""
-    import matplotlib as mpl
-
-    mpl.use("agg")  # files are drawn, no windows
-    from flowvi import plots
-
-    model, guide, x = run.generator, run.fit.guide, run.images.test
-    top = model.likelihood.top
-    few = x[:SHOWN]
-    mean, _ = moments(guide, x[:MAPPED], seed=run.seed)
-    drawn = {
-        "reconstructions.png": lambda: plots.plot_reconstructions(
-            few / top, reconstructions(model, guide, few, run.seed)
-        ),
-        "samples.png": lambda: plots.plot_images(model.sample(SHOWN**2, run.seed)),
-        "interpolation.png": lambda: plots.plot_images(
-            interpolation(model, guide, x[: SHOWN // 2], x[SHOWN // 2 : SHOWN])
-        ),
-        "traversal.png": lambda: _traversal(mean, model),
-    }
-    if np.isfinite(run.fit.history["bound"]).any():
-        drawn["epochs.png"] = lambda: plots.plot_epochs(run.fit.history)
-    if model.prior.dim > 1:
-        labels = (run.images.labels or {}).get("test")
-        known = None if labels is None else labels[: len(mean)]
-        drawn["map.png"] = lambda: plots.plot_latent_map(mean, known)
-    for name, picture in drawn.items():
-        yield ResultFile(name, PICTURES[name], atomically(partial(_draw, picture)))
-
-
-def _traversal(mean: torch.Tensor, model: Generator) -> Any:
-    """The most active coordinates, over the range in which their means lie."""
-    from flowvi import plots
-
-    most = mean.var(0).argsort(descending=True)[:8].tolist()
-    dtype = next(model.decoder.parameters()).dtype
-    values = torch.linspace(-2.5, 2.5, SHOWN, dtype=dtype)
-    images = traversal(model, mean[0].to(dtype), most, values)
-    return plots.plot_images(images, names=[f"z[{unit}]" for unit in most])
 
 
 def _draw(picture: Callable[[], Any], file: Path) -> None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import io
 import os
-import resource
 import secrets
 import shutil
 from pathlib import Path
@@ -98,9 +97,12 @@ def check_room(file: Path, size: int) -> None:
     Raises:
         OSError: The disk, or a limit of the process, does not allow for them.
     """
-    disk = os.statvfs(file.parent)
-    if size > disk.f_bavail * disk.f_frsize:
+    if size > shutil.disk_usage(file.parent).free:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+    try:
+        import resource
+    except ImportError:  # on Windows, where files have no limit
+        return
     limit = resource.getrlimit(resource.RLIMIT_FSIZE)[0]
     if limit != resource.RLIM_INFINITY and size > limit:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(file))

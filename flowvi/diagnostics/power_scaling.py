@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -49,6 +49,7 @@ class Sensitivity(Printed):
         draws: Number of draws.
         title: Description of the fit.
         doubts: Reasons not to rely on these numbers.
+        scaled: Latent sites whose prior is scaled.
     """
 
     labels: tuple[str, ...]
@@ -60,6 +61,14 @@ class Sensitivity(Printed):
     draws: int
     title: str = ""
     doubts: tuple[str, ...] = ()
+    scaled: tuple[str, ...] = ()
+
+    def only(self, labels: Collection[str]) -> Sensitivity:
+        """The same for some of the scalars."""
+        places = [i for i, label in enumerate(self.labels) if label in labels]
+        kept = tuple(self.labels[i] for i in places)
+        likelihood = self.likelihood[places]
+        return replace(self, labels=kept, prior=self.prior[places], likelihood=likelihood)
 
     @property
     def findings(self) -> tuple[str, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -66,6 +67,27 @@ def row_draws(
     named = {str(name): array for name, array in table.items()}
     facts = dict(meta or {})
     return Draws(z, *scored(log_p, log_q), named, target, facts, batch=batch, guide=guide)
+
+
+def log_prior_of_rows(target: LocalTarget, z: np.ndarray, batch: Batch) -> dict[str, np.ndarray]:
+    """Log prior of the latents of rows, (chain, draw, row) by `LocalTarget.log_prior`.
+
+    Args:
+        target: The log densities of the rows.
+        z: Points, (chain, draw, row, D).
+        batch: The rows.
+    """
+    points = torch.as_tensor(z, dtype=target.dtype, device=target.device).flatten(0, 1)
+    names = list(target.log_prior(points[:1], batch))
+    if not names:
+        return {}
+
+    def prior(z: Tensor, rows: Batch) -> Tensor:
+        return target.log_prior(z, rows)[names[0]]
+
+    with torch.no_grad():
+        found = pairs_of(target, batch).each(prior, points, batch)
+    return {names[0]: found.cpu().numpy().reshape(z.shape[:3])}
 
 
 class Pairs(NamedTuple):

@@ -21,8 +21,9 @@ STANDARD = ("raw", "trans", "std", "tilde", "offset", "eta", "z", "eps", "decent
 def first_scalars(draws: Draws, sites: Collection[str] = ()) -> Iterator[Scalar]:
     """Scalars in the order in which a reader wants them.
 
-    Numbers come before elements of vectors. Left out are constants, copies of other scalars, and
-    standardised latents, whose scaled values the model reports as deterministics.
+    Numbers come before elements of vectors. Left out are constants, copies of other scalars,
+    standardised latents, whose scaled values the model reports as deterministics, and the diagonal
+    of factors of correlation matrices, which the other elements determine.
 
     Args:
         draws: The draws.
@@ -32,7 +33,10 @@ def first_scalars(draws: Draws, sites: Collection[str] = ()) -> Iterator[Scalar]
     order = sorted((n for n in draws.values if n not in folded), key=lambda n: draws[n].ndim > 2)
     seen: set[bytes] = set()
     for name in order:
+        factor = _is_correlation_factor(draws[name])
         for one in scalars_of(draws, name):
+            if factor and one.place[-1] == one.place[-2]:
+                continue
             if not np.isfinite(one.draws).all() or np.ptp(one.draws) == 0:
                 continue
             first = one.draws[:TRIED].tobytes()
@@ -75,3 +79,13 @@ def _is_line(x: np.ndarray, y: np.ndarray) -> bool:
         rest = np.abs(v - slope * u).max(1)
     scale = np.abs(v).max(1)
     return bool((rest <= EQUAL * np.maximum(scale, 1e-300)).all()) and bool((scale > 0).all())
+
+
+def _is_correlation_factor(x: np.ndarray) -> bool:
+    """Whether a value is a lower triangular matrix with rows of length one, in every draw."""
+    if x.ndim < 4 or x.shape[-1] != x.shape[-2] or x.shape[-1] < 2:
+        return False
+    some = x.reshape(-1, *x.shape[2:])[:TRIED]
+    if not np.isfinite(some).all() or np.triu(some, 1).any():
+        return False
+    return bool(np.allclose((some**2).sum(-1), 1.0, atol=EQUAL))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, overload
 
@@ -43,6 +43,7 @@ def fit(  # type: ignore[overload-overlap]
     batch_size: int | None = ...,
     validation: Any = ...,
     minibatch: Minibatch | None = ...,
+    start: RowFit | None = ...,
     checkpoint: str | os.PathLike[str] | None = ...,
     resume: bool = ...,
     max_memory: memory.MaxMemory = ...,
@@ -69,6 +70,7 @@ def fit(
     resume: bool = ...,
     executor: Executor | None = ...,
     schedule: Schedule | None = ...,
+    start: Mapping[str, Any] | Fit | None = ...,
     max_memory: memory.MaxMemory = ...,
 ) -> Fit: ...
 
@@ -94,6 +96,7 @@ def fit(
     validation: Any = None,
     minibatch: Minibatch | None = None,
     schedule: Schedule | None = None,
+    start: Mapping[str, Any] | Fit | RowFit | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     executor: Executor | None = None,
@@ -156,6 +159,10 @@ def fit(
         minibatch: For rows: all other settings, such as the warm-up of the prior's weight.
         schedule: Numbers of steps, step sizes and thresholds: a
             `flowvi.training.schedule.Schedule`.
+        start: Where to begin, in place of a search over many places: values by latent site (others
+            begin at zero of their unconstrained scale), or an earlier fit of the same latents,
+            whose normal, or for rows whose guide, is trained on. Other modes are then left to the
+            checks. Parameters of the model take the values of the earlier fit.
         checkpoint: Folder for the state of the fit; its folder `fit` holds the best guide so far,
             for `flowvi.load`.
         resume: Whether to resume an earlier fit with the same arguments from the checkpoint; start

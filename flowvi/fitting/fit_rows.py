@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 
 from flowvi._version import __version__
+from flowvi.fitting.first_guide import AUTO
+from flowvi.fitting.given_start import rows_of_fit
 from flowvi.fitting.request import Request
 from flowvi.fitting.result import RowFit
 from flowvi.guides.amortized import PerRow
@@ -49,6 +51,9 @@ def fit_rows(request: Request) -> RowFit:
     current().ending = clock.interrupted_here
     facts = {k: v for k, v in dataclasses.asdict(settings).items() if k != "transform"}
     guide, record = cast(str | Guide, request.guide), Record()
+    earlier = rows_of_fit(target, request.start)
+    if earlier is not None:
+        guide = _continued(earlier, guide)
     with (
         memory.memory_limit(request.max_memory),
         isolated_rng(derive_seed(seed, BUILD)),
@@ -73,6 +78,10 @@ def fit_rows(request: Request) -> RowFit:
             "seed": seed,
         }
         specs = [{"name": name, "own": not isinstance(guide, str)}]
+        if earlier is not None:
+            about["start"] = f"{earlier.target.name}, {earlier.meta['seed']}"
+            specs, name = earlier.meta["specs"], earlier.meta["guide"]
+            record.log.append("start: the guide and the parameters of an earlier fit")
         facts = {**facts, "specs": specs, "seed": seed, "guide": name}
         folder = request.folder
 
@@ -139,6 +148,22 @@ def _guide(target: LocalTarget, guide: str | Guide) -> tuple[str, Guide]:
     new = new.to(dtype=target.dtype, device=target.device)
     inner = getattr(new, "guide", new)
     return type(inner).__name__, new
+
+
+def _continued(earlier: RowFit, guide: str | Guide) -> Guide:
+    """The guide of an earlier fit, to train on."""
+    if guide != AUTO:
+        raise ValueError(
+            "start brings the guide of the earlier fit: leave out guide, or leave out start and "
+            "pass a guide of your own."
+        )
+    own = {id(p) for p in earlier.target.parameters()}
+    if any(id(p) in own for p in earlier.guide.parameters()):
+        raise ValueError(
+            f"The guide of start shares parameters with its model {earlier.target.name}: build "
+            "model and guide anew, load their state, and pass that guide."
+        )
+    return earlier.guide
 
 
 def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Batch | None]:

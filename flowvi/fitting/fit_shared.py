@@ -17,7 +17,7 @@ from flowvi.fitting.candidate import Candidate
 from flowvi.fitting.check import diagnose_fresh_draws
 from flowvi.fitting.escalation import joined
 from flowvi.fitting.executors import Plan, run_in_executor, run_restart
-from flowvi.fitting.identity import guide_words, latents, log_density
+from flowvi.fitting.identity import PROBES, guide_words, latents, log_density
 from flowvi.fitting.request import PARTICLES, Request
 from flowvi.fitting.restart import Restart
 from flowvi.fitting.result import Fit, NestedFit
@@ -107,6 +107,8 @@ def _fit_identity(
         "seed": settings.seed,
         "escalate": settings.escalate,
     }
+    if settings.start is not None:
+        about["start"] = [settings.start.name, *settings.start.loc.double().tolist()[:PROBES]]
     if isinstance(target, NestedTarget):
         about["rows"] = target.facts()
     if settings.schedule != Schedule():

@@ -199,9 +199,11 @@ def _chains(target: Target, files: FitFiles) -> dict[str, Tensor]:
     z = arrays.get("z", torch.empty(0))
     whole = z.dim() == 3 and z.shape[-1] == target.dim and "log_q" in arrays
     alike = all(a.shape[:2] == z.shape[:2] for a in arrays.values())
-    if not (whole and alike and z.is_floating_point() and bool(z.isfinite().all())):
+    numbers = [z, arrays["log_q"]] if whole else [z]
+    finite = all(a.is_floating_point() and bool(a.isfinite().all()) for a in numbers)
+    if not (whole and alike and finite):
         raise CheckpointError(
-            f"{file} has no finite draws of chains of {target.dim} numbers, and log_q of each."
+            f"{file} has no finite draws of chains of {target.dim} numbers, and no finite log_q."
         )
     return arrays
 

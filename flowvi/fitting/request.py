@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from flowvi.fitting.first_guide import AUTO
+from flowvi.fitting.given_start import given_normal
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
 from flowvi.guides.registry import guide_names
@@ -78,6 +79,7 @@ class Request:
     resume: bool
     executor: Executor | None
     max_memory: memory.MaxMemory
+    start: Any = None
     fresh: bool = True
 
     def __post_init__(self) -> None:
@@ -153,6 +155,7 @@ class Request:
             asked(False if isinstance(target, MarginalTarget) else self.compile),
             memory.limit() if self.max_memory is None else memory.parse_size(self.max_memory),
             self.schedule or _schedule(target, objective),
+            given_normal(target, self.start),
         )
 
     def _refuse_the_other_kind(self) -> None:

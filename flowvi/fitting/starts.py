@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flowvi.fitting.given_start import start_from_given
 from flowvi.fitting.start_of_rows import start_from_rows
 from flowvi.guides.registry import starts_diagonal
 from flowvi.initialization.candidates import Log, best_gaussian
@@ -60,17 +61,21 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
             lambda: (
                 nested_start(target, restart.seed(BUILD), say)
                 if isinstance(target, NestedTarget)
-                else marginal_start(target, restart.seed(BUILD), say, late)
+                else marginal_start(target, restart.seed(BUILD), say, late, restart.settings.start)
             ),
             lambda found: [found[0].state(), [*target.own_state().items()]],
             lambda state: restored(*state),
         )
-    given = restart.given
+    given, first = restart.given, restart.settings.start
     flat = starts_diagonal(restart.name) if given is None else given.flat
     return once(
         "start",
         restart.record,
-        lambda: global_start(target, restart.seed, clock, say, flat, share),
+        lambda: (
+            global_start(target, restart.seed, clock, say, flat, share)
+            if first is None
+            else start_from_given(target, first, restart.seed(BUILD), say, flat, late)
+        ),
         lambda found: [g.state() for g in found],
         lambda found: [restart.gaussian(g) for g in found],
     )

@@ -104,6 +104,7 @@ def best_gaussian(
     out_of_time: Callable[[], bool] = lambda: False,
     median: Tensor | None = None,
     places: Tensor | None = None,
+    points: Tensor | None = None,
 ) -> StartSearch:
     """Find a normal density with a high ELBO, without a step size to choose.
 
@@ -122,12 +123,13 @@ def best_gaussian(
         out_of_time: Returns whether the time for the search is spent.
         median: Median of the prior, (D), another point to start from.
         places: Points where the density is finite, (N, D), for start points where it is not.
+        points: The only points to start from, (P, D), in place of those of the target.
     """
     generator = torch.Generator(device=target.device).manual_seed(seed)
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
-    groups = candidates(target, generator, median, diagonal, places)
+    groups = candidates(target, generator, median, diagonal, places, points)
     found, ends = _score_starts(target, groups, judge, out_of_time)
     if diagonal:
         found = [with_elbo(target, diagonal_of(g), judge) for g in found]
@@ -284,15 +286,18 @@ def candidates(
     median: Tensor | None = None,
     diagonal: bool = False,
     places: Tensor | None = None,
+    points: Tensor | None = None,
 ) -> Iterator[StartCandidates]:
     """Normals to start from: for each start point, guesses of several kinds."""
     dense = target.dim <= (LARGE if diagonal else FULL_RANK_DIM)
     identity = torch.ones(target.dim, dtype=target.dtype, device=target.device)
     identity = identity.diag() if dense else identity
-    starts = _finite_starts(target, target.starts(generator), median, places)
-    if target.dim > LARGE:
-        # A Hessian costs 2 D gradients: only two starts of different kinds are used.
-        starts = starts[[0, -3]]
+    starts = points
+    if starts is None:
+        starts = _finite_starts(target, target.starts(generator), median, places)
+        if target.dim > LARGE:
+            # A Hessian costs 2 D gradients: only two starts of different kinds are used.
+            starts = starts[[0, -3]]
     for i, (z, path) in enumerate(zip(starts, _paths(target, starts), strict=True)):
         group = [
             GaussianApproximation(z, 0.1 * identity, f"narrow normal at start {i}", blind=True),

@@ -44,6 +44,7 @@ def marginal_start(
     seed: int,
     say: Callable[[str], object],
     out_of_time: Callable[[], bool] = lambda: False,
+    given: GaussianApproximation | None = None,
 ) -> list[GaussianApproximation]:
     """Find normal approximations of the density of the shared latents, the best first.
 
@@ -52,6 +53,7 @@ def marginal_start(
         seed: Seed of the start points and draws.
         say: Function that takes a line of the log.
         out_of_time: Returns whether the time for the search is spent.
+        given: A normal whose mean is the only point to start from.
     """
     say(str(target.structure))
     if not target.dim:
@@ -60,6 +62,9 @@ def marginal_start(
         return [GaussianApproximation(empty, empty.new_zeros(0, 0), "no shared latents")]
     generator = torch.Generator(target.device).manual_seed(seed)
     points = target.starts(generator)
+    if given is not None:
+        say(f"start: {given.name}; no other places are searched")
+        points = given.loc.unsqueeze(0)
     values = evaluate(target, points)
     order = values.nan_to_num(nan=-torch.inf).argsort(descending=True)[:ASCENTS]
     ends: list[tuple[float, Tensor]] = []

@@ -21,6 +21,7 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import EXPECTED, Draws
 from flowvi.draws.prediction import Prediction, predict
 from flowvi.draws.row_bounds import row_bounds
+from flowvi.draws.row_sampling import log_prior_of_rows
 from flowvi.interop.labels import SAMPLE, Arrays, Labels, storable
 from flowvi.runtime.arguments import check_type, refuse_fit
 from flowvi.runtime.columns import Columns
@@ -37,6 +38,9 @@ MAX_NUMBERS = 50_000_000
 CHAINS, FEWEST_SPLIT = 4, 16
 # Groups whose draws are not those of the posterior.
 OWN_DRAWS = ("prior", "prior_predictive")
+# Attribute of the log prior that names sites whose prior depends on other latents, and draws that
+# show it.
+HIERARCHICAL, PROBES = "hierarchical", 3
 UNITS, CHECKED = "unit_log_likelihood", "unit_diagnosis"
 
 
@@ -92,7 +96,7 @@ def to_inference_data(
         groups["gaussian_start"] = start.values
     if log_likelihood:
         groups["log_likelihood"] = _log_likelihood(draws, particles, seed)
-    groups["log_prior"] = _by_point(draws, "log_prior") if _has_prior(draws) else {}
+    groups["log_prior"] = _log_prior(draws)
     if draws.unit_scores is not None and draws.units is not None:
         groups[UNITS] = {f"{draws.units.plate}_units": draws.unit_scores}
     if prior and isinstance(target, Target):
@@ -118,7 +122,7 @@ def to_inference_data(
     names = [name for arrays in groups.values() for name in arrays]
     own = draws.dims if rows is None else {**draws.dims, **dict.fromkeys(rows, (draws.plate,))}
     if draws.by_row:
-        own |= dict.fromkeys((*groups["sample_stats"], "row"), (draws.plate,))
+        own |= dict.fromkeys((*groups["sample_stats"], "row", "latents"), (draws.plate,))
     if draws.units is not None:
         own |= dict.fromkeys((*groups.get(UNITS, ()), *groups[CHECKED]), (draws.units.plate,))
     labels = Labels({**own, **(dims or {})}, {**draws.coords, **(coords or {})}, names)
@@ -127,6 +131,8 @@ def to_inference_data(
         for group, arrays in groups.items()
         if arrays
     }
+    if "log_prior" in datasets:
+        datasets["log_prior"].attrs[HIERARCHICAL] = storable(hierarchical(draws))
     for dim, name in labels.lost.items():
         warnings.warn(
             f"'{name}' has no labels of '{dim}': a variable of its group has this name too. Give "
@@ -284,6 +290,34 @@ def log_terms(draws: Draws) -> tuple[Arrays, Arrays]:
     if not _has_prior(draws):
         return {}, {}
     return _by_point(draws, "log_prior"), _by_point(draws, "log_likelihood")
+
+
+def _log_prior(draws: Draws) -> Arrays:
+    """Log prior of every latent site; of rows (chain, draw, row)."""
+    target = draws.target
+    if not isinstance(target, LocalTarget):
+        return _by_point(draws, "log_prior") if _has_prior(draws) else {}
+    return {} if draws.batch is None else log_prior_of_rows(target, draws.z, draws.batch)
+
+
+def hierarchical(draws: Draws) -> list[str]:
+    """Latent sites whose prior depends on other latents, as that of the groups of a hierarchy."""
+    target = draws.target
+    if not _has_prior(draws):
+        return []
+    with torch.enable_grad():
+        z = torch.as_tensor(draws.z[0, :PROBES], dtype=target.dtype, device=target.device)
+        z = z.clone().requires_grad_()
+        priors = target.log_prior(z)
+        found = []
+        for name, log_p in priors.items():
+            slope = torch.zeros_like(z)
+            if log_p.requires_grad:
+                (slope,) = torch.autograd.grad(log_p.sum(), z, retain_graph=True)
+            slope[:, target.slices[name]] = 0.0
+            if bool((slope != 0).any()):
+                found.append(name)
+    return found
 
 
 def _has_prior(draws: Draws) -> bool:

@@ -17,11 +17,14 @@ from flowvi.plots.pair import plot_pair
 from flowvi.plots.predictive import plot_predictive
 from flowvi.plots.sbc import plot_sbc
 from flowvi.plots.sensitivity import plot_sensitivity
+from flowvi.plots.table import plot_associations, plot_columns
 from flowvi.plots.where import plot_where
 
 __all__ = [
+    "plot_associations",
     "plot_calibration",
     "plot_caterpillar",
+    "plot_columns",
     "plot_compare",
     "plot_epochs",
     "plot_evidence",

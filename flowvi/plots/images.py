@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 COLOURS = 10  # classes that can be told apart
 # Range of all epochs, in ranges of the later ones, from which the first ones are left out.
 FAR = 5.0
+MARKS = 8  # marks of epochs that lie below the scale, at most
 INCHES = 0.55  # side of an image in a grid
 
 
@@ -117,6 +118,7 @@ def plot_epochs(history: Mapping[str, ArrayLike], ax: Axes | None = None) -> Axe
             # The first epochs do not affect the scale; a mark says that they lie below.
             low = usual
             early = epochs[np.isfinite(bound) & (bound < low - 0.1 * (high - low))]
+            early = early[:: max(1, -(-len(early) // MARKS))]
             foot = np.full(len(early), low - 0.1 * (high - low))
             ax.plot(early, foot, "v", color=BLUE, ms=5, clip_on=False, label="lower")
         margin = 0.1 * (high - low) or 1.0

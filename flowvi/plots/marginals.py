@@ -65,9 +65,9 @@ def plot_marginals(
             ax.set_axis_off()
         for ax, label in zip(axes.flat, labels, strict=False):
             _panel(ax, label, {name: found[label] for name, found in shown.items()}, focus)
-        figure.legend(
-            *axes[0, 0].get_legend_handles_labels(), loc="outside upper left", ncols=len(sets)
-        )
+        if len(sets) > 1:
+            found = axes[0, 0].get_legend_handles_labels()
+            figure.legend(*found, loc="outside upper left", ncols=len(sets))
     return np.asarray(axes)
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -19,12 +20,12 @@ from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
 from flowvi.draws.scalars import Scalar
-from flowvi.draws.selection import first_scalars
+from flowvi.draws.selection import first_scalars, standardised
 from flowvi.fitting.fit_folder import read_record
 from flowvi.fitting.identity import latents
 from flowvi.fitting.result import Fit, NestedFit, RowFit
 from flowvi.fitting.structured_fit import StructuredFit
-from flowvi.interop.inference_data import all_groups
+from flowvi.interop.inference_data import HIERARCHICAL, all_groups
 from flowvi.interop.read_draws import diagnosis_of, draws_of, facts
 from flowvi.runtime.files import CheckpointError
 
@@ -135,7 +136,7 @@ def _read(folder: Path) -> Contents:
         log,
         sites,
         folder=True,
-        sensitivity=_sensitivity(plain),
+        sensitivity=_sensitivity(plain, sites),
     )
 
 
@@ -169,17 +170,26 @@ def of_fit(fit: Fit | RowFit | NestedFit, n: int, seed: int) -> Contents:
         fit.history,
         tuple(fit.log),
         latents(draws.target),
-        sensitivity=_sensitivity(plain),
+        sensitivity=_sensitivity(plain, latents(draws.target)),
     )
 
 
-def _sensitivity(idata: az.InferenceData) -> Sensitivity | None:
-    """Sensitivity to the prior, where prior and likelihood are known and there are not too many."""
+def _sensitivity(idata: az.InferenceData, sites: Collection[str]) -> Sensitivity | None:
+    """Sensitivity to the prior, where prior and likelihood are known and there are not too many.
+
+    The priors of standardised latents, and those that depend on other latents, such as the
+    distribution of the groups of a hierarchy, are a part of the model more than a prior.
+    """
     scalars = sum(v[0, 0].size for v in idata["posterior"].data_vars.values())
-    if scalars > MOST_SCALED:
+    if scalars > MOST_SCALED or not has_group(idata, "log_prior"):
         return None
+    draws, known = draws_of(idata), list(idata["log_prior"].data_vars)
+    folded = standardised(draws, sites)
+    parts = {*json.loads(idata["log_prior"].attrs.get(HIERARCHICAL, "[]")), *folded}
+    prior = [str(name) for name in known if name not in parts]
+    shown = {one.label for one in first_scalars(draws, sites)}
     try:
-        return sensitivity(idata)
+        return sensitivity(idata, prior=prior or None).only(shown)
     except ValueError:
         return None
 

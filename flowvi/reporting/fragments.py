@@ -17,7 +17,11 @@ LARGEST_PICTURE, DPI = 100_000, 80
 TONES = dict(zip(VERDICTS, ("#2e7d4f", "#b07c12", "#b3382c"), strict=True))
 GREY = "#6b7280"
 STYLE = "max-width:60em;line-height:1.4;margin:.3em 0"
-CELL = "text-align:right;padding:.1em .7em;font-variant-numeric:tabular-nums"
+# Pages around a card may pad and align headings of rows otherwise than cells.
+PLAIN = "text-align:left;padding:.1em .7em;vertical-align:baseline"
+CELL = (
+    "text-align:right;padding:.1em .7em;vertical-align:baseline;font-variant-numeric:tabular-nums"
+)
 
 
 def frame(verdict: str, title: str, parts: Iterable[str], tone: str = "") -> str:
@@ -62,24 +66,35 @@ def details(summary: str, lines: Sequence[str]) -> str:
 def grid(rows: Iterable[tuple[str, str, str]]) -> str:
     """Names, numbers and notes."""
     lines = "".join(
-        f'<tr><th style="text-align:left;padding-right:1em">{escape(name)}</th>'
+        f'<tr><th style="{PLAIN}">{escape(name)}</th>'
         f'<td style="{CELL}">{escape(value)}</td>'
-        f'<td style="text-align:left">{escape(note)}</td></tr>'
+        f'<td style="{PLAIN}">{escape(note)}</td></tr>'
         for name, value, note in rows
     )
     return f"<table><tbody>{lines}</tbody></table>"
 
 
-def cells(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A table whose first column names its rows."""
-    head = "".join(f'<th style="{CELL}">{escape(cell)}</th>' for cell in header)
+def cells(header: Sequence[str], rows: Iterable[Sequence[str]], *, of_page: bool = False) -> str:
+    """A table whose first column names its rows.
+
+    Args:
+        header: Headings of the columns.
+        rows: Cells of each row.
+        of_page: Whether the style sheet of a report applies, in place of styles of each cell.
+    """
+    head, first, cell = ("", "", "") if of_page else (CELL, PLAIN, CELL)
     body = "".join(
-        f'<tr><th style="text-align:left">{escape(first)}</th>'
-        + "".join(f'<td style="{CELL}">{escape(cell)}</td>' for cell in rest)
-        + "</tr>"
-        for first, *rest in rows
+        f"<tr>{_cell('th', first, name)}{''.join(_cell('td', cell, text) for text in rest)}</tr>"
+        for name, *rest in rows
     )
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    columns = "".join(_cell("th", head, text) for text in header)
+    table = '<table class="numbers">' if of_page else "<table>"
+    return f"{table}<thead><tr>{columns}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def _cell(tag: str, style: str, text: str) -> str:
+    opened = f'{tag} style="{style}"' if style else tag
+    return f"<{opened}>{escape(text)}</{tag}>"
 
 
 def scale(name: str, value: float, limit: float, high: float, se: float, low: float = 0.0) -> str:

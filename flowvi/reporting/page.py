@@ -151,6 +151,7 @@ def page(contents: Contents) -> str:
         pictures={key: [p for p in drawn if p.key == key] for key in {p.key for p in drawn}},
         ladder=contents.evidence,
         sensitivity=contents.sensitivity,
+        part_of_model=_unscaled(contents),
         improper=facts.get("improper", ()),
         guides=_guide_references(str(facts.get("guide", ""))),
         references=REFERENCES,
@@ -260,6 +261,13 @@ def _rhat(restarts: Draws, one: Scalar) -> str:
     index: Any = (..., *one.place)
     chains = restarts[one.name][index]
     return f"{stats.rhat(chains):.3f}" if np.ptp(chains) > 0 else NO_RHAT
+
+
+def _unscaled(c: Contents) -> list[str]:
+    """Latent sites whose prior is left as it is, where others are scaled."""
+    if c.sensitivity is None:
+        return []
+    return [name for name in c.sites if name not in c.sensitivity.scaled]
 
 
 def _chosen(c: Contents) -> tuple[list[Scalar], list[Scalar]]:

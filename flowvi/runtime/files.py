@@ -6,7 +6,6 @@ a file that differs.
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -15,11 +14,14 @@ import secrets
 import shutil
 import socket
 import stat
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
+
+from flowvi.runtime.locks import NO_BLOCK, NO_FOLLOW, lock, read_words, write_words
 
 # Largest header, and largest JSON file, that is read.
 LONGEST_TEXT = 16 * 2**20
@@ -184,22 +186,20 @@ def lock_folder(folder: Path) -> Iterator[None]:
             the folder cannot be written to.
     """
     try:
-        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
+        handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | NO_FOLLOW, 0o666)
     except OSError as error:
         raise CheckpointError(f"{folder / LOCK} cannot be locked: {error.strerror}.") from None
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except OSError:
-            owner = os.pread(handle, 1000, 0).decode(errors="replace").strip() or "unknown"
+            owner = read_words(handle) or "unknown"
             raise CheckpointError(
                 f"{folder} is in use by another run ({owner}); wait for it or name another folder."
             ) from None
         since = time.strftime("%Y-%m-%d %H:%M:%S")
         with suppress(OSError):  # on a full disk; the words are for people
-            os.ftruncate(handle, 0)
-            words = f"process {os.getpid()} on {socket.gethostname()}, {since}"
-            os.pwrite(handle, words.encode(), 0)
+            write_words(handle, f"process {os.getpid()} on {socket.gethostname()}, {since}")
         remove_partial_files(folder)
         yield
     finally:
@@ -209,14 +209,14 @@ def lock_folder(folder: Path) -> Iterator[None]:
 def lock_owner(folder: Path) -> str:
     """The process of the run that has locked a folder; empty if none has."""
     try:
-        handle = os.open(folder / LOCK, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        handle = os.open(folder / LOCK, os.O_RDONLY | NO_FOLLOW | NO_BLOCK)
     except OSError:
         return ""
     try:
-        fcntl.flock(handle, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        lock(handle, shared=True)
         return ""
     except BlockingIOError:
-        return os.pread(handle, 1000, 0).decode(errors="replace").strip() or "unknown"
+        return read_words(handle) or "unknown"
     except OSError:
         return ""
     finally:
@@ -227,12 +227,16 @@ def lock_owner(folder: Path) -> str:
 def hold_folder(folder: Path) -> Iterator[bool]:
     """Lock a folder for one command, without a lock file; yields whether the lock was free.
 
-    The lock ends with the process. On file systems without such locks it is always free.
+    The lock ends with the process. On file systems without such locks, and on Windows, it is
+    always free.
     """
+    if sys.platform == "win32":
+        yield True
+        return
     handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     try:
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(handle)
         except BlockingIOError:
             yield False
             return
@@ -258,7 +262,7 @@ def remove_partial_files(folder: Path) -> None:
 def _opened(file: Path, checksum: Checksum | None) -> Iterator[BinaryIO]:
     try:
         # Opening a named pipe would block.
-        handle = os.open(file, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW)
+        handle = os.open(file, os.O_RDONLY | NO_BLOCK | NO_FOLLOW | getattr(os, "O_BINARY", 0))
     except FileNotFoundError:
         raise CheckpointError(f"{file} is missing.") from None
     except OSError as error:
@@ -286,7 +290,9 @@ def _opened(file: Path, checksum: Checksum | None) -> Iterator[BinaryIO]:
 
 
 def _sync(folder: Path) -> None:
-    """Have the names in a folder written to the disk."""
+    """Have the names in a folder written to the disk; Windows does so by itself."""
+    if sys.platform == "win32":
+        return
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

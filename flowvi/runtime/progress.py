@@ -25,8 +25,8 @@ BAR_EVERY, LINE_EVERY = 0.25, 10.0
 SHOWN = 50
 # Parts of a bar, which shows shares of the whole.
 WHOLE = 1000
-# Columns of a terminal that does not tell how many it has.
-WIDTH = 120
+# Columns of a terminal that does not tell how many it has, and of the bar with its frame.
+WIDTH, BESIDE = 120, 22
 LOGGER = "flowvi.progress"
 
 
@@ -227,8 +227,11 @@ class _Bar(_View):
 
     def show(self) -> None:
         self._bar.n = round(WHOLE * self.progress.share)
-        self._bar.set_description_str(self.progress.title, refresh=False)
-        self._bar.unit = self.progress.numbers
+        # A notebook has room for everything.
+        room = None if in_notebook() else (_width() or WIDTH) - BESIDE
+        title, numbers = fitting(self.progress.title, self.progress.numbers, room)
+        self._bar.set_description_str(title, refresh=False)
+        self._bar.unit = numbers
         self._bar.refresh()
 
     def __exit__(self, *_: object) -> None:
@@ -253,6 +256,30 @@ class _Lines(_View):
             logger.info(line)
         else:
             print(line, file=sys.stderr, flush=True)
+
+
+def fitting(title: str, numbers: str, room: int | None) -> tuple[str, str]:
+    """A title and numbers as short as the room for both asks; the times are kept to the last.
+
+    Args:
+        title: Name of the work and of its phase.
+        numbers: Steps, bound and times, with commas between them.
+        room: Columns for both; None for any number.
+    """
+    parts = numbers.split(", ")
+
+    def long() -> bool:
+        return room is not None and len(title) + len(", ".join(parts)) > room
+
+    if long():
+        title = title.partition(": ")[2] or title
+    for name in ("step ", "bound "):
+        found = [part for part in parts if part.startswith(name)]
+        if long() and found and len(parts) > 1:
+            parts.remove(found[0])
+    if long():
+        title = title.split(", ")[0]
+    return title, ", ".join(parts)
 
 
 def _width() -> int:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.registry import Objective
 from flowvi.runtime.clock import Clock
 from flowvi.runtime.memory import MaxMemory
@@ -16,7 +17,7 @@ from flowvi.training.schedule import DEFAULT, Schedule
 
 @dataclass(frozen=True)
 class Settings:
-    """The user's settings for all restarts: numbers and strings, which can be pickled.
+    """The user's settings for all restarts, which can be pickled.
 
     Args:
         objective: The objective to maximise.
@@ -28,6 +29,7 @@ class Settings:
         compile: Whether to compile the step.
         max_memory: Memory limit of an evaluation, in bytes.
         schedule: Numbers of steps, step sizes and thresholds.
+        start: The normal at which the user wants the search to begin.
     """
 
     objective: Objective
@@ -39,6 +41,7 @@ class Settings:
     compile: Compile = "auto"
     max_memory: MaxMemory = None
     schedule: Schedule = DEFAULT
+    start: GaussianApproximation | None = None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Variational autoencoders from named parts: a Pyro model and a guide for the same engine."""
 
 from flowvi.vae.autoencoder import PlainAutoencoder, plain_autoencoder
+from flowvi.vae.columns import Column, columns_of, decoded, encoded
 from flowvi.vae.data import Binarise, Images, load
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.maps import code_shape
@@ -12,6 +13,7 @@ from flowvi.vae.measures import (
     reconstructions,
     traversal,
 )
+from flowvi.vae.mixed import MixedLikelihood
 from flowvi.vae.model import Autoencoder, Generator, build
 from flowvi.vae.nets import NETS, Bodies, Decoder, Encoder
 from flowvi.vae.posteriors import POSTERIORS, posterior
@@ -23,6 +25,7 @@ from flowvi.vae.priors import (
     StandardNormal,
     VampPrior,
 )
+from flowvi.vae.table import Table, build_table, by_column, independent, load_table, simulated
 
 __all__ = [
     "LIKELIHOODS",
@@ -33,25 +36,36 @@ __all__ = [
     "Autoencoder",
     "Binarise",
     "Bodies",
+    "Column",
     "Decoder",
     "Encoder",
     "FlowPrior",
     "Generator",
     "Images",
     "Likelihood",
+    "MixedLikelihood",
     "MixturePrior",
     "PlainAutoencoder",
     "Prior",
     "StandardNormal",
+    "Table",
     "VampPrior",
     "active_units",
     "build",
+    "build_table",
+    "by_column",
     "code_shape",
+    "columns_of",
+    "decoded",
+    "encoded",
+    "independent",
     "interpolation",
     "load",
+    "load_table",
     "moments",
     "plain_autoencoder",
     "posterior",
     "reconstructions",
+    "simulated",
     "traversal",
 ]

@@ -84,8 +84,8 @@ def mlp(
         raise ValueError("hidden must name at least one width, such as (300, 300); got none.")
     pixels = size[0] * size[1]
     widths = [pixels, *hidden]
-    encoder = [nn.Flatten(), *_layers(widths, activation)]
-    back = [*_layers([latent, *reversed(hidden)], activation)]
+    encoder = [nn.Flatten(), *layers(widths, activation)]
+    back = [*layers([latent, *reversed(hidden)], activation)]
     last = nn.Linear(hidden[0], outputs * pixels, bias=False)
     decoder = nn.Sequential(*back, last, nn.Unflatten(-1, (outputs, *size)))
     return Bodies(nn.Sequential(*encoder), hidden[-1], decoder)
@@ -194,7 +194,8 @@ def maps(size: Size, latent: int, outputs: int, channels: int = 16) -> Bodies:
 NETS: dict[str, Callable[..., Bodies]] = {"conv": conv, "maps": maps, "mlp": mlp}
 
 
-def _layers(widths: Sequence[int], activation: Callable[[], nn.Module]) -> list[nn.Module]:
+def layers(widths: Sequence[int], activation: Callable[[], nn.Module] = nn.ReLU) -> list[nn.Module]:
+    """Linear layers from each width to the next, with an activation after each."""
     return [m for pair in pairwise(widths) for m in (nn.Linear(*pair), activation())]
 
 

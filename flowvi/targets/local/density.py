@@ -15,6 +15,7 @@ from flowvi.targets.local.target import LocalTarget
 from flowvi.targets.precision import precisions
 from flowvi.targets.recording.capture import Trial, capture, capture_values
 from flowvi.targets.schema import ModelError, Site
+from flowvi.targets.streams import with_rows_read
 from flowvi.targets.vectors import finite_points, nearby
 
 
@@ -46,7 +47,8 @@ class PlainRows:
 
     def __init__(self, plain: Plain, data: Any, local: str) -> None:
         self.plain, self.local = plain, local
-        columns = list(data) if isinstance(data, list | tuple) else [data]
+        given = list(data) if isinstance(data, list | tuple) else [data]
+        columns, _ = with_rows_read(given, {})
         columns = [torch.as_tensor(c) if isinstance(c, np.ndarray) else c for c in columns]
         for c in columns:
             if not isinstance(c, Tensor | Dataset | DataLoader):

@@ -149,6 +149,20 @@ class LocalTarget(Target):
         out: Tensor = self._mapped(self._terms, z, batch, theta, self._programs)
         return out.to(z.dtype)
 
+    def log_prior(self, z: Tensor, batch: Any = None) -> dict[str, Tensor]:
+        """Log prior density of the latents of each row, without Jacobian. (*S, B, D) -> (*S, B).
+
+        By the name of the latent site, or "latents" if there are several, whose sum it is. Empty
+        for plain densities, and where discrete latents are summed out.
+        """
+        if not self.has_parts or self._functions.latents is None or self.shared is not None:
+            return {}
+        _, ladjs = self.latents(z, batch)
+        total = self.terms(z, batch)[..., 1]
+        for ladj in ladjs.values():
+            total = total - ladj.to(total.dtype).reshape(*total.shape, -1).sum(-1)
+        return {next(iter(self.sites)) if len(self.sites) == 1 else "latents": total}
+
     def terms_alone(self, z: Tensor, batch: Batch) -> Tensor:
         """The terms of rows without latents that they share, by the function of one row."""
         out: Tensor = self._mapped(self._terms, z, batch, None)

@@ -21,6 +21,7 @@ from flowvi.targets.pyro.capture_model import PyroCapture, capture_runner
 from flowvi.targets.pyro.naming import name_of
 from flowvi.targets.pyro.runner import Runner
 from flowvi.targets.schema import ModelError
+from flowvi.targets.streams import with_rows_read
 
 
 @overload
@@ -63,7 +64,8 @@ def from_pyro(
         *args: Its positional arguments; numpy arrays become tensors.
         local: Name of the plate whose latents are local, one vector a row. The model may
             then be called with all rows, as tensors whose first axis is the plate's, or with a
-            `torch.utils.data.Dataset` or `DataLoader` in their place.
+            `torch.utils.data.Dataset` or `DataLoader` in their place. An `IterableDataset` is read
+            once, as by `read_rows`.
         dims: Names of axes that are in no plate, by variable, such as ``{"beta": ["coef"]}``.
             Variables that share a name share its labels. If the model has an argument named dims,
             this is that argument; the same holds for coords.
@@ -85,6 +87,7 @@ def from_pyro(
         kwargs, dims = {**kwargs, "dims": dims}, None
     if "coords" in own and coords is not None:
         kwargs, coords = {**kwargs, "coords": coords}, None
+    args, kwargs = with_rows_read(args, kwargs)
     with isolated_rng(0):
         runner = Runner(model, args, kwargs)
         if local is not None:
