@@ -14,6 +14,7 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
 from flowvi.guides.registry import guide_names
 from flowvi.guides.structured import STRUCTURED_GUIDES, StructuredGuide
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.preflight import check_size
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.nested import NestedTarget, check_outer
@@ -54,6 +55,7 @@ class Request:
 
     Attributes:
         fresh: Whether a given guide is initialised at the start that is found.
+        near: A normal near the posterior, in place of a search for a start.
     """
 
     target: Target
@@ -79,6 +81,7 @@ class Request:
     executor: Executor | None
     max_memory: memory.MaxMemory
     fresh: bool = True
+    near: GaussianApproximation | None = None
 
     def __post_init__(self) -> None:
         check_type("target", self.target, Target, "what from_pyro or from_density returned")
@@ -153,6 +156,7 @@ class Request:
             asked(False if isinstance(target, MarginalTarget) else self.compile),
             memory.limit() if self.max_memory is None else memory.parse_size(self.max_memory),
             self.schedule or _schedule(target, objective),
+            self.near,
         )
 
     def _refuse_the_other_kind(self) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -11,8 +13,8 @@ from torch import Tensor
 
 from flowvi.fitting.start_of_rows import start_from_rows
 from flowvi.guides.registry import starts_diagonal
-from flowvi.initialization.candidates import Log, best_gaussian
-from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.candidates import JUDGE_DRAWS, Log, best_gaussian, refine_fully
+from flowvi.initialization.gaussian import GaussianApproximation, diagonal_of, with_elbo
 from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.nested import start
@@ -32,6 +34,8 @@ JOINT_DIM = 500
 # A search ends between two of its parts once its share of the budget is spent. So many times that
 # share, and it ends within a part.
 LATE = 1.5
+# Rounds in which a normal near the posterior is refined.
+WARM_ROUNDS = 20
 # Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
 
@@ -65,12 +69,16 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
             lambda found: [found[0].state(), [*target.own_state().items()]],
             lambda state: restored(*state),
         )
-    given = restart.given
+    given, near = restart.given, restart.settings.near
     flat = starts_diagonal(restart.name) if given is None else given.flat
     return once(
         "start",
         restart.record,
-        lambda: global_start(target, restart.seed, clock, say, flat, share),
+        lambda: (
+            global_start(target, restart.seed, clock, say, flat, share)
+            if near is None
+            else warm_start(target, near, restart.seed, clock, say, flat, share)
+        ),
         lambda found: [g.state() for g in found],
         lambda found: [restart.gaussian(g) for g in found],
     )
@@ -128,6 +136,49 @@ def global_start(
                 lambda: clock.out_of_time(2 * share),
             )
     return [best, *modes, *others]
+
+
+def warm_start(
+    target: Target,
+    near: GaussianApproximation,
+    seed: Callable[[int], int],
+    clock: Clock,
+    say: Log,
+    diagonal: bool,
+    share: float,
+) -> list[GaussianApproximation]:
+    """Refine a normal that is near the posterior; search for a start where that fails.
+
+    Args:
+        target: The log density.
+        near: The normal.
+        seed: Purpose -> seed.
+        clock: Clock of the fit.
+        say: Function that takes a line of the log.
+        diagonal: Whether the guide has a diagonal covariance.
+        share: Share of a time budget for the search.
+    """
+    generator = torch.Generator(device=target.device).manual_seed(seed(BUILD))
+    judge = torch.randn(
+        JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
+    )
+    start = replace(near, loc=near.loc.to(judge), scale_tril=near.scale_tril.to(judge))
+    start = diagonal_of(start) if diagonal else start
+    before = with_elbo(target, start, judge)
+    found = refine_fully(
+        target,
+        before,
+        generator,
+        judge,
+        lambda: clock.out_of_time(share),
+        WARM_ROUNDS,
+        diagonal=diagonal,
+    )
+    if not math.isfinite(found.elbo):
+        say(f"start: {near.name} have no finite bound, so a start is searched for")
+        return global_start(target, seed, clock, say, diagonal, share)
+    say(f"start: {near.name}, refined from ELBO {before.elbo:.3f} to {found.elbo:.3f}")
+    return [found]
 
 
 def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:

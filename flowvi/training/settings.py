@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.registry import Objective
 from flowvi.runtime.clock import Clock
 from flowvi.runtime.memory import MaxMemory
@@ -28,6 +29,7 @@ class Settings:
         compile: Whether to compile the step.
         max_memory: Memory limit of an evaluation, in bytes.
         schedule: Numbers of steps, step sizes and thresholds.
+        near: A normal near the posterior, in place of a search for a start.
     """
 
     objective: Objective
@@ -39,6 +41,7 @@ class Settings:
     compile: Compile = "auto"
     max_memory: MaxMemory = None
     schedule: Schedule = DEFAULT
+    near: GaussianApproximation | None = None
 
 
 @dataclass(frozen=True)

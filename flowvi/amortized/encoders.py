@@ -1,0 +1,294 @@
+"""Networks that read a data set: whole, as a set of rows, or as a series."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import silu
+
+from flowvi.amortized.features import Features, Input, inputs_from
+from flowvi.runtime.arguments import check_choice
+
+HIDDEN, CONTEXT, BLOCKS = 128, 64, 2
+# Width of the network of a row.
+ROW_HIDDEN = 64
+# Largest number of numbers of a row whose products are averaged.
+MOST_PRODUCTS = 12
+# Length from which data without rows are read as a series.
+SERIES = 48
+VECTOR, SET, SERIES_KIND, OWN = "vector", "set", "series", "own"
+
+Data = Mapping[str, Tensor]
+
+
+class Residual(nn.Module):
+    """A perceptron of residual blocks, plus a linear map of its input.
+
+    Args:
+        inputs: Length of the input.
+        outputs: Length of the output.
+        hidden: Width.
+        blocks: Number of blocks.
+    """
+
+    def __init__(
+        self, inputs: int, outputs: int, hidden: int = HIDDEN, blocks: int = BLOCKS
+    ) -> None:
+        super().__init__()
+        self.first = nn.Linear(inputs, hidden)
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            for _ in range(blocks)
+        )
+        self.last = nn.Linear(hidden, outputs)
+        self.line = nn.Linear(inputs, outputs, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        for block in self.blocks:
+            h = h + block(h)
+        out: Tensor = self.last(silu(h)) + self.line(x)
+        return out
+
+
+class Encoder(nn.Module):
+    """Reads data sets: {name: (B, *shape)} -> context (B, C). Abstract.
+
+    Args:
+        inputs: What is read.
+        context: Length C of the context.
+    """
+
+    kind: str
+
+    def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
+        super().__init__()
+        self.inputs, self.size = list(inputs), context
+        self.features = nn.ModuleList(Features(i) for i in self.inputs)
+
+    def fit(self, data: Data) -> None:
+        """Standardise by simulated data sets."""
+        for feature in self.features:
+            feature.fit(data[feature.input.name])
+
+    def read(self, data: Data) -> Tensor:
+        """The numbers by which data sets are compared, (B, R)."""
+        raise NotImplementedError
+
+    def forward(self, data: Data) -> Tensor:
+        raise NotImplementedError
+
+    def spec(self) -> dict[str, Any]:
+        """Arguments of `make_encoder`, as JSON takes them."""
+        return {
+            "kind": self.kind,
+            "inputs": [i.state() for i in self.inputs],
+            "context": self.size,
+        }
+
+
+class VectorEncoder(Encoder):
+    """A perceptron over all numbers of a data set, whose shapes are fixed."""
+
+    kind = VECTOR
+
+    def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
+        super().__init__(inputs, context)
+        self.net = Residual(sum(i.width for i in self.inputs), context)
+
+    def read(self, data: Data) -> Tensor:
+        parts = [feature(data[feature.input.name]) for feature in self.features]
+        return torch.cat([p.flatten(1) for p in parts], -1)
+
+    def forward(self, data: Data) -> Tensor:
+        out: Tensor = self.net(self.read(data))
+        return out
+
+
+class SeriesEncoder(Encoder):
+    """Convolutions over the longest axis, and a perceptron over their ends and averages.
+
+    The numbers themselves are read too, so that nothing depends on the convolutions alone.
+    """
+
+    kind = SERIES_KIND
+
+    def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
+        super().__init__(inputs, context)
+        self.length = max(i.shape[0] for i in self.inputs if i.shape)
+        wide = [i for i in self.inputs if i.shape and i.shape[0] == self.length]
+        self.steps = [i.name for i in wide]
+        channels = sum(i.width // self.length for i in wide)
+        width = ROW_HIDDEN
+        self.convolutions = nn.ModuleList(
+            nn.Conv1d(channels if k == 0 else width, width, 5, stride=1 + (k > 0), padding=2)
+            for k in range(3)
+        )
+        left = -(-(-(-self.length // 2)) // 2)
+        parts = min(8, left)
+        self.pool = nn.AdaptiveAvgPool1d(parts)
+        self.net = Residual(sum(i.width for i in self.inputs) + width * parts, context)
+
+    def read(self, data: Data) -> Tensor:
+        parts = [feature(data[feature.input.name]) for feature in self.features]
+        return torch.cat([p.flatten(1) for p in parts], -1)
+
+    def forward(self, data: Data) -> Tensor:
+        flat = {f.input.name: f(data[f.input.name]) for f in self.features}
+        h = torch.cat([flat[name].unflatten(-1, (-1, self.length)) for name in self.steps], 1)
+        for convolution in self.convolutions:
+            h = silu(convolution(h))
+        pooled = self.pool(h).flatten(1)
+        out: Tensor = self.net(torch.cat([*(t.flatten(1) for t in flat.values()), pooled], -1))
+        return out
+
+
+class SetEncoder(Encoder):
+    """Deep sets: a network of each row, pooled, and a network of what is pooled.
+
+    Rows are pooled by mean and maximum, and so are their standardised numbers and the products
+    of these. Rows that an index puts into groups are pooled by group too. The number of rows is
+    an input. The result does not depend on the order of the rows.
+
+    References:
+        Zaheer et al. (2017), "Deep Sets", arXiv:1703.06114.
+    """
+
+    kind = SET
+    center: Tensor
+    spread: Tensor
+
+    def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
+        super().__init__(inputs, context)
+        self.of_rows = [f for f in self.features if f.input.rows]
+        self.of_all = [f for f in self.features if not f.input.rows]
+        width = sum(f.input.width for f in self.of_rows)
+        self.numbers = sum(f.input.count for f in self.of_rows)
+        self.groups = [f for f in self.of_rows if f.input.index and f.input.levels]
+        self.row = nn.Sequential(
+            nn.Linear(width, ROW_HIDDEN), nn.SiLU(), nn.Linear(ROW_HIDDEN, ROW_HIDDEN)
+        )
+        count = self.moments()
+        self.register_buffer("center", torch.zeros(count))
+        self.register_buffer("spread", torch.ones(count))
+        levels = sum(f.input.levels * f.input.count for f in self.groups)
+        # Of each group a few learnt averages, the averages of the numbers, and its size.
+        self.by_group = nn.Linear(ROW_HIDDEN, 8) if levels else None
+        of_groups = levels * (8 + 2 * self.numbers + 1)
+        rest = sum(f.input.width for f in self.of_all)
+        self.net = Residual(2 * ROW_HIDDEN + count + of_groups + rest, context)
+
+    def moments(self) -> int:
+        """How many averages of numbers and products there are, with two of the size."""
+        n = self.numbers
+        return 2 + 2 * n + (n * (n + 1) // 2 if n <= MOST_PRODUCTS else n)
+
+    @torch.no_grad()
+    def fit(self, data: Data) -> None:
+        super().fit(data)
+        name = self.of_rows[0].input.name
+        most = data[name].shape[1]
+        sizes = sorted({max(1, most // k) for k in (1, 2, 3, 4)})
+        found = torch.cat(
+            [self._averages({k: self._cut(k, v, n) for k, v in data.items()}) for n in sizes]
+        )
+        spread = found.std(0)
+        self.center.copy_(found.mean(0))
+        self.spread.copy_(torch.where(spread > 1e-6, spread, 1.0))
+
+    def _cut(self, name: str, value: Tensor, rows: int) -> Tensor:
+        return value[:, :rows] if any(f.input.name == name for f in self.of_rows) else value
+
+    def _numbers(self, data: Data) -> Tensor:
+        """The standardised numbers of each row, softly clipped, (B, rows, numbers)."""
+        u = torch.cat([f.unit(data[f.input.name]) for f in self.of_rows], -1)
+        return u / (1 + u.abs() / 100).sqrt()
+
+    def _averages(self, data: Data) -> Tensor:
+        u = self._numbers(data)
+        n = u.new_full((len(u), 1), u.shape[1])
+        if self.numbers <= MOST_PRODUCTS:
+            rows, columns = torch.triu_indices(self.numbers, self.numbers)
+            products = (u.mT @ u / u.shape[1])[:, rows, columns]
+        else:
+            products = u.square().mean(1)
+        parts = [n.log(), n.rsqrt(), u.mean(1), u.abs().amax(1), products]
+        joined = torch.cat(parts, -1)
+        return joined.sign() * joined.abs().log1p() + joined.clamp(-10, 10)
+
+    def read(self, data: Data) -> Tensor:
+        rest = [f(data[f.input.name]).flatten(1) for f in self.of_all]
+        return torch.cat([(self._averages(data) - self.center) / self.spread, *rest], -1)
+
+    def forward(self, data: Data) -> Tensor:
+        x = torch.cat([f(data[f.input.name]) for f in self.of_rows], -1)
+        h = self.row(x)
+        parts = [h.mean(1), h.amax(1), self.read(data)]
+        if self.by_group is not None:
+            u = self._numbers(data)
+            values = torch.cat([self.by_group(h), u, u.square()], -1)
+            for f in self.groups:
+                member = f.categories(data[f.input.name]).to(h.dtype).flatten(-2)
+                size = member.sum(1)
+                sums = member.mT @ values
+                means = sums / size.clamp(min=1.0).unsqueeze(-1)
+                parts += [means.flatten(1), size.log1p()]
+        out: Tensor = self.net(torch.cat(parts, -1))
+        return out
+
+
+class OwnEncoder(Encoder):
+    """A module of the user's: {name: (B, *shape)} -> context (B, C).
+
+    Args:
+        inputs: What is read.
+        context: Length C of what the module returns.
+        module: The module.
+    """
+
+    kind = OWN
+
+    def __init__(
+        self, inputs: Sequence[Input], context: int = CONTEXT, module: nn.Module | None = None
+    ) -> None:
+        super().__init__(inputs, context)
+        assert module is not None
+        self.module = module
+
+    def read(self, data: Data) -> Tensor:
+        return self(data)
+
+    def forward(self, data: Data) -> Tensor:
+        out: Tensor = self.module({n: t.to(torch.get_default_dtype()) for n, t in data.items()})
+        return out
+
+
+ENCODERS: dict[str, type[Encoder]] = {
+    VECTOR: VectorEncoder,
+    SET: SetEncoder,
+    SERIES_KIND: SeriesEncoder,
+}
+
+
+def make_encoder(spec: Mapping[str, Any], module: nn.Module | None = None) -> Encoder:
+    """Build an encoder from what `Encoder.spec` returned, with the user's module if it has one."""
+    inputs, context = inputs_from(spec["inputs"]), int(spec["context"])
+    if spec["kind"] == OWN:
+        return OwnEncoder(inputs, context, module)
+    return ENCODERS[check_choice("encoder", spec["kind"], ENCODERS)](inputs, context)
+
+
+def kind_for(inputs: Sequence[Input], exchangeable: bool) -> str:
+    """The kind of encoder for what is read.
+
+    Args:
+        inputs: What is read.
+        exchangeable: Whether the rows are a set.
+    """
+    if exchangeable:
+        return SET
+    longest = max((i.shape[0] for i in inputs if i.shape), default=0)
+    return SERIES_KIND if longest >= SERIES else VECTOR
