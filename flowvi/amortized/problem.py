@@ -137,6 +137,18 @@ class Problem:
             self._targets.popitem(last=False)
         return made
 
+    @property
+    def draws_own_covariates(self) -> bool:
+        """Whether a function of the user's draws the arguments that vary."""
+        return isinstance(self.covariates, DrawnCovariates)
+
+    @staticmethod
+    def leaves_of(
+        model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> dict[str, Tensor]:
+        """Tensors among the arguments of a model."""
+        return Runner(model, args, kwargs).leaves()
+
     def simulate(self, n: int, seed: int) -> Simulated:
         """Draw latents from the prior and data given them, for the largest number of rows.
 
@@ -144,6 +156,12 @@ class Problem:
             ModelError: A site cannot be simulated, or most data sets are not finite.
         """
         rows = self.rows[1]
+        if self.draws_own_covariates and not getattr(self.covariates.function, "saved", True):
+            raise ModelError(
+                f"The covariates of {self.name} were drawn by a function that was not saved with "
+                "the guide: pass it, flowvi.amortized.storage.load_guide(folder, model, "
+                "covariates=...)."
+            )
         with isolated_rng(derive_seed(seed, 0)):
             arguments = self.covariates(n, rows)
         z, data = self.target_of(rows).joint(n, derive_seed(seed, 1), arguments)

@@ -36,6 +36,8 @@ JOINT_DIM = 500
 LATE = 1.5
 # Rounds in which a normal near the posterior is refined.
 WARM_ROUNDS = 20
+# Share of effective draws from which that normal is near enough.
+NEAR_SHARE = 0.05
 # Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
 
@@ -174,11 +176,25 @@ def warm_start(
         WARM_ROUNDS,
         diagonal=diagonal,
     )
-    if not math.isfinite(found.elbo):
-        say(f"start: {near.name} have no finite bound, so a start is searched for")
-        return global_start(target, seed, clock, say, diagonal, share)
     say(f"start: {near.name}, refined from ELBO {before.elbo:.3f} to {found.elbo:.3f}")
-    return [found]
+    if _effective(target, found, judge) >= NEAR_SHARE:
+        return [found]
+    say("that is not near the posterior: a start is searched for")
+    return sorted(
+        [found, *global_start(target, seed, clock, say, diagonal, share)],
+        key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf,
+        reverse=True,
+    )
+
+
+def _effective(target: Target, g: GaussianApproximation, eps: Tensor) -> float:
+    """Share of draws of a normal that are effective; 0 where none has a density."""
+    with torch.no_grad():
+        z = g.at(eps)
+        log_w = target.log_prob(z) + 0.5 * eps.square().sum(-1)
+    w = (log_w - log_w[log_w.isfinite()].max()).exp() if log_w.isfinite().any() else 0 * log_w
+    w = w.nan_to_num(0.0)
+    return float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300) / len(w))
 
 
 def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:
