@@ -84,7 +84,7 @@ def sir(infected: Tensor) -> None:
 class Crescent(dist.TorchDistribution):
     """A point on a noisy half circle right of a centre: one row of two moons."""
 
-    arg_constraints: Mapping[str, Any] = {}  # noqa: RUF012
+    arg_constraints: Mapping[str, Any] = {}
     support = dist.constraints.real_vector
 
     def __init__(self, centre: Tensor) -> None:

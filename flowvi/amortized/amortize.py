@@ -15,7 +15,7 @@ from flowvi.amortized.guide import AmortizedGuide
 from flowvi.amortized.network import Network, build
 from flowvi.amortized.novelty import Novelty
 from flowvi.amortized.problem import Problem
-from flowvi.amortized.training import CALIBRATE, SCALE, Plan, Trained, held_out, train
+from flowvi.amortized.training import CALIBRATE, SCALE, Plan, Trained, held_out, race, train
 from flowvi.runtime.arguments import check_integer, check_positive, check_type, optional
 from flowvi.runtime.clock import Clock, interruptible
 from flowvi.runtime.progress import phase, showing
@@ -67,7 +67,8 @@ def amortize(
             rows of the example's covariates are resampled, and their numbers smoothed.
         encoder: A module that reads data sets, {name: tensor (B, *shape)} -> (B, C), by names of
             observed sites and of arguments that vary.
-        guide: Name of the conditional flow, in `GUIDES` or `FLOWS`.
+        guide: Name of the conditional flow, in `GUIDES` or `FLOWS`; by default the better of a
+            masked autoregressive flow and spline couplings after some steps, by held-out loss.
         sizes: Its sizes, such as ``{"depth": 4}``.
         seed: Seed of all random numbers; the global generators are not changed.
         progress: Whether to show the progress.
@@ -98,7 +99,11 @@ def amortize(
         bar.name = problem.name
         pairs = problem.simulate(SCALED, derive_seed(seed, SCALE) % 2**32)
         with isolated_rng(derive_seed(seed, SCALE)):
-            network = build(problem, pairs, guide, sizes, encoder)
+            networks = build(problem, pairs, guide, sizes, encoder)
+        network, lines = networks[0], list[str]()
+        if len(networks) > 1:
+            few = plan.race if steps is None else min(plan.race, max(1, steps // 10))
+            network, lines = race(problem, networks, plan, clock, seed, few)
         trained = train(problem, network, plan, clock, seed, steps, callback)
         network.eval()
         phase("calibrating the test of novelty")
@@ -108,7 +113,7 @@ def amortize(
         network,
         novelty,
         np.array(trained.losses, dtype=np.float64).reshape(-1, 2),
-        [*problem.notes, *trained.log],
+        [*problem.notes, *lines, *trained.log],
         _facts(problem, network, trained, clock, seed),
     )
 

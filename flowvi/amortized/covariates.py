@@ -85,7 +85,9 @@ def _smoothed(column: Tensor, drawn: Tensor) -> Tensor:
     if not column.is_floating_point() or len(column) < FEWEST_VALUES:
         return drawn
     flat = column.reshape(len(column), -1)
-    many = torch.tensor([len(c.unique()) >= FEWEST_VALUES for c in flat.T]).reshape(column.shape[1:])
+    many = torch.tensor([len(c.unique()) >= FEWEST_VALUES for c in flat.T]).reshape(
+        column.shape[1:]
+    )
     noise = SMOOTHING * torch.randn_like(drawn)
     if bool((column > 0).all()):
         moved = drawn * (noise * column.log().std(0)).exp()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +40,9 @@ class Residual(nn.Module):
         super().__init__()
         self.first = nn.Linear(inputs, hidden)
         self.blocks = nn.ModuleList(
-            nn.Sequential(nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden))
+            nn.Sequential(
+                nn.SiLU(), nn.Linear(hidden, hidden), nn.SiLU(), nn.Linear(hidden, hidden)
+            )
             for _ in range(blocks)
         )
         self.last = nn.Linear(hidden, outputs)
@@ -69,9 +71,14 @@ class Encoder(nn.Module):
         self.inputs, self.size = list(inputs), context
         self.features = nn.ModuleList(Features(i) for i in self.inputs)
 
+    @property
+    def readers(self) -> list[Features]:
+        """What reads each input, in their order."""
+        return cast(list[Features], list(self.features))
+
     def fit(self, data: Data) -> None:
         """Standardise by simulated data sets."""
-        for feature in self.features:
+        for feature in self.readers:
             feature.fit(data[feature.input.name])
 
     def read(self, data: Data) -> Tensor:
@@ -100,7 +107,7 @@ class VectorEncoder(Encoder):
         self.net = Residual(sum(i.width for i in self.inputs), context)
 
     def read(self, data: Data) -> Tensor:
-        parts = [feature(data[feature.input.name]) for feature in self.features]
+        parts = [feature(data[feature.input.name]) for feature in self.readers]
         return torch.cat([p.flatten(1) for p in parts], -1)
 
     def forward(self, data: Data) -> Tensor:
@@ -127,17 +134,16 @@ class SeriesEncoder(Encoder):
             nn.Conv1d(channels if k == 0 else width, width, 5, stride=1 + (k > 0), padding=2)
             for k in range(3)
         )
-        left = -(-(-(-self.length // 2)) // 2)
-        parts = min(8, left)
+        parts = min(8, self.length // 4)
         self.pool = nn.AdaptiveAvgPool1d(parts)
         self.net = Residual(sum(i.width for i in self.inputs) + width * parts, context)
 
     def read(self, data: Data) -> Tensor:
-        parts = [feature(data[feature.input.name]) for feature in self.features]
+        parts = [feature(data[feature.input.name]) for feature in self.readers]
         return torch.cat([p.flatten(1) for p in parts], -1)
 
     def forward(self, data: Data) -> Tensor:
-        flat = {f.input.name: f(data[f.input.name]) for f in self.features}
+        flat = {f.input.name: f(data[f.input.name]) for f in self.readers}
         h = torch.cat([flat[name].unflatten(-1, (-1, self.length)) for name in self.steps], 1)
         for convolution in self.convolutions:
             h = silu(convolution(h))
@@ -163,11 +169,8 @@ class SetEncoder(Encoder):
 
     def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
         super().__init__(inputs, context)
-        self.of_rows = [f for f in self.features if f.input.rows]
-        self.of_all = [f for f in self.features if not f.input.rows]
         width = sum(f.input.width for f in self.of_rows)
         self.numbers = sum(f.input.count for f in self.of_rows)
-        self.groups = [f for f in self.of_rows if f.input.index and f.input.levels]
         self.row = nn.Sequential(
             nn.Linear(width, ROW_HIDDEN), nn.SiLU(), nn.Linear(ROW_HIDDEN, ROW_HIDDEN)
         )
@@ -179,12 +182,27 @@ class SetEncoder(Encoder):
         self.by_group = nn.Linear(ROW_HIDDEN, 8) if levels else None
         of_groups = levels * (8 + 2 * self.numbers + 1)
         rest = sum(f.input.width for f in self.of_all)
-        self.net = Residual(2 * ROW_HIDDEN + count + of_groups + rest, context)
+        self.net = Residual(2 * ROW_HIDDEN + count + of_groups + rest + 2, context)
+
+    @property
+    def of_rows(self) -> list[Features]:
+        """Readers of what each row has."""
+        return [f for f in self.readers if f.input.rows]
+
+    @property
+    def of_all(self) -> list[Features]:
+        """Readers of what all rows share."""
+        return [f for f in self.readers if not f.input.rows]
+
+    @property
+    def groups(self) -> list[Features]:
+        """Readers of an index that puts rows into groups."""
+        return [f for f in self.of_rows if f.input.index and f.input.levels]
 
     def moments(self) -> int:
-        """How many averages of numbers and products there are, with two of the size."""
+        """How many averages of numbers and products there are."""
         n = self.numbers
-        return 2 + 2 * n + (n * (n + 1) // 2 if n <= MOST_PRODUCTS else n)
+        return 2 * n + (n * (n + 1) // 2 if n <= MOST_PRODUCTS else n)
 
     @torch.no_grad()
     def fit(self, data: Data) -> None:
@@ -209,13 +227,12 @@ class SetEncoder(Encoder):
 
     def _averages(self, data: Data) -> Tensor:
         u = self._numbers(data)
-        n = u.new_full((len(u), 1), u.shape[1])
         if self.numbers <= MOST_PRODUCTS:
             rows, columns = torch.triu_indices(self.numbers, self.numbers)
             products = (u.mT @ u / u.shape[1])[:, rows, columns]
         else:
             products = u.square().mean(1)
-        parts = [n.log(), n.rsqrt(), u.mean(1), u.abs().amax(1), products]
+        parts = [u.mean(1), u.abs().amax(1), products]
         joined = torch.cat(parts, -1)
         return joined.sign() * joined.abs().log1p() + joined.clamp(-10, 10)
 
@@ -226,7 +243,8 @@ class SetEncoder(Encoder):
     def forward(self, data: Data) -> Tensor:
         x = torch.cat([f(data[f.input.name]) for f in self.of_rows], -1)
         h = self.row(x)
-        parts = [h.mean(1), h.amax(1), self.read(data)]
+        n = h.new_full((len(h), 1), h.shape[1])
+        parts = [h.mean(1), h.amax(1), self.read(data), n.log(), n.rsqrt()]
         if self.by_group is not None:
             u = self._numbers(data)
             values = torch.cat([self.by_group(h), u, u.square()], -1)

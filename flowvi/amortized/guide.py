@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -90,11 +90,11 @@ class AmortizedGuide(Displayed):
     ) -> Draws:
         n = check_integer("n", n)
         target, at, unlike = self._at(data)
-        reason = unlike.reason
-        meta = {
-            **{k: self.meta[k] for k in ("guide", "objective", "steps") if k in self.meta},
+        reasons = [r for r in (self._size_reason(data), unlike.reason) if r]
+        meta: dict[str, Any] = {
+            **{str(k): self.meta[k] for k in ("guide", "objective", "steps")},
             "model": self.name,
-            "missed": [reason] if reason else [],
+            "missed": reasons,
             "unlike": {"distance": unlike.distance, "p": unlike.p},
         }
         # All draws before any density, which may draw random numbers of its own.
@@ -106,6 +106,17 @@ class AmortizedGuide(Displayed):
             pieces = [at.sample((min(PIECE, n - i),)) for i in range(0, n, PIECE)]
             found = tabulate(target, n, [pieces], meta)
         return replace(found, guide=at)
+
+    def _size_reason(self, data: DataSet) -> str:
+        """The sentence on a number of rows that no simulated data set had; else empty."""
+        least, most = self.problem.rows
+        if least <= data.rows <= most or not self.problem.plate:
+            return ""
+        return (
+            f"This data set has {data.rows} rows, and is unlike all simulated ones, which had "
+            f"{least} to {most}. Amortize with rows=({min(least, data.rows)}, "
+            f"{max(most, data.rows)}), or fit the model to it: guide.fit(data)."
+        )
 
     def log_prob(self, data: Any, z: ArrayLike) -> np.ndarray:
         """Log density of the guide at unconstrained latents. (*S, D) -> (*S).
@@ -243,6 +254,3 @@ def check_sets(data: Iterable[Any]) -> Sequence[Any]:
     if isinstance(data, dict):
         raise TypeError("fit_many takes a list of data sets; for one, use guide.draw(data).")
     return list(data)
-
-
-Callback = Callable[[int, float], object]

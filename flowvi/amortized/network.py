@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from flowvi.amortized.encoders import OWN, Encoder, kind_for, make_encoder
+from flowvi.amortized.encoders import CONTEXT, OWN, Encoder, kind_for, make_encoder
 from flowvi.amortized.features import Input, levels_of
 from flowvi.amortized.problem import Problem, Simulated
 from flowvi.guides.guide import Draw, Guide
 from flowvi.guides.registry import make_guide
 
-# Guide by name, and sizes.
-GUIDE = "nsf_coupling"
-SIZES: dict[str, Any] = {"depth": 6, "hidden": 96, "bins": 8}
+# Guides that are tried: affine ones are quick to train, splines have several modes.
+GUIDES: tuple[dict[str, Any], ...] = (
+    {"name": "maf", "depth": 4, "hidden": 64},
+    {"name": "nsf_coupling", "depth": 4, "hidden": 64, "bins": 8},
+)
+# Of one latent.
+SINGLE: tuple[dict[str, Any], ...] = ({"name": "spline", "depth": 2, "bins": 12},)
 
 
 class Network(nn.Module):
@@ -98,30 +102,30 @@ def build(
     guide: str | None = None,
     sizes: Mapping[str, Any] | None = None,
     encoder: nn.Module | None = None,
-) -> Network:
-    """A network for a problem, standardised by simulated data sets.
+) -> list[Network]:
+    """Networks for a problem, standardised by simulated data sets.
 
     Args:
         problem: The model and its data sets.
         pairs: Simulated data sets.
-        guide: Name of the guide; spline couplings by default.
+        guide: Name of the guide; several are built by default.
         sizes: Sizes of the guide.
         encoder: A module of the user's, {name: (B, *shape)} -> (B, C).
     """
     inputs = [_input(problem, name, value) for name, value in pairs.data.items()]
-    spec: dict[str, Any] = {"inputs": [i.state() for i in inputs], "context": 64}
+    spec: dict[str, Any] = {"inputs": [i.state() for i in inputs], "context": CONTEXT}
     spec["kind"] = kind_for(inputs, problem.exchangeable)
     if encoder is not None:
         spec["kind"] = OWN
         spec["context"] = _length(encoder, {n: v[:2] for n, v in pairs.data.items()})
-    return make_network(spec, guide_spec(problem.target.dim, guide, sizes), encoder, pairs)
-
-
-def guide_spec(dim: int, name: str | None, sizes: Mapping[str, Any] | None) -> dict[str, Any]:
-    """Arguments of `make_guide` for the guide of a network."""
-    if name is not None or sizes is not None:
-        return {"name": name or GUIDE, **(sizes or {})}
-    return {"name": "spline" if dim == 1 else GUIDE, **({} if dim == 1 else SIZES)}
+    kinds: Sequence[Mapping[str, Any]] = SINGLE if problem.target.dim == 1 else GUIDES
+    if encoder is not None:
+        # A module of the user's is one, which two networks cannot train.
+        kinds = kinds[:1]
+    if guide is not None or sizes is not None:
+        own = {"name": guide} if guide else dict(kinds[0])
+        kinds = [{**own, **(sizes or {})}]
+    return [make_network(spec, kind, encoder, pairs) for kind in kinds]
 
 
 def make_network(
@@ -159,11 +163,17 @@ def _is_index(column: Tensor) -> bool:
 
 
 def _length(encoder: nn.Module, data: Mapping[str, Tensor]) -> int:
-    with torch.no_grad():
-        found = encoder({n: t.to(torch.get_default_dtype()) for n, t in data.items()})
+    found: Any = None
+    try:
+        with torch.no_grad():
+            found = encoder({n: t.to(torch.get_default_dtype()) for n, t in data.items()})
+    except Exception as error:
+        why = str(error).partition("\n")[0]
+        raise ValueError(f"{_ENCODES}; it failed: {type(error).__name__}: {why}") from error
     if not isinstance(found, Tensor) or found.dim() != 2 or len(found) != 2:
-        raise ValueError(
-            "encoder must map {name: tensor (B, *shape)} to a tensor (B, C), one vector for each "
-            f"data set; it returned {tuple(getattr(found, 'shape', ())) or type(found).__name__}."
-        )
+        came = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+        raise ValueError(f"{_ENCODES}, one vector for each data set; it returned {came} for 2.")
     return found.shape[1]
+
+
+_ENCODES = "encoder must map {name: tensor (B, *shape)} to a tensor (B, C)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +129,6 @@ class Problem:
             return self._targets[rows]
         with isolated_rng(0):
             made = self._made(rows)
-            # Measured once, for all data sets of this number of rows.
-            made.chunk()
         self._compare(made, rows)
         self._targets[rows] = made
         while len(self._targets) > KEPT:
@@ -156,7 +154,9 @@ class Problem:
             ModelError: A site cannot be simulated, or most data sets are not finite.
         """
         rows = self.rows[1]
-        if self.draws_own_covariates and not getattr(self.covariates.function, "saved", True):
+        if self.draws_own_covariates and not getattr(
+            vars(self.covariates)["function"], "saved", True
+        ):
             raise ModelError(
                 f"The covariates of {self.name} were drawn by a function that was not saved with "
                 "the guide: pass it, flowvi.amortized.storage.load_guide(folder, model, "
@@ -180,11 +180,6 @@ class Problem:
 
     def _refuse(self) -> None:
         target = self.target
-        if target.improper:
-            raise ModelError(
-                f"The prior of '{target.improper[0]}' is improper: there is nothing to simulate "
-                "data from. Give it a proper prior."
-            )
         if list(target.parameters()):
             raise ModelError(
                 f"{self.name} has parameters of its own (pyro.param or a module): they have no "
@@ -227,7 +222,9 @@ class Problem:
         except Exception:  # the model does not run with it: its data are not known to depend on it
             return False
         held = self.target.observed
-        return any(not torch.equal(data[site].nan_to_num(), held[site].nan_to_num()) for site in held)
+        return any(
+            not torch.equal(data[site].nan_to_num(), held[site].nan_to_num()) for site in held
+        )
 
     def data_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
         """The values that the model observes with other arguments, by site."""
@@ -290,7 +287,10 @@ class Problem:
             args, kwargs = runner.with_leaves({n: self.leaves[n][index] for n in self.resized})
             runner = Runner(self.model, args, kwargs, precision=runner.precision)
         leaves = runner.leaves()
-        return replicable_runner(runner, {n: leaves[n].flip(0) for n in self.varying})
+        made = replicable_runner(runner, {n: leaves[n].flip(0) for n in self.varying})
+        # Memory is measured once, for all data sets of this number of rows.
+        made.chunk()
+        return made
 
     def _compare(self, made: GlobalTarget, rows: int) -> None:
         for name, site in self.target.sites.items():
@@ -321,9 +321,9 @@ class Problem:
             if with_latents:
                 moved_point = self._reordered(target, z[i], order)
             one = target.observing(held, like).plain(point)
-            two = target.observing(
-                {n: other[n] for n in held}, {n: other[n] for n in like}
-            ).plain(moved_point)
+            two = target.observing({n: other[n] for n in held}, {n: other[n] for n in like}).plain(
+                moved_point
+            )
             if not agree((one,), (two,)):
                 return False
         return True
@@ -394,15 +394,22 @@ class Problem:
             z, data = large.joint(1, 2, {n: t[None] for n, t in leaves.items()})
         held = {site: value[0] for site, value in data.items()}
         whole = large.observing(held, leaves)
-        rest = sum(v.reshape(1, most, -1)[:, least:].sum() for v in whole.log_likelihood(z).values())
+        rest = sum(
+            v.reshape(1, most, -1)[:, least:].sum() for v in whole.log_likelihood(z).values()
+        )
         part = small.observing(
             {n: t[:least] for n, t in held.items()}, {n: t[:least] for n, t in leaves.items()}
         )
         return agree((whole.log_prob(z) - rest,), (part.log_prob(z),))
 
     def _explain_fixed(self, rows: tuple[int, ...]) -> None:
-        for n in rows:
-            self.target_of(n)
+        own = [n for n in self.target.sites if self.plate in self.target.dims[n]]
+        if own:
+            raise ModelError(
+                f"Site '{own[0]}' has a value for each row of plate '{self.plate}': a latent that "
+                f"grows with the data is not amortized over numbers of rows, and rows={rows} asks "
+                "for several. Leave rows out."
+            )
         raise ModelError(
             f"rows={rows} asks for data sets of several sizes, but the order of the rows of "
             f"{self.name} matters: put exchangeable rows in a plate, with their covariates as "

@@ -127,7 +127,7 @@ def _by_name(problem: Problem, given: Any) -> dict[str, Tensor]:
             )
         pairs = dict(zip(names, given, strict=False))
         return _by_name(problem, {n: v for n, v in pairs.items() if _is_data(problem, n)})
-    single = [n for n in problem.data_leaves] or (problem.sites if len(problem.sites) == 1 else [])
+    single = list(problem.data_leaves) or (problem.sites if len(problem.sites) == 1 else [])
     if len(single) != 1:
         raise ValueError(
             f"{problem.name} observes {_list(single or problem.sites)}: give a data set as a "
@@ -156,6 +156,8 @@ def _check_missing(
     wanted = [n for n, site in problem.data_leaves.items() if not (site and site in sites)]
     if not problem.data_leaves:
         wanted = problem.sites
+    if all(site in sites for site in problem.sites):
+        wanted = []
     absent = [name for name in wanted if name not in leaves and name not in sites]
     if isinstance(given, Mapping | tuple):
         absent += [name for name in problem.varying if name not in leaves]
@@ -168,7 +170,8 @@ def _check_missing(
 
 def _check(problem: Problem, name: str, value: Tensor, like: Tensor, resizable: bool) -> None:
     """Refuse values of another shape, or that are not finite."""
-    wanted, came = tuple(like.shape), tuple(value.shape)
+    wanted: tuple[Any, ...] = tuple(like.shape)
+    came: tuple[Any, ...] = tuple(value.shape)
     if resizable and problem.rows[0] < problem.rows[1]:
         wanted, came = ("rows", *wanted[1:]), ("rows", *came[1:]) if came else ()
     if wanted != came:

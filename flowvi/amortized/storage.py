@@ -124,7 +124,7 @@ def load_guide(
             model,
             tuple(example["args"]),
             dict(example["kwargs"]),
-            tuple(int(n) for n in found["rows"]),
+            (int(found["rows"][0]), int(found["rows"][1])),
             covariates or _covariates(found["own_covariates"], varying, example, model),
         )
     except (KeyError, TypeError, AttributeError) as error:

@@ -103,7 +103,7 @@ class Fits(Displayed, Sequence[Draws]):
         return self.drawn(place)
 
     def __iter__(self) -> Iterator[Draws]:
-        return (self[i] for i in range(len(self)))
+        return map(self.drawn, range(len(self)))
 
     @property
     def verdicts(self) -> tuple[str, ...]:
@@ -137,12 +137,11 @@ class Fits(Displayed, Sequence[Draws]):
             f"  {'':>6} {'verdict':<26} {'method':<7} {'k-hat':>6} {'effective':>9} "
             f"{'log evidence':>20} {'unlike p':>8}",
         ]
-        places = range(count)
+        places = list(range(count))
         if count > 2 * SHOWN + 1:
-            places = [*places[:SHOWN], -1, *places[-SHOWN:]]  # type: ignore[assignment]
-        for i in places:
-            lines.append("     ..." if i < 0 else _words(i, self.lines[i]))
-        return "\n".join(lines)
+            places = [*places[:SHOWN], -1, *places[-SHOWN:]]
+        rows = ["     ..." if i < 0 else _words(i, self.lines[i]) for i in places]
+        return "\n".join([*lines, *rows])
 
 
 def _with_article(method: str) -> str:
@@ -161,4 +160,4 @@ def _words(i: int, line: Line) -> str:
 
 def line_from(state: Mapping[str, Any]) -> Line:
     """The line that `dataclasses.asdict` took apart."""
-    return Line(**{k: math.nan if v is None else v for k, v in state.items()})
+    return Line(**state)

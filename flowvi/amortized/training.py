@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,6 +27,8 @@ from flowvi.training.trainer import Phase, Taken, Trainer
 HELD_OUT, PAIRS, SIZES, BUILD, SCALE, CALIBRATE = range(6)
 # Simulated pairs of one call of the simulator.
 CHUNK = 8192
+# Share of the budget at which a race ends.
+RACE_SHARE = 0.2
 # Data sets of different numbers of rows in a step.
 GROUPS = 2
 
@@ -46,10 +49,11 @@ class Plan:
         most: Most steps of constant size.
         decay: Steps of falling size, as a share of the constant ones.
         share: Share of the budget for constant steps.
+        race: Steps of each of several networks, of which the best is trained further.
     """
 
     batch: int = 256
-    lr: float = 1e-3
+    lr: float = 3e-3
     warm_up: int = 200
     every: int = 250
     held_out: int = 2000
@@ -59,6 +63,11 @@ class Plan:
     most: int = 200_000
     decay: float = 0.5
     share: float = 0.6
+    race: int = 800
+
+    def warmed(self, step: int) -> float:
+        """Step size with a linear warm-up."""
+        return self.lr * min(1.0, (step + 1) / self.warm_up)
 
 
 @dataclass
@@ -121,7 +130,7 @@ def draw_size(problem: Problem, rng: np.random.Generator) -> int | None:
     return round(math.exp(rng.uniform(math.log(least), math.log(most))))
 
 
-def held_out(problem: Problem, n: int, seed: int, groups: int = 8) -> list[Simulated]:
+def held_out(problem: Problem, n: int, seed: int, groups: int = 16) -> list[Simulated]:
     """Data sets to judge by, in groups of one number of rows."""
     least, most = problem.rows
     pairs = problem.simulate(n, seed)
@@ -170,6 +179,45 @@ class ForwardGradient(Gradient):
 
     def explain_nonfinite(self) -> str:
         return ""
+
+
+def race(
+    problem: Problem, networks: Sequence[Network], plan: Plan, clock: Clock, seed: int, steps: int
+) -> tuple[Network, list[str]]:
+    """The best of several networks by the held-out loss after a few steps, and lines of the log.
+
+    Args:
+        problem: The model.
+        networks: The networks, changed in place.
+        plan: Numbers of the training.
+        clock: Time and budget.
+        seed: Seed of all simulations.
+        steps: Steps of each.
+    """
+    judge = held_out(problem, plan.held_out, derive_seed(seed, HELD_OUT) % 2**32)
+    losses = []
+    for network in networks:
+        gradient = ForwardGradient(problem, network, Stream(problem, seed), clock, plan.batch)
+        trainer = Trainer(gradient, Session(clock), Record(), problem.name)
+        name = network.guide_spec["name"]
+        with isolated_rng(derive_seed(seed, BUILD)), suppress(Interrupted):
+            trainer.take(
+                Phase(
+                    steps,
+                    plan.warmed,
+                    gradient,
+                    lambda taken: clock.budget_spent(RACE_SHARE),
+                    name=f"trying {name}",
+                ),
+                trainer.begin(),
+            )
+        gradient.flat.release()
+        losses.append(loss_of(network, judge))
+    words = [f"{n.guide_spec['name']} {x:.3f}" for n, x in zip(networks, losses, strict=True)]
+    best = int(np.nanargmin([*losses, math.inf]))
+    chosen = networks[min(best, len(networks) - 1)]
+    line = f"held-out losses after {steps} steps: {', '.join(words)}; the best is trained further"
+    return chosen, [line]
 
 
 def train(
@@ -223,16 +271,15 @@ def train(
             return True
         return False
 
-    def warmed(step: int) -> float:
-        return plan.lr * min(1.0, (step + 1) / plan.warm_up)
-
     state = trainer.begin()
     interrupted = False
     try:
         with isolated_rng(derive_seed(seed, BUILD)):
-            trainer.take(Phase(constant, warmed, gradient, after, name="training"), state)
+            trainer.take(Phase(constant, plan.warmed, gradient, after, name="training"), state)
             first = state.step
-            trained.log.append(f"{first} steps of constant size" + (f", until {ends}" if ends else ""))
+            trained.log.append(
+                f"{first} steps of constant size" + (f", until {ends}" if ends else "")
+            )
             pace = (clock.seconds - began) / max(first, 1)
             fall = round(plan.decay * first) if steps is None else max(0, steps - first)
             left = clock.seconds_left

@@ -439,9 +439,7 @@ class GlobalTarget(SimulatingTarget):
             )
 
 
-def _alike(
-    words: str, held: Mapping[str, Tensor], given: Mapping[str, Any]
-) -> dict[str, Tensor]:
+def _alike(words: str, held: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
     """Given values in the types of those that are held, or an error where a shape differs."""
     new = {name: torch.as_tensor(given[name]).to(t) for name, t in held.items()}
     for name, like in held.items():

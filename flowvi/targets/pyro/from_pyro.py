@@ -161,6 +161,11 @@ def replicable_runner(runner: Runner, other: Mapping[str, Tensor] | None = None)
     captured = PyroCapture(replace(runner), name_of(runner.model))
     if not captured.data:
         raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
+    if captured.layout.improper:
+        raise ModelError(
+            f"The prior of '{captured.layout.improper[0]}' is improper: there is nothing to draw "
+            "data from. Give it a proper prior."
+        )
     if captured.runner.drawn:
         raise ModelError(
             f"Plate '{next(iter(captured.runner.drawn))}' is subsampled: its data cannot be "

@@ -134,9 +134,7 @@ class Runner:
         flat, _ = tree_flatten_with_path(self.arguments())
         return {path_name(path): leaf for path, leaf in flat if isinstance(leaf, Tensor)}
 
-    def with_leaves(
-        self, values: Mapping[str, Tensor]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def with_leaves(self, values: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Arguments and keyword arguments with other tensors in the place of some of them."""
         if not values:
             return self.args, self.kwargs
