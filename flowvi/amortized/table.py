@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ def line_of(
 
 
 @dataclass(repr=False)
-class Fits(Displayed, Sequence[Draws]):
+class Fits(Displayed):
     """Verdicts on many data sets, and their draws: ``fits[i]``.
 
     Attributes:
@@ -93,7 +93,7 @@ class Fits(Displayed, Sequence[Draws]):
     def __len__(self) -> int:
         return len(self.lines)
 
-    def __getitem__(self, i: Any) -> Any:
+    def __getitem__(self, i: int) -> Draws:
         """Draws of a data set: those of the guide, or of its own fit."""
         if not isinstance(i, int | np.integer):
             raise TypeError(f"fits[i] takes the place of one data set; got {i!r}.")
@@ -137,7 +137,7 @@ class Fits(Displayed, Sequence[Draws]):
             f"  {'':>6} {'verdict':<26} {'method':<7} {'k-hat':>6} {'effective':>9} "
             f"{'log evidence':>20} {'unlike p':>8}",
         ]
-        places = list(range(count))
+        places: list[int] = list(range(count))
         if count > 2 * SHOWN + 1:
             places = [*places[:SHOWN], -1, *places[-SHOWN:]]
         rows = ["     ..." if i < 0 else _words(i, self.lines[i]) for i in places]

@@ -27,8 +27,8 @@ from flowvi.training.trainer import Phase, Taken, Trainer
 HELD_OUT, PAIRS, SIZES, BUILD, SCALE, CALIBRATE = range(6)
 # Simulated pairs of one call of the simulator.
 CHUNK = 8192
-# Share of the budget at which a race ends.
-RACE_SHARE = 0.2
+# Share of the budget at which a race ends, and steps of each network in turn.
+RACE_SHARE, TURN = 0.15, 50
 # Data sets of different numbers of rows in a step.
 GROUPS = 2
 
@@ -195,28 +195,28 @@ def race(
         steps: Steps of each.
     """
     judge = held_out(problem, plan.held_out, derive_seed(seed, HELD_OUT) % 2**32)
-    losses = []
+    runs = []
     for network in networks:
         gradient = ForwardGradient(problem, network, Stream(problem, seed), clock, plan.batch)
         trainer = Trainer(gradient, Session(clock), Record(), problem.name)
-        name = network.guide_spec["name"]
-        with isolated_rng(derive_seed(seed, BUILD)), suppress(Interrupted):
-            trainer.take(
-                Phase(
-                    steps,
-                    plan.warmed,
-                    gradient,
-                    lambda taken: clock.budget_spent(RACE_SHARE),
-                    name=f"trying {name}",
-                ),
-                trainer.begin(),
-            )
+        runs.append((network, gradient, trainer, trainer.begin()))
+    taken = 0
+    with isolated_rng(derive_seed(seed, BUILD)), suppress(Interrupted):
+        # In turn, so that all have taken as many steps when time is over.
+        while taken < steps and not (taken and clock.out_of_time(RACE_SHARE)):
+            taken = min(taken + TURN, steps)
+            for network, gradient, trainer, state in runs:
+                name = f"trying {network.guide_spec['name']}"
+                going = Phase(taken, plan.warmed, gradient, lambda _: False, name=name)
+                trainer.take(going, state)
+    losses = []
+    for network, gradient, *_ in runs:
         gradient.flat.release()
         losses.append(loss_of(network, judge))
     words = [f"{n.guide_spec['name']} {x:.3f}" for n, x in zip(networks, losses, strict=True)]
     best = int(np.nanargmin([*losses, math.inf]))
     chosen = networks[min(best, len(networks) - 1)]
-    line = f"held-out losses after {steps} steps: {', '.join(words)}; the best is trained further"
+    line = f"held-out losses after {taken} steps: {', '.join(words)}; the best is trained further"
     return chosen, [line]
 
 
