@@ -13,8 +13,10 @@ from flowvi.amortized.features import Features, Input, inputs_from
 from flowvi.runtime.arguments import check_choice
 
 HIDDEN, CONTEXT, BLOCKS = 128, 64, 2
-# Width of the network of a row.
-ROW_HIDDEN = 64
+# Width of the network of a row, and features of which the maximum is taken.
+ROW_HIDDEN, MAXIMA = 64, 16
+# Learnt averages of the rows of a group.
+GROUP_FEATURES = 8
 # Largest number of numbers of a row whose products are averaged.
 MOST_PRODUCTS = 12
 # Length from which data without rows are read as a series.
@@ -179,10 +181,10 @@ class SetEncoder(Encoder):
         self.register_buffer("spread", torch.ones(count))
         levels = sum(f.input.levels * f.input.count for f in self.groups)
         # Of each group a few learnt averages, the averages of the numbers, and its size.
-        self.by_group = nn.Linear(ROW_HIDDEN, 8) if levels else None
-        of_groups = levels * (8 + 2 * self.numbers + 1)
+        self.by_group = nn.Linear(ROW_HIDDEN, GROUP_FEATURES) if levels else None
+        of_groups = levels * (GROUP_FEATURES + 2 * self.numbers + 1)
         rest = sum(f.input.width for f in self.of_all)
-        self.net = Residual(2 * ROW_HIDDEN + count + of_groups + rest + 2, context)
+        self.net = Residual(ROW_HIDDEN + MAXIMA + count + of_groups + rest + 2, context)
 
     @property
     def of_rows(self) -> list[Features]:
@@ -233,8 +235,7 @@ class SetEncoder(Encoder):
         else:
             products = u.square().mean(1)
         parts = [u.mean(1), u.abs().amax(1), products]
-        joined = torch.cat(parts, -1)
-        return joined.sign() * joined.abs().log1p() + joined.clamp(-10, 10)
+        return compressed(torch.cat(parts, -1))
 
     def read(self, data: Data) -> Tensor:
         rest = [f(data[f.input.name]).flatten(1) for f in self.of_all]
@@ -244,18 +245,24 @@ class SetEncoder(Encoder):
         x = torch.cat([f(data[f.input.name]) for f in self.of_rows], -1)
         h = self.row(x)
         n = h.new_full((len(h), 1), h.shape[1])
-        parts = [h.mean(1), h.amax(1), self.read(data), n.log(), n.rsqrt()]
+        parts = [h.mean(1), h[..., :MAXIMA].max(1).values, self.read(data), n.log(), n.rsqrt()]
         if self.by_group is not None:
             u = self._numbers(data)
-            values = torch.cat([self.by_group(h), u, u.square()], -1)
+            values = torch.cat([u, u.square(), self.by_group(h)], -1)
             for f in self.groups:
                 member = f.categories(data[f.input.name]).to(h.dtype).flatten(-2)
                 size = member.sum(1)
                 sums = member.mT @ values
                 means = sums / size.clamp(min=1.0).unsqueeze(-1)
-                parts += [means.flatten(1), size.log1p()]
+                numbers, learnt = means.split([2 * self.numbers, GROUP_FEATURES], -1)
+                parts += [compressed(numbers).flatten(1), learnt.flatten(1), size.log1p()]
         out: Tensor = self.net(torch.cat(parts, -1))
         return out
+
+
+def compressed(x: Tensor) -> Tensor:
+    """Averages of any size on the scale of logs, and exact ones where they are small."""
+    return x.sign() * x.abs().log1p() + x.clamp(-10, 10)
 
 
 class OwnEncoder(Encoder):
