@@ -100,11 +100,12 @@ def amortize(
         pairs = problem.simulate(SCALED, derive_seed(seed, SCALE) % 2**32)
         with isolated_rng(derive_seed(seed, SCALE)):
             networks = build(problem, pairs, guide, sizes, encoder)
-        network, lines = networks[0], list[str]()
+        network, lines, count = networks[0], list[str](), 0
         if len(networks) > 1:
             few = plan.race if steps is None else min(plan.race, max(1, steps // 10))
-            network, lines = race(problem, networks, plan, clock, seed, few)
+            network, lines, count = race(problem, networks, plan, clock, seed, few)
         trained = train(problem, network, plan, clock, seed, steps, callback)
+        trained.simulations += count
         network.eval()
         phase("calibrating the test of novelty")
         novelty = calibrated(problem, network, seed)

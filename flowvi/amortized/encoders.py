@@ -9,14 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from flowvi.amortized.features import Features, Input, inputs_from
+from flowvi.amortized.features import EACH, Features, Input, inputs_from
 from flowvi.runtime.arguments import check_choice
 
 HIDDEN, CONTEXT, BLOCKS = 128, 64, 2
 # Width of the network of a row, and features of which the maximum is taken.
 ROW_HIDDEN, MAXIMA = 64, 16
-# Learnt averages of the rows of a group.
-GROUP_FEATURES = 8
+# Learnt averages of the rows of a group, and what is read from all its averages.
+GROUP_FEATURES, GROUP_HIDDEN = 8, 16
 # Largest number of numbers of a row whose products are averaged.
 MOST_PRODUCTS = 12
 # Length from which data without rows are read as a series.
@@ -182,9 +182,17 @@ class SetEncoder(Encoder):
         levels = sum(f.input.levels * f.input.count for f in self.groups)
         # Of each group a few learnt averages, the averages of the numbers, and its size.
         self.by_group = nn.Linear(ROW_HIDDEN, GROUP_FEATURES) if levels else None
-        of_groups = levels * (GROUP_FEATURES + 2 * self.numbers + 1)
+        # One network for all groups: what it learns of one holds for the others.
+        plain = EACH * self.numbers + 1
+        self.of_group = nn.Sequential(
+            nn.Linear(plain + self.numbers + GROUP_FEATURES, ROW_HIDDEN),
+            nn.SiLU(),
+            nn.Linear(ROW_HIDDEN, GROUP_HIDDEN),
+        )
+        of_groups = levels * (plain + GROUP_HIDDEN)
         rest = sum(f.input.width for f in self.of_all)
-        self.net = Residual(ROW_HIDDEN + MAXIMA + count + of_groups + rest + 2, context)
+        of_all = ROW_HIDDEN + MAXIMA + count + EACH * self.numbers + 2
+        self.net = Residual(of_all + of_groups + rest, context)
 
     @property
     def of_rows(self) -> list[Features]:
@@ -223,9 +231,8 @@ class SetEncoder(Encoder):
         return value[:, :rows] if any(f.input.name == name for f in self.of_rows) else value
 
     def _numbers(self, data: Data) -> Tensor:
-        """The standardised numbers of each row, softly clipped, (B, rows, numbers)."""
-        u = torch.cat([f.unit(data[f.input.name]) for f in self.of_rows], -1)
-        return u / (1 + u.abs() / 100).sqrt()
+        """The standardised numbers of each row, (B, rows, numbers)."""
+        return torch.cat([f.unit(data[f.input.name]) for f in self.of_rows], -1)
 
     def _averages(self, data: Data) -> Tensor:
         u = self._numbers(data)
@@ -242,22 +249,27 @@ class SetEncoder(Encoder):
         return torch.cat([(self._averages(data) - self.center) / self.spread, *rest], -1)
 
     def forward(self, data: Data) -> Tensor:
-        x = torch.cat([f(data[f.input.name]) for f in self.of_rows], -1)
-        h = self.row(x)
-        n = h.new_full((len(h), 1), h.shape[1])
+        h = self.row(torch.cat([f(data[f.input.name]) for f in self.of_rows], -1))
+        n, u = h.new_full((len(h), 1), h.shape[1]), self._numbers(data)
         parts = [h.mean(1), h[..., :MAXIMA].max(1).values, self.read(data), n.log(), n.rsqrt()]
+        parts.append(self._scales(u.mean(1)))
         if self.by_group is not None:
-            u = self._numbers(data)
             values = torch.cat([u, u.square(), self.by_group(h)], -1)
             for f in self.groups:
                 member = f.categories(data[f.input.name]).to(h.dtype).flatten(-2)
                 size = member.sum(1)
-                sums = member.mT @ values
-                means = sums / size.clamp(min=1.0).unsqueeze(-1)
-                numbers, learnt = means.split([2 * self.numbers, GROUP_FEATURES], -1)
-                parts += [compressed(numbers).flatten(1), learnt.flatten(1), size.log1p()]
+                means = member.mT @ values / size.clamp(min=1.0).unsqueeze(-1)
+                first, second, learnt = means.split([self.numbers] * 2 + [GROUP_FEATURES], -1)
+                plain = torch.cat([self._scales(first), size.log1p().unsqueeze(-1)], -1)
+                seen = self.of_group(torch.cat([plain, compressed(second), learnt], -1))
+                parts += [plain.flatten(1), seen.flatten(1)]
         out: Tensor = self.net(torch.cat(parts, -1))
         return out
+
+    def _scales(self, averages: Tensor) -> Tensor:
+        """Averages of the numbers on the three scales of each, (*B, numbers) -> (*B, 3 numbers)."""
+        parts = averages.split([f.input.count for f in self.of_rows], -1)
+        return torch.cat([f.scales(u) for f, u in zip(self.of_rows, parts, strict=True)], -1)
 
 
 def compressed(x: Tensor) -> Tensor:

@@ -107,12 +107,16 @@ class Features(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """All features, (*B, *shape) -> (*B, width)."""
-        u = self.unit(x)
-        flat = x.reshape(u.shape).to(u.dtype)
-        logs = flat.sign() * (flat.abs() / self.tiny).log1p()
+        scales = self.scales(self.unit(x))
+        if not self.input.levels:
+            return scales
+        return torch.cat([scales, self.categories(x).to(scales.dtype).flatten(-2)], -1)
+
+    def scales(self, u: Tensor) -> Tensor:
+        """Standardised numbers on three scales, (*B, count) -> (*B, 3 count)."""
+        x = u * self.scale + self.loc
+        logs = x.sign() * (x.abs() / self.tiny).log1p()
         parts = [u / (1 + u.abs() / SOFT), u.asinh(), (logs - self.log_loc) / self.log_scale]
-        if self.input.levels:
-            parts.append(self.categories(x).to(u.dtype).flatten(-2))
         return torch.cat(parts, -1)
 
     def categories(self, x: Tensor) -> Tensor:

@@ -21,14 +21,19 @@ from flowvi.training.gradient import Gradient
 from flowvi.training.learning_rate import FINAL_RATE
 from flowvi.training.records import Record
 from flowvi.training.settings import Session
+from flowvi.training.state import TrainState
 from flowvi.training.trainer import Phase, Taken, Trainer
 
 # Random streams.
-HELD_OUT, PAIRS, SIZES, BUILD, SCALE, CALIBRATE = range(6)
+HELD_OUT, PAIRS, SIZES, BUILD, SCALE, CALIBRATE, RACE = range(7)
 # Simulated pairs of one call of the simulator.
 CHUNK = 8192
 # Share of the budget at which a race ends, and steps of each network in turn.
-RACE_SHARE, TURN = 0.15, 50
+RACE_SHARE, TURN = 0.2, 50
+# Fewest steps of each by which they are compared.
+FEWEST = 400
+# Fewest data sets of a step.
+LEAST_SETS = 64
 # Data sets of different numbers of rows in a step.
 GROUPS = 2
 
@@ -38,7 +43,8 @@ class Plan:
     """Numbers by which a training is decided.
 
     Args:
-        batch: Data sets of a step.
+        batch: Largest number of data sets of a step.
+        batch_rows: Largest number of their rows, on average.
         lr: Largest step size.
         warm_up: Steps of the warm-up.
         every: Steps between two looks at the held-out loss.
@@ -53,6 +59,7 @@ class Plan:
     """
 
     batch: int = 256
+    batch_rows: int = 8000
     lr: float = 3e-3
     warm_up: int = 200
     every: int = 250
@@ -64,6 +71,11 @@ class Plan:
     decay: float = 0.5
     share: float = 0.6
     race: int = 800
+
+    def sets(self, problem: Problem) -> int:
+        """Data sets of a step, an even number."""
+        rows = math.sqrt(problem.rows[0] * problem.rows[1]) if problem.exchangeable else 1.0
+        return max(2, min(self.batch, max(LEAST_SETS, int(self.batch_rows / rows)) // 2 * 2))
 
     def warmed(self, step: int) -> float:
         """Step size with a linear warm-up."""
@@ -181,10 +193,21 @@ class ForwardGradient(Gradient):
         return ""
 
 
+@dataclass
+class _Run:
+    """One network in a race."""
+
+    network: Network
+    gradient: ForwardGradient
+    trainer: Trainer
+    state: TrainState
+    seconds: float = 0.0
+
+
 def race(
     problem: Problem, networks: Sequence[Network], plan: Plan, clock: Clock, seed: int, steps: int
-) -> tuple[Network, list[str]]:
-    """The best of several networks by the held-out loss after a few steps, and lines of the log.
+) -> tuple[Network, list[str], int]:
+    """The best of several networks by the held-out loss after a few steps.
 
     Args:
         problem: The model.
@@ -193,31 +216,44 @@ def race(
         clock: Time and budget.
         seed: Seed of all simulations.
         steps: Steps of each.
+
+    Returns:
+        The network, lines of the log, and the number of simulated data sets.
     """
     judge = held_out(problem, plan.held_out, derive_seed(seed, HELD_OUT) % 2**32)
     runs = []
     for network in networks:
-        gradient = ForwardGradient(problem, network, Stream(problem, seed), clock, plan.batch)
+        stream = Stream(problem, derive_seed(seed, RACE))
+        gradient = ForwardGradient(problem, network, stream, clock, plan.sets(problem))
         trainer = Trainer(gradient, Session(clock), Record(), problem.name)
-        runs.append((network, gradient, trainer, trainer.begin()))
-    taken = 0
+        runs.append(_Run(network, gradient, trainer, trainer.begin()))
+    limit = math.inf if clock.budget is None else RACE_SHARE * clock.budget / len(runs)
     with isolated_rng(derive_seed(seed, BUILD)), suppress(Interrupted):
-        # In turn, so that all have taken as many steps when time is over.
-        while taken < steps and not (taken and clock.out_of_time(RACE_SHARE)):
-            taken = min(taken + TURN, steps)
-            for network, gradient, trainer, state in runs:
-                name = f"trying {network.guide_spec['name']}"
-                going = Phase(taken, plan.warmed, gradient, lambda _: False, name=name)
-                trainer.take(going, state)
+        # In turn, each for as many steps, or as long where time is short.
+        while going := [r for r in runs if r.state.step < steps and r.seconds < limit]:
+            for run in going:
+                began = clock.seconds
+                name = f"trying {run.network.guide_spec['name']}"
+                until = min(run.state.step + TURN, steps)
+                phase = Phase(until, plan.warmed, run.gradient, lambda _: False, name=name)
+                run.trainer.take(phase, run.state)
+                run.seconds += clock.seconds - began
     losses = []
-    for network, gradient, *_ in runs:
-        gradient.flat.release()
-        losses.append(loss_of(network, judge))
-    words = [f"{n.guide_spec['name']} {x:.3f}" for n, x in zip(networks, losses, strict=True)]
+    for run in runs:
+        run.gradient.flat.release()
+        losses.append(loss_of(run.network, judge))
+    words = [
+        f"{run.network.guide_spec['name']} {loss:.3f} after {run.state.step} steps"
+        for run, loss in zip(runs, losses, strict=True)
+    ]
+    count = sum(run.gradient.stream.count for run in runs)
+    told = f"held-out losses: {', '.join(words)}"
+    if min(run.state.step for run in runs) < min(FEWEST, steps):
+        line = f"{told}; these are too few steps to tell: the first is trained further"
+        return networks[0], [line], count
     best = int(np.nanargmin([*losses, math.inf]))
     chosen = networks[min(best, len(networks) - 1)]
-    line = f"held-out losses after {taken} steps: {', '.join(words)}; the best is trained further"
-    return chosen, [line]
+    return chosen, [f"{told}; the best is trained further"], count
 
 
 def train(
@@ -245,7 +281,7 @@ def train(
     """
     judge = held_out(problem, plan.held_out, derive_seed(seed, HELD_OUT) % 2**32)
     stream, trained, record = Stream(problem, seed), Trained(), Record()
-    gradient = ForwardGradient(problem, network, stream, clock, plan.batch)
+    gradient = ForwardGradient(problem, network, stream, clock, plan.sets(problem))
     trainer = Trainer(gradient, Session(clock), record, problem.name)
     began = clock.seconds
     constant = plan.most if steps is None else max(1, round(steps / (1 + plan.decay)))
