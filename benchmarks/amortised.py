@@ -29,7 +29,7 @@ DRAWS = 1000
 
 def evidence_errors(guide: AmortizedGuide, model: Model, n: int, seed: int) -> np.ndarray:
     """Errors of the log evidence of trusted data sets, in standard errors."""
-    errors = []
+    errors: list[float] = []
     for data in guide.simulate(n, seed)[0]:
         found = flowvi.diagnose(guide.draw(data, DRAWS, seed))
         if found.verdict != "do not trust" and model.evidence is not None:

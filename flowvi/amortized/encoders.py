@@ -49,6 +49,9 @@ class Residual(nn.Module):
         )
         self.last = nn.Linear(hidden, outputs)
         self.line = nn.Linear(inputs, outputs, bias=False)
+        # It starts at the linear map, which `Network.regress` sets.
+        for p in self.last.parameters():
+            nn.init.zeros_(p)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.first(x)
@@ -67,6 +70,7 @@ class Encoder(nn.Module):
     """
 
     kind: str
+    net: nn.Module
 
     def __init__(self, inputs: Sequence[Input], context: int = CONTEXT) -> None:
         super().__init__()
@@ -78,6 +82,11 @@ class Encoder(nn.Module):
         """What reads each input, in their order."""
         return cast(list[Features], list(self.features))
 
+    @property
+    def by_row(self) -> tuple[str, ...]:
+        """Names of what each row has."""
+        return tuple(i.name for i in self.inputs if i.rows)
+
     def fit(self, data: Data) -> None:
         """Standardise by simulated data sets."""
         for feature in self.readers:
@@ -87,8 +96,17 @@ class Encoder(nn.Module):
         """The numbers by which data sets are compared, (B, R)."""
         raise NotImplementedError
 
+    def parts(self, data: Data) -> list[tuple[Tensor, bool]]:
+        """What the last network reads, (B, *) each, and whether it is learnt.
+
+        Not learnt are functions of the data that do not change in the training.
+        """
+        return [(self.read(data), False)]
+
     def forward(self, data: Data) -> Tensor:
-        raise NotImplementedError
+        """The context of data sets, (B, C)."""
+        out: Tensor = self.net(torch.cat([part for part, _ in self.parts(data)], -1))
+        return out
 
     def spec(self) -> dict[str, Any]:
         """Arguments of `make_encoder`, as JSON takes them."""
@@ -111,10 +129,6 @@ class VectorEncoder(Encoder):
     def read(self, data: Data) -> Tensor:
         parts = [feature(data[feature.input.name]) for feature in self.readers]
         return torch.cat([p.flatten(1) for p in parts], -1)
-
-    def forward(self, data: Data) -> Tensor:
-        out: Tensor = self.net(self.read(data))
-        return out
 
 
 class SeriesEncoder(Encoder):
@@ -144,14 +158,13 @@ class SeriesEncoder(Encoder):
         parts = [feature(data[feature.input.name]) for feature in self.readers]
         return torch.cat([p.flatten(1) for p in parts], -1)
 
-    def forward(self, data: Data) -> Tensor:
+    def parts(self, data: Data) -> list[tuple[Tensor, bool]]:
         flat = {f.input.name: f(data[f.input.name]) for f in self.readers}
         h = torch.cat([flat[name].unflatten(-1, (-1, self.length)) for name in self.steps], 1)
         for convolution in self.convolutions:
             h = silu(convolution(h))
-        pooled = self.pool(h).flatten(1)
-        out: Tensor = self.net(torch.cat([*(t.flatten(1) for t in flat.values()), pooled], -1))
-        return out
+        read = torch.cat([t.flatten(1) for t in flat.values()], -1)
+        return [(read, False), (self.pool(h).flatten(1), True)]
 
 
 class SetEncoder(Encoder):
@@ -248,11 +261,12 @@ class SetEncoder(Encoder):
         rest = [f(data[f.input.name]).flatten(1) for f in self.of_all]
         return torch.cat([(self._averages(data) - self.center) / self.spread, *rest], -1)
 
-    def forward(self, data: Data) -> Tensor:
+    def parts(self, data: Data) -> list[tuple[Tensor, bool]]:
         h = self.row(torch.cat([f(data[f.input.name]) for f in self.of_rows], -1))
         n, u = h.new_full((len(h), 1), h.shape[1]), self._numbers(data)
-        parts = [h.mean(1), h[..., :MAXIMA].max(1).values, self.read(data), n.log(), n.rsqrt()]
-        parts.append(self._scales(u.mean(1)))
+        found = [(h.mean(1), True), (h[..., :MAXIMA].max(1).values, True)]
+        plain = [self.read(data), n.log(), n.rsqrt(), self._scales(u.mean(1))]
+        found += [(part, False) for part in plain]
         if self.by_group is not None:
             values = torch.cat([u, u.square(), self.by_group(h)], -1)
             for f in self.groups:
@@ -260,11 +274,10 @@ class SetEncoder(Encoder):
                 size = member.sum(1)
                 means = member.mT @ values / size.clamp(min=1.0).unsqueeze(-1)
                 first, second, learnt = means.split([self.numbers] * 2 + [GROUP_FEATURES], -1)
-                plain = torch.cat([self._scales(first), size.log1p().unsqueeze(-1)], -1)
-                seen = self.of_group(torch.cat([plain, compressed(second), learnt], -1))
-                parts += [plain.flatten(1), seen.flatten(1)]
-        out: Tensor = self.net(torch.cat(parts, -1))
-        return out
+                known = torch.cat([self._scales(first), size.log1p().unsqueeze(-1)], -1)
+                seen = self.of_group(torch.cat([known, compressed(second), learnt], -1))
+                found += [(known.flatten(1), False), (seen.flatten(1), True)]
+        return found
 
     def _scales(self, averages: Tensor) -> Tensor:
         """Averages of the numbers on the three scales of each, (*B, numbers) -> (*B, 3 numbers)."""
@@ -299,6 +312,7 @@ class OwnEncoder(Encoder):
         return self(data)
 
     def forward(self, data: Data) -> Tensor:
+        # A module of the user's reads the tensors themselves.
         out: Tensor = self.module({n: t.to(torch.get_default_dtype()) for n, t in data.items()})
         return out
 
