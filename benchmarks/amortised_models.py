@@ -43,13 +43,13 @@ def logistic(x: Tensor, y: Tensor) -> None:
 
 
 def poisson_groups(group: Tensor, y: Tensor) -> None:
-    """Counts in eight groups whose log rates are exchangeable."""
+    """Counts in eight groups whose log rates are exchangeable, not centred."""
     mu = pyro.sample("mu", dist.Normal(1.0, 1.0))
     tau = pyro.sample("tau", dist.HalfNormal(0.7))
     with pyro.plate("group", 8):
-        rate = pyro.sample("log_rate", dist.Normal(mu, tau))
+        eta = pyro.sample("eta", dist.Normal(0.0, 1.0))
     with pyro.plate("row", len(y)):
-        pyro.sample("y", dist.Poisson(rate[group].exp()), obs=y)
+        pyro.sample("y", dist.Poisson((mu + tau * eta)[group].exp()), obs=y)
 
 
 def sir(infected: Tensor) -> None:

@@ -14,7 +14,7 @@ from flowvi.runtime.arguments import check_choice
 
 HIDDEN, CONTEXT, BLOCKS = 128, 64, 2
 # Width of the network of a row, and features of which the maximum is taken.
-ROW_HIDDEN, MAXIMA = 64, 16
+ROW_HIDDEN, MAXIMA = 32, 16
 # Learnt averages of the rows of a group, and what is read from all its averages.
 GROUP_FEATURES, GROUP_HIDDEN = 8, 16
 # Largest number of numbers of a row whose products are averaged.

@@ -59,7 +59,7 @@ class Plan:
     """
 
     batch: int = 256
-    batch_rows: int = 8000
+    batch_rows: int = 5000
     lr: float = 3e-3
     warm_up: int = 200
     every: int = 250
