@@ -12,7 +12,8 @@ import torch
 import flowvi
 from flowvi.amortized import many
 from flowvi.amortized.features import Features, Input
-from flowvi.amortized.problem import Problem
+from flowvi.amortized.network import build
+from flowvi.amortized.problem import Problem, Simulated
 from flowvi.amortized.training import Plan
 from flowvi.targets.precision import default_dtype
 
@@ -431,3 +432,22 @@ def test_features_are_finite_over_orders_of_magnitude(size):
     assert bool(found.isfinite().all())
     assert bool((features(y).abs() < 20).all())
     assert bool((features(y).std(0) > 0.2).all())
+
+
+def test_a_network_starts_at_the_regression():
+    problem = Problem(mean_model, (torch.zeros(10),), {})
+    pairs = problem.simulate(2000, 0)
+
+    network = build(problem, pairs, "affine")[0]
+
+    # The exact posterior has the loss of its entropy; the prior, that of a normal of width 3.
+    y = np.random.default_rng(0).normal(2.0, NOISE, 10)
+    mean, sd, _ = exact(y)
+    data = {"y": torch.as_tensor(y)[None]}
+    points = torch.tensor([mean, mean + 2 * sd], dtype=torch.float64)
+    with torch.no_grad():
+        found = [float(network.log_prob(Simulated(z.reshape(1, 1), data))) for z in points]
+    wanted = torch.distributions.Normal(mean, sd).log_prob(points).tolist()
+    assert np.allclose(found, wanted, atol=0.7)
+    prior = torch.distributions.Normal(0.0, SPREAD).log_prob(points).tolist()
+    assert found[0] > prior[0] + 0.5

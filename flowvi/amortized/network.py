@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from flowvi.amortized.encoders import CONTEXT, OWN, Encoder, Residual, kind_for, make_encoder
+from flowvi.amortized.encoders import CONTEXT, OWN, Encoder, kind_for, make_encoder
 from flowvi.amortized.features import Input, levels_of
 from flowvi.amortized.problem import Problem, Simulated
-from flowvi.flows.nets import ContextParameter
+from flowvi.amortized.regression import start_at_regression
 from flowvi.guides.guide import Draw, Guide
 from flowvi.guides.registry import make_guide
 
@@ -22,10 +22,6 @@ GUIDES: tuple[dict[str, Any], ...] = (
 )
 # Fewest numbers of the context beside mean and log scale of each latent.
 FREE = 32
-# Rounds of the regressions at which a network starts, and their penalty.
-REGRESSIONS, RIDGE = 3, 1e-3
-# Minus the mean of log |x| for a standard normal x.
-LOG_NORMAL = 0.635
 # Of one latent.
 SINGLE: tuple[dict[str, Any], ...] = ({"name": "spline", "depth": 2, "bins": 12},)
 
@@ -62,43 +58,6 @@ class Network(nn.Module):
         self.loc.copy_(middle)
         self.scale.copy_((0.5 * (high - low)).clamp(min=1e-12))
         self.encoder.fit(pairs.data)
-        affine = getattr(self.guide, "affine", None)
-        params = getattr(affine, "params", None)
-        if isinstance(self.encoder.net, Residual) and isinstance(params, ContextParameter):
-            self._regress(pairs, self.encoder.net, params)
-
-    def _regress(self, pairs: Simulated, net: Residual, params: ContextParameter) -> None:
-        """Start at the regression of the latents on what is read: means, then log scales.
-
-        Mean and log scale are linear in what the encoder reads and does not learn. The first
-        2 D numbers of the context are these predictions, and the affine layer of the guide takes
-        them as they are; the flow before it starts at residuals of about unit width.
-        """
-        d, weight = self.guide.dim, params.weight
-        sizes = _row_sizes(self.encoder, pairs)
-        if weight is None or self.encoder.size < 2 * d or weight.shape[0] != 2 * d:
-            return
-        groups = [
-            pairs.part(slice(i, None, len(sizes)), rows, self.encoder.by_row)
-            for i, rows in enumerate(sizes)
-        ]
-        z = torch.cat([self.unit(g.z) for g in groups]).double().clamp(-8, 8)
-        read = [self.encoder.parts(g.data) for g in groups]
-        x = torch.cat([torch.cat([part for part, _ in parts], -1) for parts in read]).double()
-        known = torch.cat(
-            [torch.full((part.shape[-1],), not learnt) for part, learnt in read[0]]
-        ).to(x.device)
-        mean, log_sd = torch.zeros_like(z), torch.zeros_like(z)
-        for _ in range(REGRESSIONS):
-            slope, level = _ridge(x[:, known], z, (-2 * log_sd).exp())
-            mean = x[:, known] @ slope + level
-            size = (z - mean).abs().clamp(min=1e-4).log() + LOG_NORMAL
-            log_slope, log_level = _ridge(x[:, known], size, torch.ones_like(size))
-            log_sd = (x[:, known] @ log_slope + log_level).clamp(-6, 2)
-        net.line.weight[: 2 * d] = 0.0
-        net.line.weight[: 2 * d, known] = torch.cat([slope, log_slope], 1).T.to(net.line.weight)
-        net.last.bias[: 2 * d] = torch.cat([level, log_level]).to(net.last.bias)
-        weight[: 2 * d, : 2 * d] = torch.eye(2 * d).to(weight)
 
     def unit(self, z: Tensor) -> Tensor:
         """Standardised latents, in the precision of the network."""
@@ -110,31 +69,6 @@ class Network(nn.Module):
         z = torch.cat([self.unit(group.z) for group in groups])
         context = torch.cat([self.encoder(group.data) for group in groups])
         return self.guide.log_prob(z, context) - self.scale.log().sum()
-
-
-def _row_sizes(encoder: Encoder, pairs: Simulated) -> list[int | None]:
-    """Several numbers of rows; none where the encoder reads no rows."""
-    if not encoder.by_row:
-        return [None]
-    most = pairs.data[encoder.by_row[0]].shape[1]
-    return [max(1, most * k // 4) for k in (1, 2, 3, 4)]
-
-
-def _ridge(x: Tensor, y: Tensor, weights: Tensor) -> tuple[Tensor, Tensor]:
-    """Weighted ridge regression of each column of y: slopes (R, D) and levels (D)."""
-    scale = x.std(0).clamp(min=1e-6)
-    center = x.mean(0)
-    u = torch.cat([(x - center) / scale, torch.ones_like(x[:, :1])], -1)
-    penalty = RIDGE * torch.eye(u.shape[1]).to(u)
-    penalty[-1, -1] = 0.0
-    found = []
-    for w, column in zip(weights.T, y.T, strict=True):
-        w = w / w.mean()
-        gram = (u * w[:, None]).T @ u / len(u)
-        found.append(torch.linalg.solve(gram + penalty, (u * w[:, None]).T @ column / len(u)))
-    both = torch.stack(found, -1)
-    slope = both[:-1] / scale[:, None]
-    return slope, both[-1] - center @ slope
 
 
 class AtData(Guide):
@@ -214,6 +148,7 @@ def make_network(
     network = network.to(torch.get_default_dtype())
     if pairs is not None:
         network.fit(pairs)
+        start_at_regression(network, network.encoder, pairs)
     return network
 
 
