@@ -9,7 +9,7 @@ import flowvi
 from flowvi.plots import plot_recovery, plot_sbc
 
 ROOT = Path(__file__).parents[1]
-BUDGET, DATA_SETS = 150, 300
+BUDGET, DATA_SETS = 60, 200
 
 
 def main() -> None:

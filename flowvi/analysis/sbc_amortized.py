@@ -9,6 +9,7 @@ import numpy as np
 from flowvi.amortized.guide import AmortizedGuide
 from flowvi.amortized.reading import read
 from flowvi.analysis.ranks import ranks_of, scalars
+from flowvi.diagnostics import VERDICTS
 from flowvi.diagnostics.calibration import Calibration, Recovery
 from flowvi.draws.resampling import resample
 from flowvi.runtime.progress import showing
@@ -38,7 +39,9 @@ def sbc_amortized(
             _, better = scalars({n: weighed[n] for n in truth})
             chosen = better[rng.permutation(len(better))[:levels]]
             found.append(ranks_of(plain, chosen, true[0], levels, rng))
-            moments.append((true[0], better.mean(0), better.std(0, ddof=1)))
+            # A few heavy weights leave one draw, which has no spread.
+            kept = better if verdicts[-1] in VERDICTS[:2] else plain
+            moments.append((true[0], kept.mean(0), kept.std(0, ddof=1)))
             bar.step()
     ranked, resampled, below = (np.stack(column) for column in zip(*found, strict=True))
     recovery = Recovery(*(np.stack(column) for column in zip(*moments, strict=True)))

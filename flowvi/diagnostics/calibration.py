@@ -110,7 +110,7 @@ class Recovery(NamedTuple):
 
     Attributes:
         truth: True values, (M, P).
-        mean: Means of the draws, (M, P): resampled ones, as ranks are of them too.
+        mean: Means of the draws, (M, P): resampled ones, and plain ones where neither is trusted.
         sd: Their standard deviations, (M, P).
     """
 

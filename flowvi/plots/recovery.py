@@ -23,7 +23,7 @@ def plot_recovery(calibration: Calibration) -> np.ndarray:
     In the upper row each bar is one data set: mean and two standard deviations. In the lower row
     a point on the right says that the data set told much about the value (contraction,
     1 - posterior variance / prior variance), and one far from zero that the mean is off, in
-    standard deviations.
+    standard deviations. Extreme values are outside of the picture.
 
     Args:
         calibration: From `flowvi.sbc` of an amortised guide.
@@ -46,14 +46,15 @@ def plot_recovery(calibration: Calibration) -> np.ndarray:
             top.errorbar(
                 truth, mean, 2 * sd, fmt=".", ms=2, lw=0.4, color=BLUE, alpha=0.5, rasterized=True
             )
-            ends = [truth.min(), truth.max()]
+            ends = _ends(truth)
             top.plot(ends, ends, color=GREY, lw=1)
-            top.set(title=calibration.labels[i], xlabel="true value")
+            top.set(title=calibration.labels[i], xlabel="true value", xlim=ends, ylim=ends)
             bottom.plot(found.contraction[:, i], found.z_scores[:, i], ".", ms=3, color=BLUE)
             for z in (-2, 2):
                 bottom.axhline(z, color=GREY, lw=0.6, ls=":")
             low = max(float(np.quantile(found.contraction[:, i], 0.02)), -1.0)
-            bottom.set(xlabel="contraction", xlim=(min(low, 0.0), 1.02))
+            limit = max(4.0, float(np.quantile(np.abs(found.z_scores[:, i]), 0.98)))
+            bottom.set(xlabel="contraction", xlim=(min(low, 0.0), 1.02), ylim=(-limit, limit))
         axes[0, 0].set_ylabel("mean, 2 sd")
         axes[1, 0].set_ylabel("z-score")
     return np.asarray(axes)
@@ -106,6 +107,13 @@ def plot_held_out(losses: np.ndarray, ax: Axes | None = None) -> Axes:
             bottom = float(table[:, 1].min())
             ax.set_ylim(bottom - 0.05 * (top - bottom) - 1e-9, top + 0.3 * (top - bottom) + 1e-9)
     return ax
+
+
+def _ends(truth: np.ndarray) -> tuple[float, float]:
+    """Where 96 % of the true values are, with a margin: a prior may have heavy tails."""
+    low, high = np.quantile(truth, [0.02, 0.98])
+    margin = 0.15 * (high - low) + 1e-12
+    return float(low - margin), float(high + margin)
 
 
 def _recovery(calibration: Calibration) -> Recovery:
