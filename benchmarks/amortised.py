@@ -44,7 +44,9 @@ def measure(name: str, model: Model, budget: float, datasets: int, seed: int) ->
     began = time.perf_counter()
     found = flowvi.sbc(guide, fits=datasets, draws=DRAWS, seed=seed, progress=False)
     each = 1000 * (time.perf_counter() - began) / len(found.plain)
-    errors = evidence_errors(guide, model, min(datasets, 200), seed + 1) if model.evidence else []
+    errors = np.zeros(0)
+    if model.evidence is not None:
+        errors = evidence_errors(guide, model, min(datasets, 200), seed + 1)
     return {
         "model": name,
         "latents": guide.problem.target.dim,
