@@ -9,6 +9,9 @@ from flowvi._version import __version__
 from flowvi.compat import arviz_groups as groups
 
 if TYPE_CHECKING:
+    from flowvi.amortized.amortize import amortize
+    from flowvi.amortized.guide import AmortizedGuide
+    from flowvi.amortized.table import Fits
     from flowvi.analysis.average import average
     from flowvi.analysis.compare import compare
     from flowvi.analysis.diagnosis import diagnose
@@ -65,11 +68,13 @@ __all__ = [
     "OBJECTIVES",
     "PRIORS",
     "Amortised",
+    "AmortizedGuide",
     "BlockGuide",
     "Blocks",
     "Draws",
     "Epoch",
     "Fit",
+    "Fits",
     "FlowGuide",
     "FullRank",
     "GuideDistribution",
@@ -95,6 +100,7 @@ __all__ = [
     "StructuredFit",
     "Target",
     "__version__",
+    "amortize",
     "average",
     "bayesian",
     "bounds",
@@ -129,6 +135,9 @@ __all__ = [
 # Modules of the public names. A name is imported when it is first needed: torch and Pyro take
 # seconds, which the help of a command should not.
 _MODULES = {
+    "amortized.amortize": "amortize",
+    "amortized.guide": "AmortizedGuide",
+    "amortized.table": "Fits",
     "analysis.average": "average",
     "analysis.compare": "compare",
     "analysis.diagnosis": "diagnose",

@@ -15,11 +15,13 @@ import numpy as np
 import torch
 from pyro import poutine
 
+from flowvi.amortized.guide import AmortizedGuide
+from flowvi.analysis.ranks import ranks_of, scalars
 from flowvi.analysis.replicates import WithReplicate
+from flowvi.analysis.sbc_amortized import sbc_amortized
 from flowvi.analysis.sbc_store import Outcome, Store
 from flowvi.diagnostics import MIN_DRAWS
-from flowvi.diagnostics.calibration import Calibration, rank
-from flowvi.diagnostics.moments import blocks
+from flowvi.diagnostics.calibration import Calibration
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.resampling import resample
@@ -45,7 +47,7 @@ SETTINGS = [*signature(fit).parameters]
 
 
 def sbc(
-    model: Callable[..., Any] | RowFit | Draws | None = None,
+    model: Callable[..., Any] | RowFit | AmortizedGuide | Draws | None = None,
     *args: Any,
     simulate: Simulate | None = None,
     fits: int = 100,
@@ -64,8 +66,9 @@ def sbc(
     for plain and for resampled draws. P_q(theta < truth) is symmetric about 1/2 if the centre of
     the guide is right (VSBC).
 
-    An amortised guide needs one fit only: `sbc(row_fit, fits=1000)` simulates rows and draws
-    from its guide for each of them.
+    An amortised guide needs no fits: `sbc(guide, fits=1000)` draws from the result of
+    `flowvi.amortize` for each simulated data set, and `sbc(row_fit, fits=1000)` from a guide of
+    rows for each simulated row.
 
     `sbc(draws=fit.draw(4000))` tests calibration at the data of this fit (posterior SBC).
     Parameters are drawn from the posterior, and a second data set given them; the fit to both
@@ -102,7 +105,9 @@ def sbc(
         )
     if model is None and given is None:
         raise TypeError("sbc needs a model and its arguments, or draws of a fit: sbc(draws=...).")
-    if given is None and (hasattr(model, "draw") and not isinstance(model, RowFit)):
+    if given is None and (
+        hasattr(model, "draw") and not isinstance(model, RowFit | AmortizedGuide)
+    ):
         raise TypeError(
             f"sbc needs the model, to fit it to many data sets, or a fit of rows (local=), which "
             f"serves them all; got a {type(model).__name__}: use sbc(model, *arguments)."
@@ -111,7 +116,14 @@ def sbc(
         "draws", draws, MIN_DRAWS
     ):
         raise ValueError(f"levels must be at most draws; got {levels} and {draws}.")
-    if isinstance(model, RowFit):
+    if isinstance(model, RowFit | AmortizedGuide):
+        if args or simulate or file is not None or executor is not None or settings:
+            raise TypeError(
+                f"sbc of a {type(model).__name__} fits nothing: it takes fits, draws, levels, seed "
+                "and progress alone."
+            )
+        if isinstance(model, AmortizedGuide):
+            return sbc_amortized(model, fits, draws, levels, seed, progress)
         return _of_rows(model, fits, draws, levels, seed)
     check_keywords("sbc", settings, [*signature(sbc).parameters, *SETTINGS])
     common = _Common(cast(Callable[..., Any], model), draws, levels, seed, settings)
@@ -276,7 +288,7 @@ def _capture_once(task: _Task) -> GlobalTarget | None:
 def _fit_task(task: _Task, shared: GlobalTarget | None) -> Outcome:
     """Fit one simulated data set, and rank the true parameters."""
     common, seed = task.common, derive_seed(task.common.seed, 1, task.number) % 2**32
-    names, truth = _scalars({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
+    names, truth = scalars({name: np.asarray(v)[None, None] for name, v in task.truth.items()})
     try:
         if shared is not None:
             target = shared.observing(task.observed)
@@ -299,16 +311,10 @@ def _fit_task(task: _Task, shared: GlobalTarget | None) -> Outcome:
         none = np.full(len(names), -1)
         return Outcome(task.number, names, none, none, none.astype(float), "", str(error) or "?")
     rng = np.random.default_rng(seed)
-    _, plain = _scalars({name: drawn[name] for name in task.truth})
-    _, better = _scalars({name: weighed[name] for name in task.truth})
-    ranks = _ranks(plain, better, truth[0], common.levels, rng)
+    _, plain = scalars({name: drawn[name] for name in task.truth})
+    _, better = scalars({name: weighed[name] for name in task.truth})
+    ranks = ranks_of(plain, better, truth[0], common.levels, rng)
     return Outcome(task.number, names, *ranks, diagnosis.verdict, "")
-
-
-def _scalars(values: Mapping[str, np.ndarray]) -> tuple[tuple[str, ...], np.ndarray]:
-    """Labels of all scalars, and their draws in the first chain, (draw, P)."""
-    parts = [(name + i, x[0, :, k]) for name, s, x in blocks(values) for k, i in enumerate(s)]
-    return tuple(label for label, _ in parts), np.stack([x for _, x in parts], axis=-1)
 
 
 def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Calibration:
@@ -333,21 +339,9 @@ def _of_rows(fit: RowFit, fits: int, draws: int, levels: int, seed: int) -> Cali
         assert weighed.diagnosis is not None and weighed.diagnosis.rows is not None
         verdicts += weighed.diagnosis.rows.verdict.tolist()
         for i in range(len(data[0])):
-            names, true = _scalars({n: truth[n][start + i][None, None] for n in truth})
-            _, plain = _scalars({n: drawn[n][:, :, i] for n in truth})
-            _, better = _scalars({n: weighed[n][:, :, i] for n in truth})
-            found.append(_ranks(plain, better, true[0], levels, rng))
+            names, true = scalars({n: truth[n][start + i][None, None] for n in truth})
+            _, plain = scalars({n: drawn[n][:, :, i] for n in truth})
+            _, better = scalars({n: weighed[n][:, :, i] for n in truth})
+            found.append(ranks_of(plain, better, true[0], levels, rng))
     ranked, resampled, below = (np.stack(column) for column in zip(*found, strict=True))
     return Calibration(names, levels, ranked, resampled, below, tuple(verdicts))
-
-
-def _ranks(
-    plain: np.ndarray, better: np.ndarray, truth: np.ndarray, levels: int, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ranks of the truth among plain and resampled draws, and P_q(theta < truth), (P) each."""
-    below = rank(plain, truth, rng)
-    return (
-        rank(plain[:levels], truth, rng),
-        rank(better, truth, rng),
-        (below + 0.5) / (len(plain) + 1),
-    )

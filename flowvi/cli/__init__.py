@@ -5,6 +5,7 @@ import warnings
 import click
 
 from flowvi._version import __version__
+from flowvi.cli.amortize import amortize_command, apply_command
 from flowvi.cli.check import check_command
 from flowvi.cli.evidence import evidence_command
 from flowvi.cli.fit import fit_command
@@ -36,6 +37,8 @@ def main() -> None:
 
 
 main.add_command(fit_command)
+main.add_command(amortize_command)
+main.add_command(apply_command)
 main.add_command(evidence_command)
 main.add_command(list_command)
 main.add_command(vae_command)

@@ -55,6 +55,12 @@ def load_arguments(
     return run, arguments
 
 
+def reads_a_file(path: Path) -> bool:
+    """Run a model file, and return whether its data() takes the path of a file."""
+    found = getattr(_run(path), "data", None)
+    return callable(found) and bool(inspect.signature(found).parameters)
+
+
 def _parts(
     path: Path, data: Path | None, option: str = "--data"
 ) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]]:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
+from flowvi.diagnostics.finding import VERDICTS
 from flowvi.runtime.display import Displayed
 
 # Significance level of the tests.
@@ -103,6 +105,36 @@ def adjusted(*p_values: np.ndarray) -> float:
     return float(min(1.0, joined.min() * joined.size)) if joined.size else 1.0
 
 
+class Recovery(NamedTuple):
+    """True values of parameters and what the draws say of them.
+
+    Attributes:
+        truth: True values, (M, P).
+        mean: Means of the draws, (M, P): resampled ones, and plain ones where neither is trusted.
+        sd: Their standard deviations, (M, P).
+    """
+
+    truth: np.ndarray
+    mean: np.ndarray
+    sd: np.ndarray
+
+    @property
+    def z_scores(self) -> np.ndarray:
+        """(mean - truth) / sd, (M, P)."""
+        return (self.mean - self.truth) / self.sd
+
+    @property
+    def contraction(self) -> np.ndarray:
+        """1 - posterior variance / prior variance, (M, P).
+
+        References:
+            Schad, Betancourt and Vasishth (2021), arXiv:1904.12765.
+        """
+        low, high = np.quantile(self.truth, [0.16, 0.84], axis=0)
+        # Half the middle 68 %: a heavy tail of the prior may have no variance.
+        return 1 - (self.sd / (0.5 * (high - low))) ** 2
+
+
 @dataclass(frozen=True, repr=False)
 class Calibration(Displayed):
     """Ranks of true values among the draws of fits to simulated data.
@@ -115,6 +147,7 @@ class Calibration(Displayed):
         probabilities: P_q(theta < truth), (M, P).
         verdicts: Verdict on each of the M fits.
         failures: Messages of the fits that failed; these have no row.
+        recovery: True values, means and standard deviations, for amortised guides; else None.
     """
 
     labels: tuple[str, ...]
@@ -124,6 +157,29 @@ class Calibration(Displayed):
     probabilities: np.ndarray
     verdicts: tuple[str, ...]
     failures: tuple[str, ...] = ()
+    recovery: Recovery | None = None
+
+    def coverage(self, levels: ArrayLike) -> tuple[np.ndarray, np.ndarray]:
+        """Share of true values inside central intervals, for plain and resampled draws.
+
+        Args:
+            levels: Probabilities of the intervals, (K).
+
+        Returns:
+            Shares, (K, P) each; they equal the levels in expectation for calibrated draws.
+        """
+        wanted = np.asarray(levels, dtype=np.float64)[:, None, None]
+        rng = np.random.default_rng(0)
+        found = []
+        for ranks in (self.plain, self.resampled):
+            u = (ranks + rng.random(ranks.shape)) / (self.levels + 1)
+            found.append((np.abs(2 * u - 1) <= wanted).mean(1))
+        return found[0], found[1]
+
+    @property
+    def trusted(self) -> float:
+        """Share of the fits whose plain or resampled draws are trusted."""
+        return float(np.mean([verdict in VERDICTS[:2] for verdict in self.verdicts]))
 
     @property
     def enough(self) -> bool:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import copy
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, overload
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from flowvi.draws.storage import from_state
@@ -35,16 +35,26 @@ from flowvi.guides.recipes import amortised
 from flowvi.guides.registry import guide_names, make_guide
 from flowvi.guides.structured import NoLatents, StructuredGuide
 from flowvi.objectives.nested import NestedTarget, inner_guide
-from flowvi.runtime.arguments import check_path
+from flowvi.runtime.arguments import check_path, check_type
+from flowvi.runtime.display import later
 from flowvi.runtime.files import CheckpointError, Checksum, read_prefix
 from flowvi.runtime.rng import isolated_rng
 from flowvi.runtime.tensors import check_finite, check_module, read_module, read_tensors
 from flowvi.targets import GlobalTarget, LocalTarget, Target
 from flowvi.targets.structure import VARYING, MarginalTarget, structure
 
+# File by which the folder of an amortised guide is known.
+AMORTIZED = "amortized.json"
+
 
 @overload
 def load(folder: str | os.PathLike[str], target: Target, guide: Guide | None = None) -> Fit: ...
+
+
+@overload
+def load(
+    folder: str | os.PathLike[str], target: Callable[..., None], guide: nn.Module | None = None
+) -> Any: ...
 
 
 @overload
@@ -58,16 +68,18 @@ def load(
 
 def load(
     folder: str | os.PathLike[str],
-    target: Target | LocalTarget,
-    guide: Guide | None = None,
+    target: Any,
+    guide: Any = None,
     inner: Amortised | None = None,
-) -> Fit | RowFit | NestedFit:
-    """Load a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote.
+) -> Any:
+    """Load a fit that `Fit.save`, `RowFit.save` or `NestedFit.save` wrote, or an amortised guide.
 
     Args:
         folder: The folder of the saved fit.
-        target: The same model on the same data; its latent sites are compared.
-        guide: For a fit of a user's guide, a guide of the same architecture.
+        target: The same model on the same data; its latent sites are compared. For an amortised
+            guide, the model itself.
+        guide: For a fit of a user's guide, a guide of the same architecture; for an amortised
+            guide, the user's encoder.
         inner: For a nested fit, an inner guide of the same architecture.
 
     Raises:
@@ -75,6 +87,14 @@ def load(
             message names the file or the site.
     """
     path = check_path("folder", folder)
+    if (path / AMORTIZED).is_file():
+        if not callable(target) or isinstance(target, Target):
+            raise CheckpointError(
+                f"{path} holds an amortised guide, which reads any data set: give load the model "
+                f"itself, not a target of one data set; got {type(target).__name__}."
+            )
+        return later("flowvi.amortized.storage", "load_guide")(path, target, guide)
+    check_type("target", target, Target, "what from_pyro or from_density returned")
     manifest = read_manifest(path)
     kind = manifest.get("kind")
     _same_kind(kind in (ROWS, NESTED), isinstance(target, LocalTarget), path)

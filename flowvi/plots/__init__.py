@@ -15,6 +15,7 @@ from flowvi.plots.loss import plot_loss
 from flowvi.plots.marginals import plot_marginals
 from flowvi.plots.pair import plot_pair
 from flowvi.plots.predictive import plot_predictive
+from flowvi.plots.recovery import plot_coverage, plot_held_out, plot_recovery
 from flowvi.plots.sbc import plot_sbc
 from flowvi.plots.sensitivity import plot_sensitivity
 from flowvi.plots.table import plot_associations, plot_columns
@@ -26,8 +27,10 @@ __all__ = [
     "plot_caterpillar",
     "plot_columns",
     "plot_compare",
+    "plot_coverage",
     "plot_epochs",
     "plot_evidence",
+    "plot_held_out",
     "plot_images",
     "plot_khat",
     "plot_latent_map",
@@ -36,6 +39,7 @@ __all__ = [
     "plot_pair",
     "plot_predictive",
     "plot_reconstructions",
+    "plot_recovery",
     "plot_sbc",
     "plot_sensitivity",
     "plot_where",

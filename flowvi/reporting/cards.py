@@ -11,6 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from flowvi.amortized.guide import AmortizedGuide
+from flowvi.amortized.table import Fits
 from flowvi.analysis.compare import ModelComparison
 from flowvi.diagnostics import MIN_DRAWS, VERDICTS, Diagnosis, Evidence
 from flowvi.diagnostics.calibration import LEVEL, Calibration
@@ -19,7 +21,8 @@ from flowvi.draws.draws import Draws, checked
 from flowvi.draws.scalars import recommended, table
 from flowvi.draws.selection import first_scalars
 from flowvi.fitting.result import AnyFit, Fit, NestedFit, RowFit
-from flowvi.plots import plot_epochs, plot_evidence, plot_marginals, plot_sbc
+from flowvi.plots import plot_epochs, plot_evidence, plot_held_out, plot_marginals, plot_sbc
+from flowvi.reporting.amortized import fits_card
 from flowvi.reporting.decimals import decimals, even
 from flowvi.reporting.fragments import (
     TONES,
@@ -62,6 +65,19 @@ def _(draws: Draws) -> str:
     verdict = "not judged" if found is None else found.verdict
     reasons = ("There are too few draws to judge them.",) if found is None else found.reasons
     return frame(verdict, draws.title, [paragraph(about), bullets(reasons), *_of_draws(draws)])
+
+
+@card.register
+def _(fits: Fits) -> str:
+    return fits_card(fits)
+
+
+@card.register
+def _(guide: AmortizedGuide) -> str:
+    title, *lines = str(guide).split("\n")
+    picture = small_picture(lambda: plot_held_out(guide.losses)) if len(guide.losses) else ""
+    parts = [picture, details("What the training decided, and why", lines)]
+    return frame("amortised", title, parts)
 
 
 @card.register

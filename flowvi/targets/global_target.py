@@ -37,7 +37,8 @@ class GlobalTarget(SimulatingTarget):
         functions: Its values, their inverse, and so on.
         trial: A few points of finite density, to check against.
         own: Parameters of the model, by name; all functions take them behind z.
-        data: Observed values that `observing` may replace; all functions take them last.
+        data: Observed values that `observing` may replace; all functions take them behind those.
+        arguments: Tensors among the arguments that it may replace; all functions take them last.
     """
 
     def __init__(
@@ -48,6 +49,7 @@ class GlobalTarget(SimulatingTarget):
         trial: Trial,
         own: Mapping[str, nn.Parameter] | None = None,
         data: Mapping[str, Tensor] | None = None,
+        arguments: Mapping[str, Tensor] | None = None,
     ) -> None:
         super().__init__()
         self.name = facts.name
@@ -70,6 +72,7 @@ class GlobalTarget(SimulatingTarget):
         self._maps: dict[str, Batched] = {}
         self._cost: memory.Cost | None = None
         self._data = dict(data or {})
+        self._arguments = dict(arguments or {})
         self._sliced: SlicedDensity | None = None
         self._is_sliced: bool | None = None
         self.register_own(own, facts.parameters)
@@ -227,30 +230,54 @@ class GlobalTarget(SimulatingTarget):
         """
         return ("", "") if self._functions.violation is None else self._functions.violation(z)
 
-    def observing(self, data: Mapping[str, Any]) -> GlobalTarget:
+    def observing(
+        self, data: Mapping[str, Any], arguments: Mapping[str, Any] | None = None
+    ) -> GlobalTarget:
         """The same target with other data, sharing what was captured; one made by `replicable`.
 
         Args:
             data: Observed site -> values, of the shape and type that it has.
+            arguments: The same for the tensors among the arguments that vary.
         """
-        missing = set(self._data) ^ set(data)
-        if missing or not data:
-            raise ValueError(
-                f"observing needs values for {', '.join(self._data) or 'no site'}; got "
-                f"{', '.join(data) or 'none'}."
-            )
+        for held, given in ((self._data, data), (self._arguments, arguments or {})):
+            if set(held) ^ set(given) or not data:
+                raise ValueError(
+                    f"observing needs values for {', '.join(held) or 'no site'}; got "
+                    f"{', '.join(given) or 'none'}."
+                )
         new = copy.copy(self)
         new.made = None
-        new._data = {name: torch.as_tensor(data[name]).to(t) for name, t in self._data.items()}
-        for name, like in self._data.items():
-            if new._data[name].shape != like.shape:
-                raise ValueError(
-                    f"Site '{name}' observes values of shape {tuple(like.shape)}; got "
-                    f"{tuple(new._data[name].shape)}."
-                )
+        new._data = _alike("Site '{}' observes values", self._data, data)
+        new._arguments = _alike("Argument '{}' has values", self._arguments, arguments or {})
         new.observed = {**self.observed, **new._data}
+        known = {name.rpartition(".")[2]: t for name, t in new._arguments.items()}
+        new.constants = {name: known.get(name, t) for name, t in self.constants.items()}
         new.coords = dict(self.coords)
         return new
+
+    def joint(
+        self, n: int, seed: int, arguments: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw latent vectors from the prior, and data given them.
+
+        Args:
+            n: Number of draws.
+            seed: Their seed.
+            arguments: Tensors among the arguments of each draw, (n, *shape); those of the model
+                without.
+
+        Returns:
+            Vectors (n, D), and data by observed site, (n, *shape) each.
+
+        Raises:
+            ModelError: The model is a plain density, has an improper prior, or a site does not
+                say how to draw from it.
+        """
+        if self._functions.joint is None:
+            raise ModelError(f"{self.name} is a plain density; it has no prior to draw from.")
+        if self.improper:
+            raise ModelError(f"The prior of '{self.improper[0]}' is improper: it has no draws.")
+        return self._functions.joint(n, seed, arguments or {})
 
     def label(self, coords: Mapping[str, Sequence[Any]]) -> GlobalTarget:
         """Give labels to dims; returns the target itself.
@@ -353,7 +380,7 @@ class GlobalTarget(SimulatingTarget):
     @property
     def _behind(self) -> list[Tensor]:
         """The model's own parameters, or their replacements, and data that are inputs."""
-        return [*self.model_parameters, *self._data.values()]
+        return [*self.model_parameters, *self._data.values(), *self._arguments.values()]
 
     def _map(self, which: str) -> Batched:
         """The batched form of one of the target's functions, made when first asked for."""
@@ -410,3 +437,14 @@ class GlobalTarget(SimulatingTarget):
                 f"z has {z.shape[-1]} columns but {self.name} has D = {self.dim} "
                 f"({self._facts.sizes()})."
             )
+
+
+def _alike(words: str, held: Mapping[str, Tensor], given: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Given values in the types of those that are held, or an error where a shape differs."""
+    new = {name: torch.as_tensor(given[name]).to(t) for name, t in held.items()}
+    for name, like in held.items():
+        if new[name].shape != like.shape:
+            raise ValueError(
+                f"{words.format(name)} of shape {tuple(like.shape)}; got {tuple(new[name].shape)}."
+            )
+    return new

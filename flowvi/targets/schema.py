@@ -27,6 +27,9 @@ class Simulator(Protocol):
     ) -> dict[str, np.ndarray]: ...
 
 
+# Draws latent vectors (n, D), and data by site: (n, seed, tensors among the arguments) -> both.
+JointSimulator = Callable[[int, int, Mapping[str, Tensor]], tuple[Tensor, dict[str, Tensor]]]
+
 # Runs the model on other arguments: (latent values, arguments, keyword arguments, seed) -> draws
 # of all other sites, and the log likelihood of the data among the arguments.
 Rerun = Callable[
@@ -111,6 +114,7 @@ class Functions:
         violation: z (D,) -> the site, and a sentence, where a parameter of its distribution leaves
             its constraint.
         prior: z (D,) -> log prior density of each latent site, without Jacobian.
+        joint: Draws latent vectors and data together, with arguments of their own.
     """
 
     values: PointFunction
@@ -124,3 +128,4 @@ class Functions:
     discrete: PointFunction | None = None
     violation: Callable[[Tensor], tuple[str, str]] | None = None
     prior: PointFunction | None = None
+    joint: JointSimulator | None = None

@@ -23,7 +23,7 @@ from flowvi.targets.pyro.handlers import FromVector, ToVector, isolated_param_st
 from flowvi.targets.pyro.layout import constant_dims, constants_of, dims_of, layout_of
 from flowvi.targets.pyro.rerun import make_rerun
 from flowvi.targets.pyro.runner import Runner
-from flowvi.targets.pyro.simulate import simulator
+from flowvi.targets.pyro.simulate import JointDraws, simulator
 from flowvi.targets.pyro.summation import Summation
 from flowvi.targets.pyro.violations import violation
 from flowvi.targets.recording.capture import Trial, agree, capture
@@ -56,11 +56,14 @@ class PyroCapture:
         self.summation = self._summation()
         self.reported = [*self.layout.sites, *self._deterministics()]
 
-    def target(self, replace: bool = False) -> GlobalTarget:
+    def target(
+        self, replace: bool = False, other: Mapping[str, Tensor] | None = None
+    ) -> GlobalTarget:
         """Find points, capture the density and put the target together.
 
         Args:
             replace: Whether the observed values are to be inputs of the density.
+            other: Tensors among the arguments that are to be inputs too, with other values.
         """
         batches = [list(batch.values()) for _, batch in subsampling.cover(self.runner.drawn)]
         inputs = [[*self.parameters.values(), *batch] for batch in batches]
@@ -68,9 +71,11 @@ class PyroCapture:
         self._check_unread(trial)
         facts = self._facts()
         simulate = simulator(self.runner, self.layout, self.reported, list(self.data))
+        joint = JointDraws(self.runner, self._unconstrained, list(self.data))
         data = dict(facts.observed) if replace else {}
         if replace:
-            trial = self._with_data(trial, data, simulate)
+            trial = self._with_data(trial, data, simulate, other or {})
+        leaves = self.runner.leaves() if other else {}
         batched = capture(self._log_prob, trial, self.name)
         likelihood = self._log_likelihood if self._has_rows(trial) else None
         discrete = self._probabilities if self.summation else None
@@ -90,10 +95,12 @@ class PyroCapture:
                 discrete,
                 lambda z: violation(self._trace(self._from_vector(z), trial.inputs)),
                 self._log_prior if self._has_priors() else None,
+                joint,
             ),
             trial,
             self.parameters,
             data,
+            {name: leaves[name] for name in other or {}},
         )
 
     def _messages_as_given(self) -> Mapping[str, Any]:
@@ -115,16 +122,24 @@ class PyroCapture:
             nodes = runner.prior(validate=False)[0].nodes
         return {name: nodes[name] for name in self.layout.latents if name in nodes}
 
-    def _with_data(self, trial: Trial, data: Mapping[str, Tensor], simulate: Simulator) -> Trial:
+    def _with_data(
+        self,
+        trial: Trial,
+        data: Mapping[str, Tensor],
+        simulate: Simulator,
+        arguments: Mapping[str, Tensor],
+    ) -> Trial:
         """The trial with the data as inputs, and with a simulated data set to compare as well."""
         drawn = {name: torch.as_tensor(v[0]) for name, v in simulate(None, 1, 0).items()}
+        leaves = self.runner.leaves() if arguments else {}
+        own = [leaves[name] for name in arguments]
         with torch.no_grad():
             before = [self._log_prob(z, *trial.inputs) for z in trial.points]
-            self.runner.replaced = tuple(data)
+            self.runner.replaced, self.runner.varying = tuple(data), tuple(arguments)
+            inputs = [*trial.inputs, *data.values(), *own]
             if self.summation:
-                inputs = [*trial.inputs, *data.values()]
                 self.summation.prepare(trial.points[0], inputs, self._row_shapes())
-            after = [self._log_prob(z, *trial.inputs, *data.values()) for z in trial.points]
+            after = [self._log_prob(z, *inputs) for z in trial.points]
         fits = all(drawn[name].shape == like.shape for name, like in data.items())
         if not (fits and agree(before, after)):
             raise ModelError(
@@ -132,7 +147,8 @@ class PyroCapture:
                 "names, the density is another one, or simulated data have another shape."
             )
         other = [drawn[name].to(like) for name, like in data.items()]
-        return Trial(trial.points, [*trial.inputs, *data.values()], [[*trial.inputs, *other]])
+        other += [arguments[name].to(like) for name, like in zip(arguments, own, strict=True)]
+        return Trial(trial.points, inputs, [[*trial.inputs, *other]])
 
     # The functions of one point that are recorded.
 

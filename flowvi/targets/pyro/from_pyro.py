@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any, overload
 
@@ -150,13 +151,27 @@ def replicable(model: Callable[..., Any], *args: Any, **kwargs: Any) -> GlobalTa
         ModelError: As for `from_pyro`, and where the model reads an observed value into Python.
     """
     with isolated_rng(0):
-        runner = Runner(model, args, kwargs).in_precision(torch.float64)
-        captured = PyroCapture(runner, name_of(model))
-        if not captured.data:
-            raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
-        if captured.runner.drawn:
-            raise ModelError(
-                f"Plate '{next(iter(captured.runner.drawn))}' is subsampled: its data cannot be "
-                "replaced as a whole. Leave its subsample size out."
-            )
-        return captured.target(replace=True)
+        return replicable_runner(Runner(model, args, kwargs).in_precision(torch.float64))
+
+
+def replicable_runner(runner: Runner, other: Mapping[str, Tensor] | None = None) -> GlobalTarget:
+    """The same for a model with its arguments, of which some may be replaced too.
+
+    Args:
+        runner: The model.
+        other: Tensors among the arguments that become inputs, with other values to compare at.
+    """
+    captured = PyroCapture(replace(runner), name_of(runner.model))
+    if not captured.data:
+        raise ModelError(f"{captured.name} observes nothing: there are no data to replace.")
+    if captured.layout.improper:
+        raise ModelError(
+            f"The prior of '{captured.layout.improper[0]}' is improper: there is nothing to draw "
+            "data from. Give it a proper prior."
+        )
+    if captured.runner.drawn:
+        raise ModelError(
+            f"Plate '{next(iter(captured.runner.drawn))}' is subsampled: its data cannot be "
+            "replaced as a whole. Leave its subsample size out."
+        )
+    return captured.target(replace=True, other=other)

@@ -12,7 +12,7 @@ import pyro
 import torch
 from pyro import poutine
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten_with_path, tree_leaves, tree_map, tree_unflatten
 
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import precision
@@ -46,6 +46,7 @@ class Runner:
         parameters: Its own parameters.
         drawn: Plates that draw their rows, once the model has run: size and batch size.
         replaced: Observed sites whose values are inputs, behind parameters and rows.
+        varying: Tensors among the arguments that are inputs, behind those; see `leaves`.
         precision: In which the model runs, whatever that of its arguments and torch's default
             are; as they are without. See `in_precision`.
     """
@@ -56,6 +57,7 @@ class Runner:
     parameters: Parameters = field(default_factory=Parameters)
     drawn: dict[str, tuple[int, int]] = field(default_factory=dict)
     replaced: tuple[str, ...] = ()
+    varying: tuple[str, ...] = ()
     precision: torch.dtype | None = None
     given: tuple[Any, Any] = field(init=False, repr=False)
 
@@ -126,6 +128,21 @@ class Runner:
     def arguments(self) -> dict[str, Any]:
         """Arguments of the model by name, with defaults; empty if its signature is unknown."""
         return self._named(self.args, self.kwargs)
+
+    def leaves(self) -> dict[str, Tensor]:
+        """Tensors among the arguments, such as ``x``, or ``data.x`` of a dictionary of them."""
+        flat, _ = tree_flatten_with_path(self.arguments())
+        return {path_name(path): leaf for path, leaf in flat if isinstance(leaf, Tensor)}
+
+    def with_leaves(self, values: Mapping[str, Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Arguments and keyword arguments with other tensors in the place of some of them."""
+        if not values:
+            return self.args, self.kwargs
+        flat, spec = tree_flatten_with_path(self.arguments())
+        new = [values.get(path_name(path), leaf) for path, leaf in flat]
+        bound = signature_of(self.model).bind(*self.args, **self.kwargs)
+        bound.arguments.update(tree_unflatten(new, spec))
+        return bound.args, bound.kwargs
 
     def given_by_name(self) -> dict[str, Any]:
         """The same before arrays and columns become tensors."""
@@ -219,7 +236,7 @@ class Runner:
         Args:
             handler: Serves latent values.
             inputs: The model's own parameters, rows for the plates that draw theirs, and values
-                of the sites in `replaced`.
+                of the sites in `replaced` and of the arguments in `varying`.
             enumerate_from: First axis for the values of discrete sites; None to draw them.
             places: Discrete sites that have one value, by its place among all.
         """
@@ -227,11 +244,19 @@ class Runner:
         rows, data = rest[: len(self.drawn)], rest[len(self.drawn) :]
         owned = self.input_handler(dict(zip(self.drawn, rows, strict=True)))
         model = FixDiscrete(places or {})(MarkEnumerated()(self.model))
+        data, arguments = data[: len(self.replaced)], data[len(self.replaced) :]
+        args, kwargs = self.args, self.kwargs
         if data:
+            args, kwargs = self.with_leaves(dict(zip(self.varying, arguments, strict=True)))
             model = poutine.condition(model, dict(zip(self.replaced, data, strict=True)))
         if enumerate_from is not None:
             model = poutine.enum(model, first_available_dim=enumerate_from)
         with without_validation(), self.running():
-            trace = run(model, self.args, self.kwargs, handler, owned)
+            trace = run(model, args, kwargs, handler, owned)
             trace.compute_log_prob()
         return trace, owned.data
+
+
+def path_name(path: Sequence[Any]) -> str:
+    """Name of a tensor among the arguments: ``x``, or ``data.x`` of a dictionary of them."""
+    return ".".join(str(getattr(key, "key", getattr(key, "idx", key))) for key in path)

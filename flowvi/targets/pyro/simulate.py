@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import torch
@@ -82,6 +82,8 @@ class VectorizedRuns:
         batch: Rows for plates that draw theirs.
         chunk: How many to make at a time.
         only: The sites that are drawn; all of them without.
+        arguments: Tensors among the arguments that differ from run to run, (n, *shape) each.
+        further: Function from a run to further values that are returned with those of its sites.
     """
 
     def __init__(
@@ -91,11 +93,14 @@ class VectorizedRuns:
         batch: Values,
         chunk: int = CHUNK,
         only: Sequence[str] = (),
+        arguments: Mapping[str, Tensor] | None = None,
+        further: Callable[[poutine.Trace], Values] = lambda trace: {},
     ) -> None:
-        self.runner, self.chunk, self.only = runner, chunk, only
-        self.names, self.plates = list(values), list(batch)
+        self.runner, self.chunk, self.only, self.further = runner, chunk, only, further
+        self.names, self.plates, self.varying = list(values), list(batch), list(arguments or {})
         # A graph has at least one input, whose first axis is the number of draws.
-        inputs = [torch.zeros(()), *(v[0].clone() for v in values.values()), *batch.values()]
+        each = [v[0].clone() for v in (*values.values(), *(arguments or {}).values())]
+        inputs = [torch.zeros(()), *each, *batch.values()]
         self.graph, self.reason, self.warned = None, "", False
         try:
             self.graph = record(self._run, inputs, record_random=True)
@@ -106,24 +111,34 @@ class VectorizedRuns:
         except (LatentValueRead, Unrecordable) as error:
             self.reason = str(error)
 
-    def __call__(self, values: Values, batch: Values, n: int, names: Sequence[str]) -> Values:
+    def __call__(
+        self,
+        values: Values,
+        batch: Values,
+        n: int,
+        names: Sequence[str],
+        arguments: Mapping[str, Tensor] | None = None,
+    ) -> Values:
         """Draw some sites, (n, *shape) each."""
         parts = []
         for start in range(0, n, self.chunk):
-            some = {name: value[start : start + self.chunk] for name, value in values.items()}
-            made = self._some(some, batch, min(self.chunk, n - start))
+            piece = slice(start, start + self.chunk)
+            some = {name: value[piece] for name, value in values.items()}
+            given = {name: value[piece] for name, value in (arguments or {}).items()}
+            made = self._some(some, batch, min(self.chunk, n - start), given)
             parts.append({name: made[name] for name in names})
         return {name: torch.cat([part[name] for part in parts]) for name in names}
 
-    def _some(self, values: Values, batch: Values, n: int) -> Values:
-        arguments = [torch.zeros(n), *values.values(), *batch.values()]
-        dims = [0] * (1 + len(values)) + [None] * len(batch)
+    def _some(self, values: Values, batch: Values, n: int, given: Values) -> Values:
+        arguments = [torch.zeros(n), *values.values(), *given.values(), *batch.values()]
+        dims = [0] * (1 + len(values) + len(given)) + [None] * len(batch)
         if self.graph is not None:
             try:
                 mapped = torch.func.vmap(self.graph, tuple(dims), randomness="different")
                 with silence_vmap_fallback():
                     out, log_p = mapped(*arguments)
-                if all(self._agrees(out, batch, log_p, i) for i in range(min(n, CHECKED))):
+                checked = range(min(n, CHECKED))
+                if all(self._agrees(out, batch, log_p, i, _row(given, i)) for i in checked):
                     return out
                 self.reason = "the recorded graph differs from the model"
             except RuntimeError as error:  # what vmap cannot do, a loop can
@@ -134,18 +149,21 @@ class VectorizedRuns:
             warnings.warn(
                 f"Simulating one draw at a time, which is slow: {self.reason}", stacklevel=6
             )
-        each = [self._scored({k: v[i] for k, v in values.items()}, batch)[0] for i in range(n)]
+        each = [self._scored(_row(values, i), batch, _row(given, i))[0] for i in range(n)]
         return {name: torch.stack([one[name] for one in each]) for name in each[0]}
 
     def _run(self, _: Tensor, *inputs: Tensor) -> tuple[Values, Tensor]:
         """One run: all sites' values, and their log density."""
-        values = dict(zip(self.names, inputs, strict=False))
-        batch = dict(zip(self.plates, inputs[len(self.names) :], strict=True))
-        return self._scored(values, batch)
+        first = len(self.names)
+        values = dict(zip(self.names, inputs[:first], strict=True))
+        given = dict(zip(self.varying, inputs[first:], strict=False))
+        batch = dict(zip(self.plates, inputs[first + len(given) :], strict=True))
+        return self._scored(values, batch, given)
 
-    def _scored(self, values: Values, batch: Values) -> tuple[Values, Tensor]:
+    def _scored(self, values: Values, batch: Values, given: Values) -> tuple[Values, Tensor]:
         runner = self.runner
-        model = functools.partial(runner.model, *runner.args, **runner.kwargs)
+        args, kwargs = runner.with_leaves(given)
+        model = functools.partial(runner.model, *args, **kwargs)
         free = runner.input_handler(batch)(Substitute(values)(Uncondition()(model)))
         last = checks.LastSite()
         try:
@@ -161,13 +179,55 @@ class VectorizedRuns:
             raise ModelError(
                 f"Site '{last.name}' cannot be simulated: its distribution does not say how."
             ) from error
-        return {
+        made = {
             s["name"]: torch.as_tensor(s["value"])
             for s in checks.sites_with_value(trace)
             if not self.only or s["name"] in chosen
-        }, torch.as_tensor(log_p)
+        }
+        return made | self.further(trace), torch.as_tensor(log_p)
 
-    def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int) -> bool:
+    def _agrees(self, out: Values, batch: Values, log_p: Tensor, i: int, given: Values) -> bool:
         """Whether one of the draws has the log density that the model itself gives it."""
-        _, expected = self._scored({name: value[i] for name, value in out.items()}, batch)
+        _, expected = self._scored(_row(out, i), batch, given)
         return agree((log_p[i],), (expected,))
+
+
+def _row(values: Values, i: int) -> Values:
+    return {name: value[i] for name, value in values.items()}
+
+
+class JointDraws:
+    """Draws latent vectors and data together, for any number of data sets.
+
+    Args:
+        runner: The model.
+        vector: Function from a run to its latent vector (D).
+        observed: Sites with data.
+    """
+
+    CHUNK = 8192
+    VECTOR = "latent vector"
+
+    def __init__(
+        self, runner: Runner, vector: Callable[[poutine.Trace], Tensor], observed: Sequence[str]
+    ) -> None:
+        self.runner, self.vector, self.observed = runner, vector, list(observed)
+        self._runs: dict[tuple[str, ...], VectorizedRuns] = {}
+
+    def __call__(
+        self, n: int, seed: int, arguments: Mapping[str, Tensor] | None = None
+    ) -> tuple[Tensor, Values]:
+        """Latent vectors (n, D), and data by site, (n, *shape) each."""
+        given, key = dict(arguments or {}), tuple(arguments or {})
+        with isolated_rng(seed), torch.no_grad():
+            if key not in self._runs:
+                self._runs[key] = VectorizedRuns(
+                    self.runner,
+                    {},
+                    {},
+                    self.CHUNK,
+                    arguments=given,
+                    further=lambda trace: {self.VECTOR: self.vector(trace)},
+                )
+            out = self._runs[key]({}, {}, n, [self.VECTOR, *self.observed], given)
+        return out.pop(self.VECTOR), out

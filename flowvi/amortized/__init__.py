@@ -1,0 +1,1 @@
+"""Amortised posteriors: one guide for every data set of a model."""
