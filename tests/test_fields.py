@@ -154,6 +154,28 @@ def test_the_quadratic_part_and_the_single_terms_are_the_density() -> None:
     torch.testing.assert_close(rest.precision[0] - torch.diag(local.second[0]), -hessian)
 
 
+def test_terms_of_the_shared_latents_alone_are_no_single_terms() -> None:
+    """They are evaluated once for each theta: with a matrix that depends on it, they are dear."""
+    size = 20
+
+    def model() -> None:
+        width = pyro.sample("width", dist.LogNormal(0.0, 1.0))
+        place = torch.linspace(0.0, 1.0, size)
+        square = (place[:, None] - place).square()
+        covariance = torch.exp(-square / width) + 0.01 * torch.eye(size)
+        u = pyro.sample("u", dist.MultivariateNormal(torch.zeros(size), covariance))
+        pyro.sample("y", dist.Poisson(u.exp()).to_event(1), obs=torch.ones(size))
+
+    target = flowvi.from_pyro(model)
+    laplace = MarginalTarget(target, structure(target)).laplace
+    assert isinstance(laplace, Field)
+    named = {
+        which: " ".join(str(node.target) for node in graph.module.graph.nodes)
+        for which, graph in (("local", laplace.terms._local), ("rest", laplace.terms._rest))
+    }
+    assert "cholesky" in named["rest"] and "cholesky" not in named["local"]
+
+
 def test_a_rest_that_is_not_quadratic_is_told_apart() -> None:
     def model() -> None:
         with pyro.plate("weight", 20):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -330,6 +331,23 @@ def test_units_that_are_tied_or_single_are_fitted_together(units: int, hasty: No
     if units == 1:
         with pytest.raises(ValueError, match="no plate and no axis holds several latents"):
             flowvi.fit(flowvi.from_pyro(model), "structured", progress=False)
+
+
+@pytest.mark.parametrize("budget", [10, None])
+def test_an_integral_that_takes_too_long_leaves_the_other_guides(
+    budget: float | None, monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    monkeypatch.setattr("flowvi.fitting.fit_structured.FEWEST_UNITS", 2)
+    monkeypatch.setattr("flowvi.fitting.fit_structured.EVALUATIONS", 10**9)
+    target = flowvi.from_pyro(beta_binomial)
+    fit = flowvi.fit(target, budget=budget, steps=None, progress=False)
+    assert not isinstance(fit, StructuredFit)
+    limit = "5" if budget else "1,800"
+    assert re.match(
+        r"no structured guide of .*1,000,000,000 evaluations would take about [\d,]+ s, more than "
+        + limit,
+        fit.log[0],
+    )
 
 
 def test_an_integral_that_fails_leaves_the_other_guides(

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import replace
+
+import torch
 
 from flowvi.diagnostics import VERDICTS
 from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.fit_shared import fit_shared
 from flowvi.fitting.request import STRUCTURED, Request
 from flowvi.fitting.result import Fit
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import GlobalTarget, ModelError
 from flowvi.targets.structure import MarginalTarget, Structure, structure
 from flowvi.targets.structure.structure import UNITS
@@ -19,6 +23,9 @@ FEWEST_UNITS, FEWEST_CHAIN = 50, 60
 # Largest share of shared latents, and largest number of all latents for which a guide of all of
 # them is tried too.
 MOST_SHARED, MOST_TOGETHER = 0.5, 300
+# Evaluations of the density of the shared latents that a fit takes at least, seconds that they may
+# take, and their share of a budget.
+EVALUATIONS, LONGEST, BUDGET_SHARE = 1500, 1800.0, 0.5
 
 
 def fit_global(request: Request) -> Fit:
@@ -42,7 +49,8 @@ def fit_global(request: Request) -> Fit:
         return _with_line(fit_shared(request), str(found))
     marginal = MarginalTarget(target, found)
     try:
-        result = fit_shared(replace(request, target=marginal, guide=AUTO))
+        slow = "" if asked else _too_slow(marginal, request)
+        result = None if slow else fit_shared(replace(request, target=marginal, guide=AUTO))
     except (ModelError, RuntimeError) as error:
         if asked:
             raise ModelError(
@@ -50,6 +58,8 @@ def fit_global(request: Request) -> Fit:
                 "Leave out guide='structured'."
             ) from error
         return _with_line(fit_shared(request), f"no structured guide of {found}: {error}")
+    if result is None:
+        return _with_line(fit_shared(request), f"no structured guide of {found}: {slow}")
     return result if asked or _enough(result, request) else _better(result, request)
 
 
@@ -59,6 +69,25 @@ def pays(found: Structure) -> bool:
     fewest = FEWEST_UNITS if found.kind == UNITS else FEWEST_CHAIN
     few = len(found.shared) <= MOST_SHARED * (local + len(found.shared))
     return bool(found) and local >= fewest and few
+
+
+def _too_slow(marginal: MarginalTarget, request: Request) -> str:
+    """Why a fit of the shared latents would take too long, from one evaluation; empty if not."""
+    generator = torch.Generator(marginal.device).manual_seed(request.seed)
+    # The first evaluation writes programs.
+    points = marginal.starts(generator)[:2]
+    seconds = 0.0
+    with torch.no_grad(), isolated_rng():
+        for point in points:
+            began = time.perf_counter()
+            marginal.evaluate(point.unsqueeze(0))
+            seconds = EVALUATIONS * (time.perf_counter() - began)
+    limit = LONGEST if request.budget is None else BUDGET_SHARE * request.budget
+    if seconds <= limit:
+        return ""
+    return (
+        f"{EVALUATIONS:,} evaluations would take about {seconds:,.0f} s, more than {limit:,.0f} s"
+    )
 
 
 def _open(request: Request) -> bool:

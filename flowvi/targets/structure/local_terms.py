@@ -83,8 +83,7 @@ class LocalTerms:
         split = _split_inputs(graph, target.dim, set(structure.shared.tolist()))
         vectors = next(n for n in split.graph.nodes if n.op == "output").args[0]
         every = _Graph(split, range(len(vectors)))
-        latent = self._latents(every, points[:1])
-        local = [i for i, which in enumerate(latent) if not bool((which < 0).any())]
+        local = self._local_vectors(every, points[:1])
         rest = [i for i in range(len(vectors)) if i not in local]
         if not local or not rest:
             raise TypeError("no terms of single latents beside others")
@@ -145,8 +144,8 @@ class LocalTerms:
             return graph(theta[0].detach(), z, behind, shared=True)
         return graph(theta.detach(), z, behind, shared=False)
 
-    def _latents(self, graph: _Graph, points: Tensor) -> list[Tensor]:
-        """The latent of each element of each vector; -1 for elements of several."""
+    def _local_vectors(self, graph: _Graph, points: Tensor) -> list[int]:
+        """Vectors whose elements depend on one latent each; some do, and none on several."""
         count = len(self.columns)
         near, far = points[0].clone(), points[0].clone()
         generator = torch.Generator(points.device).manual_seed(1)
@@ -158,7 +157,6 @@ class LocalTerms:
             before = graph.elements(near, self.target._behind)
             sizes = [len(one) for one in before]
             whole = torch.cat(before)
-            which = torch.zeros(len(whole), dtype=torch.long)
             ever = torch.zeros(len(whole), dtype=torch.bool)
             several = torch.zeros(len(whole), dtype=torch.bool)
             number = torch.arange(count)
@@ -173,9 +171,8 @@ class LocalTerms:
                     moved.append((change | (after.isfinite() != whole.isfinite())).cpu())
                 several |= moved[0] & moved[1]
                 ever |= moved[0] | moved[1]
-                which += moved[0].long() << digit
-        which = torch.where(several, -1, torch.where(ever, which, 0))
-        return list(which.split(sizes))
+        parts = zip(several.split(sizes), ever.split(sizes), strict=True)
+        return [i for i, (some, any_) in enumerate(parts) if any_.any() and not some.any()]
 
     def _check_quadratic(self, points: Tensor, generator: torch.Generator) -> None:
         """Compare the rest with a quadratic function along random lines, near and far."""
