@@ -370,6 +370,30 @@ def test_a_guide_that_is_off_is_seen(mean_guide):
         wrong.network.scale.copy_(scale)
 
 
+def test_axes_and_their_labels_have_names(tmp_path):
+    def model(x, y):
+        beta = pyro.sample("beta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("row", len(y)):
+            pyro.sample("y", dist.Normal(x @ beta, 1.0), obs=y)
+
+    labels = {"coef": ["age", "dose"], "row": [f"r{i}" for i in range(8)]}
+    guide = amortize(
+        model, torch.eye(8, 2), torch.zeros(8), steps=2, dims={"beta": "coef"}, coords=labels
+    )
+    guide.save(tmp_path / "guide")
+    for one in (guide, flowvi.load(tmp_path / "guide", model)):
+        idata = flowvi.to_inference_data(one.draw((torch.ones(8, 2), torch.ones(8)), 50))
+        assert idata.posterior["beta"].dims == ("chain", "draw", "coef")
+        assert idata.posterior["coef"].values.tolist() == ["age", "dose"]
+        assert idata.observed_data["row"].values.tolist() == labels["row"]
+        # Data sets of another size have no labels of the example's rows.
+        fewer = flowvi.to_inference_data(one.draw((torch.ones(5, 2), torch.ones(5)), 50))
+        assert fewer.posterior["coef"].values.tolist() == ["age", "dose"]
+        assert fewer.observed_data["row"].values.tolist() == [*range(5)]
+    with pytest.raises(ValueError, match="No dim named 'coefs'"):
+        amortize(model, torch.eye(8, 2), torch.zeros(8), coords={"coefs": ["age", "dose"]})
+
+
 def test_own_covariates_and_encoder():
     class Sums(torch.nn.Module):
         def forward(self, data):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +40,8 @@ def amortize(
     progress: bool = True,
     callback: Callable[[int, float], object] | None = None,
     plan: Plan = DEFAULT_PLAN,
+    dims: Mapping[str, Sequence[str] | str] | None = None,
+    coords: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> AmortizedGuide:
     r"""Train one guide of the latents for all data sets of a Pyro model.
@@ -74,6 +76,8 @@ def amortize(
         progress: Whether to show the progress.
         callback: Function of a step and its held-out loss; a true answer ends the training.
         plan: Numbers of the training, `flowvi.amortized.training.Plan`.
+        dims: Names of axes that are in no plate, by variable, as for `from_pyro`.
+        coords: Labels by dim. Those of the rows' plate label data sets of the example's size.
         **kwargs: Keyword arguments of the model.
 
     Returns:
@@ -95,7 +99,7 @@ def amortize(
     clock = Clock(budget)
     with showing("amortize", progress, clock) as bar, interruptible(clock):
         phase("capturing the model")
-        problem = Problem(model, args, kwargs, rows, covariates)
+        problem = Problem(model, args, kwargs, rows, covariates, dims, coords)
         bar.name = problem.name
         pairs = problem.simulate(SCALED, derive_seed(seed, SCALE) % 2**32)
         with isolated_rng(derive_seed(seed, SCALE)):

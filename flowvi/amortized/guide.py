@@ -156,7 +156,9 @@ class AmortizedGuide(Displayed):
         target = draws.target
         if given.call is not None:
             args, kwargs = given.call
-            target = from_pyro(self.problem.model, *args, **kwargs)
+            own = from_pyro(self.problem.model, *args, **kwargs)
+            assert isinstance(own, GlobalTarget)
+            target = self.problem.named(own)
         assert isinstance(target, GlobalTarget)
         return fit_near(target, near(draws), seed=seed, **settings)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +13,7 @@ from torch import Tensor
 from flowvi.amortized.covariates import Covariates, DrawnCovariates, ResampledRows, names_drawn
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import GlobalTarget, ModelError
+from flowvi.targets.labelling import labels_from
 from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.from_pyro import replicable_runner
 from flowvi.targets.pyro.naming import name_of
@@ -59,6 +60,8 @@ class Problem:
         rows: Least and largest number of rows of the data sets to come; a choice by default.
         covariates: Function that draws the arguments that vary; "fixed" where none does; by
             default rows of the example are resampled.
+        dims: Names of axes that are in no plate, by variable.
+        coords: Labels by dim. Those of the rows' plate label data sets of the example's size.
 
     Attributes:
         target: The model of the example.
@@ -78,12 +81,17 @@ class Problem:
         kwargs: dict[str, Any],
         rows: tuple[int, int] | None = None,
         covariates: Covariates | str | None = None,
+        dims: Mapping[str, Sequence[str] | str] | None = None,
+        coords: Mapping[str, Any] | None = None,
     ) -> None:
         checks.check_callable(model, name_of(model))
         self.model, self.name, self.notes = model, name_of(model), list[str]()
         with isolated_rng(0):
             self.runner = Runner(model, args, kwargs).in_precision(torch.float64)
             self.target = replicable_runner(self.runner)
+            self.dims = dict(dims or {})
+            self.coords = {dim: labels_from(given) for dim, given in (coords or {}).items()}
+            self.target.name_axes(self.dims).label(self.coords)
             self.sites = list(self.target.observed)
             self._refuse()
             self.leaves = self.runner.leaves()
@@ -134,6 +142,13 @@ class Problem:
         while len(self._targets) > KEPT:
             self._targets.popitem(last=False)
         return made
+
+    def named(self, target: GlobalTarget) -> GlobalTarget:
+        """The same target with the names of axes, and with the labels that fit their sizes."""
+        target.name_axes(self.dims)
+        kept = {dim: len(self.target.coords[dim]) for dim in self.coords}
+        sizes = target.dim_sizes()
+        return target.label({d: self.coords[d] for d, size in kept.items() if sizes[d] == size})
 
     @property
     def draws_own_covariates(self) -> bool:
@@ -290,7 +305,7 @@ class Problem:
         made = replicable_runner(runner, {n: leaves[n].flip(0) for n in self.varying})
         # Memory is measured once, for all data sets of this number of rows.
         made.chunk()
-        return made
+        return self.named(made)
 
     def _compare(self, made: GlobalTarget, rows: int) -> None:
         for name, site in self.target.sites.items():

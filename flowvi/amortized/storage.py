@@ -84,6 +84,11 @@ def save_guide(guide: AmortizedGuide, folder: str | os.PathLike[str]) -> Path:
             "width": len(guide.novelty.mean),
             "rows": list(problem.rows),
             "varying": problem.varying,
+            "dims": {
+                name: [axes] if isinstance(axes, str) else list(axes)
+                for name, axes in problem.dims.items()
+            },
+            "coords": {dim: [_label(x) for x in labels] for dim, labels in problem.coords.items()},
             "own_covariates": problem.draws_own_covariates,
             "meta": guide.meta,
             "log": guide.log,
@@ -126,6 +131,8 @@ def load_guide(
             dict(example["kwargs"]),
             (int(found["rows"][0]), int(found["rows"][1])),
             covariates or _covariates(found["own_covariates"], varying, example, model),
+            found.get("dims"),
+            found.get("coords"),
         )
     except (KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{path / MANIFEST} is not whole: {error}.") from None
@@ -151,6 +158,11 @@ def load_guide(
     network.eval()
     losses = np.asarray(example["losses"])
     return AmortizedGuide(problem, network, novelty, losses, found["log"], found["meta"])
+
+
+def _label(label: Any) -> Any:
+    """A label that JSON has: itself, or its text."""
+    return label if isinstance(label, str | int | float | bool) else str(label)
 
 
 def _plain(value: Any) -> Any:

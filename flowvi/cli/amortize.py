@@ -15,7 +15,7 @@ from flowvi.cli.errors import (
     one_line_warnings,
 )
 from flowvi.cli.folder import check_folder
-from flowvi.cli.model_file import check_path, load_arguments, reads_a_file
+from flowvi.cli.model_file import check_path, load_arguments, load_named_arguments, reads_a_file
 from flowvi.cli.neutra_sbc import DATA, MODEL, QUIET
 from flowvi.cli.options import folder_argument, memory_option, seed_option
 from flowvi.cli.output import json_option, print_answer
@@ -108,7 +108,7 @@ def amortize_command(
         from flowvi.analysis.sbc import sbc
         from flowvi.reporting.amortized import report_amortized
 
-        run, arguments = load_arguments(model, data)
+        run, arguments, dims, coords = load_named_arguments(model, data)
         guide = amortize(
             _named(run, model.stem),
             *arguments,
@@ -117,6 +117,8 @@ def amortize_command(
             rows=rows,
             seed=seed,
             progress=not quiet,
+            dims=dims,
+            coords=coords,
         )
         guide.meta["command"] = command_line(ctx)
         guide.save(out / GUIDE)

@@ -55,6 +55,13 @@ def load_arguments(
     return run, arguments
 
 
+def load_named_arguments(
+    path: Path, data: Path | None
+) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any], dict[str, Any]]:
+    """As `load_arguments`, with the names of axes and the labels along them."""
+    return _parts(path, data)
+
+
 def reads_a_file(path: Path) -> bool:
     """Run a model file, and return whether its data() takes the path of a file."""
     found = getattr(_run(path), "data", None)

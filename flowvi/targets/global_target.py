@@ -288,7 +288,7 @@ class GlobalTarget(SimulatingTarget):
         Raises:
             ValueError: There is no such dim, or it has another size.
         """
-        sizes = self._dim_sizes()
+        sizes = self.dim_sizes()
         for dim, given in coords.items():
             labels = labels_from(given)
             if dim not in sizes:
@@ -416,7 +416,7 @@ class GlobalTarget(SimulatingTarget):
                 raise ValueError(f"batch needs {size} indices for plate '{name}'.")
         return [batch[name] for name in self.subsampled]
 
-    def _dim_sizes(self) -> dict[str, int]:
+    def dim_sizes(self) -> dict[str, int]:
         shapes = [(self.dims[name], value.shape) for name, value in self._some_values().items()]
         return {d: n for dims, shape in shapes for d, n in zip(dims, shape, strict=False)}
 
