@@ -142,7 +142,8 @@ def errors(
     of_mean, of_sd = [np.empty(0)], [np.empty(0)]
     for name in sorted(sites):
         sd, wanted = np.ravel(truth.sd[name]), np.ravel(truth.mean[name])
-        varies = sd > 1e-12
+        # A constant has an sd that is rounding alone.
+        varies = sd > 1e-6 * np.maximum(1.0, np.abs(wanted))
         mean, found = (moments[f"{kind}/{name}"].ravel()[varies] for kind in ("mean", "sd"))
         of_mean.append(np.abs(mean - wanted[varies]) / sd[varies])
         of_sd.append(np.abs(found / sd[varies] - 1))

@@ -370,6 +370,38 @@ def test_a_guide_that_is_off_is_seen(mean_guide):
         wrong.network.scale.copy_(scale)
 
 
+def test_real_data_sets_refine_a_guide():
+    guide = amortize(mean_model, torch.zeros(10), steps=15)
+    # Far from where most simulated data sets lie.
+    sets = [np.random.default_rng(i).normal(2.5, NOISE, 8 + i) for i in range(6)]
+    first = [p.clone() for p in guide.network.parameters()]
+
+    better = guide.refine(sets, steps=120, draws=64, progress=False)
+
+    shares = [float(flowvi.diagnose(g.draw(sets[0], 2000)).ess) / 2000 for g in (guide, better)]
+    assert shares[1] > shares[0] + 0.05
+    assert better.log[-1].startswith("refined on 6 data sets in 120 steps: ")
+    assert better.log[-1].endswith("kept") and better.meta["refined"]["data sets"] == 6
+    assert all(torch.equal(p, q) for p, q in zip(guide.network.parameters(), first, strict=True))
+    # Plain draws are near the exact posterior, too.
+    mean, sd, _ = exact(sets[0])
+    errors = [abs(g.draw(sets[0], 2000)["mean"].mean() - mean) / sd for g in (guide, better)]
+    assert errors[1] < errors[0]
+    again = guide.refine(sets, steps=120, draws=64, progress=False)
+    assert again.log[-1] == better.log[-1]
+    with pytest.raises(ValueError, match="refine needs data sets; got none"):
+        guide.refine([])
+
+
+def test_a_refinement_that_brings_nothing_is_dropped(mean_guide, monkeypatch):
+    monkeypatch.setattr("flowvi.amortized.refine.SLOWER", 30.0)
+    sets = [np.random.default_rng(i).normal(0.5, NOISE, 10) for i in range(3)]
+
+    same = mean_guide.refine(sets, steps=30, draws=16, progress=False)
+
+    assert same.network is mean_guide.network and "dropped" in same.log[-1]
+
+
 def test_axes_and_their_labels_have_names(tmp_path):
     def model(x, y):
         beta = pyro.sample("beta", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
