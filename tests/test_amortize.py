@@ -14,6 +14,7 @@ from flowvi.amortized import many
 from flowvi.amortized.features import Features, Input
 from flowvi.amortized.network import build
 from flowvi.amortized.problem import Problem, Simulated
+from flowvi.amortized.refine import WakeGradient
 from flowvi.amortized.training import Plan
 from flowvi.targets.precision import default_dtype
 
@@ -370,16 +371,16 @@ def test_a_guide_that_is_off_is_seen(mean_guide):
         wrong.network.scale.copy_(scale)
 
 
-def test_real_data_sets_refine_a_guide():
+def test_real_data_sets_refine_a_guide(monkeypatch):
     guide = amortize(mean_model, torch.zeros(10), steps=15)
     # Far from where most simulated data sets lie.
-    sets = [np.random.default_rng(i).normal(2.5, NOISE, 8 + i) for i in range(6)]
+    sets = [np.random.default_rng(i).normal(11.0, NOISE, 8 + i) for i in range(6)]
     first = [p.clone() for p in guide.network.parameters()]
 
     better = guide.refine(sets, steps=120, draws=64, progress=False)
 
     shares = [float(flowvi.diagnose(g.draw(sets[0], 2000)).ess) / 2000 for g in (guide, better)]
-    assert shares[1] > shares[0] + 0.05
+    assert shares[0] < 0.9 and shares[1] > 0.95
     assert better.log[-1].startswith("refined on 6 data sets in 120 steps: ")
     assert better.log[-1].endswith("kept") and better.meta["refined"]["data sets"] == 6
     assert all(torch.equal(p, q) for p, q in zip(guide.network.parameters(), first, strict=True))
@@ -387,8 +388,10 @@ def test_real_data_sets_refine_a_guide():
     mean, sd, _ = exact(sets[0])
     errors = [abs(g.draw(sets[0], 2000)["mean"].mean() - mean) / sd for g in (guide, better)]
     assert errors[1] < errors[0]
-    again = guide.refine(sets, steps=120, draws=64, progress=False)
-    assert again.log[-1] == better.log[-1]
+    # More steps on simulated pairs alone bring less.
+    monkeypatch.setattr(WakeGradient, "_weighted", lambda self, data: torch.zeros(()))
+    asleep = guide.refine(sets, steps=120, draws=64, progress=False)
+    assert float(flowvi.diagnose(asleep.draw(sets[0], 2000)).ess) / 2000 < 0.9
     with pytest.raises(ValueError, match="refine needs data sets; got none"):
         guide.refine([])
 
