@@ -36,7 +36,10 @@ def test_every_model_is_captured_and_finite_somewhere(shared):
         assert target.log_prob(target._trial.points).isfinite().all()
 
 
-@pytest.mark.parametrize("name", SMALL)
+RUNS = [*((name, "single") for name in SMALL), (min(SMALL), "double")]
+
+
+@pytest.mark.parametrize(("name", "default"), RUNS, indirect=["default"])
 def test_the_evidence_is_the_exact_one(name, shared, default):
     module, target = load(shared / "record" / name)
     row = published(shared)[name]
