@@ -145,6 +145,7 @@ def test_an_interrupted_attempt_leaves_what_there_was(short, monkeypatch):
     assert fit.meta["interrupted"] and fit.meta["guide"] == "fullrank"
 
 
+@pytest.mark.slow
 def test_modes_along_the_axes_are_found_from_a_flat_density(monkeypatch):
     """Two wells on each of four axes: sixteen modes, of which searches see a few."""
     quick(monkeypatch, most_stages=1, steady_steps=300)

@@ -121,6 +121,7 @@ def calibration(executor):
     )
 
 
+@pytest.mark.slow
 def test_dask_runs_restarts_and_calibration(here):
     """Dask's executor, on a process of this machine; it sends functions without a name too."""
     distributed = pytest.importorskip("distributed")

@@ -94,6 +94,7 @@ def test_a_flow_fits_what_a_gaussian_cannot():
     assert -0.05 < flow.bounds[0] < 0.02
 
 
+@pytest.mark.slow
 def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
     """Of 310 Gumbel variables, log Z = 0; the networks of a flow would have to learn each skew."""
 
@@ -113,6 +114,7 @@ def test_many_skewed_dimensions_take_skews_on_a_gaussian_that_is_held():
 SHORT = {"steady_steps": 20, "few_steps": 20, "most_stages": 1, "least_decay": 20}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("further, expected", [(0.2, "skewed"), (1e3, "realnvp")])
 def test_skews_are_added_to_couplings_where_they_get_further(further, expected, brief, monkeypatch):
     """Student's t in every coordinate; and the same where the couplings are to be far behind."""

@@ -178,6 +178,7 @@ def check_against_truth(data, target, schedule):
     assert abs(found.log_evidence - evidence) < 0.02
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("default", ["single"], indirect=True)
 def test_labels_that_trade_places_are_found_on_some_rows_and_kept_on_all(data, default, brief):
     target = flowvi.from_pyro(two_means, *(t.to(default) for t in data))

@@ -119,17 +119,14 @@ def test_precision_is_the_data_s(name, arguments):
     torch.testing.assert_close(target.log_prob(z), double, rtol=1e-12, atol=0.0)
 
 
-# These take up to a minute each, and run under the precision that users have alone.
-LONG = {"lotka_volterra", "last_layer_digits", "bnn_moons", "bnn_regression", "irt_2pl"}
-BOTH = [
-    (name, d)
+# Under the precision that users have; the search of a differential equation takes half a minute.
+BRIEF = [
+    pytest.param(name, "single", marks=[pytest.mark.slow] if name == "lotka_volterra" else [])
     for name in MODELS
-    for d in ("single", "double")
-    if d == "single" or not (name in LONG or hasattr(load(name), "simulate"))
 ]
 
 
-@pytest.mark.parametrize(("name", "default"), BOTH, indirect=["default"])
+@pytest.mark.parametrize(("name", "default"), BRIEF, indirect=["default"])
 def test_a_short_fit_has_a_finite_bound(name, arguments, request, default):
     # Of incomes and heights as they are, the first start is no place to look for an integral.
     request.getfixturevalue("brief" if name == "earn_height" else "hasty")

@@ -159,6 +159,7 @@ def counts(y, x, group):
         pyro.sample("y", dist.Poisson(rate.exp()), obs=y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_a_hierarchy_with_one_mode_has_no_other(dtype):
     """Normals without correlations around unfinished ascents were once taken for modes."""

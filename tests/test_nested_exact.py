@@ -70,6 +70,7 @@ def test_the_default_call_is_exact_for_normal_rows(rows, scale, dtype):
     assert found.verdict == "trust"
 
 
+@pytest.mark.slow
 def test_the_default_call_is_exact_for_weights_of_inputs():
     """The latent of a row depends on the product of its input and theta."""
     model, known = linear_gaussian_joint, linear_gaussian_joint.reference()

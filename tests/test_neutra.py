@@ -116,6 +116,7 @@ def test_chains_have_no_weights(schools):
         flowvi.evidence(schools[1])
 
 
+@pytest.mark.slow
 def test_a_funnel_is_sampled_to_its_tip():
     def log_density(v):
         normal = torch.distributions.Normal

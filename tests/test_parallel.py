@@ -106,6 +106,7 @@ def test_processes_end_together(two_processes):
     assert "stopped by the callback after 11 steps" in first[0][2]
 
 
+@pytest.mark.slow
 def test_the_first_process_writes_and_speaks(tmp_path):
     out = tmp_path / "out"
 

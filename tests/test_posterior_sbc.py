@@ -62,6 +62,7 @@ def test_masks_scales_and_events_count_twice_too():
     assert both.log_prob(z).item() == pytest.approx(one.log_prob(z).item() + more, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_truths_are_draws_of_the_posterior_and_ranks_are_counted(draws):
     settings = {"guide": "fullrank", "steps": 5, "progress": False, "levels": 50}
 

@@ -154,6 +154,7 @@ def test_what_was_cut_off_goes_on_to_the_same_bits(tmp_path, every_step, name):
     assert kept.bounds == whole.bounds
 
 
+@pytest.mark.slow
 def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
     """A training begins where the trials of its step size and guide have led."""
     quick(monkeypatch, race_steps=10)
@@ -175,6 +176,7 @@ def test_a_race_of_guides_goes_on_too(tmp_path, every_step, short, monkeypatch):
     same(last, whole)
 
 
+@pytest.mark.slow
 def test_stages_and_attempts_go_on_too(tmp_path, every_step, short, monkeypatch):
     """Of two bumps: a Gaussian, then a mixture of two flows, each cut off, the first one twice."""
     options = {"seed": 1, "progress": False, "lr": 1e-2}
