@@ -7,11 +7,15 @@ import pytest
 import torch
 from quick import quick
 
+from flowvi.compat.arviz_module import import_arviz
 from flowvi.initialization import ascents, modes, peaks
 from flowvi.initialization import candidates as init
 
 # Fits of the tests are the same to the bit, and leave the processors to each other.
 os.environ.setdefault("FLOWVI_COMPILE", "off")
+
+# The workers of pytest start together, and the modules of tests import ArviZ itself.
+import_arviz()
 
 REPOSITORY = Path(__file__).parents[1]
 

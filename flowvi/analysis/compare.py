@@ -13,6 +13,7 @@ import numpy as np
 from flowvi.analysis.evidence import evidence
 from flowvi.analysis.loo import loo
 from flowvi.compat.arviz_groups import has_group
+from flowvi.compat.arviz_module import import_arviz
 from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
@@ -224,8 +225,6 @@ def _check_same(observed: Mapping[str, np.ndarray | None], what: str) -> None:
 
 
 def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataFrame | None:
-    import arviz as az
-
     if len(able) < 2:
         return None
     for name, idata in able.items():
@@ -246,7 +245,7 @@ def _loo(able: Mapping[str, az.InferenceData], var_name: str | None) -> pd.DataF
             found[name] = loo(idata, var_name)
             about |= {f"{name}: {one.message}": one.category for one in said}
             said.clear()
-        table: pd.DataFrame = az.compare(found)
+        table: pd.DataFrame = import_arviz().compare(found)
         about |= {str(one.message): one.category for one in said}
     for words, category in about.items():
         warnings.warn(words, category, stacklevel=3)

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from flowvi.compat.arviz_module import import_arviz
+
 if TYPE_CHECKING:
     import arviz as az
 
@@ -21,20 +23,16 @@ MOST_PACKED, DEEPEST = 1032, 8
 
 def has_trees() -> bool:
     """Whether this ArviZ keeps groups in trees."""
-    import arviz as az
-
     # Access to az.InferenceData raises a warning.
-    return "InferenceData" not in vars(az)
+    return "InferenceData" not in vars(import_arviz())
 
 
 def make_groups(datasets: dict[str, Any]) -> az.InferenceData:
     """Put data sets together, one a group."""
-    import arviz as az
     import xarray as xr
 
     if not has_trees():
-        return az.InferenceData(**datasets)
-
+        return import_arviz().InferenceData(**datasets)
     tree: Any = xr.DataTree.from_dict(datasets)
     return tree
 
@@ -140,11 +138,10 @@ def _rebuilt(path: Path) -> str:
 
 
 def _read(path: Path) -> Any:
-    import arviz as az
     import xarray as xr
 
     if not has_trees() and path.suffix != ZARR:
-        return az.from_netcdf(str(path), engine=ENGINE)
+        return import_arviz().from_netcdf(str(path), engine=ENGINE)
     with xr.open_datatree(str(path), engine="zarr" if path.suffix == ZARR else ENGINE) as tree:
         return make_groups({name: node.to_dataset().load() for name, node in tree.children.items()})
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import warnings
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from flowvi.compat.arviz_groups import has_trees
+from flowvi.compat.arviz_module import import_arviz
 
 if TYPE_CHECKING:
     import arviz as az
@@ -20,14 +20,14 @@ HDI_PROBABILITY = 0.94
 
 def rhat(chains: np.ndarray) -> float:
     """Rank-normalised split R-hat of one number, (chain, draw)."""
-    return float(_arviz().rhat(chains))
+    return float(import_arviz().rhat(chains))
 
 
 def ess(chains: np.ndarray, method: str) -> float:
     """Effective number of draws of one number, (chain, draw); the method is ArviZ's."""
     # ArviZ 1 has no default for the tails of an array.
     tails = {"prob": TAILS} if method == "tail" else {}
-    return float(_arviz().ess(chains, method=method, **tails))
+    return float(import_arviz().ess(chains, method=method, **tails))
 
 
 def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None = None) -> Any:
@@ -38,7 +38,7 @@ def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None
         name: The observed site.
         fields: Values by the field names of ArviZ 0.23.
     """
-    arviz = _arviz()
+    arviz = import_arviz()
     if fields is None:
         return arviz.loo(idata, var_name=name, pointwise=True)
     with warnings.catch_warnings():
@@ -55,8 +55,3 @@ def loo_record(idata: az.InferenceData, name: str, fields: dict[str, Any] | None
     for key, value in fields.items():
         record[key] = value
     return record
-
-
-def _arviz() -> Any:
-    """ArviZ with whatever names its version has; it takes seconds to import."""
-    return import_module("arviz")
