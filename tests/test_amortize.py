@@ -15,7 +15,9 @@ from flowvi.amortized.features import Features, Input
 from flowvi.amortized.network import build
 from flowvi.amortized.problem import Problem, Simulated
 from flowvi.amortized.refine import WakeGradient
+from flowvi.amortized.storage import load_guide
 from flowvi.amortized.training import Plan
+from flowvi.targets import ModelError
 from flowvi.targets.precision import default_dtype
 
 SPREAD, NOISE = 3.0, 2.0
@@ -341,10 +343,10 @@ def test_a_fit_starts_from_the_guide(mean_guide):
 
     fit = mean_guide.fit(y, progress=False)
 
-    assert fit.log[0].startswith("start: draws of a guide, refined")
+    assert fit.log[0] == "start: the given draws; no other places are searched"
     assert fit.meta["check"]["verdict"] == "trust"
     far = mean_guide.fit(np.full(10, 1e4), progress=False)
-    assert "that is not near the posterior" in far.log[1]
+    assert "the given draws are not near the posterior" in far.log[0]
     assert far.meta["check"]["verdict"] == "trust"
 
 
@@ -429,7 +431,7 @@ def test_axes_and_their_labels_have_names(tmp_path):
         amortize(model, torch.eye(8, 2), torch.zeros(8), coords={"coefs": ["age", "dose"]})
 
 
-def test_own_covariates_and_encoder():
+def test_own_covariates_and_encoder(tmp_path):
     class Sums(torch.nn.Module):
         def forward(self, data):
             return torch.stack([data["y"].sum(1), (data["x"] * data["y"]).sum(1)], -1)
@@ -448,6 +450,15 @@ def test_own_covariates_and_encoder():
     assert abs(np.concatenate([one["x"] for one in sets]).mean() - 10) < 1
     assert truth["a"].shape == (50,)
     assert np.isfinite(guide.draw(sets[0], 20).log_p).all()
+
+    # The function is not saved: without it the guide draws, and simulates nothing.
+    folder = guide.save(tmp_path / "guide")
+    loaded = load_guide(folder, line_model, Sums())
+    assert np.array_equal(loaded.draw(sets[0], 20).z, guide.draw(sets[0], 20).z)
+    with pytest.raises(ModelError, match="function that was not saved with the guide"):
+        loaded.simulate(2)
+    again = load_guide(folder, line_model, Sums(), lambda rows: {"x": 10 + torch.randn(rows)})
+    assert len(again.simulate(2)[0]) == 2
 
 
 def test_fixed_covariates_are_those_of_the_example():

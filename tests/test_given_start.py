@@ -1,6 +1,7 @@
 """`fit(start=)`: values of the latents or an earlier fit, and what does not fit is refused."""
 
 import math
+from dataclasses import replace
 
 import pyro
 import pyro.distributions as dist
@@ -10,6 +11,7 @@ from conftest import brief
 from kinds import KINDS, data, own, whole
 
 import flowvi
+from flowvi.fitting.given_start import RIDGE, normal_of_draws
 
 FAR = 40.0
 
@@ -93,6 +95,48 @@ def test_a_structured_fit_begins_at_the_shared_values():
     assert abs(fit.draw(400)["m"].mean() - again.draw(400)["m"].mean()) < 0.1
 
 
+def mean_of_rows(x):
+    m = pyro.sample("m", dist.Normal(x.new_zeros(()), 1.0))
+    with pyro.plate("row", len(x)):
+        pyro.sample("x", dist.Normal(m, 1.0), obs=x)
+
+
+def test_draws_are_a_start_by_their_weighted_moments(default):
+    x = torch.linspace(0.0, 2.0, 19, dtype=default)
+    target = flowvi.from_pyro(mean_of_rows, x)
+    loc, sd = float(x.sum()) / 20, 20**-0.5
+    exact = flowvi.fit(target, "fullrank", steps=5, progress=False).draw(1)
+    # Draws of a normal that is off by one sd, and twice as wide.
+    shifted = torch.distributions.Normal(loc + sd, 2 * sd)
+    z = shifted.sample((1, 4000))
+    with torch.no_grad():
+        log_p = target.log_prob(z[0, :, None].to(target.dtype))[None]
+    draws = replace(
+        exact, z=z[..., None].numpy(), log_p=log_p.numpy(), log_q=shifted.log_prob(z).numpy()
+    )
+
+    found = normal_of_draws(draws)
+
+    # The weights leave a third of the draws; 5 % of the variance of the plain ones is added.
+    assert abs(float(found.loc) - loc) < 4 * sd / math.sqrt(4000 / 3)
+    assert abs(float(found.scale_tril) / sd - math.sqrt(1 + RIDGE * 4)) < 4 / math.sqrt(
+        2 * 4000 / 3
+    )
+    fit = flowvi.fit(target, "fullrank", steps=1, start=draws, progress=False)
+    same = flowvi.fit(target, "fullrank", steps=1, start=fit.start, progress=False)
+    assert abs(fit.start.loc - loc) < 0.05 * sd and abs(same.start.loc - loc) < 0.05 * sd
+    assert "start: the given draws; no other places are searched" in fit.log
+
+
+def test_draws_that_are_far_lead_to_a_search():
+    near = flowvi.fit(flowvi.from_pyro(whole, data()), "fullrank", steps=1, progress=False)
+    target = flowvi.from_pyro(whole, data() + 1000.0)
+
+    fit = flowvi.fit(target, "fullrank", steps=1, start=near.draw(500), progress=False)
+
+    assert "start: the given draws are not near the posterior" in fit.log[0]
+
+
 @pytest.mark.parametrize(
     ("start", "words"),
     [
@@ -117,8 +161,14 @@ def test_a_start_of_another_kind_is_refused():
         flowvi.fit(flowvi.from_pyro(hierarchy, torch.zeros(5)), start=fit, progress=False)
     with pytest.raises(TypeError, match="start must be values of the latent sites"):
         flowvi.fit(flowvi.from_pyro(whole, data()), start=3, progress=False)
+    with pytest.raises(ValueError, match="start holds draws of whole with other latents"):
+        flowvi.fit(flowvi.from_pyro(hierarchy, torch.zeros(5)), start=fit.draw(10), progress=False)
+    with pytest.raises(ValueError, match="start is a normal of 1 dimensions"):
+        flowvi.fit(flowvi.from_pyro(hierarchy, torch.zeros(5)), start=fit.start, progress=False)
     with pytest.raises(ValueError, match="start has no meaning for a NestedTarget"):
         flowvi.fit(flowvi.NestedTarget(KINDS["nested"].target()), start={"m": 0.0}, progress=False)
     earlier = rows.fit(rows.target(), 1)
+    with pytest.raises(ValueError, match="start holds draws of rows, but whole has"):
+        flowvi.fit(flowvi.from_pyro(whole, data()), start=earlier.draw(10), progress=False)
     with pytest.raises(ValueError, match="leave out guide"):
         flowvi.fit(rows.target(), "realnvp", start=earlier, progress=False)

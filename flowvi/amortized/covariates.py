@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -59,12 +59,33 @@ class DrawnCovariates:
         }
 
 
+class UnsavedCovariates:
+    """Stands for a user's function that was not saved with the guide.
+
+    Args:
+        name: Name of the model.
+        names: The arguments that the function draws.
+    """
+
+    def __init__(self, name: str, names: Sequence[str]) -> None:
+        self.name, self.names = name, list(names)
+
+    def __call__(self, rows: int) -> Mapping[str, Any]:
+        """Raise a ModelError: only the guide's draws are available."""
+        raise ModelError(
+            f"The covariates of {self.name} were drawn by a function that was not saved with the "
+            "guide: pass it, flowvi.amortized.storage.load_guide(folder, model, covariates=...)."
+        )
+
+
 def names_drawn(function: Covariates, rows: int, known: Mapping[str, Tensor]) -> list[str]:
     """The arguments that a user's function of covariates draws.
 
     Raises:
         ModelError: It returns no dictionary of arguments of the model.
     """
+    if isinstance(function, UnsavedCovariates):
+        return function.names
     found = function(rows)
     if not isinstance(found, Mapping) or not found:
         raise ModelError(

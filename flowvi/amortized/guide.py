@@ -21,8 +21,8 @@ from flowvi.amortized.reading import DataSet, read
 from flowvi.amortized.training import CALIBRATE, draw_size
 from flowvi.draws.draws import Draws
 from flowvi.draws.sampling import DRAWING, tabulate
+from flowvi.fitting.fit import fit
 from flowvi.fitting.result import Fit
-from flowvi.fitting.warm import fit_near, near
 from flowvi.runtime import memory
 from flowvi.runtime.arguments import check_integer
 from flowvi.runtime.display import Displayed, later
@@ -160,7 +160,7 @@ class AmortizedGuide(Displayed):
             assert isinstance(own, GlobalTarget)
             target = self.problem.named(own)
         assert isinstance(target, GlobalTarget)
-        return fit_near(target, near(draws), seed=seed, **settings)
+        return fit(target, start=draws, seed=seed, **settings)
 
     def fit_many(
         self,

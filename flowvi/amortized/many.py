@@ -23,7 +23,8 @@ from flowvi.diagnostics import VERDICTS
 from flowvi.draws.diagnose import diagnose
 from flowvi.draws.draws import Draws
 from flowvi.draws.storage import from_state, to_state
-from flowvi.fitting.warm import fit_near, near
+from flowvi.fitting.fit import fit
+from flowvi.fitting.given_start import normal_of_draws
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.runtime.arguments import check_integer, optional
 from flowvi.runtime.files import CheckpointError, atomic_replace, error_reason
@@ -152,7 +153,7 @@ def _task(
     settings: Mapping[str, Any],
 ) -> Task:
     assert isinstance(data, DataSet)
-    start = near(guide._drawn(data, START_DRAWS, seed))
+    start = normal_of_draws(guide._drawn(data, START_DRAWS, seed))
     model, call = guide.problem.model, data.call
     if call is None:
         raise ValueError(
@@ -186,14 +187,14 @@ def run_task(task: Task) -> tuple[int, Line, State | None]:
         try:
             target = from_pyro(task.model, *task.args, **task.kwargs)
             assert isinstance(target, GlobalTarget)
-            fit = fit_near(target, GaussianApproximation(**task.start), **settings)
-            draws = fit.draw(task.n, task.seed)
+            done = fit(target, start=GaussianApproximation(**task.start), **settings)
+            draws = done.draw(task.n, task.seed)
             found = diagnose(draws)
         except (ValueError, RuntimeError, torch.linalg.LinAlgError) as error:
             return task.number, Line(VERDICTS[-1], FAILED, reason=str(error)), None
     method = CHAINS if draws.mcmc else FIT
     seconds = time.perf_counter() - began
-    line = line_of(found, method, math.nan, seconds, int(fit.meta["steps"]))
+    line = line_of(found, method, math.nan, seconds, int(done.meta["steps"]))
     kept = draws if draws.by_row is False else replace(draws, unit_scores=None)
     state = to_state(kept)
     arrays = {name: t.numpy() for name, t in state["arrays"].items()}

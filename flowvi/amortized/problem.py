@@ -169,14 +169,6 @@ class Problem:
             ModelError: A site cannot be simulated, or most data sets are not finite.
         """
         rows = self.rows[1]
-        if self.draws_own_covariates and not getattr(
-            vars(self.covariates)["function"], "saved", True
-        ):
-            raise ModelError(
-                f"The covariates of {self.name} were drawn by a function that was not saved with "
-                "the guide: pass it, flowvi.amortized.storage.load_guide(folder, model, "
-                "covariates=...)."
-            )
         with isolated_rng(derive_seed(seed, 0)):
             arguments = self.covariates(n, rows)
         z, data = self.target_of(rows).joint(n, derive_seed(seed, 1), arguments)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from flowvi.amortized.covariates import Covariates
+from flowvi.amortized.covariates import Covariates, UnsavedCovariates
 from flowvi.amortized.encoders import OWN
 from flowvi.amortized.guide import AmortizedGuide
 from flowvi.amortized.network import make_network
@@ -36,6 +36,7 @@ from flowvi.runtime.tensors import (
     serialize,
     write_state,
 )
+from flowvi.targets.pyro.naming import name_of
 
 MANIFEST = "amortized.json"
 FORMAT = 1
@@ -130,7 +131,7 @@ def load_guide(
             tuple(example["args"]),
             dict(example["kwargs"]),
             (int(found["rows"][0]), int(found["rows"][1])),
-            covariates or _covariates(found["own_covariates"], varying, example, model),
+            covariates or _covariates(found["own_covariates"], varying, name_of(model)),
             found.get("dims"),
             found.get("coords"),
         )
@@ -169,16 +170,7 @@ def _plain(value: Any) -> Any:
     return value.detach().cpu() if isinstance(value, Tensor) else value
 
 
-def _covariates(
-    own: bool, varying: list[str], example: Mapping[str, Any], model: Callable[..., Any]
-) -> Covariates | str | None:
-    if not own:
-        return None if varying else FIXED
-    known = Problem.leaves_of(model, tuple(example["args"]), dict(example["kwargs"]))
-
-    def unknown(rows: int) -> Mapping[str, Any]:
-        """The example's values, which are not those of other data sets."""
-        return {name: known[name] for name in varying}
-
-    unknown.saved = False  # type: ignore[attr-defined]
-    return unknown
+def _covariates(own: bool, varying: list[str], name: str) -> Covariates | str | None:
+    if own:
+        return UnsavedCovariates(name, varying)
+    return None if varying else FIXED

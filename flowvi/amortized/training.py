@@ -174,7 +174,7 @@ class ForwardGradient(Gradient):
         self, problem: Problem, network: Network, stream: Stream, clock: Clock, batch: int
     ) -> None:
         # No parameter of the model is trained.
-        super().__init__(problem.target, network, clock)  # type: ignore[arg-type]
+        super().__init__(problem.target, network, clock)
         self.network, self.stream, self.batch = network, stream, batch
         self.flat = Flat(self.trained)
 

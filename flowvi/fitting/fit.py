@@ -7,12 +7,14 @@ from collections.abc import Callable, Mapping
 from concurrent.futures import Executor
 from typing import Any, overload
 
+from flowvi.draws.draws import Draws
 from flowvi.fitting.fit_rows import fit_rows
 from flowvi.fitting.fit_structured import fit_global
 from flowvi.fitting.request import Request
 from flowvi.fitting.result import Fit, RowFit
 from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.registry import Objective
 from flowvi.objectives.reweighted import WakeSleep
 from flowvi.runtime import memory
@@ -70,7 +72,7 @@ def fit(
     resume: bool = ...,
     executor: Executor | None = ...,
     schedule: Schedule | None = ...,
-    start: Mapping[str, Any] | Fit | None = ...,
+    start: Mapping[str, Any] | Fit | Draws | GaussianApproximation | None = ...,
     max_memory: memory.MaxMemory = ...,
 ) -> Fit: ...
 
@@ -96,7 +98,7 @@ def fit(
     validation: Any = None,
     minibatch: Minibatch | None = None,
     schedule: Schedule | None = None,
-    start: Mapping[str, Any] | Fit | RowFit | None = None,
+    start: Mapping[str, Any] | Fit | RowFit | Draws | GaussianApproximation | None = None,
     checkpoint: str | os.PathLike[str] | None = None,
     resume: bool = False,
     executor: Executor | None = None,
@@ -160,9 +162,11 @@ def fit(
         schedule: Numbers of steps, step sizes and thresholds: a
             `flowvi.training.schedule.Schedule`.
         start: Where to begin, in place of a search over many places: values by latent site (others
-            begin at zero of their unconstrained scale), or an earlier fit of the same latents,
-            whose normal, or for rows whose guide, is trained on. Other modes are then left to the
-            checks. Parameters of the model take the values of the earlier fit.
+            begin at zero of their unconstrained scale), an earlier fit of the same latents, whose
+            normal, or for rows whose guide, is trained on, its draws, whose weighted moments count
+            (if they are far from this posterior, a search follows), or a normal in unconstrained
+            coordinates, such as ``fit.start``. Other modes are then left to the checks. Parameters
+            of the model take the values of the earlier fit.
         checkpoint: Folder for the state of the fit; its folder `fit` holds the best guide so far,
             for `flowvi.load`.
         resume: Whether to resume an earlier fit with the same arguments from the checkpoint; start

@@ -1,7 +1,8 @@
-"""A start that the user gives: values of the latent sites, or an earlier fit."""
+"""A start that the user gives: values of the latent sites, an earlier fit, or draws."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flowvi.draws.draws import Draws
 from flowvi.fitting.identity import latents
 from flowvi.fitting.result import AnyFit, Fit, NestedFit, RowFit
 from flowvi.guides.guide import FULL_RANK_DIM
@@ -35,12 +37,19 @@ from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import LocalTarget, Target
 from flowvi.targets.structure import MarginalTarget
 
-EXPECTED = "values of the latent sites, such as {'mu': 0.0, 'tau': 1.0}, or an earlier fit"
-VALUES, EARLIER = "the given values", "the earlier fit"
+EXPECTED = (
+    "values of the latent sites, such as {'mu': 0.0, 'tau': 1.0}, or an earlier fit or its draws"
+)
+VALUES, EARLIER, GIVEN_DRAWS = "the given values", "the earlier fit", "the given draws"
 # Standard deviation of the normal around given values, in unconstrained coordinates.
 NARROW = 0.1
 # Draws of an earlier fit that give its mean and covariance: at least, and for each latent.
 DRAWS, FOR_EACH = 1000, 4
+# Effective draws for each latent from which weighted moments are taken, and the share of the plain
+# variances that is added to the weighted ones.
+ENOUGH, RIDGE = 5, 0.05
+# Share of effective draws from which the normal of given draws is near enough.
+NEAR_SHARE = 0.05
 
 
 def given_normal(target: Target, start: Any) -> GaussianApproximation | None:
@@ -50,11 +59,12 @@ def given_normal(target: Target, start: Any) -> GaussianApproximation | None:
 
     Args:
         target: The log density.
-        start: Values by site, each of the site's shape, or an earlier fit of the same latents.
+        start: Values by site, each of the site's shape, or an earlier fit of the same latents, its
+            draws, or a normal in unconstrained coordinates.
 
     Raises:
-        ValueError: A site is unknown, a value does not fit or has density zero, or the fit is of
-            other latents.
+        ValueError: A site is unknown, a value does not fit or has density zero, or the fit, the
+            draws or the normal are of other latents.
     """
     if start is None:
         return None
@@ -63,19 +73,26 @@ def given_normal(target: Target, start: Any) -> GaussianApproximation | None:
             f"start has no meaning for a NestedTarget: pass the earlier fit's guides of "
             f"{target.name}, NestedTarget(target, inner=fit.target.inner) and guide=fit.guide."
         )
-    check_type("start", start, (Mapping, AnyFit), EXPECTED)
+    check_type("start", start, (Mapping, AnyFit, Draws, GaussianApproximation), EXPECTED)
     whole = target.whole if isinstance(target, MarginalTarget) else target
     if isinstance(start, Mapping):
         found = _around_values(whole, start)
-    else:
-        if isinstance(start, RowFit | NestedFit) or not isinstance(start, Fit):
+    elif isinstance(start, GaussianApproximation):
+        found = start
+        if len(start.loc) != whole.dim:
             raise ValueError(
-                f"start is a {type(start).__name__}, but {target.name} has latents that all rows "
+                f"start is a normal of {len(start.loc)} dimensions, but {target.name} has "
+                f"D = {whole.dim}."
+            )
+    else:
+        if isinstance(start, RowFit | NestedFit) or (isinstance(start, Draws) and start.by_row):
+            raise ValueError(
+                f"start {_kind(start)}, but {target.name} has latents that all rows "
                 f"share alone: give {EXPECTED} of those."
             )
         _check_latents(whole, start)
         _take_parameters(whole, start)
-        found = _of_fit(start)
+        found = normal_of_draws(start) if isinstance(start, Draws) else _of_fit(start)
     if isinstance(target, MarginalTarget):
         kept = target.structure.shared.to(found.loc.device)
         scale = found.scale_tril
@@ -88,6 +105,25 @@ def given_normal(target: Target, start: Any) -> GaussianApproximation | None:
     )
 
 
+def normal_of_draws(draws: Draws) -> GaussianApproximation:
+    """A normal with the moments of draws: of weighted ones, where enough are effective.
+
+    No draw weighs more than sqrt(S) average ones (Ionides 2008, doi:10.1198/106186008X320456).
+
+    Args:
+        draws: S draws of D latents, in any number of chains.
+    """
+    z = torch.as_tensor(draws.z).double().flatten(0, 1)
+    if draws.mcmc or draws.resampled:
+        return _normal_of(z, GIVEN_DRAWS)
+    log_w = torch.as_tensor(draws.log_weights).double().flatten()
+    w = (log_w - log_w.max()).exp().nan_to_num(0.0)
+    w = w.minimum(w.mean() * math.sqrt(len(w)))
+    effective = float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300))
+    found = _normal_of(z, GIVEN_DRAWS, w / w.sum() if effective > ENOUGH * z.shape[1] else None)
+    return replace(found, doubtful=True)
+
+
 def start_from_given(
     target: Target,
     given: GaussianApproximation,
@@ -95,6 +131,7 @@ def start_from_given(
     say: Log,
     diagonal: bool,
     out_of_time: Callable[[], bool],
+    search: Callable[[], list[GaussianApproximation]],
 ) -> list[GaussianApproximation]:
     """Refine a given normal, or search from given values alone, the best first.
 
@@ -105,22 +142,30 @@ def start_from_given(
         say: Function that takes a line of the log.
         diagonal: Whether the guide has a diagonal covariance.
         out_of_time: Returns whether the time for the search is spent.
+        search: A search over many places, for a doubtful normal that is not near the posterior.
 
     Raises:
         ModelError: The density has no integral.
     """
-    say(f"start: {given.name}; no other places are searched")
     found: list[GaussianApproximation] = []
     if target.sum_of_rows is not None and target.dim <= LARGE:
         mode = newton_mode(target, given, "Laplace, of all rows")
         found = [] if mode is None else [diagonal_of(mode) if diagonal else mode]
     if not found and not given.blind:
-        found = _refined(target, given, seed, diagonal, out_of_time)
+        found, share = _refined(target, given, seed, diagonal, out_of_time)
+        if given.doubtful and share < NEAR_SHARE:
+            say(f"start: {given.name} are not near the posterior; other places are searched")
+            return sorted(
+                [*found, *search()],
+                key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf,
+                reverse=True,
+            )
+    say(f"start: {given.name}; no other places are searched")
     if not found:
-        search = best_gaussian(
+        seen = best_gaussian(
             target, seed, diagonal, say, out_of_time, points=given.loc.unsqueeze(0)
         )
-        found = [search.best, *search.rejected]
+        found = [seen.best, *seen.rejected]
     say(check_integrable(target, found[0]))
     return found
 
@@ -189,10 +234,20 @@ def _of_fit(start: Fit) -> GaussianApproximation:
             z = torch.as_tensor(start.chains.z).flatten(0, 1)
         else:
             z = start.guide.sample((n,)).z
-    z = z.double().cpu()
-    scale = z.std(0).clamp_min(torch.finfo(z.dtype).tiny)
-    dense = factor_of(z.mT.cov().reshape(dim, dim)) if dim <= LARGE else _as_dense(scale)
-    return GaussianApproximation(z.mean(0), dense, EARLIER)
+    return _normal_of(z.double().cpu(), EARLIER)
+
+
+def _normal_of(z: Tensor, name: str, weights: Tensor | None = None) -> GaussianApproximation:
+    """The normal with the moments of points, (n, D), of equal or of given weights, (n)."""
+    dim = z.shape[1]
+    loc = z.mean(0) if weights is None else weights @ z
+    variances = z.var(0).clamp_min(torch.finfo(z.dtype).tiny)
+    if dim > LARGE:
+        return GaussianApproximation(loc, _as_dense(variances.sqrt()), name)
+    covariance = z.mT.cov(aweights=weights).reshape(dim, dim)
+    if weights is not None:
+        covariance = covariance + RIDGE * variances.diag()
+    return GaussianApproximation(loc, factor_of(covariance), name)
 
 
 def _as_dense(scale: Tensor) -> Tensor:
@@ -205,27 +260,43 @@ def _refined(
     seed: int,
     diagonal: bool,
     out_of_time: Callable[[], bool],
-) -> list[GaussianApproximation]:
-    """The normal of an earlier fit, refined; none if this density is not finite there."""
+) -> tuple[list[GaussianApproximation], float]:
+    """A given normal, refined, and its share of effective draws; none without a density there."""
     generator = torch.Generator(device=target.device).manual_seed(seed)
     judge = torch.randn(
         JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
     start = with_elbo(target, diagonal_of(given) if diagonal else given, judge)
-    if not torch.tensor(start.elbo).isfinite():
-        return []
-    return [
-        refine_fully(target, start, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal)
-    ]
+    if not (given.doubtful or math.isfinite(start.elbo)):
+        return [], 0.0
+    found = refine_fully(
+        target, start, generator, judge, out_of_time, REFINE_ROUNDS, diagonal=diagonal
+    )
+    return [found], _effective_share(target, found, judge)
 
 
-def _check_latents(target: Target, start: AnyFit) -> None:
+def _effective_share(target: Target, g: GaussianApproximation, eps: Tensor) -> float:
+    """Share of draws of a normal that are effective; 0 where none has a density."""
+    with torch.no_grad():
+        z = g.at(eps)
+        log_w = target.log_prob(z) + 0.5 * eps.square().sum(-1)
+    w = (log_w - log_w[log_w.isfinite()].max()).exp() if log_w.isfinite().any() else 0 * log_w
+    w = w.nan_to_num(0.0)
+    return float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300) / len(w))
+
+
+def _kind(start: AnyFit | Draws) -> str:
+    return "holds draws of rows" if isinstance(start, Draws) else f"is a {type(start).__name__}"
+
+
+def _check_latents(target: Target, start: AnyFit | Draws) -> None:
     ours, theirs = latents(target), latents(start.target)
     if ours == theirs:
         return
     odd = [name for name in {**ours, **theirs} if ours.get(name) != theirs.get(name)]
+    what = "holds draws" if isinstance(start, Draws) else "is a fit"
     raise ValueError(
-        f"start is a fit of {start.target.name} with other latents than {target.name}: "
+        f"start {what} of {start.target.name} with other latents than {target.name}: "
         f"'{odd[0]}' is {_words(theirs.get(odd[0]))} there, and {_words(ours.get(odd[0]))} here."
     )
 
@@ -234,7 +305,7 @@ def _words(site: Mapping[str, Any] | None) -> str:
     return "absent" if site is None else f"of shape {tuple(site['shape'])} in {site['support']}"
 
 
-def _take_parameters(target: Target, start: AnyFit) -> None:
+def _take_parameters(target: Target, start: AnyFit | Draws) -> None:
     """Set parameters of the model to those of an earlier fit, by name."""
     ours, theirs = target.own_state(), start.target.own_state()
     if not ours and not theirs:
@@ -242,7 +313,7 @@ def _take_parameters(target: Target, start: AnyFit) -> None:
     shapes = [{name: tuple(t.shape) for name, t in own.items()} for own in (ours, theirs)]
     if shapes[0] != shapes[1]:
         raise ValueError(
-            f"start is a fit of a model with other parameters than {target.name}: "
+            f"start is of a model with other parameters than {target.name}: "
             f"{shapes[1] or 'none'} there, and {shapes[0] or 'none'} here."
         )
     if start.target is not target:

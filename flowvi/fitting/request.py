@@ -15,7 +15,6 @@ from flowvi.guides.guide import Guide
 from flowvi.guides.recipes import Blocks, Multiplicative
 from flowvi.guides.registry import guide_names
 from flowvi.guides.structured import STRUCTURED_GUIDES, StructuredGuide
-from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.preflight import check_size
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.nested import NestedTarget, check_outer
@@ -56,7 +55,6 @@ class Request:
 
     Attributes:
         fresh: Whether a given guide is initialised at the start that is found.
-        near: A normal near the posterior, in place of a search for a start.
     """
 
     target: Target
@@ -83,7 +81,6 @@ class Request:
     max_memory: memory.MaxMemory
     start: Any = None
     fresh: bool = True
-    near: GaussianApproximation | None = None
 
     def __post_init__(self) -> None:
         check_type("target", self.target, Target, "what from_pyro or from_density returned")
@@ -159,7 +156,6 @@ class Request:
             memory.limit() if self.max_memory is None else memory.parse_size(self.max_memory),
             self.schedule or _schedule(target, objective),
             given_normal(target, self.start),
-            self.near,
         )
 
     def _refuse_the_other_kind(self) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,8 +12,8 @@ from torch import Tensor
 from flowvi.fitting.given_start import start_from_given
 from flowvi.fitting.start_of_rows import start_from_rows
 from flowvi.guides.registry import starts_diagonal
-from flowvi.initialization.candidates import JUDGE_DRAWS, Log, best_gaussian, refine_fully
-from flowvi.initialization.gaussian import GaussianApproximation, diagonal_of, with_elbo
+from flowvi.initialization.candidates import Log, best_gaussian
+from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.nested import start
@@ -35,10 +33,6 @@ JOINT_DIM = 500
 # A search ends between two of its parts once its share of the budget is spent. So many times that
 # share, and it ends within a part.
 LATE = 1.5
-# Rounds in which a normal near the posterior is refined.
-WARM_ROUNDS = 20
-# Share of effective draws from which that normal is near enough.
-NEAR_SHARE = 0.05
 # Standard deviation of a start without a Gaussian approximation.
 START_WIDTH = 0.3
 
@@ -72,17 +66,19 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
             lambda found: [found[0].state(), [*target.own_state().items()]],
             lambda state: restored(*state),
         )
-    given, first, near = restart.given, restart.settings.start, restart.settings.near
+    given, first = restart.given, restart.settings.start
     flat = starts_diagonal(restart.name) if given is None else given.flat
+
+    def search() -> list[GaussianApproximation]:
+        return global_start(target, restart.seed, clock, say, flat, share)
+
     return once(
         "start",
         restart.record,
         lambda: (
-            start_from_given(target, first, restart.seed(BUILD), say, flat, late)
-            if first is not None
-            else global_start(target, restart.seed, clock, say, flat, share)
-            if near is None
-            else warm_start(target, near, restart.seed, clock, say, flat, share)
+            search()
+            if first is None
+            else start_from_given(target, first, restart.seed(BUILD), say, flat, late, search)
         ),
         lambda found: [g.state() for g in found],
         lambda found: [restart.gaussian(g) for g in found],
@@ -141,63 +137,6 @@ def global_start(
                 lambda: clock.out_of_time(2 * share),
             )
     return [best, *modes, *others]
-
-
-def warm_start(
-    target: Target,
-    near: GaussianApproximation,
-    seed: Callable[[int], int],
-    clock: Clock,
-    say: Log,
-    diagonal: bool,
-    share: float,
-) -> list[GaussianApproximation]:
-    """Refine a normal that is near the posterior; search for a start where that fails.
-
-    Args:
-        target: The log density.
-        near: The normal.
-        seed: Purpose -> seed.
-        clock: Clock of the fit.
-        say: Function that takes a line of the log.
-        diagonal: Whether the guide has a diagonal covariance.
-        share: Share of a time budget for the search.
-    """
-    generator = torch.Generator(device=target.device).manual_seed(seed(BUILD))
-    judge = torch.randn(
-        JUDGE_DRAWS, target.dim, generator=generator, dtype=target.dtype, device=target.device
-    )
-    start = replace(near, loc=near.loc.to(judge), scale_tril=near.scale_tril.to(judge))
-    start = diagonal_of(start) if diagonal else start
-    before = with_elbo(target, start, judge)
-    found = refine_fully(
-        target,
-        before,
-        generator,
-        judge,
-        lambda: clock.out_of_time(share),
-        WARM_ROUNDS,
-        diagonal=diagonal,
-    )
-    say(f"start: {near.name}, refined from ELBO {before.elbo:.3f} to {found.elbo:.3f}")
-    if _effective(target, found, judge) >= NEAR_SHARE:
-        return [found]
-    say("that is not near the posterior: a start is searched for")
-    return sorted(
-        [found, *global_start(target, seed, clock, say, diagonal, share)],
-        key=lambda g: g.elbo if math.isfinite(g.elbo) else -math.inf,
-        reverse=True,
-    )
-
-
-def _effective(target: Target, g: GaussianApproximation, eps: Tensor) -> float:
-    """Share of draws of a normal that are effective; 0 where none has a density."""
-    with torch.no_grad():
-        z = g.at(eps)
-        log_w = target.log_prob(z) + 0.5 * eps.square().sum(-1)
-    w = (log_w - log_w[log_w.isfinite()].max()).exp() if log_w.isfinite().any() else 0 * log_w
-    w = w.nan_to_num(0.0)
-    return float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300) / len(w))
 
 
 def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:

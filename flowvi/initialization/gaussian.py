@@ -52,6 +52,7 @@ class GaussianApproximation:
         mass: Log of the posterior mass around it, if it stands for a mode; NaN otherwise.
         mass_se: Standard error of the mass.
         searched: Whether mass outside of it was looked for, as on some rows of the data.
+        doubtful: Whether it may be far from the posterior, as the moments of draws may be.
     """
 
     loc: Tensor
@@ -63,6 +64,7 @@ class GaussianApproximation:
     mass: float = math.nan
     mass_se: float = math.nan
     searched: bool = False
+    doubtful: bool = False
 
     def state(self) -> dict[str, Any]:
         """All fields, as `write_state` takes them."""

@@ -7,8 +7,10 @@ from typing import Any
 
 try:
     import fcntl
-except ImportError:  # on Windows
-    fcntl = None  # type: ignore[assignment]
+except ImportError:
+    ON_POSIX = False
+else:
+    ON_POSIX = True
 
 # A byte far behind the words of the file: on Windows nobody else can read what is locked.
 PLACE = 1 << 30
@@ -28,7 +30,7 @@ def lock(handle: int, *, shared: bool = False) -> None:
         BlockingIOError: Another process has locked it.
         OSError: The file system has no locks.
     """
-    if fcntl is not None:
+    if ON_POSIX:
         fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
         return
     import msvcrt

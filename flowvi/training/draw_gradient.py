@@ -41,6 +41,8 @@ class DrawGradient(Gradient):
         fast: The compiled gradient, once it is ready.
     """
 
+    guide: Guide
+
     def __init__(
         self, target: Target, guide: Guide, settings: Settings, clock: Clock, say: Say
     ) -> None:

@@ -9,7 +9,6 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from flowvi.guides.guide import Guide
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
 from flowvi.targets import Target
@@ -24,7 +23,7 @@ class Gradient(ABC):
 
     Args:
         target: The log density.
-        guide: The guide.
+        guide: The guide, or another module that is trained.
         clock: Clock of the fit; processes exchange its time in every step.
 
     Attributes:
@@ -34,7 +33,7 @@ class Gradient(ABC):
         stopped: Whether the first process's callback asked to stop, as of the last step.
     """
 
-    def __init__(self, target: Target, guide: Guide, clock: Clock) -> None:
+    def __init__(self, target: Target, guide: nn.Module, clock: Clock) -> None:
         self.target, self.guide, self.clock = target, guide, clock
         self._finest = Finest(trained(guide, target))
         self.trained: Sequence[Tensor] = self._finest.tensors

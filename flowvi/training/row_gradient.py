@@ -41,6 +41,8 @@ class RowGradient(Gradient):
 
     target: LocalTarget
 
+    guide: Guide
+
     def __init__(
         self,
         target: LocalTarget,

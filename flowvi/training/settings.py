@@ -30,7 +30,6 @@ class Settings:
         max_memory: Memory limit of an evaluation, in bytes.
         schedule: Numbers of steps, step sizes and thresholds.
         start: The normal at which the user wants the search to begin.
-        near: A normal near the posterior, in place of a search for a start.
     """
 
     objective: Objective
@@ -43,7 +42,6 @@ class Settings:
     max_memory: MaxMemory = None
     schedule: Schedule = DEFAULT
     start: GaussianApproximation | None = None
-    near: GaussianApproximation | None = None
 
 
 @dataclass(frozen=True)

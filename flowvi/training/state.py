@@ -6,9 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
-from flowvi.guides.guide import Guide
 from flowvi.runtime.tensors import cpu_state_dict, load_tensors
 from flowvi.training.adam import Adam
 from flowvi.training.averaging import Average
@@ -29,7 +28,7 @@ class TrainState:
     """State and parameters of a training, for checkpoint, rollback and resume.
 
     Args:
-        guide: The trained guide.
+        guide: The trained guide, or another module.
         trained: Parameters of the guide and the target, in a fixed order.
         give: Function that sets the parameters from a vector.
         optimiser: Their optimiser.
@@ -50,7 +49,7 @@ class TrainState:
         average: Average of the last iterates.
     """
 
-    guide: Guide
+    guide: nn.Module
     trained: Sequence[Tensor]
     give: Callable[[Tensor], None]
     optimiser: Adam
