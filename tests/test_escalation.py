@@ -112,6 +112,11 @@ def test_modes_left_out_lead_to_a_mixture(short):
     assert 0.4 < (draws["x"][..., 0] > 0).mean() < 0.6
     assert abs(flowvi.diagnose(draws).log_evidence) < 0.05
     assert any(line.startswith("A mixture with a component for each mode") for line in fit.log)
+    # Whoever reads the mean of x has to know that it is one of two copies.
+    said = [
+        r for r in flowvi.diagnose(draws).reasons if r.startswith("By symmetry the sign of 'x'")
+    ]
+    assert said == fit.meta["copies"] and len(said) == 1
 
 
 def test_nothing_is_tried_without_escalation(short):

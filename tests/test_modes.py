@@ -62,6 +62,11 @@ def line():
     pyro.sample("y", dist.Normal(w.sum(), 1.0), obs=torch.tensor(2.0))
 
 
+def ring():
+    x = pyro.sample("x", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+    pyro.sample("y", dist.Normal(x.square().sum(), 0.1), obs=torch.tensor(2.0))
+
+
 def hills(x):
     """Four equal hills at (+-3, +-3), of which a site's sign leads from one to another."""
     a, b = x["a"], x["b"]
@@ -81,6 +86,7 @@ def places(target):
         (product, ["the sign of 'a', 'b' can be flipped"]),
         (matrices, ["entries of 'precision' can be permuted"]),
         (line, []),
+        (ring, ["entries of 'x' can be permuted", "the sign of 'x' can be flipped"]),
     ],
 )
 def test_symmetries_are_those_of_the_density(model, words):

@@ -52,7 +52,8 @@ def diagnose(draws: Draws | ArrayLike) -> Diagnosis:
         draws.meta.get("failures", ()),
         _zero_density_reason(draws),
     )
-    diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *draws.meta.get("reasons", ())))
+    more = (*draws.meta.get("reasons", ()), *draws.meta.get("copies", ()))
+    diagnosis = replace(diagnosis, reasons=(*diagnosis.reasons, *more))
     if "bridge" in draws.meta and not draws.improper:
         weights = Estimate(diagnosis.log_evidence, diagnosis.log_evidence_se)
         best = diagnostics.with_bridge(weights, Estimate(*draws.meta["bridge"]))

@@ -23,7 +23,9 @@ from flowvi.fitting.restart import Restart
 from flowvi.fitting.result import Fit, NestedFit
 from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.guides.guide import Guide
+from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.structured import StructuredGuide
+from flowvi.initialization.symmetry import sentences
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.registry import describe
 from flowvi.runtime import distributed, memory
@@ -126,12 +128,18 @@ def _combine_restarts(
             union = joined(restarts)
     candidates = [union] if union else [r.candidate for r in restarts]
     result = _result(target, restarts, settings, clock, candidates)
+    result.meta["copies"] = _copies(target, result.guides[0])
     result.meta["check"] = _check_findings(target, candidates, settings, clock)
     if result.chains is not None:
         # The verdict on all draws of the chains also applies to a part of these draws.
         found = max(candidates, key=lambda c: c.bound).diagnosis
         result.chains.meta["check"] = found and Check(found.verdict, None, found.draws)._asdict()
     return result
+
+
+def _copies(target: Target, guide: Guide) -> list[str]:
+    """What the symmetries of the density mean for a guide that covers several modes."""
+    return sentences(target, guide) if isinstance(guide, MixtureGuide) else []
 
 
 def _result(

@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.distributions.constraints import Constraint
 
+from flowvi.guides.mixtures import MixtureGuide
 from flowvi.targets import ModelError, Target
 
 Values = dict[str, Tensor]
@@ -60,14 +61,41 @@ def symmetries(target: Target, places: Tensor) -> list[Symmetry]:
             return False  # outside of a support, as a matrix whose rows alone are swapped
         return bool(((other - density).abs() <= near).all())
 
-    found: list[tuple[set[str], Symmetry]] = []
-    for names, symmetry in [*_permutations(values), *_sign_flips(target)]:
-        # Subsets of sites with a known joint symmetry are not tested.
-        if not any(set(names) <= known for known, _ in found) and all(
-            same(moved) for moved in itertools.islice(symmetry.images(values), 2)
-        ):
-            found.append((set(names), symmetry))
-    return [symmetry for _, symmetry in found]
+    all_found: list[Symmetry] = []
+    for guesses in (_permutations(values), _sign_flips(target)):
+        found: list[set[str]] = []
+        for names, symmetry in guesses:
+            # Subsets of sites with a known joint symmetry of the kind are not tested.
+            if not any(set(names) <= known for known in found) and all(
+                same(moved) for moved in itertools.islice(symmetry.images(values), 2)
+            ):
+                found.append(set(names))
+                all_found.append(symmetry)
+    return all_found
+
+
+def sentences(target: Target, guide: MixtureGuide) -> list[str]:
+    """What the symmetries of a density mean for summaries of a guide's draws, a sentence each.
+
+    A symmetry counts if it takes a draw from one component of the guide to another.
+
+    Args:
+        target: The log density.
+        guide: A mixture over several modes.
+    """
+    with torch.no_grad():
+        z = guide.sample((PLACES,)).z
+        component = guide.log_component_densities(z).argmax(-1)
+        values, said = _density(target, z)[0], []
+        for symmetry in symmetries(target, z):
+            moved = [target.unconstrain(image) for image in symmetry.images(values)]
+            if any((guide.log_component_densities(m).argmax(-1) != component).any() for m in moved):
+                said.append(
+                    f"By symmetry {symmetry.description} without a change of the density: means "
+                    "and sds are averages over these copies. An order, or a sign, fixed in the "
+                    "model gives those of one copy."
+                )
+    return said
 
 
 def images(target: Target, found: Sequence[Symmetry], z: Tensor) -> Tensor:
