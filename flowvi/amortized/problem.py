@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flowvi.amortized.covariates import Covariates, DrawnCovariates, ResampledRows, names_drawn
+from flowvi.amortized.row_order import check_lags, is_part, moved, permutes
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import GlobalTarget, ModelError
 from flowvi.targets.labelling import labels_from
@@ -18,7 +19,6 @@ from flowvi.targets.pyro import checks
 from flowvi.targets.pyro.from_pyro import replicable_runner
 from flowvi.targets.pyro.naming import name_of
 from flowvi.targets.pyro.runner import Runner
-from flowvi.targets.recording.capture import agree
 
 # Largest number of latents, and of rows with a latent each.
 MOST_LATENTS, MOST_ROW_LATENTS = 256, 64
@@ -100,15 +100,15 @@ class Problem:
             self.varying = self._varying(covariates)
             self._targets: OrderedDict[int, GlobalTarget] = OrderedDict()
             self._capture()
-            self.exchangeable = self._permutes(with_latents=False)
-            self.alike = self.exchangeable or self._permutes(with_latents=True)
+            self.exchangeable = permutes(self, with_latents=False)
+            self.alike = self.exchangeable or permutes(self, with_latents=True)
             if covariates is None and not self.alike and self.varying:
                 self.notes.append(
                     f"arguments {_named(self.varying)} are fixed: the order of the rows matters"
                 )
                 self.varying = []
                 self._capture()
-            self._check_lags()
+            check_lags(self)
             self.rows = self._sizes(rows)
             self.covariates: DrawnCovariates | ResampledRows
             like = {name: self.leaves[name] for name in self.varying}
@@ -154,13 +154,6 @@ class Problem:
     def draws_own_covariates(self) -> bool:
         """Whether a function of the user's draws the arguments that vary."""
         return isinstance(self.covariates, DrawnCovariates)
-
-    @staticmethod
-    def leaves_of(
-        model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Tensor]:
-        """Tensors among the arguments of a model."""
-        return Runner(model, args, kwargs).leaves()
 
     def simulate(self, n: int, seed: int) -> Simulated:
         """Draw latents from the prior and data given them, for the largest number of rows.
@@ -309,61 +302,6 @@ class Problem:
                     f"of rows. Give data sets of {self.size} rows."
                 )
 
-    def _permutes(self, with_latents: bool) -> bool:
-        """Whether another order of the rows leaves the density unchanged.
-
-        Args:
-            with_latents: Whether latents of the rows are reordered with them.
-        """
-        if not self.plate or self.size < 2:
-            return False
-        target = self._targets[self.size]
-        like = {name: self.leaves[name] for name in self.varying}
-        z, data = target.joint(2, 1)
-        order = torch.arange(self.size).roll(1)
-        for i in range(len(z)):
-            held = {site: value[i] for site, value in data.items()}
-            other = {n: t[order] if n in self.by_row else t for n, t in (held | like).items()}
-            point, moved_point = z[i], z[i]
-            if with_latents:
-                moved_point = self._reordered(target, z[i], order)
-            one = target.observing(held, like).plain(point)
-            two = target.observing({n: other[n] for n in held}, {n: other[n] for n in like}).plain(
-                moved_point
-            )
-            if not agree((one,), (two,)):
-                return False
-        return True
-
-    def _reordered(self, target: GlobalTarget, z: Tensor, order: Tensor) -> Tensor:
-        values = {name: target.constrain(z)[name] for name in target.sites}
-        for name in target.sites:
-            for axis, dim in enumerate(target.dims[name]):
-                if dim == self.plate:
-                    values[name] = values[name].index_select(axis, order)
-        return target.unconstrain(values)
-
-    def _check_lags(self) -> None:
-        """Refuse a model whose observed arguments enter its density elsewhere as well."""
-        others = {name: moved(self.leaves[name]) for name in self.data_leaves}
-        if not others:
-            return
-        try:
-            target = replicable_runner(self.runner, others)
-        except ModelError:
-            return
-        own = {name: self.leaves[name] for name in others}
-        for name, value in others.items():
-            z = target._trial.points[:1]
-            one = target.observing(self.target.observed, own).plain(z)
-            two = target.observing(self.target.observed, own | {name: value}).plain(z)
-            if not agree((one,), (two,)):
-                raise ModelError(
-                    f"Argument '{name}' is observed, and enters the density elsewhere too, as a "
-                    "lagged value or a scale: data that the model simulates would not follow it. "
-                    "Write each value as a site that depends on the site before it."
-                )
-
     def _sizes(self, rows: tuple[int, int] | None) -> tuple[int, int]:
         if rows is not None:
             given = (rows, rows) if isinstance(rows, int) else tuple(rows)
@@ -379,7 +317,7 @@ class Problem:
         least, most = max(1, int(FEWER * self.size)), int(MORE * self.size)
         try:
             self.target_of(most)
-            if self._is_part(least, most):
+            if is_part(self, least, most):
                 return least, most
         except (ModelError, RuntimeError, ValueError, IndexError) as error:
             self.notes.append(f"the number of rows is fixed at {self.size}: {error}")
@@ -389,25 +327,6 @@ class Problem:
         """Whether all arguments of rows are among those that vary or are observed."""
         held = [n for n, t in self.leaves.items() if t.shape[:1] == (self.size,)]
         return all(name in self.varying or name in self.data_leaves for name in held)
-
-    def _is_part(self, least: int, most: int) -> bool:
-        """Whether the first rows of a data set are one of so many rows."""
-        large, small = self.target_of(most), self.target_of(least)
-        likelihood = large._functions.likelihood
-        if likelihood is None:
-            return False
-        leaves = {n: self.leaves[n][torch.arange(most) % self.size] for n in self.varying}
-        with isolated_rng(0):
-            z, data = large.joint(1, 2, {n: t[None] for n, t in leaves.items()})
-        held = {site: value[0] for site, value in data.items()}
-        whole = large.observing(held, leaves)
-        rest = sum(
-            v.reshape(1, most, -1)[:, least:].sum() for v in whole.log_likelihood(z).values()
-        )
-        part = small.observing(
-            {n: t[:least] for n, t in held.items()}, {n: t[:least] for n, t in leaves.items()}
-        )
-        return agree((whole.log_prob(z) - rest,), (part.log_prob(z),))
 
     def _explain_fixed(self, rows: tuple[int, ...]) -> None:
         own = [n for n in self.target.sites if self.plate in self.target.dims[n]]
@@ -422,16 +341,6 @@ class Problem:
             f"{self.name} matters: put exchangeable rows in a plate, with their covariates as "
             "arguments."
         )
-
-
-def moved(leaf: Tensor) -> Tensor:
-    """Other values of an argument, of its shape and type."""
-    if leaf.is_floating_point():
-        return leaf.nan_to_num() * 1.25 + 0.125
-    rolled = leaf.roll(1, 0) if leaf.dim() else leaf
-    if not torch.equal(rolled, leaf):
-        return rolled
-    return ~leaf if leaf.dtype == torch.bool else leaf + 1
 
 
 def _finite(t: Tensor) -> Tensor:
