@@ -299,3 +299,62 @@ def test_a_plate_of_one_unit_has_no_structure(default: torch.dtype) -> None:
     found = structure(captured(model))
     assert not found
     assert "no plate and no axis holds several latents" in str(found)
+
+
+def walking(times: int, tie: Tie | None = None) -> Callable[..., None]:
+    """A walk whose increments are standard normal, seen at each time."""
+    y = torch.zeros(40)
+
+    def model() -> None:
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("time", 40):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        x = s * z
+        for _ in range(times):
+            x = x.cumsum(-1)
+        with pyro.plate("seen", 40):
+            pyro.sample("y", dist.StudentT(4.0, x, 1.0), obs=y)
+        if tie is not None:
+            pyro.factor("tie", tie(z[::3][:UNITS], 1, 9))
+
+    return model
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_sums_of_increments_are_a_chain(times: int, default: torch.dtype) -> None:
+    found = structure(captured(walking(times)))
+    assert (found.kind, found.sums, found.order, found.size) == ("chain", times, times, 40)
+    assert "40 sums of z are a chain" in str(found)
+
+
+@pytest.mark.parametrize("tie", ["two units", "relu above three", "relu below three"])
+def test_sums_of_tied_increments_are_no_chain(tie: str) -> None:
+    found = structure(captured(walking(1, TIES[tie])))
+    assert found.kind == "field", str(found)
+
+
+def test_a_level_with_noise_beside_is_a_chain() -> None:
+    def model() -> None:
+        with pyro.plate("time", 40):
+            h = pyro.sample("h", dist.Normal(0.0, 9.0))
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Poisson((h + noise).exp()), obs=torch.ones(40))
+        pyro.factor("walk", -0.5 * (h[1:] - h[:-1]).square().sum())
+
+    found = structure(captured(model))
+    assert (found.kind, found.size, found.order) == ("chain", 80, 2), str(found)
+
+
+def test_a_field_with_noise_beside_is_one_field() -> None:
+    first, second = torch.triu_indices(20, 20, 1)
+
+    def model() -> None:
+        s = pyro.sample("s", dist.HalfNormal(1.0))
+        with pyro.plate("cell", 20):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            noise = pyro.sample("noise", dist.Normal(0.0, 1.0))
+            pyro.sample("y", dist.Poisson((h + s * noise).exp()), obs=torch.ones(20))
+        pyro.factor("field", -0.5 * (h[first] - h[second]).square().sum())
+
+    found = structure(captured(model))
+    assert (found.kind, found.size, len(found.shared)) == ("field", 40, 1), str(found)

@@ -376,3 +376,32 @@ def test_one_point_of_scalar_latents_has_scalar_values():
     assert {name: value.shape for name, value in values.items()} == {"mu": (), "tau": ()}
     for name, value in marginal.constrain(z.expand(2, 3, -1)).items():
         torch.testing.assert_close(value, values[name].expand(2, 3))
+
+
+def test_a_walk_of_increments_has_its_exact_evidence() -> None:
+    torch.manual_seed(3)
+    steps = 60
+    y = 0.5 * torch.randn(steps).cumsum(0) + torch.randn(steps)
+
+    def model() -> None:
+        with pyro.plate("time", steps):
+            z = pyro.sample("z", dist.Normal(0.0, 1.0))
+        with pyro.plate("seen", steps):
+            pyro.sample("y", dist.Normal((0.5 * z).cumsum(-1), 1.0), obs=y)
+
+    fit = structured(model)
+    assert fit.marginal.structure.sums == 1
+    draws = fit.draw(400)
+    walk = 0.5 * torch.ones(steps, steps, dtype=torch.float64).tril()
+    covariance = walk @ walk.T + torch.eye(steps, dtype=torch.float64)
+    seen = dist.MultivariateNormal(torch.zeros_like(covariance[0]), covariance)
+    # The conditional is normal: every weight is the evidence.
+    exact = np.full(draws.log_weights.shape, float(seen.log_prob(y.double())))
+    np.testing.assert_allclose(draws.log_weights, exact, rtol=1e-6)
+    z = torch.as_tensor(draws.z[0])
+    np.testing.assert_allclose(fit.target.log_prob(z), draws.log_p[0], rtol=1e-6)
+    log_q = fit.guide.log_prob(z.to(fit.target.dtype))
+    np.testing.assert_allclose(log_q, draws.log_q[0], rtol=1e-5)
+    mean = torch.linalg.solve(covariance, y.double()) @ walk
+    sd = (1 - (walk * torch.linalg.solve(covariance, walk)).sum(0)).sqrt()
+    assert (((z.mean(0) - mean) / sd).abs() < 4.5 / 20).all()

@@ -21,6 +21,7 @@ from flowvi.fitting.opinion import consult
 from flowvi.fitting.restart import Restart
 from flowvi.fitting.reweighted import likeliest, moments
 from flowvi.flows import Chain
+from flowvi.guides.guide import Guide
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward
 from flowvi.guides.registry import make_guide
@@ -51,6 +52,8 @@ CHAIN_SECONDS = 900.0
 # Difference in nats, or in k-hat, that decides between two guides.
 CLEARLY = 0.1
 THINNER = 0.05
+# Factor of the effective draws that decides between two guides of shared latents.
+MORE_EFFECTIVE = 1.3
 
 Attempt = Callable[[Restart, Candidate], Candidate | None]
 
@@ -60,14 +63,17 @@ def escalate(restart: Restart) -> None:
 
     Each result is checked on fresh draws, and dropped if it is not better.
     """
+    tried: set[tuple[Attempt, Guide]] = set()
     for name, attempt in ATTEMPTS:
         hopeless = (
             restart.interrupted or restart.record.stopped or restart.session.clock.out_of_time(0.9)
         )
         if hopeless:
             return
-        if _enough(restart, attempt):
+        # The same attempt at the same guide has the same result.
+        if _enough(restart, attempt) or (attempt, restart.candidate.guide) in tried:
             continue
+        tried.add((attempt, restart.candidate.guide))
         phase(name)
         try:
             with abort_on_interrupt():
@@ -86,6 +92,7 @@ def escalate(restart: Restart) -> None:
             restart.record.log.append(f"{name}: failed, {error}")
             continue
         taken = better(new, restart.candidate)
+        taken = taken or (attempt in CHEAP and more_effective(new, restart.candidate))
         word = "kept" if taken else "dropped"
         restart.record.log.append(
             f"{name}: {summary(restart.candidate)} before, {summary(new)} after: {word}"
@@ -130,6 +137,17 @@ def better(new: Candidate, old: Candidate) -> bool:
     if abs(new.bound - old.bound) > CLEARLY:
         return new.bound > old.bound
     return new.diagnosis.khat < old.diagnosis.khat - THINNER
+
+
+def more_effective(new: Candidate, old: Candidate) -> bool:
+    """Whether the weights of a guide, trusted as little as another, have more effective draws.
+
+    Weighted moments cover the density of the shared latents, which lowers the bound and evens the
+    weights; these are what corrects the draws.
+    """
+    if new.trust_rank != old.trust_rank or new.diagnosis is None or old.diagnosis is None:
+        return False
+    return new.diagnosis.ess > MORE_EFFECTIVE * old.diagnosis.ess
 
 
 def summary(candidate: Candidate) -> str:
@@ -321,6 +339,7 @@ CHEAP: tuple[Attempt, ...] = (moments, likeliest)
 # The attempts in order of cost, each with its name in the log.
 ATTEMPTS: tuple[tuple[str, Attempt], ...] = (
     ("A normal with the weighted moments of the draws", moments),
+    ("The weighted moments of its draws", moments),
     ("Skews fitted to the weighted draws", likeliest),
     ("A mixture with a component for each mode that was left out", components),
     ("Splines of each coordinate, trained on tempered densities", tempered),

@@ -15,14 +15,13 @@ from flowvi.fitting.result import Fit
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import GlobalTarget, ModelError
 from flowvi.targets.structure import MarginalTarget, Structure, structure
-from flowvi.targets.structure.structure import UNITS
+from flowvi.targets.structure.structure import MOST_SHARED, UNITS
 
 # Fewest local latents for which a structured guide is tried without being asked for: of
 # independent units, and of a chain or a field.
 FEWEST_UNITS, FEWEST_CHAIN = 50, 60
-# Largest share of shared latents, and largest number of all latents for which a guide of all of
-# them is tried too.
-MOST_SHARED, MOST_TOGETHER = 0.5, 300
+# Largest number of all latents for which a guide of all of them is tried too.
+MOST_TOGETHER = 300
 # Evaluations of the density of the shared latents that a fit takes at least, seconds that they may
 # take, and their share of a budget.
 EVALUATIONS, LONGEST, BUDGET_SHARE = 1500, 1800.0, 0.5

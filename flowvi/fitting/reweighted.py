@@ -32,8 +32,9 @@ from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 FEWEST, FEW_DRAWS, FEWEST_SKEWS = 2, 40, 10
 # Draws of a pilot, for each dimension where these are more, and of its conditionals.
 PILOT, PILOT_DIM, POINTS = 200, 40, 16
-# Rounds of a pilot, and share of effective draws whose moments are no better than the guide's.
-ROUNDS, NEAR = 3, 0.9
+# Rounds of a pilot, share of effective draws whose moments are no better than the guide's, and
+# effective draws of the check for each dimension whose moments are better than those of a pilot.
+ROUNDS, NEAR, ENOUGH = 3, 0.9, 15
 # Steps of the training on weighted draws, draws of a step, and step size.
 STEPS, BATCH, RATE = 500, 512, 1e-2
 # Largest dimension of a flow that is fitted to draws alone.
@@ -84,6 +85,8 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
     if not isinstance(target, MarginalTarget) or restart.settings.steps is not None:
         return candidate
 
+    checked = restart.schedule.check_draws
+
     def work() -> Candidate:
         with torch.no_grad(), isolated_rng(restart.seed(ADAPT)):
             theta, _ = candidate.guide.sample((POINTS,))
@@ -93,7 +96,10 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
             seed = derive_seed(restart.seed(REWEIGHT), number)
             found.keep(theta_draws(target, [found.guide], size, seed))
             drawn = _drawn(restart, found)
-            fits = drawn is not None and drawn.effective > NEAR * size
+            effective = 0.0 if drawn is None else drawn.effective
+            # The draws of the check give better moments than these, if enough are effective.
+            ready = size > PILOT and effective * checked > ENOUGH * target.dim * size
+            fits = ready or effective > NEAR * size
             better = None if fits else moments(restart, found)
             found.weighted = None
             if better is None:

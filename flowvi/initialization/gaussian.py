@@ -103,6 +103,7 @@ def refine(
     rounds: int,
     out_of_time: Callable[[], bool] = lambda: False,
     keep: Callable[[GaussianApproximation], None] = lambda best: None,
+    worth: float | None = None,
 ) -> GaussianApproximation:
     r"""Raise a normal's ELBO by natural-gradient steps on path gradients.
 
@@ -115,7 +116,8 @@ def refine(
     tril' with half the diagonal: at rho = 1 a Newton step on a Gaussian target,
     and without noise once the target is reached. Rounds with falling rho
     are kept if they improve the ELBO on the judging draws; once time is over, three have to do.
-    `keep` is told of each improvement, for when the work is interrupted.
+    `keep` is told of each improvement, for when the work is interrupted. With `worth`, the first
+    round that gains fewer nats is the last one.
 
     References:
         Roeder, Wu and Duvenaud (2017), arXiv:1703.09194: the path gradient.
@@ -135,6 +137,7 @@ def refine(
         current = with_elbo(target, current, judge)
         gain = current.elbo - best.elbo
         rate *= 0.85
+        done = worth is not None and abs(gain) < worth
         if gain > 0:
             best = current
             keep(best)
@@ -143,7 +146,7 @@ def refine(
             current, rate = best, 0.5 * rate
             continue
         stale = 0 if gain > 1e-3 else stale + 1
-        if stale == 3:
+        if stale == 3 or done:
             break
     return best
 

@@ -33,6 +33,8 @@ FLATTEST = 0.02
 # A gap that needs no refinement: for a density of few elements, and for others, where weighted
 # draws correct the moments for less.
 NEARLY, ROUGHLY, FEW_ELEMENTS = 0.005, 0.3, 3000
+# Nats that a round of refinement of these others has to gain for another one to follow.
+WORTH = 1.0
 # Fewest effective draws for each latent whose moments a normal takes.
 FEWEST = 10
 # Numbers of a density beyond which a normal is not refined.
@@ -95,7 +97,8 @@ def marginal_start(
         found, left = _matched(target, found, left, judge)
     elif left > enough and target.whole.dim <= LARGE and not out_of_time():
         rounds = ROUNDS if target.dim <= FEW else MANY_ROUNDS
-        found = refine(target, found, generator, judge, False, rounds, out_of_time)
+        worth = None if cheap else WORTH
+        found = refine(target, found, generator, judge, False, rounds, out_of_time, worth=worth)
     say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}, KL about {left:.2g}")
     return [found]
 

@@ -83,7 +83,7 @@ class Correction:
         picked = self._picked(log_w, generator)
         chosen = units.gather(0, picked.unsqueeze(0))[0]
         mode = mode.gather(0, picked[None, ..., None].expand(1, *mode.shape[1:]))[0]
-        z, filling = self.laplace.derivatives.without_filling(self.laplace.points(theta, mode))
+        z, filling = self.laplace.derivatives.to_target(self.laplace.points(theta, mode))
         return Weighted(
             (shared + log_mean.sum(-1)).nan_to_num(nan=-torch.inf),
             z,
@@ -97,19 +97,19 @@ class Correction:
         """One draw of all units at each value of theta: points (S, D), log density (S)."""
         mode, _, log_q = self._drawn(theta, 1, generator)
         points = self.laplace.points(theta, mode[0])
-        z, filling = self.laplace.derivatives.without_filling(points)
+        z, filling = self.laplace.derivatives.to_target(points)
         return z, log_q[0].sum(-1) - filling
 
     @torch.no_grad()
     def log_density(self, z: Tensor) -> Tensor:
         """Log density of the local latents of points given the shared ones. (S, D) -> (S)."""
         derivatives = self.laplace.derivatives
-        z = derivatives.with_filling(z)
+        z = derivatives.from_target(z)
         theta, mode = z[:, self.laplace.shared], z[:, self.laplace.columns]
         normal = self.laplace.centred(self.laplace.at(theta))
         white = self._by_unit(normal.factor.whiten, mode - normal.centre)
         _, log_density = self.shape.inverse(white)
-        _, filling = derivatives.without_filling(z)
+        _, filling = derivatives.to_target(z)
         return (log_density + 0.5 * normal.factor.log_det).sum(-1) - filling
 
     @torch.no_grad()
@@ -209,7 +209,7 @@ class Correction:
         log_q = log_q - 0.5 * white.shape[-1] * math.log(2 * math.pi)
         return Weighted(
             log_mean.sum(-1).nan_to_num(nan=-torch.inf),
-            self.laplace.points(theta, mode),
+            self.laplace.derivatives.to_target(self.laplace.points(theta, mode))[0],
             log_ratio + log_q,
             log_w - log_mean,
             log_mean,

@@ -20,6 +20,7 @@ from flowvi.targets.recording.tape import record
 from flowvi.targets.structure.colouring import Colouring, colouring
 from flowvi.targets.structure.structure import CHAIN, Structure
 from flowvi.targets.structure.terms import Terms
+from flowvi.targets.structure.walk import Walk
 
 # Directions that are written into a program one by one; more are batched by autograd.
 WRITTEN = 8
@@ -64,7 +65,8 @@ class Derivatives:
         structure: Its structure.
 
     Units with fewer latents than others are filled up by standard normal latents, on which nothing
-    else depends: the D of these functions counts them.
+    else depends: the D of these functions counts them. The increments of a walk are replaced by
+    their sums.
 
     Attributes:
         dim: Number D of latents.
@@ -72,6 +74,7 @@ class Derivatives:
         columns: Columns of the local latents, (G, d).
         colouring: Which products have the elements of a unit's Hessian; None for a chain.
         filled: Which of them fill up units with fewer latents, (G, d).
+        walk: The map of the target's points to those of these functions.
     """
 
     def __init__(self, target: GlobalTarget, structure: Structure) -> None:
@@ -101,6 +104,7 @@ class Derivatives:
         self._programs: OrderedDict[Any, Callable[..., Any]] = OrderedDict()
         self._uses: dict[tuple[str, int], int] = {}
         self._element = structure.element.to(target.device)
+        self.walk = Walk(self.columns.flatten(), structure.sums)
 
     @cached_property
     def terms(self) -> Terms:
@@ -157,14 +161,16 @@ class Derivatives:
             found = torch.cat([self._run("units", self._by_unit, one)[0] for one in parts])
         return found.reshape(*z.shape[:-1], -1)
 
-    def with_filling(self, z: Tensor) -> Tensor:
-        """Points of the target, filled up by zeros. (*S, D_target) -> (*S, D)."""
-        return torch.cat([z, z.new_zeros(*z.shape[:-1], self.structure.padding)], -1)
+    def from_target(self, z: Tensor) -> Tensor:
+        """Points of the target, filled up by zeros; a walk is summed. (*S, D_target) -> (*S, D)."""
+        return self.walk.summed(
+            torch.cat([z, z.new_zeros(*z.shape[:-1], self.structure.padding)], -1)
+        )
 
-    def without_filling(self, z: Tensor) -> tuple[Tensor, Tensor]:
+    def to_target(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Points of the target, and the log density of what filled them up. (*S, D), (*S)."""
         dim = self.target.dim
-        return z[..., :dim], _standard_normal(z[..., dim:]).sum(-1)
+        return self.walk.differenced(z[..., :dim]), _standard_normal(z[..., dim:]).sum(-1)
 
     @cached_property
     def cost(self) -> memory.Cost:
@@ -188,7 +194,7 @@ class Derivatives:
 
     @property
     def _point(self) -> Tensor:
-        return self.with_filling(self._trial)
+        return self.from_target(self._trial)
 
     @property
     def _behind(self) -> list[Tensor]:
@@ -197,9 +203,9 @@ class Derivatives:
     def _log_prob(self, z: Tensor) -> Tensor:
         found: Tensor
         if not self.structure.padding:
-            found = self.target.density.batched(z, *self._behind)
+            found = self.target.density.batched(self.walk.differenced(z), *self._behind)
             return found
-        z, filling = self.without_filling(z)
+        z, filling = self.to_target(z)
         found = self.target.density.batched(z, *self._behind)
         return found + filling
 
@@ -270,7 +276,7 @@ class Derivatives:
 
     def _by_unit(self, z: Tensor) -> tuple[Tensor]:
         with torch.no_grad():
-            elements = self.terms(z[..., : self.target.dim], *self._behind)
+            elements = self.terms(self.to_target(z)[0], *self._behind)
             total = elements.new_zeros(len(z), self.structure.units + 1)
             total = total.index_add(1, self._element, elements)
             if self.structure.padding:

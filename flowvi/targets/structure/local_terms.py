@@ -11,7 +11,8 @@ from torch import Tensor, fx
 from flowvi.runtime.rng import isolated_rng
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.recording.batched import silence_vmap_fallback
-from flowvi.targets.structure.structure import FAR, SAME, Structure
+from flowvi.targets.structure.probe import FAR, SAME
+from flowvi.targets.structure.structure import Structure
 from flowvi.targets.structure.terms import Terms
 
 # Points at which the rest is compared with a quadratic function, and the size of the directions.

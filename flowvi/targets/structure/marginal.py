@@ -193,7 +193,7 @@ class MarginalTarget(Target):
         for one in theta.split(self.chunk()):
             mode = self.laplace.mode.expand(len(one), -1, -1)
             points = self.laplace.points(one.to(self.dtype), mode)
-            found = self.whole.constrain(self.laplace.derivatives.without_filling(points)[0])
+            found = self.whole.constrain(self.laplace.derivatives.to_target(points)[0])
             for name in self.sites:
                 values.setdefault(name, []).append(found[name])
         return {

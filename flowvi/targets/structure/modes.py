@@ -142,7 +142,7 @@ def _starts(laplace: Laplace, found: Conditional, seed: int) -> Iterator[Tensor]
     yield -mode
     few = laplace.structure.kind != UNITS or columns.numel() > MANY
     generator = torch.Generator(mode.device).manual_seed(seed)
-    starts = laplace.derivatives.with_filling(laplace.target.starts(generator))
+    starts = laplace.derivatives.from_target(laplace.target.starts(generator))
     yield from starts[: 1 if few else None, columns]
     for axis in axes(found):
         for move in FEW_MOVES if few else MOVES:
