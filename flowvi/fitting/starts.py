@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any
@@ -11,9 +13,10 @@ from torch import Tensor
 
 from flowvi.fitting.given_start import start_from_given
 from flowvi.fitting.start_of_rows import start_from_rows
+from flowvi.guides.guide import Guide
 from flowvi.guides.registry import starts_diagonal
-from flowvi.initialization.candidates import Log, best_gaussian
-from flowvi.initialization.gaussian import GaussianApproximation
+from flowvi.initialization.candidates import JUDGE_DRAWS, Log, best_gaussian
+from flowvi.initialization.gaussian import GaussianApproximation, evaluate
 from flowvi.initialization.marginal import marginal_start
 from flowvi.initialization.modes import further_modes
 from flowvi.initialization.nested import start
@@ -21,6 +24,7 @@ from flowvi.initialization.preflight import check_integrable, preflight
 from flowvi.objectives.nested import NestedTarget
 from flowvi.runtime.clock import Clock, Interrupted, abort_on_interrupt
 from flowvi.runtime.progress import phase
+from flowvi.runtime.rng import isolated_rng
 from flowvi.targets import Target
 from flowvi.targets.structure import MarginalTarget
 from flowvi.training.records import BUILD, LOOK, MODES
@@ -38,7 +42,12 @@ START_WIDTH = 0.3
 
 
 def find_start(restart: Restart) -> list[GaussianApproximation]:
-    """Find the Gaussians of a restart, the best first, or read them from its checkpoint."""
+    """Find the Gaussians of a restart, the best first, or read them from its checkpoint.
+
+    The best Gaussian of full rank can be a poor start of a guide that drops some of its
+    correlations: without these, another mode is better. Such a guide begins where mean field
+    would, unless it has a higher bound at the Gaussian of full rank.
+    """
     target, say = restart.target, restart.record.log.append
     once = restart.session.checkpointer.run_once
     clock, share = restart.session.clock, restart.schedule.start_share
@@ -69,20 +78,45 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
     given, first = restart.given, restart.settings.start
     flat = starts_diagonal(restart.name) if given is None else given.flat
 
-    def search() -> list[GaussianApproximation]:
-        return global_start(target, restart.seed, clock, say, flat, share)
+    partial = given if given is not None and given.partial and restart.fresh else None
+
+    def search(diagonal: bool) -> list[GaussianApproximation]:
+        def everywhere() -> list[GaussianApproximation]:
+            return global_start(target, restart.seed, clock, say, diagonal, share)
+
+        if first is None:
+            return everywhere()
+        return start_from_given(target, first, restart.seed(BUILD), say, diagonal, late, everywhere)
+
+    def suited() -> list[GaussianApproximation]:
+        """Gaussians of the kind, with or without correlations, at which the guide is better."""
+        if partial is None:
+            return search(flat)
+        plain = search(True)
+        if late():
+            return plain
+        dense = search(False)
+        bounds = [bound_at(target, partial, g[0], restart.seed(BUILD)) for g in (plain, dense)]
+        say("guide at mean field: {:.3f}; at the Gaussian of full rank: {:.3f}".format(*bounds))
+        return dense if bounds[1] > bounds[0] else plain
 
     return once(
         "start",
         restart.record,
-        lambda: (
-            search()
-            if first is None
-            else start_from_given(target, first, restart.seed(BUILD), say, flat, late, search)
-        ),
+        suited,
         lambda found: [g.state() for g in found],
         lambda found: [restart.gaussian(g) for g in found],
     )
+
+
+def bound_at(target: Target, guide: Guide, g: GaussianApproximation, seed: int) -> float:
+    """The ELBO of a copy of a guide that is initialised at a Gaussian, on draws of a seed."""
+    fresh = copy.deepcopy(guide).to(dtype=target.dtype, device=target.device)
+    fresh.start(g.loc, g.scale_tril)
+    with torch.no_grad(), isolated_rng(seed):
+        z, log_q = fresh.sample((JUDGE_DRAWS,))
+        bound = float((evaluate(target, z) - log_q).mean())
+    return bound if math.isfinite(bound) else -math.inf
 
 
 def global_start(

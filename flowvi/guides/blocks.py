@@ -64,6 +64,9 @@ class BlockGuide(Guide):
         self.guides = nn.ModuleList(part.guide for part in parts)
         self.given = [part.given for part in parts]
         self.flat = not any(self.given) and all(part.guide.flat for part in parts)
+        dense = not any(part.guide.flat for part in parts)
+        chained = all(set(given) == set(range(b)) for b, given in enumerate(self.given))
+        self.partial = not (self.flat or (dense and chained))
         self.sizes = [len(part.columns) for part in parts]
         self.register_buffer("order", torch.tensor(order))
         self.register_buffer("origin", torch.zeros(self.dim))

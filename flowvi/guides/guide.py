@@ -65,6 +65,7 @@ class Guide(nn.Module):
         dim: Length D of z.
         pathwise: Whether the gradient of an average over draws is that of the draws.
         flat: Whether `start` uses only the scales of a Gaussian, not its correlations.
+        partial: Whether `start` uses some of its correlations, and drops the others.
         joint: Whether z is drawn with other variables, so that its own density is an integral.
         kind: Name of such guides in `make_guide`, if it can make them.
         spec: Arguments with which `make_guide` makes this guide, if it can.
@@ -73,6 +74,7 @@ class Guide(nn.Module):
     dim: int
     pathwise: ClassVar[bool] = True
     flat: bool = False
+    partial: bool = False
     joint: ClassVar[bool] = False
     kind: ClassVar[str] = ""
     spec: dict[str, Any] | None = None
