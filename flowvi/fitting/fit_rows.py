@@ -115,6 +115,8 @@ def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -
         "epochs": len(told),
         "rows": len(epochs.rows),
         "validation": 0 if held is None else len(held.places),
+        "kept": _kept_epoch(epochs),
+        "stopped": epochs.progress.stopped,
         "seconds": clock.local_seconds,
         "budget": clock.budget,
         "interrupted": epochs.interrupted,
@@ -187,15 +189,24 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
     return order[held:].sort().values, target.batch(order[:held].sort().values)
 
 
+def _kept_epoch(epochs: Epochs) -> int:
+    """Number of the epoch whose parameters are kept, from 1; 0 before the first."""
+    found = [epoch.validation for epoch in epochs.progress.epochs]
+    if epochs.validation is None or not np.isfinite(found).any():
+        return len(found)
+    return int(np.nanargmax(found)) + 1
+
+
 def _log_lines(epochs: Epochs, held: Batch | None) -> list[str]:
     """Log lines of the training, with the epoch that is kept."""
     state, size = epochs.progress, epochs.settings.batch_size
     log = [f"{len(epochs.rows)} rows in batches of {size}, {len(state.epochs)} epochs"]
+    if epochs.settings.patience is not None and state.stopped:
+        log.append(f"stopped after {len(state.epochs)} epochs by {state.stopped}")
     if held is not None and state.epochs:
-        best = int(np.argmax([e.validation for e in state.epochs])) + 1
         log.append(
-            f"kept epoch {best}: the best bound, {state.best_bound:.4f}, on {len(held.places)} "
-            "held-out rows"
+            f"kept epoch {_kept_epoch(epochs)}: the best bound, {state.best_bound:.4f}, on "
+            f"{len(held.places)} held-out rows"
         )
     if epochs.interrupted:
         log.append(f"interrupted after {len(state.epochs)} epochs")
