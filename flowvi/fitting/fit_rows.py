@@ -14,7 +14,7 @@ from torch import Tensor
 from flowvi._version import __version__
 from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.given_start import rows_of_fit
-from flowvi.fitting.request import Request
+from flowvi.fitting.request import Request, check_prefixes
 from flowvi.fitting.result import RowFit
 from flowvi.guides.amortized import PerRow
 from flowvi.guides.guide import Guide
@@ -61,6 +61,7 @@ def fit_rows(request: Request) -> RowFit:
     ):
         target.begin()
         name, built = _guide(target, guide)
+        check_prefixes(built, objective)
         rows, held = _split(target, request.validation, seed)
         if isinstance(built, PerRow) and held is not None:
             raise ValueError(
