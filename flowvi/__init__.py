@@ -41,6 +41,7 @@ if TYPE_CHECKING:
         FullRank,
         MeanField,
         Multiplicative,
+        Prefixes,
     )
     from flowvi.guides.amortized import Amortised, PerRow
     from flowvi.interop.inference_data import to_inference_data
@@ -88,6 +89,7 @@ __all__ = [
     "NestedTarget",
     "PerRow",
     "Prediction",
+    "Prefixes",
     "PyroGuide",
     "RowBounds",
     "RowDraws",
@@ -159,7 +161,7 @@ _MODULES = {
     "fitting.result": "Fit NestedFit RowFit",
     "fitting.structured_fit": "StructuredFit",
     "flows": "FLOWS",
-    "guides": "GUIDES BlockGuide Blocks FlowGuide FullRank MeanField Multiplicative",
+    "guides": "GUIDES BlockGuide Blocks FlowGuide FullRank MeanField Multiplicative Prefixes",
     "guides.amortized": "Amortised PerRow",
     "interop.inference_data": "to_inference_data",
     "interop.pyro_distribution": "GuideDistribution",

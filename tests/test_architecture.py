@@ -49,6 +49,7 @@ PUBLIC = {
         "predict",
         "Blocks",
         "Multiplicative",
+        "Prefixes",
     ),
     *("LocalTarget", "Amortised", "PerRow", "Minibatch", "RowFit", "wake_sleep"),
     *("pyro_guide", "IWELBO", "GuideDistribution", "report", "loo", "Blocks", "nested"),

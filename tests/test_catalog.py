@@ -6,7 +6,7 @@ import pytest
 
 from flowvi.cli import catalog, vae
 from flowvi.flows import FLOWS
-from flowvi.guides.registry import GUIDES, JOINT_GUIDES, guide_names
+from flowvi.guides.registry import GUIDES, JOINT_GUIDES, MANY_GUIDES, guide_names
 from flowvi.guides.structured import STRUCTURED_GUIDES
 from flowvi.objectives.forward_kl import ForwardKL
 from flowvi.objectives.registry import OBJECTIVES
@@ -14,7 +14,7 @@ from flowvi.vae import LIKELIHOODS, NETS, POSTERIORS, PRIORS
 
 REGISTRIES = {
     "flows": (catalog.FLOWS, FLOWS),
-    "guides": (catalog.GUIDES, {**GUIDES, **JOINT_GUIDES, **STRUCTURED_GUIDES}),
+    "guides": (catalog.GUIDES, {**GUIDES, **JOINT_GUIDES, **MANY_GUIDES, **STRUCTURED_GUIDES}),
     "objectives": (catalog.OBJECTIVES, OBJECTIVES),
 }
 

@@ -1,5 +1,6 @@
 """Guides for local latents: bounds that are bounds, gradients that are right, training."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -20,6 +21,7 @@ from flowvi.objectives import Renyi, WakeSleep
 from flowvi.objectives.rows import row_step
 from flowvi.runtime import distributed
 from flowvi.runtime.clock import Clock
+from flowvi.training.minibatch import Minibatch
 from flowvi.training.row_gradient import RowGradient
 from flowvi.training.trainer import Trainer
 
@@ -257,6 +259,72 @@ def test_the_best_epoch_is_kept_and_training_ends_when_it_stays_so(normal):
 
     assert len(history) - 1 - np.argmax(history) == 3 and len(history) < 60
     assert fit.meta["rows"] == 30 and fit.meta["validation"] == 10
+
+
+PLATEAU = Minibatch.to_plateau(patience=2, batch_size=8, lr=0.1)
+
+
+def to_plateau(target, **more):
+    settings = {"validation": 0.25, "minibatch": PLATEAU, "progress": False, **more}
+    return flowvi.fit(target, "meanfield", **settings)
+
+
+def test_training_ends_at_the_plateau_after_two_smaller_step_sizes(normal):
+    """The best epoch is kept, with its parameters, not those after it."""
+    target, _ = normal
+    fit = to_plateau(target, seed=1)
+    history, kept = fit.history["validation"], fit.meta["kept"]
+
+    assert kept == np.argmax(history) + 1 < len(history) < PLATEAU.epochs
+    assert fit.meta["stopped"].startswith("no rise of the validation bound in 2 epochs")
+    assert sum(line.startswith("step size") for line in fit.log) == 2
+    assert any(line.startswith(f"kept epoch {kept}:") for line in fit.log)
+    steps = 4 * len(history)
+    planned = PLATEAU.rate(steps - 1, 4 * PLATEAU.epochs)
+    np.testing.assert_allclose(fit.history["lr"][-1], planned * 0.3**2, rtol=1e-12)
+
+    cut = to_plateau(target, seed=1, callback=lambda epoch: epoch.epoch == kept)
+    assert cut.meta["stopped"] == "the callback" and len(cut.history["bound"]) == kept
+    for a, b in zip(fit.guide.parameters(), cut.guide.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_epochs_of_the_warm_up_are_no_reason_to_stop(normal):
+    """At this step size the second epoch is the best: two more end the training, or ten and two."""
+    target, _ = normal
+    settings = Minibatch(patience=2, batch_size=8, lr=0.3)
+
+    fits = [
+        to_plateau(target, minibatch=dataclasses.replace(settings, warmup_epochs=epochs))
+        for epochs in (0, 10)
+    ]
+
+    assert len(fits[0].history["bound"]) == fits[0].meta["kept"] + 2 < 10
+    assert len(fits[1].history["bound"]) >= 11
+
+
+@pytest.mark.parametrize("cut", [3, 1000])
+def test_a_training_to_the_plateau_is_resumed(normal, tmp_path, cut):
+    """A fit that was cut off goes on to the same end; one that is over takes no more epochs."""
+    target, _ = normal
+    whole = to_plateau(target)
+    folder = {"checkpoint": tmp_path / "c"}
+    to_plateau(target, callback=lambda epoch: epoch.epoch == cut, **folder)
+
+    fit = to_plateau(target, resume=True, **folder)
+
+    assert fit.meta["stopped"] == whole.meta["stopped"] and fit.log == whole.log
+    np.testing.assert_array_equal(fit.history["validation"], whole.history["validation"])
+    for a, b in zip(fit.guide.parameters(), whole.guide.parameters(), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_a_plateau_needs_rows_that_are_held_out(normal):
+    target, _ = normal
+    with pytest.raises(ValueError, match="validation=, rows or a share"):
+        to_plateau(target, validation=None)
+    with pytest.raises(ValueError, match="set patience"):
+        Minibatch(drops=1)
 
 
 def test_parameters_have_memory_of_their_own_after_a_fit():

@@ -1,6 +1,7 @@
 """A variational autoencoder is right: its bounds, both f-VAEs, what is measured and saved."""
 
 import copy
+import csv
 import json
 import math
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch.distributions import MultivariateNormal
 import flowvi
 from flowvi import vae
 from flowvi.cli import main
-from flowvi.flows import FLOWS, Chain, Diagonal, Inverse
+from flowvi.flows import FLOWS, Chain, Diagonal, Inverse, Planar
 from flowvi.guides import FlowGuide
 from flowvi.guides.amortized import Amortised
 from flowvi.training.epochs import Epochs
@@ -408,6 +409,50 @@ def test_a_training_that_was_cut_off_is_gone_on_with(tiny, monkeypatch):
     assert bounds[0] == bounds[1]
 
 
+def test_the_command_says_which_guide_is_worth_it(tiny, monkeypatch):
+    """The differences are paired, guides are trained as alone, and an interrupt changes nothing."""
+    compare = ("--compare", "planar", "--test-images", "30")
+    alone = run("--guide", "planar", "--test-images", "30", "--out", "alone")
+    validate = Epochs._validate
+
+    def pressed(self, told):
+        validate(self, told)
+        if told.epoch == 1 and any(isinstance(part, Planar) for part in self.guide.modules()):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Epochs, "_validate", pressed)
+        cut = run(*compare, "--out", "out")
+    done = run(*compare, "--resume", "out")
+
+    assert (alone.exit_code, cut.exit_code, done.exit_code) == (0, 130, 0), done.output
+    assert "Worth it:" in done.output and "Kept epoch 2 of 2; stopped by the limit" in done.output
+    assert "Worth it:" not in cut.output
+    files = [tiny / name / "test_bounds.csv" for name in ("out", "out/planar", "alone")]
+    first, second = (np.genfromtxt(f, delimiter=",", names=True) for f in files[:2])
+    apart = second["elbo"] - first["elbo"]
+    gain, error = apart.mean(), apart.std(ddof=1) / 30**0.5
+    with open(tiny / "out/guides.csv", newline="") as file:
+        table = {row["guide"]: row for row in csv.DictReader(file)}
+    assert list(table) == ["gaussian", "planar"]
+    np.testing.assert_allclose(float(table["planar"]["elbo_better"]), gain)
+    np.testing.assert_allclose(float(table["planar"]["elbo_better_se"]), error)
+    assert f"planar gains {gain:.2f} +- {error:.2f} nats on gaussian" in done.output
+    assert files[1].read_text() == files[2].read_text()
+    assert not list((tiny / "out").rglob("checkpoint"))
+
+
+def test_the_command_proposes_a_likelihood_for_floats(tiny):
+    rng = np.random.default_rng(0)
+    np.savez("tiny.npz", x=rng.uniform(0.2, 0.8, (120, 8, 8)))
+
+    done = run("--out", "a")
+
+    assert done.exit_code == 0, done.output
+    assert "0% of them within 0.05 of an end: --likelihood gaussian" in done.stderr
+    assert json.loads((tiny / "a/parts.json").read_text())["likelihood"] == "gaussian"
+
+
 def test_the_command_reads_pixels_as_the_likelihood_needs_them(tiny):
     done = run("--likelihood", "discretised_logistic", "--net", "conv", "--out", "c")
 
@@ -422,6 +467,10 @@ def test_the_command_reads_pixels_as_the_likelihood_needs_them(tiny):
         (("--against", "tiny", "--out", "a"), 2, "does not exist"),
         (("--against", ".", "--out", "a"), 1, "name a folder that `flowvi vae` wrote"),
         (("--net", "maps", "--latent", "3", "--out", "a"), 1, "multiple of 16; got 3"),
+        (("--compare", "planar,ifa", "--out", "a"), 2, "Did you mean iaf?"),
+        (("--compare", "iaf,iaf", "--out", "a"), 2, "names a guide twice"),
+        (("--compare", "gaussian", "--out", "a"), 2, "which the others are compared with"),
+        (("--compare", "iaf", "--against", ".", "--out", "a"), 2, "--compare or --against"),
     ],
 )
 def test_the_command_refuses_what_it_cannot_do(tiny, arguments, code, words):

@@ -8,7 +8,17 @@ from families import perturbed
 from scipy.io import savemat
 
 from flowvi.flows import Flip, Permutation
-from flowvi.vae import NETS, POSTERIORS, PRIORS, Binarise, build, load, nets, posterior
+from flowvi.vae import (
+    NETS,
+    POSTERIORS,
+    PRIORS,
+    Binarise,
+    build,
+    load,
+    nets,
+    posterior,
+    propose_likelihood,
+)
 from flowvi.vae.maps import Cropped, Padded
 from flowvi.vae.priors import MixturePrior
 
@@ -433,6 +443,28 @@ def test_values_in_the_unit_interval_are_grey(tmp_path):
     np.testing.assert_array_equal(images.train.numpy(), x[: len(images.train)])
     with pytest.raises(ValueError, match=r"'x' .*load\(path, 'grey'"):
         load(tmp_path / "f.npz", "levels")
+
+
+def test_floats_get_a_likelihood_that_suits_them(tmp_path):
+    """Ink and paper, tones, and floats that are 0 and 1 alone."""
+    rng = np.random.default_rng(0)
+    ink = (rng.random((30, 2, 2)) < 0.5).astype(np.float32)
+    pixels = {"bits": ink, "ink": abs(ink - 0.01), "tones": rng.uniform(0.2, 0.8, ink.shape)}
+    found = {}
+    for name, x in pixels.items():
+        np.savez(tmp_path / f"{name}.npz", x=x)
+        found[name] = propose_likelihood(tmp_path / f"{name}.npz")
+
+    assert {name: one.likelihood for name, one in found.items()} == {
+        "bits": "bernoulli",
+        "ink": "continuous_bernoulli",
+        "tones": "gaussian",
+    }
+    assert not found["bits"].reason and "100% of them" in found["ink"].reason
+    assert "0% of them" in found["tones"].reason
+    images = load(tmp_path / "bits.npz")
+    np.testing.assert_array_equal(images.train.numpy(), ink[: len(images.train)])
+    assert propose_likelihood().likelihood == "bernoulli"
 
 
 def test_a_file_that_is_missing_or_no_archive_is_named(tmp_path):

@@ -18,6 +18,7 @@ FLOWS = (("flows", "FLOWS"),)
 GUIDES = (
     ("guides.registry", "GUIDES"),
     ("guides.registry", "JOINT_GUIDES"),
+    ("guides.registry", "MANY_GUIDES"),
     ("guides.structured", "STRUCTURED_GUIDES"),
 )
 OBJECTIVES = (("objectives.registry", "OBJECTIVES"),)

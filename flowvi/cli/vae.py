@@ -12,7 +12,7 @@ from click.core import ParameterSource
 
 from flowvi.cli.catalog import names
 from flowvi.cli.errors import errors_without_traceback, interruptible, one_line_warnings
-from flowvi.cli.folder import VAE_FILES
+from flowvi.cli.folder import VAE_FILES, check_folder
 from flowvi.cli.options import (
     EXISTING_FOLDER,
     memory_option,
@@ -48,12 +48,24 @@ READ = {
     "gaussian": "grey",
     "gaussian_fixed": "grey",
 }
-# Steps of a table by default, and the fewest and the most epochs; priors that need images.
+AUTO = "auto"
+# Usual number of steps of a table, and the fewest and the most epochs that its warm-up is a tenth
+# of; priors that need images.
 TABLE_STEPS, TABLE_EPOCHS = 4000, (20, 500)
 OF_IMAGES = ("glow", "vamp")
 # Default sizes for scikit-learn's digits, and for image files.
-SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "epochs": 60, "warmup": 10}
-LARGE: dict[str, int] = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs": 40, "warmup": 5}
+SMALL = {"latent": 16, "hidden": 128, "batch_size": 20, "warmup": 10}
+LARGE: dict[str, int] = {"latent": 64, "hidden": 300, "batch_size": 100, "warmup": 5}
+
+
+def other_guides(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:
+    """Names of guides with commas between them."""
+    found = tuple(name.strip() for name in value.split(",") if name.strip())
+    for name in found:
+        one_of("guide of a VAE", POSTERIORS)(ctx, param, name)
+    if len(set(found)) < len(found):
+        raise click.BadParameter(f"'{value}' names a guide twice.")
+    return found
 
 
 @click.command(
@@ -62,9 +74,10 @@ LARGE: dict[str, int] = {"latent": 64, "hidden": 300, "batch_size": 100, "epochs
     epilog="""\b
 Examples:
   flowvi vae --out results/digits
-  flowvi vae --data mnist.npz --guide iaf --epochs 40 --out results/iaf
+  flowvi vae --compare planar,iaf --out results/digits
+  flowvi vae --data mnist.npz --guide iaf --out results/iaf
   flowvi vae --data mnist.npz --prior maf --against results/iaf --out results/maf
-  flowvi vae --data mnist.npz --guide iaf --epochs 40 --resume results/iaf
+  flowvi vae --data mnist.npz --guide iaf --resume results/iaf
   flowvi vae --data faces.npz --likelihood discretised_logistic --net conv --out results/faces
   flowvi vae --data people.csv --out results/people
 
@@ -94,10 +107,10 @@ Exit codes:
 )
 @click.option(
     "--likelihood",
-    callback=one_of("likelihood", LIKELIHOODS),
-    default="bernoulli",
-    show_default=True,
-    help="bernoulli, continuous_bernoulli, categorical, discretised_logistic, gaussian, ...",
+    callback=one_of("likelihood", (AUTO, *LIKELIHOODS)),
+    default=AUTO,
+    help="bernoulli, continuous_bernoulli, categorical, discretised_logistic, gaussian, ...  "
+    "[default: what suits the pixels: bernoulli, or for floats one of the densities]",
 )
 @click.option(
     "--prior",
@@ -112,6 +125,14 @@ Exit codes:
     default="gaussian",
     show_default=True,
     help="gaussian, iaf, planar, radial, sylvester, coupling, spline, fvae, ...",
+)
+@click.option(
+    "--compare",
+    callback=other_guides,
+    default="",
+    metavar="GUIDES",
+    help="Further guides, as in planar,iaf: each is trained with the same data and seed, into a "
+    "folder of its own, and compared on the same test images.",
 )
 @click.option(
     "--net",
@@ -134,7 +155,15 @@ Exit codes:
 @click.option(
     "--epochs",
     type=click.IntRange(min=1),
-    help="Number of epochs.  [default: 40; of a table, as many as make 4000 steps]",
+    help="Most epochs; over the last half of them the step size falls.  [default: 1000]",
+)
+@click.option(
+    "--patience",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Epochs without a rise of the validation bound before the step size falls; twice, then "
+    "training ends.",
 )
 @click.option("--batch-size", type=click.IntRange(min=1), help="Rows per step.  [default: 100]")
 @click.option("--lr", type=click.FloatRange(min=0, min_open=True), default=1e-3, show_default=True)
@@ -176,10 +205,12 @@ def vae_command(
     likelihood: str,
     prior: str,
     guide: str,
+    compare: tuple[str, ...],
     net: str,
     latent: int | None,
     objective: Renyi | None,
     epochs: int | None,
+    patience: int,
     batch_size: int | None,
     lr: float,
     warmup: int | None,
@@ -193,6 +224,8 @@ def vae_command(
 ) -> None:
     """Train a variational autoencoder; write bounds, draws and pictures to a folder.
 
+    Training ends by itself, when the bound of validation images has stopped rising; the best
+    epoch is kept.
     The bounds are those of test images, or of test rows of a table: the ELBO, and the
     importance-weighted bound of K draws, with standard errors over images or rows. Columns of a
     table have likelihoods of their own: Gaussian for floats, Bernoulli for 0 and 1, categorical
@@ -201,56 +234,89 @@ def vae_command(
     tabular = data is not None and data.is_file() and is_table_file(data)
     if tabular:
         _refuse_options_of_images(ctx, prior)
+    if guide in compare:
+        raise click.UsageError(f"--compare names '{guide}', which the others are compared with.")
+    if compare and against is not None:
+        raise click.UsageError("Give --compare or --against: the others are compared with --guide.")
     folder = results_folder(out, resume, VAE_FILES)
+    places = [folder, *(folder / name for name in compare)]
+    for place in places[1:]:
+        check_folder(place, VAE_FILES)
     with one_line_warnings(), interruptible() as stop, errors_without_traceback():
+        from flowvi.cli import vae_compare as guides
         from flowvi.cli import vae_results as results
         from flowvi.cli.results import describe_failures
         from flowvi.cli.vae_data import facts_of
         from flowvi.fitting.fit import fit
         from flowvi.objectives.renyi_bound import elbo
         from flowvi.targets import from_pyro
-        from flowvi.training.minibatch import Minibatch
+        from flowvi.training.minibatch import PLATEAU, Minibatch
         from flowvi.vae.model import PLATE
 
         images = {"likelihood": likelihood, "net": net, "binarise": binarise}
-        made, given, data_rows, held, usual = (
-            _of_table(data, latent, guide, prior, batch_size, seed)
-            if tabular and data is not None
-            else _of_images(data, latent, guide, prior, seed, **images)
-        )
-        other = (
-            None if against is None else results.read_bounds(against, given, particles, test_images)
-        )
-        target = from_pyro(made.model, data_rows, local=PLATE)
-        target.name = given.name
-        fitted = fit(
-            target,
-            made.guide,
-            objective or elbo(1, "total"),
-            validation=held,
-            seed=seed,
-            progress=not quiet,
-            minibatch=Minibatch(
-                batch_size=batch_size or usual["batch_size"],
-                epochs=epochs or usual["epochs"],
-                lr=lr,
-                warmup_epochs=usual["warmup"] if warmup is None else warmup,
-            ),
-            checkpoint=folder / CHECKPOINT,
-            resume=resume is not None,
-        )
-        if fitted.meta["interrupted"]:
-            announce_writing("epochs", folder)
-        facts = facts_of(given, made.parts, binarise)
-        run = results.VaeRun(given, made.generator, fitted, facts, particles, test_images, seed)
-        written, failed = results.report(run, other, folder, quiet)
+        if not tabular and likelihood == AUTO:
+            images["likelihood"] = _proposed(data)
+        outcomes: list[guides.Outcome] = []
+        other = None
+        for name, place in zip((guide, *compare), places, strict=True):
+            if compare:
+                click.echo(f"\n{name}:" if outcomes else f"{name}:")
+            made, given, data_rows, held, usual = (
+                _of_table(data, latent, name, prior, batch_size, seed)
+                if tabular and data is not None
+                else _of_images(data, latent, name, prior, seed, **images)
+            )
+            if against is not None:
+                other = results.read_bounds(against, given, particles, test_images)
+            target = from_pyro(made.model, data_rows, local=PLATE)
+            target.name = given.name
+            fitted = fit(
+                target,
+                made.guide,
+                objective or elbo(1, "total"),
+                validation=held,
+                seed=seed,
+                progress=not quiet,
+                minibatch=Minibatch.to_plateau(
+                    batch_size=batch_size or usual["batch_size"],
+                    epochs=epochs or PLATEAU["epochs"],
+                    patience=patience,
+                    lr=lr,
+                    warmup_epochs=usual["warmup"] if warmup is None else warmup,
+                ),
+                checkpoint=place / CHECKPOINT,
+                resume=resume is not None,
+            )
+            if fitted.meta["interrupted"]:
+                announce_writing("epochs", folder)
+            facts = facts_of(given, made.parts, binarise)
+            run = results.VaeRun(given, made.generator, fitted, facts, particles, test_images, seed)
+            written = results.report(run, other, place, quiet)
+            some, failed = written.some, written.failed
+            if failed or fitted.meta["interrupted"]:
+                break
+            outcomes.append(guides.Outcome.of(name, written.found, fitted))
+            other = outcomes[0].found if compare else other
+        if len(outcomes) > 1 and len(outcomes) == len(places):
+            some, failed = guides.report_guides(outcomes, given.unit, folder)
     if failed:
         there = (folder / CHECKPOINT).is_dir()
-        raise click.ClickException(describe_failures(failed, written, folder, there))
+        raise click.ClickException(describe_failures(failed, some, folder, there))
     if fitted.meta["interrupted"]:
         explain_resume("epochs", folder)
         ctx.exit(stop.code)
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    for place in places:
+        shutil.rmtree(place / CHECKPOINT, ignore_errors=True)
+
+
+def _proposed(data: Path | None) -> str:
+    """The likelihood that suits the pixels; says so where it is not the usual one."""
+    from flowvi.vae import propose_likelihood
+
+    found = propose_likelihood(data)
+    if found.reason:
+        click.echo(f"{found.reason[:1].upper()}{found.reason[1:]}.", err=True)
+    return found.likelihood
 
 
 def _of_images(
@@ -295,7 +361,7 @@ def _of_table(
     fewest, most = TABLE_EPOCHS
     size = min(batch_size or LARGE["batch_size"], len(table.train))
     epochs = min(max(TABLE_STEPS * size // len(table.train), fewest), most)
-    usual = {"batch_size": size, "epochs": epochs, "warmup": epochs // 10}
+    usual = {"batch_size": size, "warmup": epochs // 10}
     return made, GivenTable(table), table.train, table.val, usual
 
 

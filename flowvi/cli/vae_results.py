@@ -50,14 +50,23 @@ class VaeRun:
         return Trained(self.generator, self.fit.guide, self.fit.history, self.seed)
 
 
-def report(
-    run: VaeRun, other: RowBounds | None, out: Path, quiet: bool
-) -> tuple[bool, list[WriteFailure]]:
-    """Measure, write and print.
+@dataclass(frozen=True)
+class Written:
+    """What `report` measured, and what became of its files.
 
-    Returns:
-        Whether any file was written, and those that could not be.
+    Attributes:
+        found: Bounds of the test rows.
+        some: Whether any file was written.
+        failed: Files that could not be.
     """
+
+    found: RowBounds
+    some: bool
+    failed: list[WriteFailure]
+
+
+def report(run: VaeRun, other: RowBounds | None, out: Path, quiet: bool) -> Written:
+    """Measure, write and print."""
     found = run.fit.iw_bound(
         run.given.test[: run.tests], run.particles, run.seed, progress=not quiet
     )
@@ -66,11 +75,18 @@ def report(
     more, worse = write_files([_page(run, rows, out)], out)
     written, failed = written + more, failed + worse
     click.echo(_table(rows))
+    click.echo(training_line(run.fit))
     if not quiet:
         click.echo(f"\nIn {out}:")
         for file in written:
             click.echo(f"  {file.name:<20} {file.what}")
-    return bool(written), failed
+    return Written(found, bool(written), failed)
+
+
+def training_line(fit: RowFit) -> str:
+    """Which epoch was kept, and why training stopped, in one line."""
+    facts = fit.meta
+    return f"Kept epoch {facts['kept']} of {facts['epochs']}; stopped by {facts['stopped']}."
 
 
 def _files(
@@ -191,6 +207,7 @@ def _rows(
     units = active_units(run.fit.guide, run.given.test[:MAPPED], seed=run.seed)
     yield "active units", units.count, np.nan
     yield "epochs", run.fit.meta["epochs"], np.nan
+    yield "epoch kept", run.fit.meta["kept"], np.nan
     yield "seconds of training", run.fit.meta["seconds"], np.nan
 
 

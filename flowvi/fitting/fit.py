@@ -13,7 +13,7 @@ from flowvi.fitting.fit_structured import fit_global
 from flowvi.fitting.request import Request
 from flowvi.fitting.result import Fit, RowFit
 from flowvi.guides.guide import Guide
-from flowvi.guides.recipes import Blocks, Multiplicative
+from flowvi.guides.recipes import Blocks, Multiplicative, Prefixes
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.registry import Objective
 from flowvi.objectives.reweighted import WakeSleep
@@ -55,7 +55,7 @@ def fit(  # type: ignore[overload-overlap]
 @overload
 def fit(
     target: Target,
-    guide: str | Guide | Blocks | Multiplicative = ...,
+    guide: str | Guide | Blocks | Multiplicative | Prefixes = ...,
     objective: Objective | WakeSleep | str | None = ...,
     *,
     steps: int | None = ...,
@@ -80,7 +80,7 @@ def fit(
 @suggest_spelling
 def fit(
     target: Target,
-    guide: str | Guide | Blocks | Multiplicative = "auto",
+    guide: str | Guide | Blocks | Multiplicative | Prefixes = "auto",
     objective: Objective | WakeSleep | str | None = None,
     *,
     steps: int | None = None,
@@ -133,8 +133,8 @@ def fit(
 
     Args:
         target: From `from_pyro` or `from_density`. Its own parameters are trained too.
-        guide: "auto", "structured", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`, or
-            `Multiplicative`.
+        guide: "auto", "structured", a name in `GUIDES` or `FLOWS`, a guide, `Blocks`,
+            `Multiplicative`, or `Prefixes`.
         objective: Result of `elbo()`, `iwelbo(K)` or `renyi(alpha, K)`, or one of their names;
             the ELBO by default.
         steps: Number of steps. By default the fit decides.

@@ -11,7 +11,7 @@ from flowvi.fitting.fit import fit
 from flowvi.fitting.result import NestedFit
 from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
-from flowvi.guides.recipes import Blocks, Multiplicative
+from flowvi.guides.recipes import Blocks, Multiplicative, Prefixes
 from flowvi.objectives.nested import NestedTarget, check_outer
 from flowvi.objectives.renyi_bound import Renyi
 from flowvi.runtime import memory
@@ -27,7 +27,7 @@ INNER = 1
 @suggest_spelling
 def nested(
     target: LocalTarget,
-    guide: str | Guide | Blocks | Multiplicative | None = None,
+    guide: str | Guide | Blocks | Multiplicative | Prefixes | None = None,
     inner: str | Amortised = "realnvp",
     *,
     particles: int = 8,
@@ -66,8 +66,8 @@ def nested(
 
     Args:
         target: From `from_pyro(..., local=)`, of a model that also has latents outside the plate.
-        guide: Guide of theta: a name, `Blocks`, `Multiplicative`, or a guide that keeps its
-            parameters; full rank up to 500 dimensions, mean field beyond.
+        guide: Guide of theta: a name, `Blocks`, `Multiplicative`, `Prefixes`, or a guide that keeps
+            its parameters; full rank up to 500 dimensions, mean field beyond.
         inner: Guide of a row's latents: a name, or an amortised guide that keeps its parameters.
         particles: Number of draws K of each row's latents.
         sees_theta: Whether the inner guide is q(z | x, theta) or q(z | x). The context of a given
@@ -92,7 +92,7 @@ def nested(
         ValueError: Rows are subsampled and outer > 1, the model has no shared latents, or an
             argument is out of its range.
     """
-    kinds = (str, Guide, Blocks, Multiplicative, type(None))
+    kinds = (str, Guide, Blocks, Multiplicative, Prefixes, type(None))
     check_type("guide", guide, kinds, "the name of a guide, Blocks, Multiplicative, or a guide")
     outer, draws, seed = (
         check_integer("outer", outer),

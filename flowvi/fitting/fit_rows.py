@@ -14,7 +14,7 @@ from torch import Tensor
 from flowvi._version import __version__
 from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.given_start import rows_of_fit
-from flowvi.fitting.request import Request
+from flowvi.fitting.request import Request, check_prefixes
 from flowvi.fitting.result import RowFit
 from flowvi.guides.amortized import PerRow
 from flowvi.guides.guide import Guide
@@ -61,6 +61,7 @@ def fit_rows(request: Request) -> RowFit:
     ):
         target.begin()
         name, built = _guide(target, guide)
+        check_prefixes(built, objective)
         rows, held = _split(target, request.validation, seed)
         if isinstance(built, PerRow) and held is not None:
             raise ValueError(
@@ -115,6 +116,8 @@ def _result(epochs: Epochs, guide: Guide, facts: dict[str, Any], clock: Clock) -
         "epochs": len(told),
         "rows": len(epochs.rows),
         "validation": 0 if held is None else len(held.places),
+        "kept": _kept_epoch(epochs),
+        "stopped": epochs.progress.stopped,
         "seconds": clock.local_seconds,
         "budget": clock.budget,
         "interrupted": epochs.interrupted,
@@ -187,15 +190,24 @@ def _split(target: LocalTarget, validation: Any, seed: int) -> tuple[Tensor, Bat
     return order[held:].sort().values, target.batch(order[:held].sort().values)
 
 
+def _kept_epoch(epochs: Epochs) -> int:
+    """Number of the epoch whose parameters are kept, from 1; 0 before the first."""
+    found = [epoch.validation for epoch in epochs.progress.epochs]
+    if epochs.validation is None or not np.isfinite(found).any():
+        return len(found)
+    return int(np.nanargmax(found)) + 1
+
+
 def _log_lines(epochs: Epochs, held: Batch | None) -> list[str]:
     """Log lines of the training, with the epoch that is kept."""
     state, size = epochs.progress, epochs.settings.batch_size
     log = [f"{len(epochs.rows)} rows in batches of {size}, {len(state.epochs)} epochs"]
+    if epochs.settings.patience is not None and state.stopped:
+        log.append(f"stopped after {len(state.epochs)} epochs by {state.stopped}")
     if held is not None and state.epochs:
-        best = int(np.argmax([e.validation for e in state.epochs])) + 1
         log.append(
-            f"kept epoch {best}: the best bound, {state.best_bound:.4f}, on {len(held.places)} "
-            "held-out rows"
+            f"kept epoch {_kept_epoch(epochs)}: the best bound, {state.best_bound:.4f}, on "
+            f"{len(held.places)} held-out rows"
         )
     if epochs.interrupted:
         log.append(f"interrupted after {len(state.epochs)} epochs")

@@ -11,8 +11,10 @@ from typing import Any
 
 from flowvi.fitting.first_guide import AUTO
 from flowvi.fitting.given_start import given_normal
+from flowvi.guides.amortized import Amortised
 from flowvi.guides.guide import Guide
-from flowvi.guides.recipes import Blocks, Multiplicative
+from flowvi.guides.prefixes import PrefixGuide
+from flowvi.guides.recipes import Blocks, Multiplicative, Prefixes
 from flowvi.guides.registry import guide_names
 from flowvi.guides.structured import STRUCTURED_GUIDES, StructuredGuide
 from flowvi.initialization.preflight import check_size
@@ -58,7 +60,7 @@ class Request:
     """
 
     target: Target
-    guide: str | Guide | Blocks | Multiplicative
+    guide: str | Guide | Blocks | Multiplicative | Prefixes
     objective: Objective | WakeSleep | str | None
     steps: int | None
     lr: float | None
@@ -84,7 +86,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_type("target", self.target, Target, "what from_pyro or from_density returned")
-        kinds = (str, Guide, Blocks, Multiplicative)
+        kinds = (str, Guide, Blocks, Multiplicative, Prefixes)
         check_type("guide", self.guide, kinds, "a name, a guide such as MeanField(D), or Blocks")
         for name in ("steps", "particles", "epochs", "batch_size"):
             setattr(self, name, optional(check_integer, name, getattr(self, name)))
@@ -139,6 +141,7 @@ class Request:
             if isinstance(target, NestedTarget):
                 whose = f", but the latents that all rows of {target.name} share have"
             raise ValueError(f"The guide has D = {self.guide.dim}{whose} D = {target.dim}.")
+        check_prefixes(self.guide, objective)
         return Settings(
             objective,
             self.steps,
@@ -172,7 +175,7 @@ class Request:
     def _build_recipe(self) -> None:
         if isinstance(self.guide, str) and self.guide in RECIPES:
             self.guide = RECIPES[self.guide]()
-        if isinstance(self.guide, Blocks | Multiplicative):
+        if isinstance(self.guide, Blocks | Multiplicative | Prefixes):
             if isinstance(self.target, LocalTarget):
                 raise ValueError(
                     f"{type(self.guide).__name__} is for latents that all rows share; give rows a "
@@ -182,6 +185,17 @@ class Request:
         elif isinstance(self.guide, Guide):
             # The guide of rows was trained together with a guide of theta.
             self.fresh = not isinstance(self.target, NestedTarget)
+
+
+def check_prefixes(guide: Any, objective: Any) -> None:
+    """Raise a ValueError for an objective that a guide of prefixes is not trained by."""
+    inner = guide.guide if isinstance(guide, Amortised) else guide
+    made = isinstance(inner, PrefixGuide) or guide == PrefixGuide.kind
+    if made and not (isinstance(objective, Renyi) and objective.alpha == 1.0):
+        raise ValueError(
+            "A guide of prefixes is trained on the mean of their ELBOs: use elbo(), or fit another "
+            "guide by this objective."
+        )
 
 
 def _objective(objective: Objective | WakeSleep | str | None, particles: int | None) -> Objective:

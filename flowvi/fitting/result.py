@@ -15,12 +15,14 @@ import numpy as np
 import torch
 
 from flowvi.draws.draws import Draws
+from flowvi.draws.prefixes import PrefixTable, prefix_table
 from flowvi.draws.row_bounds import RowBounds, row_bounds
 from flowvi.draws.row_sampling import BOUNDS, DRAWING, row_draws
 from flowvi.draws.sampling import draw, in_pieces, tabulate
 from flowvi.fitting.fit_folder import NESTED, ROWS, Contents, all_latents, save
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
+from flowvi.guides.prefixes import prefix_of
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.renyi_bound import Renyi
@@ -97,7 +99,13 @@ class Fit(AnyFit):
         """The guide with the best bound."""
         return self.guides[int(np.argmax(self.bounds))]
 
-    def draw(self, n: int = 4000, seed: int = 0, max_memory: memory.MaxMemory = None) -> Draws:
+    def draw(
+        self,
+        n: int = 4000,
+        seed: int = 0,
+        max_memory: memory.MaxMemory = None,
+        layers: int | None = None,
+    ) -> Draws:
         """Draw from the guide of every restart, and evaluate the target at the draws.
 
         If the fit ended with Markov chains, their draws are returned, without weights.
@@ -109,12 +117,33 @@ class Fit(AnyFit):
             max_memory: Memory limit, in bytes or as in "2GB"; FLOWVI_MAX_MEMORY, or 1 GB, by
                 default. A larger table is stored in a temporary file. The draws do not
                 depend on it, and their densities only to rounding.
+            layers: Number of layers to draw with, from 0, of a guide of `Prefixes`; all by
+                default. Fewer are quicker and less accurate: see `prefixes`.
+
+        Raises:
+            ValueError: The guide was not made for prefixes, or has fewer layers.
         """
+        guides, meta = self.guides, self.meta
+        if layers is not None:
+            guides = [prefix_of(guide, layers) for guide in guides]
+            meta = {**meta, "layers": layers}
         with memory.memory_limit(max_memory):
-            drawn = draw(self.target, self.guides, n, seed, self.meta)
-        if self.chains is None:
+            drawn = draw(self.target, guides, n, seed, meta)
+        if self.chains is None or layers is not None:
             return drawn
         return replace(self.chains.thinned(n), weighted=drawn)
+
+    def prefixes(self, n: int = 4000, seed: int = 0) -> PrefixTable:
+        """The bound of every prefix of a guide of `Prefixes`, and the time of its draws.
+
+        Args:
+            n: Number of draws of each.
+            seed: Seed of the draws, the same for all.
+
+        Raises:
+            ValueError: The guide was not made for prefixes.
+        """
+        return prefix_table(self.guides, lambda layers: self.draw(n, seed, layers=layers))
 
     def draw_start(self, n: int = 1000, seed: int = 0) -> Draws:
         """Draw from the initial Gaussian of the fit, for a comparison with the guide.
@@ -174,6 +203,7 @@ class NestedFit(Fit):
         particles: int | None = None,
         seed: int = 0,
         max_memory: memory.MaxMemory = None,
+        layers: int | None = None,
     ) -> Draws:
         """Draw theta, and evaluate the bound of all rows at the draws.
 
@@ -186,11 +216,16 @@ class NestedFit(Fit):
             particles: Number of draws K of each row's latents; that of the fit by default.
             seed: Seed of all draws.
             max_memory: As for `Fit.draw`.
+            layers: As for `Fit.draw`.
         """
+        guide = self.guide if layers is None else prefix_of(self.guide, layers)
         with memory.memory_limit(max_memory):
             return draw_nested(
-                self.target, self.guide, n, particles, derive_seed(seed, NESTED_DRAWS), self.meta
+                self.target, guide, n, particles, derive_seed(seed, NESTED_DRAWS), self.meta
             )
+
+    def prefixes(self, n: int = 1000, seed: int = 0) -> PrefixTable:
+        return prefix_table(self.guides, lambda layers: self.draw(n, seed=seed, layers=layers))
 
     def predictive_bound(
         self, data: Any, n: int = 100, particles: int | None = None, seed: int = 0
@@ -286,6 +321,7 @@ class RowFit(AnyFit):
         rows: Sequence[int] | None = None,
         progress: bool = False,
         max_memory: memory.MaxMemory = None,
+        layers: int | None = None,
     ) -> RowBounds:
         """Importance-weighted bounds of rows, in parts that fit in memory.
 
@@ -297,11 +333,12 @@ class RowFit(AnyFit):
             progress: Whether to show the progress: one bar in a terminal or a notebook, and a line
                 every 10 seconds elsewhere.
             max_memory: As for `Fit.draw`.
+            layers: As for `Fit.draw`.
         """
-        batch = self._rows(data, rows)
+        batch, guide = self._rows(data, rows), self._at_depth(layers)
         seed = derive_seed(seed, BOUNDS)
         with memory.memory_limit(max_memory):
-            return row_bounds(self.target, self.guide, batch, particles, seed, progress)
+            return row_bounds(self.target, guide, batch, particles, seed, progress)
 
     def draw(
         self,
@@ -310,6 +347,7 @@ class RowFit(AnyFit):
         seed: int = 0,
         rows: Sequence[int] | None = None,
         max_memory: memory.MaxMemory = None,
+        layers: int | None = None,
     ) -> Draws:
         """Draw the latents of rows.
 
@@ -319,15 +357,19 @@ class RowFit(AnyFit):
             seed: Seed of the draws; the global generators are not changed.
             rows: Indices of rows of the fit, in place of data.
             max_memory: As for `Fit.draw`.
+            layers: As for `Fit.draw`.
         """
-        batch = self._rows(data, rows)
+        batch, guide = self._rows(data, rows), self._at_depth(layers)
         seed = derive_seed(seed, DRAWING)
         with memory.memory_limit(max_memory):
-            return row_draws(self.target, self.guide, batch, n, seed, self.meta)
+            return row_draws(self.target, guide, batch, n, seed, self.meta)
 
     def contents(self) -> Contents:
         own, sites = self.target.own_state(), latents(self.target)
         return Contents([self.guide], own, self.history, sites, self.log, self.meta, ROWS)
+
+    def _at_depth(self, layers: int | None) -> Guide:
+        return self.guide if layers is None else prefix_of(self.guide, layers)
 
     def _rows(self, data: Any, rows: Sequence[int] | None) -> Batch:
         if data is not None and rows is not None:

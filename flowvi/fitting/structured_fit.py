@@ -13,6 +13,7 @@ from flowvi.fitting.fit_folder import STRUCTURED, Contents
 from flowvi.fitting.result import Fit
 from flowvi.guides.gaussian import FullRank
 from flowvi.guides.guide import Guide
+from flowvi.guides.prefixes import prefix_of
 from flowvi.guides.structured import StructuredGuide
 from flowvi.runtime import memory
 from flowvi.runtime.arguments import check_integer
@@ -42,7 +43,11 @@ class StructuredFit(Fit):
     HEAD = "{name}: structured guide ({guide} of {shared} shared latents), {seconds:.1f} s"
 
     def draw(
-        self, n: int | None = None, seed: int = 0, max_memory: memory.MaxMemory = None
+        self,
+        n: int | None = None,
+        seed: int = 0,
+        max_memory: memory.MaxMemory = None,
+        layers: int | None = None,
     ) -> Draws:
         """Draw all latents of the guide of every restart.
 
@@ -53,10 +58,14 @@ class StructuredFit(Fit):
             n: Number of draws from each guide; 4,000 by default, fewer of over 10,000 latents.
             seed: Seed of the draws; the global generators are not changed.
             max_memory: As for `Fit.draw`.
+            layers: As for `Fit.draw`.
         """
         n = check_integer("n", self.most_draws if n is None else n)
+        shared = self._shared
+        if layers is not None:
+            shared = [prefix_of(guide, layers) for guide in shared]
         with memory.memory_limit(max_memory):
-            drawn = structured_draws(self.marginal, self._shared, n, seed, self.meta)
+            drawn = structured_draws(self.marginal, shared, n, seed, self.meta)
             if self.marginal.structure.units == 1:
                 return drawn
             # The check of units takes long where they are many: one is made for all tables.

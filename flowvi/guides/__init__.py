@@ -4,14 +4,16 @@ from flowvi.guides.blocks import BlockGuide
 from flowvi.guides.gaussian import FullRank, KroneckerNormal, LowRankNormal, MeanField
 from flowvi.guides.guide import Draw, Guide, LogDensity, ScoredSample, StratifiedSample
 from flowvi.guides.mixtures import MixtureGuide
+from flowvi.guides.prefixes import PrefixGuide
 from flowvi.guides.pushforward import FlowGuide, Pushforward
-from flowvi.guides.recipes import Blocks, Multiplicative
-from flowvi.guides.registry import GUIDES, JOINT_GUIDES, guide_names, make_guide
+from flowvi.guides.recipes import Blocks, Multiplicative, Prefixes
+from flowvi.guides.registry import GUIDES, JOINT_GUIDES, MANY_GUIDES, guide_names, make_guide
 from flowvi.guides.skewed import SkewedNormal
 
 __all__ = [
     "GUIDES",
     "JOINT_GUIDES",
+    "MANY_GUIDES",
     "BlockGuide",
     "Blocks",
     "Draw",
@@ -24,6 +26,8 @@ __all__ = [
     "MeanField",
     "MixtureGuide",
     "Multiplicative",
+    "PrefixGuide",
+    "Prefixes",
     "Pushforward",
     "ScoredSample",
     "SkewedNormal",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flowvi.guides.guide import Draw, Guide, ScoredSample
 from flowvi.guides.mixtures import MixtureGuide
+from flowvi.guides.prefixes import PrefixGuide
 from flowvi.guides.pushforward import Pushforward
 
 
@@ -57,7 +58,7 @@ class BlockGuide(Guide):
         for i, part in enumerate(parts):
             if isinstance(part.guide, MixtureGuide):
                 raise ValueError("A mixture cannot be a block; make a mixture of blocks instead.")
-            if part.guide.joint:
+            if part.guide.joint or isinstance(part.guide, PrefixGuide):
                 raise ValueError(f"A {part.guide.kind} guide cannot be a block.")
             if any(g >= i for g in part.given):
                 raise ValueError(f"Block {i} can only be given blocks before it; got {part.given}.")

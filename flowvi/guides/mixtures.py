@@ -11,6 +11,7 @@ from torch.distributions import Categorical
 
 from flowvi.flows.nets import ContextParameter
 from flowvi.guides.guide import Draw, Guide, StratifiedSample
+from flowvi.guides.prefixes import PrefixGuide
 
 
 class MixtureGuide(Guide):
@@ -45,6 +46,8 @@ class MixtureGuide(Guide):
         dims = sorted({part.dim for part in self._parts()})
         if len(dims) != 1:
             raise ValueError(f"A mixture needs components of one D; got components of D = {dims}.")
+        if any(isinstance(part, PrefixGuide) for part in self._parts()):
+            raise ValueError("A guide of prefixes cannot be part of a mixture: take a flow.")
         if any(part.joint for part in self._parts()):
             raise ValueError("A guide that draws other variables cannot be part of a mixture.")
         self.dim = dims[0]

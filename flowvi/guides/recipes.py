@@ -14,6 +14,7 @@ from flowvi.flows import FLOWS
 from flowvi.guides.amortized import CONTEXT, Amortised, Encoder
 from flowvi.guides.blocks import BlockGuide
 from flowvi.guides.multiplicative import MultiplicativeGuide
+from flowvi.guides.prefixes import PrefixGuide, prefix_guide
 from flowvi.guides.registry import block_guide, make_guide, multiplicative_guide
 from flowvi.targets import LocalTarget, Target
 
@@ -118,6 +119,31 @@ def _rows(target: Target, site: str) -> dict[str, int]:
     shape, span = target.sites[site].shape, target.slices[site]
     fits = len(shape) > 1 and torch.Size(shape).numel() == span.stop - span.start
     return {"rows": shape[0] if fits else 1}
+
+
+@dataclass(frozen=True)
+class Prefixes:
+    """A recipe for a flow whose depth is chosen when drawing: each prefix of it is a guide.
+
+    ``flowvi.fit(target, flowvi.Prefixes("iaf", sizes={"depth": 6}))`` trains the mean of the
+    bounds of all prefixes; ``fit.draw(layers=2)`` draws from the first two layers, and
+    ``fit.prefixes()`` tells what each prefix is worth.
+
+    Args:
+        flow: Row of `FLOWS` that is made of layers.
+        sizes: Of the flow, such as its depth.
+    """
+
+    flow: str = "realnvp"
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+
+    def build(self, target: Target) -> PrefixGuide:
+        """The guide for a target.
+
+        Raises:
+            ValueError: There is no such flow, or it is one layer.
+        """
+        return prefix_guide(target.dim, 0, self.flow, self.sizes)
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from flowvi.guides.gaussian import FullRank, KroneckerNormal, LowRankNormal, Mea
 from flowvi.guides.guide import FULL_RANK_DIM, Guide
 from flowvi.guides.mixtures import MixtureGuide
 from flowvi.guides.multiplicative import MultiplicativeGuide
+from flowvi.guides.prefixes import prefix_guide
 from flowvi.guides.pushforward import FlowGuide
 from flowvi.guides.skewed import SkewedNormal
 from flowvi.runtime.arguments import check_integer, optional, unknown_choice
@@ -49,6 +50,8 @@ GUIDES: dict[str, Callable[..., Guide]] = {
 }
 # Guides that draw z together with other variables: see `Guide.joint`.
 JOINT_GUIDES: dict[str, Callable[..., Guide]] = {}
+# Guides that stand for several densities, whose objective is the mean of theirs.
+MANY_GUIDES: dict[str, Callable[..., Guide]] = {"prefixes": prefix_guide}
 
 
 def make_guide(
@@ -68,7 +71,7 @@ def make_guide(
     Raises:
         ValueError: There is no such name, or the depth is no whole number of at least 1.
     """
-    named = {**JOINT_GUIDES, **GUIDES}
+    named = {**JOINT_GUIDES, **MANY_GUIDES, **GUIDES}
     if name in named:
         return named[name](dim, context_dim, **sizes)
     if name in FLOWS:
@@ -87,7 +90,7 @@ def starts_diagonal(name: str) -> bool:
 
 def guide_names() -> set[str]:
     """All names that `make_guide` takes."""
-    return {*GUIDES, *JOINT_GUIDES, *FLOWS}
+    return {*GUIDES, *JOINT_GUIDES, *MANY_GUIDES, *FLOWS}
 
 
 def block_guide(

@@ -23,7 +23,7 @@ from flowvi.runtime.clock import Interrupted
 from flowvi.runtime.rng import derive_seed, isolated_rng
 from flowvi.targets import Batch, LocalTarget
 from flowvi.targets.local.rows import split_batch
-from flowvi.training.minibatch import Minibatch
+from flowvi.training.minibatch import DROP, Minibatch
 from flowvi.training.records import EVALUATE, TRAIN, TRIAL, Record
 from flowvi.training.row_gradient import RowGradient
 from flowvi.training.settings import Session
@@ -63,8 +63,11 @@ class EpochState:
 
     Attributes:
         epochs: The epochs so far.
-        best: Parameters with the best validation bound, and that bound.
-        since: Number of epochs since the best one.
+        best: Parameters with the best validation bound.
+        best_bound: That bound.
+        since: Number of epochs since the best one, or since the last smaller step size.
+        drops: Number of times the step size fell for lack of a rise.
+        stopped: Why training ended; empty while it goes on.
         bounds: Bounds of the steps of the present epoch.
         divergences: Divergences of the steps of the present epoch.
         skipped: Number of steps skipped before the present epoch.
@@ -74,6 +77,8 @@ class EpochState:
     best: Tensor | None = None
     best_bound: float = -math.inf
     since: int = 0
+    drops: int = 0
+    stopped: str = ""
     bounds: list[float] = field(default_factory=list)
     divergences: list[float] = field(default_factory=list)
     skipped: int = 0
@@ -84,7 +89,7 @@ class EpochState:
 
     def load_state_dict(self, state: Mapping[str, Any], like: Tensor) -> None:
         """Restore a state that `state_dict` returned."""
-        for name in vars(self):
+        for name in vars(self).keys() & state.keys():  # earlier versions had fewer
             setattr(self, name, state[name])
         self.epochs = [Epoch(*epoch) for epoch in state["epochs"]]
         self.best = None if self.best is None else self.best.to(like)
@@ -128,6 +133,12 @@ class Epochs:
         self._batches: Iterator[Batch] = iter(())
         self._beta = 1.0
 
+        if settings.drops and validation is None:
+            raise ValueError(
+                "Training to a plateau watches the bound of rows that are held out: pass "
+                "validation=, rows or a share such as 0.1."
+            )
+
     @property
     def steps(self) -> int:
         """Number of steps of an epoch."""
@@ -148,6 +159,7 @@ class Epochs:
         if saved is not None:
             state.load_state_dict(saved["training"])
             self.progress.load_state_dict(saved["epochs"], state.start)
+            state.ended = bool(self.progress.stopped)
             if state.step % self.steps:
                 self._batches = self._order(state.step)
         self.record.stages.append("epochs")
@@ -174,6 +186,9 @@ class Epochs:
             self.gradient.set(self.progress.best)
         self.gradient.release()
         self.skipped = state.guard.skipped
+        if not self.progress.stopped:
+            limit = f"the limit of {self.settings.epochs} epochs"
+            self.progress.stopped = "an interrupt" if self.interrupted else limit
         return self.progress
 
     @contextmanager
@@ -200,9 +215,10 @@ class Epochs:
         """Step size of a step; near the end of the budget it falls with the remaining time."""
         clock = self.session.clock
         late = 0.0 if clock.budget is None else clock.seconds / clock.budget
-        return self.settings.rate(
+        planned = self.settings.rate(
             max(step, min(int(late * self.total), self.total - 1)), self.total
         )
+        return planned * DROP**self.progress.drops
 
     def _gradient(self, step: int) -> tuple[Tensor, Tensor]:
         epoch, i = divmod(step, self.steps)
@@ -228,12 +244,18 @@ class Epochs:
         progress.skipped = state.guard.skipped
         self._validate(epoch)
         self.skipped = state.guard.skipped
+        if self._out_of_patience():
+            self._drop_or_stop(taken.rate)
         self.session.checkpointer.save(whole)
         if self.session.checkpointer.shelf is not None and not distributed.rank():
             with warn_if_unwritable(self.session.checkpointer.shelf.folder):
                 self.session.checkpointer.saved()
         stop = self.session.callback is not None and bool(self.session.callback(epoch))
-        return bool(distributed.broadcast_number(stop)) or self._out_of_patience() or late
+        if bool(distributed.broadcast_number(stop)):
+            progress.stopped = "the callback"
+        elif late and not progress.stopped:
+            progress.stopped = "the end of the time budget"
+        return bool(progress.stopped)
 
     def _epoch(self, taken: Taken, state: TrainState) -> Epoch:
         progress = self.progress
@@ -258,12 +280,25 @@ class Epochs:
         if epoch.validation > progress.best_bound:
             progress.best, progress.best_bound = self.gradient.vector(), epoch.validation
             progress.since = 0
-        else:
+        elif self.settings.beta(epoch.epoch) >= 1.0:
             progress.since += 1
 
     def _out_of_patience(self) -> bool:
         patience = self.settings.patience
         return patience is not None and self.progress.since >= patience
+
+    def _drop_or_stop(self, rate: float) -> None:
+        """Go on from the best epoch with smaller steps, or end the training."""
+        progress, patience = self.progress, self.settings.patience
+        if progress.drops < self.settings.drops and progress.best is not None:
+            progress.drops, progress.since = progress.drops + 1, 0
+            self.gradient.set(progress.best)
+            self.record.log.append(
+                f"step size {rate * DROP:.2g} from epoch {len(progress.epochs) + 1} on: no rise "
+                f"of the validation bound in {patience} epochs"
+            )
+            return
+        progress.stopped = f"no rise of the validation bound in {patience} epochs"
 
     def _order(self, step: int) -> Iterator[Batch]:
         """Batches of the present epoch from a given step on."""

@@ -18,7 +18,11 @@ WARM_UP = 200
 LAST = 0.02
 # Least value of beta, which is a divisor.
 LEAST_BETA = 1e-3
-COUNTS = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "workers": 0}
+COUNTS = {"batch_size": 1, "epochs": 1, "warmup_epochs": 0, "drops": 0, "workers": 0}
+# Factor of the step size when the validation bound has stopped rising.
+DROP = 0.3
+# Settings of a training to the plateau: a limit that few reach, and when a bound rises no more.
+PLATEAU: dict[str, Any] = {"epochs": 1000, "patience": 10, "drops": 2}
 
 Warm = Literal["linear", "cyclical"]
 
@@ -43,6 +47,9 @@ class Minibatch:
             the first half of each; it needs a positive warmup_epochs.
         free_bits: Nats of divergence without a penalty, in total over the latents of a row.
         patience: Epochs without a better validation bound before training ends. None: no limit.
+            Epochs in which beta is below one do not count.
+        drops: How often, before training ends for lack of patience, the step size falls to 30 %
+            instead. Training then goes on from the best epoch.
         transform: Function applied to every training batch at every visit. Its random numbers
             come from torch's generator, which the fit seeds.
         workers: Processes that fetch items of a `Dataset`.
@@ -62,6 +69,7 @@ class Minibatch:
     warmup: Warm = "linear"
     free_bits: float = 0.0
     patience: int | None = None
+    drops: int = 0
     transform: Callable[..., Any] | None = None
     workers: int = 0
     amp: bool = False
@@ -77,6 +85,21 @@ class Minibatch:
         if self.patience is not None:
             object.__setattr__(self, "patience", check_integer("patience", self.patience))
         check_choice("warmup", self.warmup, ("linear", "cyclical"))
+        if self.drops and self.patience is None:
+            raise ValueError("drops says what happens when patience is exhausted: set patience.")
+
+    @classmethod
+    def to_plateau(cls, **settings: Any) -> Minibatch:
+        """Settings that train until the validation bound stops rising.
+
+        The step size falls to 30 % when ten epochs have brought no better bound, and again after
+        another ten; the next ten end the training. `epochs` is only a limit, over the last half
+        of which the step size falls too.
+
+        Args:
+            **settings: Of `Minibatch`, in place of these.
+        """
+        return cls(**{**PLATEAU, **settings})
 
     def rate(self, step: int, steps: int) -> float:
         """Step size: a short linear warm-up, a constant part, a linear decay.

@@ -2,7 +2,7 @@
 
 from flowvi.vae.autoencoder import PlainAutoencoder, plain_autoencoder
 from flowvi.vae.columns import Column, columns_of, decoded, encoded
-from flowvi.vae.data import Binarise, Images, load
+from flowvi.vae.data import Binarise, Images, Proposal, load, propose_likelihood
 from flowvi.vae.likelihoods import LIKELIHOODS, Likelihood
 from flowvi.vae.maps import code_shape
 from flowvi.vae.measures import (
@@ -47,6 +47,7 @@ __all__ = [
     "MixturePrior",
     "PlainAutoencoder",
     "Prior",
+    "Proposal",
     "StandardNormal",
     "Table",
     "VampPrior",
@@ -65,6 +66,7 @@ __all__ = [
     "moments",
     "plain_autoencoder",
     "posterior",
+    "propose_likelihood",
     "reconstructions",
     "simulated",
     "traversal",

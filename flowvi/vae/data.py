@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -11,6 +12,11 @@ from torch.utils.data import Dataset
 
 from flowvi.runtime.arguments import check_choice
 from flowvi.vae.image_files import SEED, SPLITS, digits, read
+
+# Distance from 0 or 1 within which a pixel counts as ink or as paper.
+END = 0.05
+# Likelihoods of floats: for pixels of which most do, and for others.
+OF_FLOATS = ("continuous_bernoulli", "gaussian")
 
 
 @dataclass(frozen=True)
@@ -143,6 +149,39 @@ def load(
         visit = Binarise()
     labels = {k: torch.as_tensor(arrays[f"{k}_y"]).long() for k in SPLITS if f"{k}_y" in arrays}
     return Images(name, **found, visit=visit, labels=labels or None)
+
+
+class Proposal(NamedTuple):
+    """A likelihood that suits pixels, and why; no reason where it is the usual one."""
+
+    likelihood: str
+    reason: str = ""
+
+
+def propose_likelihood(path: str | Path | None = None, split: str | None = None) -> Proposal:
+    """A likelihood for the pixels of a file, as `load` reads it.
+
+    Grey levels 0 to 255, and floats that are 0 and 1 alone, are for "bernoulli", after they have
+    been made 0 or 1. Floats in [0, 1] have a density: "continuous_bernoulli" where most pixels
+    lie at an end of the range, as ink on paper does, and "gaussian" for tones in between.
+
+    Args:
+        path: As for `load`.
+        split: As for `load`.
+    """
+    if path is None:
+        return Proposal("bernoulli")
+    _, arrays = read(Path(path), split, shares=True)
+    x = arrays["train_x"]
+    if x.dtype.kind != "f":
+        return Proposal("bernoulli")
+    ends = float(((x <= END) | (x >= 1 - END)).mean())
+    name, other = OF_FLOATS if ends > 0.5 else OF_FLOATS[::-1]
+    return Proposal(
+        name,
+        f"pixels are floats in [0, 1], {ends:.0%} of them within {END:g} of an end: "
+        f"--likelihood {name} (the other for such pixels: {other})",
+    )
 
 
 def _drawn(levels: np.ndarray, bits: np.ndarray | None, place: int) -> Tensor:

@@ -54,11 +54,15 @@ def read(path: Path, split: str | None, shares: bool = False) -> tuple[str, Arra
         had = ", ".join(orders) or "none"
         raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
     if "train_x" not in arrays and "x" in arrays:
+        if _is_zero_or_one(arrays["x"]):
+            arrays["x"] = (255 * arrays["x"]).astype(np.uint8)
         _check(path, "x", arrays["x"], shares)
         chosen = split or (orders[0] if orders else "")
         order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
         arrays = _cut(arrays["x"][order], {})
     for key in (f"{k}_x" for k in SPLITS):
+        if key in arrays and _is_zero_or_one(arrays[key]):
+            arrays[key] = (255 * arrays[key]).astype(np.uint8)
         if key not in arrays:
             raise ValueError(
                 f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
@@ -178,6 +182,11 @@ def _check(path: Path, key: str, x: np.ndarray, shares: bool) -> None:
         "are for --likelihood continuous_bernoulli or gaussian (in Python, load(path, 'grey')); "
         "for others save np.round(255 * x).astype(np.uint8)."
     )
+
+
+def _is_zero_or_one(x: np.ndarray) -> bool:
+    """Whether floats are 0 and 1 alone, and both: black and white, not grey."""
+    return x.dtype.kind == "f" and np.array_equal(np.unique(x), [0, 1])
 
 
 def _cut(levels: np.ndarray, others: Mapping[str, np.ndarray]) -> Arrays:
