@@ -251,7 +251,7 @@ def main() -> None:
     parser.add_argument("part", choices=["schemes", "curve"])
     parser.add_argument("--flow", default="nsf_coupling")
     parser.add_argument("--depth", type=int, default=4)
-    parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--steps", type=int, default=600)
     parser.add_argument("--only", nargs="*", default=[*cases()], help="targets of these names")
     parser.add_argument("--out", type=Path, help="of curve: numbers for docs/make_story.py")
     parser.add_argument("--quick", action="store_true", help="few steps, two targets")

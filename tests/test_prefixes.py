@@ -127,7 +127,9 @@ def test_a_fit_draws_with_as_many_layers_as_asked(fit, tmp_path):
             fit.guide.prefix(layers).log_prob(torch.as_tensor(z)).detach(), log_q, rtol=1e-6
         )
         np.testing.assert_array_equal(again.draw(500, layers=layers).log_q, draws.log_q)
-        assert draws.meta["layers"] == layers
+        # The check of the fit is of all layers.
+        assert draws.meta["layers"] == layers and "check" not in draws.meta
+    assert fit.draw(500, layers=3).meta["check"] == fit.meta["check"]
     np.testing.assert_array_equal(fit.draw(500).log_q, fit.draw(500, layers=3).log_q)
     first = flowvi.diagnose(fit.draw(4000, layers=1))
     assert first.elbo == table[1].elbo

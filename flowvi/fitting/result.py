@@ -22,7 +22,7 @@ from flowvi.draws.sampling import draw, in_pieces, tabulate
 from flowvi.fitting.fit_folder import NESTED, ROWS, Contents, all_latents, save
 from flowvi.fitting.identity import latents
 from flowvi.guides.guide import Guide
-from flowvi.guides.prefixes import prefix_of
+from flowvi.guides.prefixes import depth_of, prefix_of
 from flowvi.initialization.gaussian import GaussianApproximation
 from flowvi.objectives.nested import NestedTarget
 from flowvi.objectives.renyi_bound import Renyi
@@ -34,6 +34,8 @@ from flowvi.targets.precision import dtype_name
 
 # Random streams: for `draw_start`, and for draws of a nested fit.
 START, NESTED_DRAWS = 1_000_000, 2
+# Findings on the draws of a whole guide.
+OF_ALL_LAYERS = ("check", "bridge")
 
 
 class AnyFit(Displayed, ABC):
@@ -125,8 +127,11 @@ class Fit(AnyFit):
         """
         guides, meta = self.guides, self.meta
         if layers is not None:
+            whole = layers == depth_of(self.guide)
             guides = [prefix_of(guide, layers) for guide in guides]
-            meta = {**meta, "layers": layers}
+            # The check of the fit is of all layers.
+            kept = {k: v for k, v in meta.items() if whole or k not in OF_ALL_LAYERS}
+            meta = {**kept, "layers": layers}
         with memory.memory_limit(max_memory):
             drawn = draw(self.target, guides, n, seed, meta)
         if self.chains is None or layers is not None:
