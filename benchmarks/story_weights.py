@@ -124,7 +124,7 @@ def of_draws(draws: Draws, split: Split, elbo: float, began: float) -> Found:
     return Found(
         float(scored.log_density("y").mean()),
         output.reshape(-1, len(y)),
-        float(((low <= y) & (y <= high)).mean()),
+        float(((low <= y) & (y <= high)).mean()) if len(draws) > 1 else math.nan,
         elbo,
         core_seconds() - began,
     )
