@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from torch import Tensor
 
 import flowvi
 from flowvi.fitting.structured_fit import StructuredFit
+from flowvi.runtime.clock import drop_if_late
 from flowvi.runtime.files import CheckpointError
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
@@ -405,3 +407,42 @@ def test_a_walk_of_increments_has_its_exact_evidence() -> None:
     mean = torch.linalg.solve(covariance, y.double()) @ walk
     sd = (1 - (walk * torch.linalg.solve(covariance, walk)).sum(0)).sqrt()
     assert (((z.mean(0) - mean) / sd).abs() < 4.5 / 20).all()
+
+
+class Late:
+    """A clock that asks for the end after a number of questions, as Ctrl-C in the midst does."""
+
+    def __init__(self, questions: int) -> None:
+        self.left = questions
+
+    def __call__(self) -> None:
+        self.left -= 1
+        if self.left == 0:
+            signal.raise_signal(signal.SIGINT)
+        drop_if_late()
+
+
+@pytest.mark.parametrize("questions", [1, 5, 40])
+def test_an_interrupt_within_a_start_or_a_check_leaves_a_result(
+    questions: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    late = Late(questions)
+    with monkeypatch.context() as patch:
+        patch.setattr("flowvi.targets.structure.laplace.drop_if_late", late)
+        fit = structured(beta_binomial)
+    assert late.left <= 0
+    assert fit.meta["interrupted"] or "interrupted" in fit.log[-1]
+    draws = fit.draw(20)
+    assert np.isfinite(draws.z).all() and np.isfinite(draws.log_weights).all()
+
+
+def test_an_unexpected_error_of_a_structured_guide_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(MarginalTarget, "evaluate", fails)
+    monkeypatch.setattr("flowvi.fitting.fit_structured.FEWEST_UNITS", 2)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        flowvi.fit(flowvi.from_pyro(beta_binomial), budget=10, progress=False)
