@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -405,3 +406,37 @@ def test_a_walk_of_increments_has_its_exact_evidence() -> None:
     mean = torch.linalg.solve(covariance, y.double()) @ walk
     sd = (1 - (walk * torch.linalg.solve(covariance, walk)).sum(0)).sqrt()
     assert (((z.mean(0) - mean) / sd).abs() < 4.5 / 20).all()
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        "flowvi.initialization.marginal._ascend",
+        "flowvi.initialization.marginal.curvature",
+        "flowvi.fitting.conditionals.check_units",
+    ],
+)
+def test_an_interrupt_within_a_start_or_a_check_leaves_a_result(
+    place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def pressed(*_: object) -> None:
+        signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(place, pressed)
+        fit = structured(beta_binomial)
+    assert "interrupted" in fit.log[-1]
+    draws = fit.draw(20)
+    assert np.isfinite(draws.z).all() and np.isfinite(draws.log_weights).all()
+
+
+def test_an_unexpected_error_of_a_structured_guide_is_not_hidden(
+    monkeypatch: pytest.MonkeyPatch, hasty: None
+) -> None:
+    def fails(*_: object) -> None:
+        raise RuntimeError("a fault of the program")
+
+    monkeypatch.setattr(MarginalTarget, "evaluate", fails)
+    monkeypatch.setattr("flowvi.fitting.fit_structured.FEWEST_UNITS", 2)
+    with pytest.raises(RuntimeError, match="a fault of the program"):
+        flowvi.fit(flowvi.from_pyro(beta_binomial), budget=10, progress=False)

@@ -22,6 +22,8 @@ from flowvi.targets.structure.structure import MOST_SHARED, UNITS
 FEWEST_UNITS, FEWEST_CHAIN = 50, 60
 # Largest number of all latents for which a guide of all of them is tried too.
 MOST_TOGETHER = 300
+# Seconds that a fit has at least after the search for structure.
+LEAST_LEFT = 0.1
 # Evaluations of the density of the shared latents that a fit takes at least, seconds that they may
 # take, and their share of a budget.
 EVALUATIONS, LONGEST, BUDGET_SHARE = 1500, 1800.0, 0.5
@@ -38,6 +40,7 @@ def fit_global(request: Request) -> Fit:
                 f"is a {type(target).__name__}: leave out the guide."
             )
         return fit_shared(request)
+    began = time.perf_counter()
     found = structure(target)
     if asked and not found:
         raise ValueError(
@@ -45,21 +48,32 @@ def fit_global(request: Request) -> Fit:
             f"given the others; {target.name} has {found}: leave out the guide."
         )
     if not asked and not pays(found):
-        return _with_line(fit_shared(request), str(found))
+        return _with_line(_within(request, began), str(found))
     marginal = MarginalTarget(target, found)
     try:
         slow = "" if asked else _too_slow(marginal, request)
-        result = None if slow else fit_shared(replace(request, target=marginal, guide=AUTO))
-    except (ModelError, RuntimeError) as error:
+        part = replace(request, target=marginal, guide=AUTO)
+        result = None if slow else _within(part, began)
+    except (ModelError, torch.linalg.LinAlgError) as error:
         if asked:
             raise ModelError(
                 f"The local latents of {target.name} cannot be integrated ({found}): {error} "
                 "Leave out guide='structured'."
             ) from error
-        return _with_line(fit_shared(request), f"no structured guide of {found}: {error}")
+        return _with_line(_within(request, began), f"no structured guide of {found}: {error}")
     if result is None:
-        return _with_line(fit_shared(request), f"no structured guide of {found}: {slow}")
+        return _with_line(_within(request, began), f"no structured guide of {found}: {slow}")
     return result if asked or _enough(result, request) else _better(result, request)
+
+
+def _within(request: Request, began: float) -> Fit:
+    """A fit in what is left of the budget since a time, when the search for structure began."""
+    if request.budget is None:
+        return fit_shared(request)
+    spent = time.perf_counter() - began
+    result = fit_shared(replace(request, budget=max(request.budget - spent, LEAST_LEFT)))
+    result.meta |= {"budget": request.budget, "seconds": result.meta["seconds"] + spent}
+    return result
 
 
 def pays(found: Structure) -> bool:

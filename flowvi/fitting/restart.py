@@ -216,7 +216,8 @@ class Restart:
         phase("check by fresh draws")
         candidate.missed = self.find_missed_modes(candidate)
         try:
-            with abort_on_interrupt():
+            # A check that integrates local latents takes long.
+            with abort_on_interrupt(), self.session.clock.deadline(1.0):
                 if isinstance(self.target, MarginalTarget):
                     candidate.units = adapt_conditionals(self, self.target, candidate.guide)
                 candidate.diagnosis = found = self._latest_diagnosis(candidate)

@@ -30,8 +30,13 @@ from flowvi.training.records import ADAPT, CHECK, REWEIGHT
 # Fewest effective draws for each dimension, and at all, whose moments mean something; and fewest
 # for each dimension to which skews are fitted.
 FEWEST, FEW_DRAWS, FEWEST_SKEWS = 2, 40, 10
+# Factor of these effective draws by which draws have to be more for tempered weights, and steps of
+# the search for their power.
+LEAST_SIZE, BISECTIONS = 4, 20
 # Draws of a pilot, for each dimension where these are more, and of its conditionals.
 PILOT, PILOT_DIM, POINTS = 200, 40, 16
+# Share of a time budget at which a pilot ends.
+PILOT_SHARE = 0.5
 # Rounds of a pilot, share of effective draws whose moments are no better than the guide's, and
 # effective draws of the check for each dimension whose moments are better than those of a pilot.
 ROUNDS, NEAR, ENOUGH = 3, 0.9, 15
@@ -42,10 +47,14 @@ MOST_DIM = 50
 
 
 class WeightedDraws(NamedTuple):
-    """Shared latents with smoothed, normalised weights: (S, p) and (S)."""
+    """Shared latents with smoothed, normalised weights: (S, p) and (S).
+
+    The weights may be a power of theirs: fewer draws than moments need were effective.
+    """
 
     theta: Tensor
     weight: Tensor
+    power: float = 1.0
 
     @property
     def effective(self) -> float:
@@ -96,7 +105,7 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
             seed = derive_seed(restart.seed(REWEIGHT), number)
             found.keep(theta_draws(target, [found.guide], size, seed))
             drawn = _drawn(restart, found)
-            effective = 0.0 if drawn is None else drawn.effective
+            effective = 0.0 if drawn is None or drawn.power < 1 else drawn.effective
             # The draws of the check give better moments than these, if enough are effective.
             ready = size > PILOT and effective * checked > ENOUGH * target.dim * size
             fits = ready or effective > NEAR * size
@@ -108,7 +117,7 @@ def pilot(restart: Restart, candidate: Candidate) -> Candidate:
         return found
 
     try:
-        with abort_on_interrupt():
+        with abort_on_interrupt(), restart.session.clock.deadline(PILOT_SHARE):
             return restart.session.checkpointer.run_once(
                 "pilot",
                 restart.record,
@@ -135,7 +144,8 @@ def likeliest(restart: Restart, candidate: Candidate) -> Candidate | None:
     if candidate.name != "fullrank" or not 1 < restart.target.dim <= MOST_DIM:
         return None
     drawn = _drawn(restart, candidate)
-    if drawn is None or drawn.effective < FEWEST_SKEWS * restart.target.dim:
+    few = drawn is None or drawn.power < 1
+    if drawn is None or few or drawn.effective < FEWEST_SKEWS * restart.target.dim:
         return None
     new = Candidate(restart.to_target(make_guide("skewed", restart.target.dim)), "skewed")
     new.guide.start(*_moments(drawn))
@@ -177,7 +187,11 @@ def _moments(drawn: WeightedDraws) -> tuple[Tensor, Tensor]:
 
 
 def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
-    """Weighted draws of a guide; None if they are too few to fit anything to."""
+    """Weighted draws of a guide, with tempered weights where too few are effective.
+
+    None if there are too few to fit anything to. A normal with moments by a power of the weights
+    goes a part of the way, after which more draws are effective.
+    """
     target = restart.target
     if not isinstance(target, MarginalTarget) or not target.dim:
         return None
@@ -190,7 +204,21 @@ def _drawn(restart: Restart, candidate: Candidate) -> WeightedDraws | None:
         torch.as_tensor(x, dtype=target.dtype, device=target.device) for x in (draws.z[0], smoothed)
     )
     found = WeightedDraws(theta, weight.exp())
-    return found if found.effective >= max(FEW_DRAWS, FEWEST * target.dim) else None
+    return _tempered(found, weight, max(FEW_DRAWS, FEWEST * target.dim))
+
+
+def _tempered(found: WeightedDraws, log_weight: Tensor, least: int) -> WeightedDraws | None:
+    """The largest power of the weights, by bisection, with so many effective draws."""
+    if found.effective >= least:
+        return found
+    if len(log_weight) < LEAST_SIZE * least or not log_weight.isfinite().all():
+        return None
+    low, high = 0.0, 1.0
+    for _ in range(BISECTIONS):
+        power = 0.5 * (low + high)
+        some = WeightedDraws(found.theta, torch.softmax(power * log_weight, 0), power)
+        low, high = (power, high) if some.effective >= least else (low, power)
+    return WeightedDraws(found.theta, torch.softmax(low * log_weight, 0), low)
 
 
 def _train(restart: Restart, guide: Guide, drawn: WeightedDraws) -> None:

@@ -70,7 +70,7 @@ def find_start(restart: Restart) -> list[GaussianApproximation]:
             lambda: (
                 nested_start(target, restart.seed(BUILD), say)
                 if isinstance(target, NestedTarget)
-                else marginal_start(target, restart.seed(BUILD), say, late, restart.settings.start)
+                else _marginal_start(restart, target, late)
             ),
             lambda found: [found[0].state(), [*target.own_state().items()]],
             lambda state: restored(*state),
@@ -171,6 +171,15 @@ def global_start(
                 lambda: clock.out_of_time(2 * share),
             )
     return [best, *modes, *others]
+
+
+def _marginal_start(
+    restart: Restart, target: MarginalTarget, late: Callable[[], bool]
+) -> list[GaussianApproximation]:
+    share = LATE * restart.schedule.start_share
+    with restart.session.clock.deadline(share):
+        given = restart.settings.start
+        return marginal_start(target, restart.seed(BUILD), restart.record.log.append, late, given)
 
 
 def nested_start(target: NestedTarget, seed: int, say: Log) -> list[GaussianApproximation]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -19,11 +19,14 @@ from flowvi.initialization.gaussian import (
     refine,
     value_and_score,
 )
+from flowvi.runtime.clock import Interrupted, abort_on_interrupt
 from flowvi.targets import ModelError
 from flowvi.targets.structure import MarginalTarget
 
 # Ascents, and steps of each.
 ASCENTS, STEPS = 3, 100
+# Standard deviation of a normal around a place whose curvature is not known.
+WIDTH = 0.1
 # Draws by which normals are compared, and rounds of their refinement.
 JUDGE, ROUNDS = 200, 3
 # Shared latents whose normal needs more rounds.
@@ -62,6 +65,44 @@ def marginal_start(
         empty = torch.zeros(0, dtype=target.dtype, device=target.device)
         target.laplace.centre(empty)
         return [GaussianApproximation(empty, empty.new_zeros(0, 0), "no shared latents")]
+    best = _Best()
+    try:
+        with abort_on_interrupt():
+            return [_search(target, seed, say, out_of_time, given, best.keep)]
+    except Interrupted:
+        if best.found is None:
+            point = target.starts(torch.Generator(target.device).manual_seed(seed))[0]
+            best.keep(_narrow(point if given is None else given.loc))
+        say("start: interrupted")
+        assert best.found is not None
+        return [best.found]
+
+
+@dataclass
+class _Best:
+    """The best normal so far."""
+
+    found: GaussianApproximation | None = None
+
+    def keep(self, found: GaussianApproximation) -> None:
+        self.found = found
+
+
+def _narrow(place: Tensor) -> GaussianApproximation:
+    """A normal around a place whose curvature is not known."""
+    scale = WIDTH * torch.eye(len(place), dtype=place.dtype, device=place.device)
+    return GaussianApproximation(place, scale, "the end of an interrupted search", blind=True)
+
+
+def _search(
+    target: MarginalTarget,
+    seed: int,
+    say: Callable[[str], object],
+    out_of_time: Callable[[], bool],
+    given: GaussianApproximation | None,
+    keep: Callable[[GaussianApproximation], None],
+) -> GaussianApproximation:
+    """As `marginal_start`; `keep` is told of each improvement, for when the work is interrupted."""
     generator = torch.Generator(target.device).manual_seed(seed)
     points = target.starts(generator)
     if given is not None:
@@ -76,6 +117,7 @@ def marginal_start(
         if values[i].isfinite():
             target.laplace.centre(points[i])
             ends.append(_ascend(target, points[i]))
+            keep(_narrow(max(ends, key=lambda end: end[0])[1]))
     if not ends:
         raise ModelError(
             f"The log density of {target.name} is not finite at the modes of its local latents."
@@ -87,6 +129,7 @@ def marginal_start(
     spread = vectors * eigenvalues.clamp(min=FLATTEST).rsqrt()
     scale = torch.linalg.cholesky((width[:, None] * spread) @ (width[:, None] * spread).mT)
     found = GaussianApproximation(best, scale, "Laplace at the mode")
+    keep(found)
     judge = torch.randn(
         JUDGE, target.dim, generator=generator, dtype=target.dtype, device=target.device
     )
@@ -98,9 +141,9 @@ def marginal_start(
     elif left > enough and target.whole.dim <= LARGE and not out_of_time():
         rounds = ROUNDS if target.dim <= FEW else MANY_ROUNDS
         worth = None if cheap else WORTH
-        found = refine(target, found, generator, judge, False, rounds, out_of_time, worth=worth)
+        found = refine(target, found, generator, judge, False, rounds, out_of_time, keep, worth)
     say(f"start: {found.name} of the shared latents, ELBO {found.elbo:.3f}, KL about {left:.2g}")
-    return [found]
+    return found
 
 
 def _matched(

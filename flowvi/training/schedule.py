@@ -178,5 +178,5 @@ def structured(dim: int, shared: int, one: bool = False) -> Schedule:
     return Schedule(
         evaluation_draws=min(2000, max(200, 2_000_000 // dim)),
         check_draws=min(FEW_OF_ONE if one else 4000, max(few, 400_000 // dim)),
-        again=4 if dim <= SMALL else 1,
+        again=4 if dim <= SMALL else 2 if one else 1,
     )

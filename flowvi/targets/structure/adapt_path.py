@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -13,13 +14,14 @@ from flowvi.targets.structure.annealed import Path, chosen
 from flowvi.targets.structure.correction import Correction
 from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.shape import Shape
+from flowvi.targets.structure.structure import FIELD
 
 # Variance of a log weight that costs a sixth of the effective draws.
 ENOUGH = 0.18
 # Share of it at which the normal at the mode is not improved.
 CLOSE = 0.5
-# Draws of one value of theta, and values of theta, of a pilot.
-DRAWS, POINTS, FEWER = 16, 8, 2
+# Draws of one value of theta, and of a chain, where they cost less; values of theta of a pilot.
+DRAWS, MORE_DRAWS, POINTS, FEWER = 16, 64, 8, 2
 # Numbers of a precision matrix beyond which a pilot takes fewer values of theta.
 LARGE = 500_000
 
@@ -48,17 +50,18 @@ def adapt_path(laplace: Laplace, theta: Tensor, seed: int, say: Callable[[str], 
     generator = torch.Generator(theta.device).manual_seed(seed)
     size = laplace.structure.size
     theta = theta[: POINTS if size**2 <= LARGE or not len(laplace.shared) else FEWER]
+    draws = DRAWS if laplace.structure.kind == FIELD else MORE_DRAWS
     correction = Correction(laplace, Shape(Shape.identity(laplace.mode)))
     variances = {}
     # The plain normal is the cheaper one.
     for refined in (False, True):
         laplace.refined = refined
         laplace.forget()
-        found = correction.moved(theta, DRAWS, generator)
+        found = correction.moved(theta, draws, generator)
         log_w = found.log_weight.nan_to_num(neginf=-1e6)
         if not len(laplace.shared):
             log_w = log_w.view(-1, 1)
-        variances[refined] = float(log_w.var(0).mean())
+        variances[refined] = _variance(log_w)
         if variances[refined] <= CLOSE * ENOUGH:
             break
     laplace.refined = variances.get(True, float("inf")) < variances[False]
@@ -86,3 +89,15 @@ def adapt_path(laplace: Laplace, theta: Tensor, seed: int, say: Callable[[str], 
         f"weights falls from {least:.2g} to {variance:.2g}"
     )
     return Adapted(laplace.refined, path)
+
+
+def _variance(log_w: Tensor) -> float:
+    r"""Variance of log weights around the mean of each theta, (K, S) -> ().
+
+    Or log(1 + v) with the relative variance v of the weights, the same for a normal log weight,
+    where this is larger: few draws of great weight say that the normal lacks a tail.
+    """
+    white = log_w - log_w.mean(0)
+    n = log_w.numel()
+    relative = math.log(n) + float((2 * white).logsumexp((0, 1)) - 2 * white.logsumexp((0, 1)))
+    return max(float(log_w.var(0).mean()), relative)

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from flowvi.runtime.clock import drop_if_late
 from flowvi.targets.structure.laplace import Laplace, Normal
 
 # Angle of a step of the moves, and the least; acceptance below which the angle is halved.
@@ -134,6 +135,7 @@ def _move(
     generator: torch.Generator,
 ) -> _State:
     """A step that leaves the density at a power as it is."""
+    drop_if_late()
     options: dict[str, Any] = {
         "generator": generator,
         "dtype": old.white.dtype,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime import memory
+from flowvi.runtime.clock import drop_if_late
 from flowvi.targets.structure.annealed import Moved, Path, moved
 from flowvi.targets.structure.laplace import Laplace
 from flowvi.targets.structure.noise import is_wide, normal_noise, wide_log_density, wide_noise
@@ -73,6 +74,7 @@ class Correction:
     @torch.no_grad()
     def __call__(self, theta: Tensor, particles: int, generator: torch.Generator) -> Weighted:
         """Estimate the density of values of theta, (S, p), by K draws of each unit."""
+        drop_if_late()
         if self.path.steps > 1:
             return self._annealed(theta, particles, generator)
         mode, _, log_q = self._drawn(theta, particles, generator)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from flowvi.runtime import memory
+from flowvi.runtime.clock import Interrupted
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.recording.products import merge_products
 from flowvi.targets.recording.simpler import simpler
@@ -312,6 +313,8 @@ class Derivatives:
         if key not in self._programs:
             try:
                 graph = simpler(merge_products(record(function, list(inputs))), list(inputs))
+            except Interrupted:
+                raise
             except Exception as error:
                 warnings.warn(f"Keeping the slower curvature: {error}", stacklevel=4)
                 self._programs[key] = function

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.runtime.clock import drop_if_late
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.factors import Dense, Factor
 from flowvi.targets.structure.laplace import (
@@ -93,6 +94,7 @@ class Field(Laplace):
         rest = self.terms.rest(self.points(theta, start), start[:, 0])
         found = self._step(theta, start, rest)
         for number in range(MOST_STEPS):
+            drop_if_late()
             if not (found.left > enough).any():
                 break
             step = self._bounded(found.factor.solve(found.slope), number)

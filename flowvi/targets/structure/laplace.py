@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from flowvi.runtime.clock import drop_if_late
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure.derivatives import Curvature, Derivatives
 from flowvi.targets.structure.factors import UNROLLED, Banded, Dense, Factor, Small
@@ -179,6 +180,7 @@ class Laplace:
         mode = self._start(theta)
         found = self._curvature(theta, mode)
         for number in range(MOST_STEPS):
+            drop_if_late()
             if not ((found.left > enough) | ~found.definite).any():
                 break
             step = found.factor.solve(found.slope)
