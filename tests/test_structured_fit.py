@@ -20,6 +20,7 @@ from torch import Tensor
 import flowvi
 from flowvi.fitting.structured_fit import StructuredFit
 from flowvi.runtime.files import CheckpointError
+from flowvi.targets import ModelError
 from flowvi.targets.global_target import GlobalTarget
 from flowvi.targets.structure import MarginalTarget, structure
 from flowvi.targets.structure.faults import faults
@@ -430,13 +431,16 @@ def test_an_interrupt_within_a_start_or_a_check_leaves_a_result(
     assert np.isfinite(draws.z).all() and np.isfinite(draws.log_weights).all()
 
 
-def test_an_unexpected_error_of_a_structured_guide_is_not_hidden(
+def test_what_torch_cannot_do_leads_to_a_guide_of_all_latents(
     monkeypatch: pytest.MonkeyPatch, hasty: None
 ) -> None:
     def fails(*_: object) -> None:
-        raise RuntimeError("a fault of the program")
+        raise RuntimeError("no second derivatives")
 
     monkeypatch.setattr(MarginalTarget, "evaluate", fails)
     monkeypatch.setattr("flowvi.fitting.fit_structured.FEWEST_UNITS", 2)
-    with pytest.raises(RuntimeError, match="a fault of the program"):
-        flowvi.fit(flowvi.from_pyro(beta_binomial), budget=10, progress=False)
+    fit = flowvi.fit(flowvi.from_pyro(beta_binomial), budget=10, progress=False)
+    assert fit.log[0].startswith("no structured guide of")
+    assert fit.log[0].endswith("no second derivatives")
+    with pytest.raises(ModelError, match=r"cannot be integrated .* no second derivatives"):
+        structured(beta_binomial)

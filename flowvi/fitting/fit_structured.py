@@ -54,7 +54,9 @@ def fit_global(request: Request) -> Fit:
         slow = "" if asked else _too_slow(marginal, request)
         part = replace(request, target=marginal, guide=AUTO)
         result = None if slow else _within(part, began)
-    except (ModelError, torch.linalg.LinAlgError) as error:
+    except (ModelError, RuntimeError) as error:
+        # Whatever torch cannot do, such as second derivatives of an operation, or the memory for
+        # them: the guide of all latents needs less.
         if asked:
             raise ModelError(
                 f"The local latents of {target.name} cannot be integrated ({found}): {error} "
