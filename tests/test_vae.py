@@ -389,6 +389,22 @@ def test_the_command_writes_a_fit_its_bounds_and_pictures(tiny):
     np.testing.assert_allclose(fit.iw_bound(images.test, 7).values, bounds["bound"])
 
 
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_two_test_images_are_enough(tiny, count):
+    with np.load("tiny.npz") as held:
+        parts = dict(held)
+    parts["test_x"], parts["test_y"] = parts["test_x"][:count], parts["test_y"][:count]
+    np.savez("tiny.npz", **parts)
+
+    done = run("--out", "few")
+
+    if count == 1:
+        assert "has 1 test images: at least two are needed" in done.output
+        return
+    assert done.exit_code == 0, done.output
+    assert (tiny / "few/interpolation.png").exists() and (tiny / "few/report.html").exists()
+
+
 def test_a_training_that_was_cut_off_is_gone_on_with(tiny, monkeypatch):
     whole = run("--out", "whole")
     validate = Epochs._validate

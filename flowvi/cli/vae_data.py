@@ -99,6 +99,11 @@ class GivenImages(Given):
     def __init__(self, images: Images) -> None:
         self.images, self.name, self.test = images, images.name, images.test
         self.labels = (images.labels or {}).get("test")
+        if len(self.test) < 2:
+            raise ValueError(
+                f"{self.name} has {len(self.test)} test images: at least two are needed, for "
+                "standard errors."
+            )
 
     def numbers(self, found: RowBounds) -> Iterator[tuple[str, float, float]]:
         bits = 1 / (self.images.size[0] * self.images.size[1] * np.log(2))
@@ -109,13 +114,14 @@ class GivenImages(Given):
 
         model, guide, x, seed = trained.generator, trained.guide, self.test, trained.seed
         top, few = model.likelihood.top, x[:SHOWN]
+        pairs = len(few) // 2
         return {
             "reconstructions.png": lambda: plots.plot_reconstructions(
                 few / top, reconstructions(model, guide, few, seed)
             ),
             "samples.png": lambda: plots.plot_images(model.sample(SHOWN**2, seed)),
             "interpolation.png": lambda: plots.plot_images(
-                interpolation(model, guide, x[: SHOWN // 2], x[SHOWN // 2 : SHOWN])
+                interpolation(model, guide, few[:pairs], few[pairs : 2 * pairs])
             ),
             "traversal.png": lambda: _traversal(trained, x),
             **self.common(trained),
