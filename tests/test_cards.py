@@ -137,6 +137,7 @@ def test_cards_have_the_summary_with_hdi_and_errors(shown, draws):
     assert {"raw[u]", "one[w]"} <= {*table.index}
 
 
+@pytest.mark.slow
 def test_cards_of_rows_and_chains():
     target = flowvi.from_pyro(rows, data()[:, 0], local="row")
     fit = flowvi.fit(target, epochs=2, progress=False)

@@ -17,7 +17,13 @@ from flowvi.targets import ModelError, from_pyro
 from flowvi.targets.pyro.from_pyro import replicable
 
 EACH = 21
-MODELS = [(kind, seed) for kind in KINDS for seed in range(EACH)]
+# The first ones of each kind, in both precisions; the others take minutes.
+FIRST = 6
+MODELS = [
+    pytest.param(kind, seed, marks=[] if seed < FIRST else [pytest.mark.slow])
+    for kind in KINDS
+    for seed in range(EACH)
+]
 
 
 def tolerance() -> dict[str, float]:

@@ -119,6 +119,7 @@ def test_a_gaussian_that_is_not_the_best_is_trained(monkeypatch):
     assert fit.meta["steps"] > DEFAULT.polish_steps
 
 
+@pytest.mark.slow
 def test_a_stage_ends_its_constant_steps_when_the_gap_is_small():
     numbers = {"steady_steps": 200, "few_steps": 200, "most_stages": 1, "least_decay": 20}
     taken = {}

@@ -230,6 +230,7 @@ def ended_in_chains():
         return flowvi.fit(heavy(), progress=False)
 
 
+@pytest.mark.slow
 def test_chains_are_the_last_resort(ended_in_chains):
     draws = ended_in_chains.draw(4000, seed=1)
 

@@ -50,6 +50,7 @@ def fitted(executor, **settings):
     return flowvi.fit(target, "realnvp", steps=8, restarts=2, seed=3, executor=executor, **settings)
 
 
+@pytest.mark.slow
 def test_processes_give_the_bits_of_restarts_one_after_the_other(here, processes):
     same(here, fitted(processes))
 

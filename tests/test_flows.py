@@ -256,7 +256,13 @@ def test_functional_call_and_vmap(name, inverse):
         torch.testing.assert_close((y[i], ladj[i]), flows[i](x[i], context[i]))
 
 
-@pytest.mark.parametrize("name", FLOWS)
+# These take the compiler longest.
+LONG = ("naf", "realnvp_clamped", "glow", "ffjord")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=[pytest.mark.slow] if n in LONG else []) for n in FLOWS]
+)
 def test_a_flow_compiles_to_one_graph(name):
     flow = perturbed(FLOWS[name](3, CONTEXT))
     x, context = torch.randn(6, 3), torch.randn(CONTEXT)

@@ -84,6 +84,7 @@ def test_an_earlier_fit_of_rows_is_trained_on():
     assert fit.meta["specs"] == earlier.meta["specs"]
 
 
+@pytest.mark.slow
 def test_a_structured_fit_begins_at_the_shared_values():
     target = flowvi.from_pyro(hierarchy, torch.linspace(-2, 2, 60).sin())
 

@@ -120,8 +120,12 @@ def test_precision_is_the_data_s(name, arguments):
 
 
 # Under the precision that users have; the search of a differential equation takes half a minute.
+LONG = (
+    *("lotka_volterra", "hmm_drive_1", "low_dim_gauss_mix_collapse", "logistic_high_dim"),
+    "irt_2pl",
+)
 BRIEF = [
-    pytest.param(name, "single", marks=[pytest.mark.slow] if name == "lotka_volterra" else [])
+    pytest.param(name, "single", marks=[pytest.mark.slow] if name in LONG else [])
     for name in MODELS
 ]
 

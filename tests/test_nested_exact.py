@@ -57,7 +57,7 @@ def exact(fit, mean, sd, evidence, site):
     ("rows", "scale", "dtype"),
     [
         (30, 1e3, torch.float32),
-        (30, 1e-3, torch.float64),
+        pytest.param(30, 1e-3, torch.float64, marks=pytest.mark.slow),
     ],
 )
 def test_the_default_call_is_exact_for_normal_rows(rows, scale, dtype):

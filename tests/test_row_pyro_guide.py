@@ -246,6 +246,7 @@ def test_the_importance_weighted_bound_is_that_of_the_fit(gradient, fit, x):
         torch.testing.assert_close(a, b)
 
 
+@pytest.mark.slow
 def test_the_importance_weighted_bound_of_subsamples_is_unbiased(fit, x):
     guide = flowvi.pyro_guide(fit)
     loss = flowvi.IWELBO(5, vectorize_particles=True, max_plate_nesting=1)

@@ -173,6 +173,10 @@ MODELS = {
 }
 
 
+# A kernel matrix with a jitter of 1e-6: two libraries' Cholesky factors agree to fewer digits.
+ROUNDING = {"gp_counts": 1e-8}
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_density_is_the_one_written_by_hand(name, default):
     size, density, positive, unit = MODELS[name]
@@ -193,7 +197,7 @@ def test_density_is_the_one_written_by_hand(name, default):
         if "factor" in values:  # its lower entry is the hyperbolic tangent of a coordinate
             jacobian += np.log(1 - values["factor"][1, 0] ** 2)
         hand = density(values, *(a.numpy() for a in arguments)) + jacobian
-        assert log_p == pytest.approx(hand, rel=1e-9, abs=1e-8)
+        assert log_p == pytest.approx(hand, rel=ROUNDING.get(name, 1e-9), abs=1e-8)
 
 
 @pytest.mark.parametrize("name", MODELS)

@@ -131,6 +131,7 @@ def test_a_saved_fit_has_the_same_draws(tmp_path: Path) -> None:
         np.testing.assert_array_equal(getattr(one, name), getattr(two, name))
 
 
+@pytest.mark.slow
 def test_a_resumed_fit_is_the_same(tmp_path: Path) -> None:
     whole = structured(beta_binomial).draw(50)
     first = structured(beta_binomial, checkpoint=tmp_path / "fit")
@@ -282,7 +283,7 @@ def squared_pairs() -> None:
     ("model", "said"),
     [
         (flat_without_rows, "group[5] is not determined"),
-        (separable, "group[5] is not determined"),
+        pytest.param(separable, "group[5] is not determined", marks=pytest.mark.slow),
         (squared_pairs, "group[5] has a second mode"),
     ],
 )
@@ -335,7 +336,7 @@ def test_units_that_are_tied_or_single_are_fitted_together(units: int, hasty: No
             flowvi.fit(flowvi.from_pyro(model), "structured", progress=False)
 
 
-@pytest.mark.parametrize("budget", [10, None])
+@pytest.mark.parametrize("budget", [10, pytest.param(None, marks=pytest.mark.slow)])
 def test_an_integral_that_takes_too_long_leaves_the_other_guides(
     budget: float | None, monkeypatch: pytest.MonkeyPatch, hasty: None
 ) -> None:
@@ -418,11 +419,14 @@ def test_a_walk_of_increments_has_its_exact_evidence() -> None:
     ],
 )
 def test_an_interrupt_within_a_start_or_a_check_leaves_a_result(
-    place: str, monkeypatch: pytest.MonkeyPatch
+    place: str, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
 ) -> None:
     def pressed(*_: object) -> None:
         signal.raise_signal(signal.SIGINT)
 
+    # What a shell started in the background ignores Ctrl-C.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    request.addfinalizer(lambda: signal.signal(signal.SIGINT, before))
     with monkeypatch.context() as patch:
         patch.setattr(place, pressed)
         fit = structured(beta_binomial)

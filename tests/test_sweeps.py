@@ -64,6 +64,7 @@ def test_the_best_normal_of_a_skewed_density_is_found(generator):
     assert found.elbo > with_elbo(target, start, judge).elbo
 
 
+@pytest.mark.slow
 def test_where_newton_goes_too_far_small_steps_follow(monkeypatch):
     """An item response model, whose start of many dimensions once ended 200 nats short."""
     generator = torch.Generator().manual_seed(3)

@@ -78,7 +78,7 @@ def agree(a: np.ndarray, b: np.ndarray) -> bool:
     [
         "nested_plates",
         "counts",
-        "categories",
+        pytest.param("categories", marks=pytest.mark.slow),
         "mixture_same_family",
         "enumerated_mixture",
         "enumerated_markov_chain",
