@@ -145,6 +145,7 @@ def test_newton_ends_at_the_mode_whatever_the_width_of_the_start(data):
         assert abs(found.elbo - evidence) < 1e-3
 
 
+@pytest.mark.slow
 def test_the_default_fit_takes_few_evaluations_of_all_rows(data, monkeypatch):
     counts = {True: 0.0, False: 0.0}
     total = SlicedDensity.total

@@ -185,6 +185,7 @@ def test_columns_on_disk_are_those_in_memory(monkeypatch):
             array[:1] = 0  # the owner's to change
 
 
+@pytest.mark.slow
 def test_a_step_beyond_the_limit_is_made_in_parts():
     x = torch.randn(4000, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

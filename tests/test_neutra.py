@@ -48,11 +48,13 @@ def errors(mcmc, name):
     return np.abs(values.mean(0) - np.array(known["mean"][name])) / error
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mu", "tau", "theta"])
 def test_eight_schools_has_the_known_means(schools, name):
     assert np.all(errors(schools[1], name) < 4)
 
 
+@pytest.mark.slow
 def test_the_chains_of_eight_schools_agree(schools):
     diagnosis = flowvi.diagnose(schools[1])
 
@@ -63,6 +65,7 @@ def test_the_chains_of_eight_schools_agree(schools):
     assert "R-hat" in str(diagnosis) and "effective draws" in str(diagnosis)
 
 
+@pytest.mark.slow
 def test_log_q_is_the_guide_s_density(schools):
     fit, mcmc = schools
 

@@ -85,6 +85,7 @@ def two_processes(tmp_path_factory):
     return [json.loads((folder / f"{i}.json").read_text()) for i in (0, 1)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_two_processes_are_one_with_twice_the_draws(name, two_processes, brief):
     first, second = (same[name] for same, _ in two_processes)
@@ -97,6 +98,7 @@ def test_two_processes_are_one_with_twice_the_draws(name, two_processes, brief):
     np.testing.assert_allclose(first[2], somewhere(alone), rtol=rounding)
 
 
+@pytest.mark.slow
 def test_processes_end_together(two_processes):
     """The first one's callback and clock count, the callback from the next step on."""
     first, second = (ends for _, ends in two_processes)

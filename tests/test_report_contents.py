@@ -141,6 +141,7 @@ def test_a_panel_is_as_wide_as_the_set_in_focus(draws):
     plt.close("all")
 
 
+@pytest.mark.slow
 def test_the_distribution_of_groups_is_no_prior_of_a_report():
     """Nor is that of standardised latents; what is scaled is said."""
 

@@ -549,6 +549,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(normal):
     assert ((whole - parts).mean(0).abs() < 4.5 * se + 1e-12).all()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:Training of length ended early")
 def test_rows_go_back_where_their_bound_collapses(normal):
     """Steps that are far too large: the last good state, with half the step."""
