@@ -47,8 +47,14 @@ def results(fitted, tmp_path) -> Path:
 
 
 # Readers have torch's single precision; one page is enough to see that double works.
-RUNS = [(name, "single") for name, page in PAGES.items() if FENCE.search(page.read_text())]
-RUNS.append(("README.md", "double"))
+# These pages take ten seconds or more each.
+LONG = ("docs/verdict.md", "docs/results.md", "docs/notebook.md", "docs/weights.md")
+RUNS = [
+    pytest.param(name, "single", marks=[pytest.mark.slow] if name in LONG else [])
+    for name, page in PAGES.items()
+    if FENCE.search(page.read_text())
+]
+RUNS.append(pytest.param("README.md", "double"))
 
 
 @pytest.mark.parametrize(("page", "default"), RUNS, indirect=["default"])

@@ -30,7 +30,14 @@ def once(name):
     return case, replicable(case.model, *case.args, **case.kwargs)
 
 
-@pytest.mark.parametrize("name", SIMULATED)
+# A third of the models; all of them take most of a minute.
+SOME = [
+    pytest.param(name, marks=[] if i % 3 == 0 else [pytest.mark.slow])
+    for i, name in enumerate(SIMULATED)
+]
+
+
+@pytest.mark.parametrize("name", SOME)
 def test_other_data_have_the_density_of_a_capture_of_their_own(name):
     whole = captured(name)[1]
     if whole.subsampled or not whole.observed or whole.improper:
