@@ -7,9 +7,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from flowvi.diagnostics import psis
 from flowvi.draws.draws import Draws
 from flowvi.fitting.identity import latents
 from flowvi.fitting.result import AnyFit, Fit, NestedFit, RowFit
@@ -106,9 +108,7 @@ def given_normal(target: Target, start: Any) -> GaussianApproximation | None:
 
 
 def normal_of_draws(draws: Draws) -> GaussianApproximation:
-    """A normal with the moments of draws: of weighted ones, where enough are effective.
-
-    No draw weighs more than sqrt(S) average ones (Ionides 2008, doi:10.1198/106186008X320456).
+    """A normal with the moments of draws: by smoothed weights, where enough are effective.
 
     Args:
         draws: S draws of D latents, in any number of chains.
@@ -116,12 +116,12 @@ def normal_of_draws(draws: Draws) -> GaussianApproximation:
     z = torch.as_tensor(draws.z).double().flatten(0, 1)
     if draws.mcmc or draws.resampled:
         return _normal_of(z, GIVEN_DRAWS)
-    log_w = torch.as_tensor(draws.log_weights).double().flatten()
-    w = (log_w - log_w.max()).exp().nan_to_num(0.0)
-    w = w.minimum(w.mean() * math.sqrt(len(w)))
-    effective = float(w.sum() ** 2 / w.square().sum().clamp(min=1e-300))
-    found = _normal_of(z, GIVEN_DRAWS, w / w.sum() if effective > ENOUGH * z.shape[1] else None)
-    return replace(found, doubtful=True)
+    weights = None
+    log_w = draws.log_weights.ravel()
+    if np.isfinite(log_w).any():
+        w = torch.as_tensor(np.exp(psis(log_w)[0]))
+        weights = w if float(1 / w.square().sum()) > ENOUGH * z.shape[1] else None
+    return replace(_normal_of(z, GIVEN_DRAWS, weights), doubtful=True)
 
 
 def start_from_given(
