@@ -53,16 +53,15 @@ def read(path: Path, split: str | None, shares: bool = False) -> tuple[str, Arra
     if split is not None and split not in orders:
         had = ", ".join(orders) or "none"
         raise ValueError(f"{path} has no order named '{split}'; it has {had}.")
+    for key in ("x", *(f"{k}_x" for k in SPLITS)):
+        if key in arrays and _is_zero_or_one(arrays[key]):
+            arrays[key] = (255 * arrays[key]).astype(np.uint8)
     if "train_x" not in arrays and "x" in arrays:
-        if _is_zero_or_one(arrays["x"]):
-            arrays["x"] = (255 * arrays["x"]).astype(np.uint8)
         _check(path, "x", arrays["x"], shares)
         chosen = split or (orders[0] if orders else "")
         order = arrays[chosen] if chosen else np.arange(len(arrays["x"]))
         arrays = _cut(arrays["x"][order], {})
     for key in (f"{k}_x" for k in SPLITS):
-        if key in arrays and _is_zero_or_one(arrays[key]):
-            arrays[key] = (255 * arrays[key]).astype(np.uint8)
         if key not in arrays:
             raise ValueError(
                 f"{path} has no array '{key}'; it has {', '.join(arrays)}. Needed are train_x, "
